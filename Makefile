@@ -1,0 +1,41 @@
+# make demo   the main job with nothing to download: convert a small MOSS, then chat with it, plugins included
+# make test   the whole test command, on a fresh machine too: Python 3.11, g++, make and PyPI are all it needs
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(abspath $(VENV))/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test check unit setup test-setup clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -P -m moss_jt.demos.tour
+
+test: check unit
+
+# ruff and mypy. mypy sees an installed copy, because the checkout's folders are not where Python imports them from.
+check: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && $(PIP) install --no-deps --no-build-isolation --target build/types .
+	cp pyproject.toml build/types/ && cd build/types && $(BIN)/mypy -p moss_jt
+
+unit: $(VENV)/.test-installed
+	$(BIN)/pytest $(TESTS)
+
+setup: $(VENV)/.installed
+test-setup: $(VENV)/.test-installed
+
+$(VENV)/.installed: pyproject.toml
+	@echo "Installing moss-jt into $(VENV) (a minute or two)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.installed
+	@echo "Installing what the tests need: torch and transformers as oracles, the CUDA compiler as a library"
+	$(PIP) install --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info

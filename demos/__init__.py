@@ -1,0 +1,1 @@
+"""Thin programs that present what moss_jt yields."""

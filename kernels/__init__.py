@@ -1,0 +1,1 @@
+"""Operators: portable, cpu, cuda."""

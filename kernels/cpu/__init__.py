@@ -1,0 +1,1 @@
+"""Operators for the CPU, through jt.code."""

@@ -1,0 +1,1 @@
+"""MOSS in little memory, with Jittor. Importing this package imports no Jittor."""

@@ -1,0 +1,72 @@
+"""The command line. A command's module is imported when that command runs, so that ``--help`` returns at once."""
+
+import importlib
+import sys
+from importlib.metadata import version
+
+import click
+
+from moss_jt.errors import MossError
+
+# Name, module of moss_jt.commands that holds a click command named `command`, and the line that --help shows.
+COMMANDS = {
+    "convert": ("convert", "Turn a Hugging Face checkpoint into a model folder."),
+    "chat": ("chat", "Talk to a model, with plugins."),
+    "generate": ("generate", "Continue a text."),
+    "plan": ("plan", "Show where the weights would live, and how fast that can be."),
+    "eval": ("eval", "Perplexity on a text, and what quantization costs."),
+    "bench": ("bench", "Measure speed beside the machine's own limits."),
+    "verify": ("verify", "Check a model folder against its checksums."),
+    "doctor": ("doctor", "Check this machine, and say what to do."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"moss_jt.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("moss-jt"), prog_name="moss-jt")
+def root() -> None:
+    """MOSS, the 16-billion-parameter chat model, in little memory.
+
+    \b
+    First steps:
+      moss-jt chat moss-tiny                      a small MOSS that comes with the program
+      moss-jt plan moss-moon-003 --memory 16GiB   would the real one run here, and how fast?
+      moss-jt convert fnlp/moss-moon-003-sft      download and convert it (45 GB of disk)
+      moss-jt chat                                talk to the model converted last
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit code 0 done, 1 the input or the machine is at fault, 2 usage."""
+    try:
+        code = root.main(args=arguments, prog_name="moss-jt", standalone_mode=False)
+    except MossError as error:
+        click.echo(f"moss-jt: error: {error}", err=True)
+        sys.exit(1)
+    except click.exceptions.Abort:
+        click.echo("moss-jt: stopped.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; Python would complain about it at exit
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,1 @@
+"""The plugins MOSS was trained to call."""
