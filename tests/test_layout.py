@@ -1,0 +1,130 @@
+"""The shape of the code: imports go one way, only one module starts Jittor, every folder is packaged."""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "moss_jt": "moss_jt",
+    "convert": "moss_jt.convert",
+    "kernels": "moss_jt.kernels",
+    "demos": "moss_jt.demos",
+}
+
+
+def module_files() -> dict[str, Path]:
+    """Installed module name of every source file of the four folders."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "moss-tiny-training" in path.parts:
+                continue
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = module_files()
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, bool]]:
+    """Modules that a file imports, inside functions too, with whether the import stands at the top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            names = [
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) in top
+
+
+def area(module: str) -> str:
+    for name in ("convert", "kernels", "demos", "commands", "plugins"):
+        if module == f"moss_jt.{name}" or module.startswith(f"moss_jt.{name}."):
+            return name
+    return "runtime"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_the_backend_imports_jittor(module: str) -> None:
+    names = {name.split(".")[0] for name, _ in imports_of(MODULES[module])}
+    if module != "moss_jt.backend":
+        assert "jittor" not in names
+    assert not names & {"torch", "transformers"}, "they are oracles of the tests, not dependencies"
+
+
+# What each area may import of the others. The commands tie everything together; demos only show what a chat yields.
+ALLOWED = {
+    "runtime": {"runtime", "kernels", "plugins"},
+    "plugins": {"plugins", "runtime"},
+    "kernels": {"kernels", "runtime"},
+    "convert": {"convert", "runtime"},
+    "demos": {"demos", "runtime", "plugins", "commands", "convert"},
+    "commands": {"commands", "runtime", "plugins", "convert", "demos", "kernels"},
+}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_areas_import_in_one_direction(module: str) -> None:
+    for name, _ in imports_of(MODULES[module]):
+        if name.startswith("moss_jt") and module not in ("moss_jt.cli", "moss_jt.__main__"):
+            assert area(name) in ALLOWED[area(module)], f"{module} imports {name}"
+
+
+def test_no_import_cycle_even_inside_functions() -> None:
+    graph = {
+        module: {name for name, _ in imports_of(path) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, "import cycle: " + " -> ".join((*way[way.index(module) :], module))
+        if module in done:
+            return
+        for name in sorted(graph[module]):
+            visit(name, (*way, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_every_folder_is_declared_so_that_the_wheel_has_it() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = set(settings["tool"]["setuptools"]["packages"])
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert packages == declared
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_foreign_text_is_never_executed(module: str) -> None:
+    """No eval, exec, compile or pickle: checkpoints, model output and files are hostile."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"line {node.lineno}"
+    assert not {name for name, _ in imports_of(MODULES[module])} & {"pickle", "marshal", "shelve"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_error_is_swallowed_whole(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except, line {node.lineno}"
+            names = {part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)}
+            if names & {"Exception", "BaseException"}:
+                allowed = any(isinstance(part, ast.Raise | ast.Call) for part in ast.walk(node))
+                assert allowed, f"line {node.lineno} catches everything and says nothing"
