@@ -1,0 +1,110 @@
+"""What a model asks of its operators, whichever device runs them, and the weights that a block hands to them.
+
+Letters: T new tokens, C n_embd, H heads, D head_dim, I n_inner, V vocabulary, L layers, P positions of the cache;
+in matrices N outputs, K inputs, G groups. Activations are float32, weights and cache float16.
+
+Operators are made for one model's geometry: ``PortableOperators(config)``, ``CpuOperators(config)``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Var = Any  # a jittor.Var: only moss_jt.backend imports Jittor
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A float16 matrix in nn.Linear's orientation: ``y = x @ weight.T``.
+
+    weight  (N, K) float16
+    """
+
+    weight: Var
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A group-quantised matrix, ``w[n, k] = scales[n, g] * (q[n, k] - (zeros[n, g] + 1))`` with g = k // group_size.
+
+    packed       (N, K * bits // 8) uint8. bits 8: one weight per byte. bits 4: 16 bytes hold 32 consecutive weights,
+                 byte i has weight i in its low and weight 16 + i in its high nibble.
+    scales       (N, G) float16
+    zeros        (N, G) uint8, the zero point minus one
+    bits         4 or 8
+    group_size   weights of one row that share a scale: a multiple of 32, or K where G is 1
+    input_order  (K, 1) int32 or None: column k of ``packed`` belongs to input ``input_order[k]`` (act-order). Two axes,
+                 as for token ids, and every index in [0, K).
+    """
+
+    packed: Var
+    scales: Var
+    zeros: Var
+    bits: int
+    group_size: int
+    input_order: Var | None = None
+
+
+Matrix = DenseMatrix | PackedMatrix
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One block's weights. The four matrices are all dense, or all packed with the same number of bits.
+
+    ln_1_weight, ln_1_bias  (C,) float16
+    qkv                     (3 * C, C): rows of all heads' queries, then all keys, then all values, each head-major
+    out                     (C, C)
+    fc_in, fc_in_bias       (I, C), (I,) float16
+    fc_out, fc_out_bias     (C, I), (C,) float16
+    """
+
+    ln_1_weight: Var
+    ln_1_bias: Var
+    qkv: Matrix
+    out: Matrix
+    fc_in: Matrix
+    fc_in_bias: Var
+    fc_out: Matrix
+    fc_out_bias: Var
+
+
+class Operators(Protocol):
+    """The three steps of a pass. Results are lazy Vars; weights and results are never written to, the cache is.
+
+    The cache is written in place, and a pass reads what earlier passes wrote, without Jittor knowing of it:
+    **the caller must sync the last block's result (or the logits made of it) before it starts the next pass.**
+    """
+
+    def embed(self, token_ids: Var, table: Var) -> Var:
+        """Rows of the embedding, widened.
+
+        token_ids  (T, 1) int32: two axes, because Jittor bakes a Var of shape (1,) into its kernels
+        table      (V, C) float16
+        Returns (T, C) float32. Ids must be in [0, V): they are not checked here.
+        """
+        ...
+
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
+        """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.
+
+        Writes the new keys (rotated) and values at positions start_pos .. start_pos + T - 1 of ``layer``; each
+        token attends to itself and to everything before it.
+
+        h             (T, C) float32
+        keys, values  (L, P, H, D) float16, written in place
+        Returns (T, C) float32.
+
+        Raises:
+            ValueError: shapes disagree, or the new positions do not fit into the cache.
+        """
+        ...
+
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+        """Final layer norm and the product with the head, or with a slab of its rows.
+
+        h                       (R, C) float32, R rows of which logits are wanted
+        norm_weight, norm_bias  (C,) float16
+        weight, bias            (V', C), (V',) float16
+        Returns (R, V') float32.
+        """
+        ...
