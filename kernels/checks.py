@@ -1,0 +1,54 @@
+"""What the operators check before native code or an index trusts a shape."""
+
+from moss_jt.kernels.interface import DenseMatrix, Matrix, Var
+
+
+def check_shape(name: str, var: Var, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``var`` has exactly this shape."""
+    if tuple(var.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(var.shape)}; {shape} is needed")
+
+
+def check_dtype(name: str, var: Var, dtype: str) -> None:
+    if str(var.dtype) != dtype:
+        raise ValueError(f"{name} is {var.dtype}; {dtype} is needed")
+
+
+def check_matrix(name: str, matrix: Matrix, outputs: int, inputs: int) -> None:
+    """Raises ValueError unless all arrays of a matrix fit together and it is (outputs, inputs)."""
+    if isinstance(matrix, DenseMatrix):
+        check_shape(name, matrix.weight, (outputs, inputs))
+        check_dtype(name, matrix.weight, "float16")
+        return
+    if matrix.bits not in (4, 8):
+        raise ValueError(f"{name} has {matrix.bits} bits; 4 or 8 are needed")
+    size = matrix.group_size
+    if size < 32 or size % 32 or inputs % size:
+        raise ValueError(
+            f"{name} has groups of {size}; a multiple of 32 that divides its {inputs} inputs is needed"
+        )
+    check_shape(f"{name}.packed", matrix.packed, (outputs, inputs * matrix.bits // 8))
+    check_shape(f"{name}.scales", matrix.scales, (outputs, inputs // size))
+    check_shape(f"{name}.zeros", matrix.zeros, (outputs, inputs // size))
+    check_dtype(f"{name}.packed", matrix.packed, "uint8")
+    check_dtype(f"{name}.scales", matrix.scales, "float16")
+    check_dtype(f"{name}.zeros", matrix.zeros, "uint8")
+    if matrix.input_order is not None:
+        check_shape(f"{name}.input_order", matrix.input_order, (inputs, 1))
+        check_dtype(f"{name}.input_order", matrix.input_order, "int32")
+
+
+def check_cache(
+    keys: Var, values: Var, heads: int, head_dim: int, layer: int, start_pos: int, tokens: int
+) -> None:
+    """Raises ValueError unless ``tokens`` new positions fit into both arrays of the cache."""
+    capacity = keys.shape[1]
+    for name, var in (("keys", keys), ("values", values)):
+        check_shape(name, var, (keys.shape[0], capacity, heads, head_dim))
+        check_dtype(name, var, "float16")
+    if not 0 <= layer < keys.shape[0]:
+        raise ValueError(f"layer {layer} of a cache of {keys.shape[0]} layers")
+    if tokens < 1 or start_pos < 0 or start_pos + tokens > capacity:
+        raise ValueError(
+            f"{tokens} tokens from position {start_pos} do not fit a cache of {capacity} positions"
+        )

@@ -1,0 +1,119 @@
+"""Every operator in plain Jittor operations: right on any device, and fast on none.
+
+The oracle of the tests, and what a GPU runs where there is no kernel of its own. Layers and positions enter as index
+Vars, because Jittor compiles a Python number into its kernels: nothing here compiles anew from token to token, apart
+from the shapes that Jittor's own operations specialise on.
+"""
+
+import math
+
+import numpy as np
+
+from moss_jt.backend import jt
+from moss_jt.config import MossConfig
+from moss_jt.kernels.checks import check_cache, check_matrix
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.kernels.rotary import spread_rotary_table
+
+
+def dequantize(matrix: PackedMatrix) -> Var:
+    """The packed matrix as (N, K) float32, columns in packed order."""
+    outputs, groups = matrix.scales.shape
+    q = matrix.packed.float32()
+    if matrix.bits == 4:
+        high = jt.floor(q * 0.0625)
+        low = q - high * 16.0
+        halves = [half.reshape((outputs, -1, 16)) for half in (low, high)]
+        q = jt.concat(halves, dim=2)
+    q = q.reshape((outputs, groups, matrix.group_size))
+    scales = matrix.scales.float32().reshape((outputs, groups, 1))
+    zeros = matrix.zeros.float32().reshape((outputs, groups, 1)) + 1.0
+    return (scales * (q - zeros)).reshape((outputs, -1))
+
+
+def linear(x: Var, matrix: Matrix) -> Var:
+    """``x @ w.T`` in float32: (T, K) -> (T, N)."""
+    if isinstance(matrix, DenseMatrix):
+        return jt.nn.matmul_transpose(x, matrix.weight.float32())
+    if matrix.input_order is not None:
+        x = x[:, matrix.input_order.reshape((-1,))]
+    return jt.nn.matmul_transpose(x, dequantize(matrix))
+
+
+def layer_norm(h: Var, weight: Var, bias: Var, epsilon: float) -> Var:
+    """Two passes, as torch: Jittor's own takes E[x^2] - E[x]^2, which cancels."""
+    centred = h - h.mean(dim=-1, keepdims=True)
+    variance = (centred * centred).mean(dim=-1, keepdims=True)
+    return centred / jt.sqrt(variance + epsilon) * weight.float32() + bias.float32()
+
+
+def gelu_new(x: Var) -> Var:
+    return 0.5 * x * (1.0 + jt.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def index(values: np.ndarray) -> Var:
+    """An index Var of two axes: one of shape (1,) would be compiled in as a constant."""
+    return jt.array(values.astype(np.int32).reshape(-1, 1))
+
+
+class PortableOperators:
+    """See :class:`moss_jt.kernels.interface.Operators`."""
+
+    def __init__(self, config: MossConfig) -> None:
+        self.config = config
+        cosines, sines = spread_rotary_table(config.n_positions, config.head_dim, config.rotary_dim)
+        self.cosines, self.sines = jt.array(cosines), jt.array(sines)
+        swapped = np.arange(config.head_dim)
+        swapped[: config.rotary_dim] ^= 1
+        self.swapped = jt.array(swapped.astype(np.int32))
+
+    def embed(self, token_ids: Var, table: Var) -> Var:
+        return table[token_ids].float32().reshape((token_ids.shape[0], table.shape[1]))
+
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+        normed = layer_norm(h, norm_weight, norm_bias, self.config.layer_norm_epsilon)
+        return linear(normed, DenseMatrix(weight)) + bias.float32()
+
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
+        self._check(h, weights, keys, values, layer, start_pos)
+        normed = layer_norm(h, weights.ln_1_weight, weights.ln_1_bias, self.config.layer_norm_epsilon)
+        attended = self._attention(linear(normed, weights.qkv), keys, values, layer, start_pos)
+        inner = gelu_new(linear(normed, weights.fc_in) + weights.fc_in_bias.float32())
+        mlp = linear(inner, weights.fc_out) + weights.fc_out_bias.float32()
+        return h + linear(attended, weights.out) + mlp
+
+    def _check(
+        self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int
+    ) -> None:
+        width, inner = self.config.n_embd, self.config.n_inner
+        check_matrix("qkv", weights.qkv, 3 * width, width)
+        check_matrix("out", weights.out, width, width)
+        check_matrix("fc_in", weights.fc_in, inner, width)
+        check_matrix("fc_out", weights.fc_out, width, inner)
+        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, h.shape[0])
+
+    def _rotate(self, x: Var, positions: Var) -> Var:
+        """x (T, H, D), positions (T, 1)."""
+        return x * self.cosines[positions] + x[:, :, self.swapped] * self.sines[positions]
+
+    def _attention(self, qkv: Var, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
+        """qkv (T, 3C) -> (T, C), after writing the new keys and values."""
+        heads, head_dim = self.config.n_head, self.config.head_dim
+        tokens = qkv.shape[0]
+        end = start_pos + tokens
+        new = index(np.arange(start_pos, end))
+        q, k, v = (part.reshape((tokens, heads, head_dim)) for part in jt.chunk(qkv, 3, dim=1))
+        new_layer = index(np.full(tokens, layer))
+        for cache, rows in ((keys, self._rotate(k, new)), (values, v)):
+            cache[new_layer, new] = rows.reshape((tokens, 1, heads, head_dim)).float16()
+        every, every_layer = index(np.arange(end)), index(np.full(end, layer))
+        # (H, S, D) each
+        past_k, past_v = (
+            cache[every_layer, every].reshape((end, heads, head_dim)).float32().transpose((1, 0, 2))
+            for cache in (keys, values)
+        )
+        hidden = np.arange(end) > np.arange(start_pos, end)[:, None]
+        mask = jt.array(np.where(hidden, np.float32(-1e30), np.float32(0)))
+        scores = jt.nn.bmm_transpose(self._rotate(q, new).transpose((1, 0, 2)), past_k)
+        weights = jt.nn.softmax(scores * (1 / math.sqrt(head_dim)) + mask, dim=-1)
+        return jt.nn.bmm(weights, past_v).transpose((1, 0, 2)).reshape((tokens, heads * head_dim))
