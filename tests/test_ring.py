@@ -1,0 +1,207 @@
+"""The ring of buffers: right contents in any order of use, and a clear end after every fault. No model, no Jittor."""
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moss_jt.errors import MossError
+from moss_jt.file_reader import FileReader, Piece
+from moss_jt.page_buffer import page_buffer
+from moss_jt.ring import Ring
+from moss_jt.sizes import PAGE
+
+PIECES = [Piece(Path("weights"), i * PAGE, PAGE) for i in range(7)]
+
+
+class FakeReader:
+    """Fills a buffer with the piece's number, in two halves; can be told to fail, and to wait for a go."""
+
+    def __init__(self) -> None:
+        self.fail: set[int] = set()
+        self.read_pieces: list[int] = []
+        self.closed = False
+        self.go: threading.Semaphore | None = None
+
+    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
+        number = piece.offset // PAGE
+        self.read_pieces.append(number)
+        if self.go is not None:
+            while not self.go.acquire(timeout=0.01):
+                if stopped():
+                    return False
+        if number in self.fail:
+            raise MossError(f"piece {number} is unreadable.")
+        target[: PAGE // 2] = number
+        if stopped():
+            return False
+        target[PAGE // 2 :] = number
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def reader_threads() -> int:
+    return sum(thread.name == "moss-jt reader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+def test_passes_in_order_read_every_piece_once_per_pass(buffers: int) -> None:
+    reader = FakeReader()
+    ring = Ring(PIECES, buffers, PAGE, reader)
+    for _ in range(5):
+        for number in range(7):
+            assert (ring.buffers[ring.take(number)] == number).all()
+    ring.close()
+    ahead = len(reader.read_pieces) - 35
+    assert 0 <= ahead <= buffers
+    assert reader.read_pieces == [i % 7 for i in range(35 + ahead)]
+    assert reader.closed and reader_threads() == 0
+
+
+def test_any_order_of_use_gives_the_right_piece_and_leaves_it_alone() -> None:
+    """Interrupted passes, left-out pieces, starts over: what was taken is right and stays until the next take."""
+    choose = random.Random(7)
+    ring = Ring(PIECES, 2, PAGE, FakeReader())
+    piece = 0
+    for _ in range(2000):
+        ring.end_cycle_after(choose.choice([4, 6]))
+        piece = choose.choice(
+            [piece, 0, choose.randrange(7), (piece + 1) % 7, (piece + 1) % 7, (piece + 1) % 7]
+        )
+        contents = ring.buffers[ring.take(piece)]
+        assert (contents == piece).all()
+        if choose.random() < 0.1:
+            ring.hand_back()
+    ring.close()
+
+
+def test_passes_without_the_last_pieces_do_not_read_them() -> None:
+    reader = FakeReader()
+    ring = Ring(PIECES, 2, PAGE, reader)
+    ring.end_cycle_after(4)
+    for _ in range(4):
+        for number in range(5):
+            ring.take(number)
+    ring.close()
+    assert 5 not in reader.read_pieces and 6 not in reader.read_pieces
+
+
+def test_a_read_error_reaches_the_consumer_and_a_second_try_can_succeed() -> None:
+    reader = FakeReader()
+    reader.fail = {2}
+    ring = Ring(PIECES, 2, PAGE, reader)
+    assert ring.take(0) is not None and ring.take(1) is not None
+    with pytest.raises(MossError, match="piece 2"):
+        ring.take(2)
+    with pytest.raises(MossError, match="piece 2"):
+        ring.take(2)
+    assert (ring.buffers[ring.take(5)] == 5).all(), "another piece is not spoiled by the error"
+    reader.fail = set()
+    assert (ring.buffers[ring.take(2)] == 2).all()
+    ring.close()
+
+
+def test_closing_while_a_read_waits_ends_the_thread() -> None:
+    reader = FakeReader()
+    reader.go = threading.Semaphore(0)
+    ring = Ring(PIECES, 2, PAGE, reader)
+    ring.close()
+    assert reader_threads() == 0 and reader.closed
+    with pytest.raises(MossError, match="closed"):
+        ring.take(0)
+
+
+def test_an_interruption_while_waiting_leaves_the_ring_usable() -> None:
+    """Ctrl-C in the consumer's wait: the next pass begins at the first piece and gets it."""
+    reader = FakeReader()
+    reader.go = threading.Semaphore(2)
+    ring = Ring(PIECES, 2, PAGE, reader)
+    ring.take(0)
+    ring.take(1)
+    interrupted = threading.Event()
+    original = ring._changed.wait
+
+    def interrupt(timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread() and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        return original(timeout)
+
+    ring._changed.wait = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        ring.take(2)
+    reader.go.release(100)
+    for number in (0, 1, 2):
+        assert (ring.buffers[ring.take(number)] == number).all()
+    ring.close()
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(np.arange(5 * PAGE + 100, dtype=np.uint64).tobytes())
+    return path
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("keep_cached", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cached: bool) -> None:
+    reader = FileReader(direct, 1e9)
+    reader.request_bytes = 2 * PAGE
+    contents = weights.read_bytes()
+    for offset, n_bytes in ((0, PAGE), (PAGE, 3 * PAGE), (2 * PAGE, len(contents) - 2 * PAGE)):
+        target = page_buffer(n_bytes + 5 * PAGE)
+        try:
+            assert reader.read(Piece(weights, offset, n_bytes, keep_cached), target, never)
+        except MossError as error:
+            if direct and "Invalid argument" in str(error):
+                pytest.skip("this file system has no direct reads")
+            raise
+        assert target[:n_bytes].tobytes() == contents[offset : offset + n_bytes]
+        assert not target[n_bytes + PAGE :].any(), "nothing is read beyond the piece's last page"
+    reader.close()
+
+
+def test_a_file_that_shrinks_is_named_and_one_deleted_is_still_read(weights: Path) -> None:
+    reader = FileReader(False, 1e9)
+    target = page_buffer(8 * PAGE)
+    piece = Piece(weights, 0, 8 * PAGE)
+    assert reader.read(piece, target, never)
+    os.truncate(weights, 3 * PAGE)
+    with pytest.raises(MossError, match=r"weights ends early: it has 12288 bytes, 32768 are needed"):
+        reader.read(piece, target, never)
+    weights.unlink()
+    assert reader.read(Piece(weights, 0, 3 * PAGE), target, never)
+    reader.close()
+    with pytest.raises(MossError, match="No such file"):
+        reader.read(piece, target, never)
+    reader.close()
+
+
+def test_a_disk_s_error_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    reader = FileReader(False, 1e9)
+    with pytest.raises(MossError, match="cannot read .*weights: Input/output error"):
+        reader.read(Piece(weights, 0, PAGE), page_buffer(PAGE), never)
+    reader.close()
+
+
+def test_a_stop_between_requests_is_obeyed(weights: Path) -> None:
+    reader = FileReader(False, 1e9)
+    reader.request_bytes = PAGE
+    answers = iter([False, False, True])
+    assert not reader.read(Piece(weights, 0, 5 * PAGE), page_buffer(5 * PAGE), lambda: next(answers))
+    reader.close()
