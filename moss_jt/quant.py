@@ -130,13 +130,22 @@ def quantize_rtn(weight: np.ndarray, bits: int, group_size: int) -> PackedArrays
 def dequantize(matrix: PackedArrays) -> np.ndarray:
     """The weights (N, K) float32, exact; column k belongs to input k, whatever the packed order is."""
     rows, groups = matrix.scales.shape
-    columns = groups * matrix.group_size
-    weight = np.empty((rows, columns), np.float32)
-    order = slice(None) if matrix.input_order is None else matrix.input_order
-    for part in row_slabs(rows, columns):
-        fields = unpack(matrix.packed[part], matrix.bits).reshape(-1, groups, matrix.group_size)
-        steps = fields.astype(np.float32) - (matrix.zeros[part, :, None].astype(np.float32) + 1)
-        weight[part, order] = (matrix.scales[part, :, None].astype(np.float32) * steps).reshape(-1, columns)
+    weight = np.empty((rows, groups * matrix.group_size), np.float32)
+    for part in row_slabs(*weight.shape):
+        weight[part] = dequantize_rows(matrix, part)
+    return weight
+
+
+def dequantize_rows(matrix: PackedArrays, part: slice) -> np.ndarray:
+    """The same for some rows: (n, K) float32."""
+    scales = matrix.scales[part, :, None].astype(np.float32)
+    zero_points = matrix.zeros[part, :, None].astype(np.float32) + 1
+    fields = unpack(matrix.packed[part], matrix.bits).reshape(*scales.shape[:2], matrix.group_size)
+    stored = (scales * (fields.astype(np.float32) - zero_points)).reshape(len(scales), -1)
+    if matrix.input_order is None:
+        return stored
+    weight = np.empty_like(stored)
+    weight[:, matrix.input_order] = stored
     return weight
 
 
