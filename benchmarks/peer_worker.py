@@ -1,6 +1,7 @@
-"""One peer, one process: loads a random CodeGen checkpoint and times it. Runs in an environment that has torch and CTranslate2.
+"""One peer, one process: loads a random CodeGen checkpoint and times it, where torch and CTranslate2 are.
 
-Prints one JSON object: {"load_s": s, "contexts": {"32": {"prefill_s": s, "decode_s": s per token}, ...}, "peak_gib": g}.
+Prints one JSON object:
+{"load_s": s, "contexts": {"32": {"prefill_s": s, "decode_s": s per token}, ...}, "peak_gib": g}.
 """
 
 import argparse

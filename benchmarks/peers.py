@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py 350M --work /tmp/peers --peer-python PEER/bin/python
 
-PEER is an environment with torch, transformers and ctranslate2. Every engine runs in a process of its own with two threads;
-the rounds go through all engines in turn, so that a noisy minute hits none of them alone; the table shows medians over rounds.
-The last line is one JSON object.
+PEER is an environment with torch, transformers and ctranslate2. Every engine runs in a process of its own with two
+threads; the rounds go through all engines in turn, so that a noisy minute hits none of them alone; the table shows
+medians over rounds. The last line is one JSON object.
 """
 
 import argparse
