@@ -47,9 +47,11 @@ class PackedMatrix:
 Matrix = DenseMatrix | PackedMatrix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockWeights:
-    """One block's weights. The four matrices are all dense, or all packed with the same number of bits.
+    """One block's weights. Keep the object from pass to pass: its shapes are checked once.
+
+    The four matrices are all dense, or all packed with the same number of bits.
 
     ln_1_weight, ln_1_bias  (C,) float16
     qkv                     (3 * C, C): rows of all heads' queries, then all keys, then all values, each head-major

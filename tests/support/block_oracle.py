@@ -74,7 +74,7 @@ def gelu_new(x: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, rotary_dim: int) -> np.ndarray:
-    """x (T, H, D); the first rotary_dim of each head turn in pairs (2t, 2t + 1) by position * 10000^(-2t / rotary_dim)."""
+    """x (T, H, D): the pairs (2t, 2t + 1) below rotary_dim turn by position * 10000^(-2t / rotary_dim)."""
     turned = x.copy()
     for pair in range(rotary_dim // 2):
         # float32 angles, as the reference has them
@@ -89,7 +89,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, rotary_dim: int) -> np.ndarray:
 def block(
     h: np.ndarray, weights: BlockArrays, keys: np.ndarray, values: np.ndarray, start_pos: int
 ) -> np.ndarray:
-    """The block's result (T, C) float64; keys, values (P, H, D) float16 are written as the operators must write them."""
+    """The block's result (T, C) float64; writes keys, values (P, H, D) float16 as the operators must."""
     config, w = weights.config, {name: array.astype(np.float64) for name, array in weights.arrays.items()}
     tokens, heads, head_dim = h.shape[0], config.n_head, config.head_dim
     normed = layer_norm(h, w["ln_1_weight"], w["ln_1_bias"], config.layer_norm_epsilon)

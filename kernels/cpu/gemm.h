@@ -1,0 +1,106 @@
+// Products with many tokens: tiles of the matrix are widened to float32 in the cache and given to oneDNN's sgemm.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "linear.h"
+
+#ifdef MOSS_ONEDNN
+extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+                          int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+#endif
+
+namespace moss {
+
+constexpr int64_t kGemmTokens = 24;      // from here on sgemm is ahead
+constexpr int64_t kTileRows = 128, kTileInputs = 2048;
+
+// Scratch memory of one thread: it grows and stays, so that no pass pays for fresh pages.
+template <class Tag>
+inline float* scratch(size_t floats) {
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    static thread_local std::unique_ptr<float, Free> memory;
+    static thread_local size_t size = 0;
+    if (floats > size) {
+        memory.reset((float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
+        if (!memory) std::abort();
+        size = floats;
+    }
+    return memory.get();
+}
+
+#ifdef MOSS_ONEDNN
+
+// a (m, k) times the transpose of b (n, k), or times b (k, n): c (m, n), added to c when `add`.
+inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                  int64_t ldb, bool add, float* c, int64_t ldc) {
+    dnnl_sgemm('N', transposed_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, ldc);
+}
+
+template <class M>
+inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, float* result) {
+    typename M::Row row;
+    row.start(m, row_index);
+    const int64_t size = m.group_size();
+    while (begin < end) {
+        const int64_t stop = std::min(end, (begin / size + 1) * size);
+        row.group(begin / size);
+        int64_t at = begin;
+        for (; at + M::kStep <= stop; at += M::kStep, result += M::kStep) {
+            F w[M::kVectors];
+            row.load(at, w);
+            for (int v = 0; v < M::kVectors; v++) Simd::store(result + v * kLanes, w[v]);
+        }
+        if constexpr (M::kPartial) {
+            for_lanes(stop - at, [&](int64_t i, int n) { store_n(result + i, row.load_partial(at + i, n), n); });
+            result += stop - at;
+        }
+        begin = stop;
+    }
+}
+
+template <class M>
+inline void product_tiled(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
+                          float* y, int64_t ldy, bool add) {
+    struct Tile;
+    float* tile = scratch<Tile>(kTileRows * kTileInputs);
+    for (int64_t n = first; n < end; n += kTileRows) {
+        const int64_t rows = std::min(kTileRows, end - n);
+        for (int64_t k = 0; k < m.k; k += kTileInputs) {
+            const int64_t inputs = std::min(kTileInputs, m.k - k);
+            for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * inputs);
+            sgemm(true, tokens, rows, inputs, x + k, ldx, tile, inputs, add || k > 0, y + (n - first), ldy);
+        }
+    }
+}
+
+inline bool many(int64_t tokens) { return tokens >= kGemmTokens; }
+
+#else
+
+inline bool many(int64_t) { return false; }
+
+#endif
+
+// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end.
+template <class M>
+inline void product(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
+                    int64_t ldy, bool add) {
+#ifdef MOSS_ONEDNN
+    if (many(tokens)) return product_tiled(m, first, end, x, ldx, tokens, y, ldy, add);
+#endif
+    product_small(m, first, end, x, ldx, tokens, y, ldy, add);
+}
+
+// Rows per chunk of work, a multiple of 8 (whole rotary pairs, eight streams).
+inline int64_t chunk_rows(int64_t row_bytes, int64_t tokens) {
+    constexpr int64_t kChunkBytes = 256 << 10;
+    if (many(tokens)) return kTileRows;
+    return std::max<int64_t>(1, kChunkBytes / (row_bytes * 8)) * 8;
+}
+
+}  // namespace moss

@@ -1,0 +1,88 @@
+// Products of a matrix with a few tokens (1 to 23): each weight is read once from memory, widened once per four tokens.
+//
+// Every (row, token) has one accumulator that takes its terms in the order of k, and one reduction at the end, in all
+// variants below. So the number of tokens in a pass changes no bit of any token's result.
+#pragma once
+
+#include "matrix.h"
+
+namespace moss {
+
+// y[t * ldy + r * gap] (+)= rows[r] . x[t] for kRows rows and kTokens tokens.
+template <class M, int kRows, int kTokens>
+inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
+                          int64_t gap, bool add) {
+    typename M::Row row[kRows];
+    F sum[kRows][kTokens];
+    for (int r = 0; r < kRows; r++) {
+        row[r].start(m, rows[r]);
+        for (int t = 0; t < kTokens; t++) sum[r][t] = Simd::zero();
+    }
+    const int64_t size = m.group_size();
+    for (int64_t begin = 0, g = 0; begin < m.k; begin += size, g++) {
+        for (int r = 0; r < kRows; r++) row[r].group(g);
+        int64_t at = begin;
+        for (; at + M::kStep <= begin + size; at += M::kStep) {
+            for (int r = 0; r < kRows; r++) {
+                F w[M::kVectors];
+                row[r].load(at, w);
+                for (int v = 0; v < M::kVectors; v++)
+                    for (int t = 0; t < kTokens; t++)
+                        sum[r][t] = Simd::fma(w[v], Simd::load(x + t * ldx + at + v * kLanes), sum[r][t]);
+            }
+        }
+        if constexpr (M::kPartial)
+            for_lanes(begin + size - at, [&](int64_t i, int n) {
+                for (int r = 0; r < kRows; r++) {
+                    const F w = row[r].load_partial(at + i, n);
+                    for (int t = 0; t < kTokens; t++)
+                        sum[r][t] = Simd::fma(w, load_n(x + t * ldx + at + i, n), sum[r][t]);
+                }
+            });
+    }
+    for (int r = 0; r < kRows; r++)
+        for (int t = 0; t < kTokens; t++) {
+            float& result = y[t * ldy + r * gap];
+            result = (add ? result : 0.0f) + Simd::sum(sum[r][t]);
+        }
+}
+
+template <class M, int kRows>
+inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
+                           int64_t ldy, int64_t gap, bool add) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4)
+        product_block<M, kRows, 4>(m, rows, x + t * ldx, ldx, y + t * ldy, ldy, gap, add);
+    const float* rest = x + t * ldx;
+    float* result = y + t * ldy;
+    if (tokens - t == 3) product_block<M, kRows, 3>(m, rows, rest, ldx, result, ldy, gap, add);
+    if (tokens - t == 2) product_block<M, kRows, 2>(m, rows, rest, ldx, result, ldy, gap, add);
+    if (tokens - t == 1) product_block<M, kRows, 1>(m, rows, rest, ldx, result, ldy, gap, add);
+}
+
+// kRows streams at once, each walking through `length` rows that follow one another in memory: several far-apart
+// sequential streams are what brings one core to its share of the memory's bandwidth.
+template <class M, int kRows>
+inline int64_t product_streams(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
+                               float* y, int64_t ldy, bool add) {
+    const int64_t length = (end - first) / kRows;
+    for (int64_t i = 0; i < length; i++) {
+        int64_t rows[kRows];
+        for (int r = 0; r < kRows; r++) rows[r] = first + r * length + i;
+        product_tokens<M, kRows>(m, rows, x, ldx, tokens, y + i, ldy, length, add);
+    }
+    return first + length * kRows;
+}
+
+// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end.
+template <class M>
+inline void product_small(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
+                          float* y, int64_t ldy, bool add) {
+    constexpr int kWide = 8, kNarrow = 4;
+    int64_t done = first;
+    if (tokens == 1) done = product_streams<M, kWide>(m, first, end, x, ldx, 1, y, ldy, add);
+    else done = product_streams<M, kNarrow>(m, first, end, x, ldx, tokens, y, ldy, add);
+    product_streams<M, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
+}
+
+}  // namespace moss

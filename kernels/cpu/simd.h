@@ -1,0 +1,198 @@
+// Vectors of floats: one set of operations, three implementations; MOSS_SIMD (512, 256 or 0) says which one is Simd.
+//
+// Kernels are written once over Simd. They promise that a token's result does not depend on how many tokens share a
+// pass, so every operation here rounds in one defined way: fused where it says fma, and the compiler is told
+// (-fno-fast-math -ffp-contract=off) to neither fuse nor reorder anything else.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if MOSS_SIMD > 0
+#include <immintrin.h>
+#endif
+
+namespace moss {
+
+#if MOSS_SIMD == 512
+
+struct Simd {
+    static constexpr int kLanes = 16;
+    using F = __m512;
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+    static float sum(F x) { return _mm512_reduce_add_ps(x); }
+    static float largest(F x) { return _mm512_reduce_max_ps(x); }
+    static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static F load_half_partial(const uint16_t* p, int n) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
+    }
+    static void store_half(uint16_t* p, F x) {
+        _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+
+  private:
+    static __mmask16 mask(int n) { return (__mmask16)((1u << n) - 1); }
+};
+
+#elif MOSS_SIMD == 256
+
+struct Simd {
+    static constexpr int kLanes = 8;
+    using F = __m256;
+    static F zero() { return _mm256_setzero_ps(); }
+    static F set1(float x) { return _mm256_set1_ps(x); }
+    static F load(const float* p) { return _mm256_loadu_ps(p); }
+    static F load_partial(const float* p, int n) {
+        float padded[kLanes] = {};
+        std::memcpy(padded, p, n * sizeof(float));
+        return load(padded);
+    }
+    static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static F min(F a, F b) { return _mm256_min_ps(a, b); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F scale2(F x, F n) {
+        __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    }
+    static float sum(F x) {
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    static float largest(F x) {
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
+    static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+    static F load_half_partial(const uint16_t* p, int n) {
+        uint16_t padded[kLanes] = {};
+        std::memcpy(padded, p, n * sizeof(uint16_t));
+        return load_half(padded);
+    }
+    static void store_half(uint16_t* p, F x) {
+        _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+};
+
+#else
+
+// Plain C++, in the compiler's own vectors: whatever the machine has, without assuming a fused multiply-add.
+struct Simd {
+    static constexpr int kLanes = 8;
+    typedef float F __attribute__((vector_size(32)));
+    typedef int32_t I __attribute__((vector_size(32)));
+    static F zero() { return F{}; }
+    static F set1(float x) { return F{x, x, x, x, x, x, x, x}; }
+    static F load(const float* p) {
+        F x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static F load_partial(const float* p, int n) {
+        F x = {};
+        std::memcpy(&x, p, n * sizeof(float));
+        return x;
+    }
+    static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F div(F a, F b) { return a / b; }
+    static F min(F a, F b) { return a < b ? a : b; }
+    static F max(F a, F b) { return a > b ? a : b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static F round(F x) {
+        for (int i = 0; i < kLanes; i++) x[i] = std::nearbyint(x[i]);
+        return x;
+    }
+    static F scale2(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
+    static float sum(F x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+    static float largest(F x) {
+        float most = x[0];
+        for (int i = 1; i < kLanes; i++) most = x[i] > most ? x[i] : most;
+        return most;
+    }
+    static F load_half(const uint16_t* p) {
+        typedef uint16_t H __attribute__((vector_size(16)));
+        H half;
+        std::memcpy(&half, p, sizeof half);
+        const I bits = __builtin_convertvector(half, I), magnitude = bits & 0x7fff;
+        const F normal = (F)((magnitude << 13) + (112 << 23));
+        const F subnormal = __builtin_convertvector(magnitude, F) * 0x1p-24f;
+        const F size = magnitude < 0x400 ? subnormal : normal;
+        return (F)((I)size | ((bits & 0x8000) << 16));
+    }
+    static F load_half_partial(const uint16_t* p, int n) {
+        uint16_t padded[kLanes] = {};
+        std::memcpy(padded, p, n * sizeof(uint16_t));
+        return load_half(padded);
+    }
+    static void store_half(uint16_t* p, F x) {
+        for (int i = 0; i < kLanes; i++) p[i] = to_half(x[i]);
+    }
+
+  private:
+    // Round to nearest, ties to even, of a value within float16's range.
+    static uint16_t to_half(float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, sizeof bits);
+        const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+        if (magnitude < 0x38800000)  // below the smallest normal: in steps of 2^-24
+            return (uint16_t)(sign | (uint32_t)std::nearbyint(std::fabs(x) * 0x1p24f));
+        const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+        return (uint16_t)(sign | ((rounded - (112u << 23)) >> 13));
+    }
+};
+
+#endif
+
+using F = Simd::F;
+constexpr int kLanes = Simd::kLanes;
+
+inline uint16_t half_bits(float x) {
+    uint16_t lanes[kLanes];
+    Simd::store_half(lanes, Simd::set1(x));
+    return lanes[0];
+}
+
+inline float half_value(const uint16_t* p) {
+    float lanes[kLanes];
+    Simd::store(lanes, Simd::load_half_partial(p, 1));
+    return lanes[0];
+}
+
+// e^x to about one unit in the last place of float32; x is clamped to [-87, 88].
+inline F exp(F x) {
+    x = Simd::min(Simd::max(x, Simd::set1(-87.0f)), Simd::set1(88.0f));
+    const F n = Simd::round(Simd::mul(x, Simd::set1(1.44269504f)));
+    F r = Simd::fma(n, Simd::set1(-0.693359375f), x);  // log 2 in two parts: n times the first is exact
+    r = Simd::fma(n, Simd::set1(2.12194440e-4f), r);
+    // The Taylor series up to r^7 / 7!: |r| <= log(2) / 2, so the rest is below 6e-9.
+    F p = Simd::set1(1.0f / 5040);
+    for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+        p = Simd::fma(p, r, Simd::set1(factor));
+    return Simd::scale2(p, n);
+}
+
+}  // namespace moss

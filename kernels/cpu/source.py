@@ -1,0 +1,57 @@
+"""Sources of the jt.code operations: small pieces that call the headers beside this file."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from moss_jt.backend import jt
+from moss_jt.kernels.interface import Var
+
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def onednn_folder() -> Path | None:
+    """Where Jittor has oneDNN's include and lib folders, or None where it runs without."""
+    home = Path(os.environ.get("JITTOR_HOME", Path.home()))
+    folders = sorted((home / ".cache" / "jittor" / "mkl").glob("dnnl*"))
+    if not jt.compile_extern.mkl_ops or not folders:
+        return None
+    return folders[-1]
+
+
+@functools.cache
+def cpu_header(simd: int, include: str) -> str:
+    """Jittor watches included files, but finds them by an absolute path or in a folder given by -I only."""
+    lines = [f"#define MOSS_SIMD {simd}", f'#include "{FOLDER / include}"', ""]
+    if onednn_folder() is not None:
+        lines.insert(0, "#define MOSS_ONEDNN 1")
+    return "\n".join(lines)
+
+
+@functools.cache
+def compile_options() -> dict[str, int]:
+    """Extra flags: one defined rounding for every operation (see simd.h), and oneDNN where Jittor has it."""
+    flags = [f'-I"{FOLDER}"', "-std=c++17", "-Wno-strict-aliasing", "-fno-fast-math", "-ffp-contract=off"]
+    folder = onednn_folder()
+    if folder is not None:
+        flags += [f'-L"{folder / "lib"}"', "-lmkldnn"]
+    return {"FLAGS: " + " ".join(flags) + " ": 1}
+
+
+def run(
+    simd: int,
+    include: str,
+    source: str,
+    shapes: list[tuple[int, ...]],
+    inputs: list[Var],
+    data: dict[str, Any] | None = None,
+) -> list[Var]:
+    """Float32 results of ``source``, which sees in0_p, out0_p, in0_shape0 and so on, and ``data`` as doubles."""
+    dtypes = ["float32"] * len(shapes)
+    results = jt.code(
+        shapes, dtypes, inputs, cpu_header=cpu_header(simd, include), cpu_src=source, data=data or {}
+    )
+    results[0].compile_options = compile_options()
+    return results
