@@ -1,0 +1,216 @@
+"""A model folder with random weights at any geometry, straight to disk: for timing and memory, not for talking.
+
+    python benchmarks/random_model.py /data/moss-random                     MOSS itself: 33.4 GB
+    python benchmarks/random_model.py /data/moss-random-int4 --bits 4
+    python benchmarks/random_model.py /data/codegen-random --geometry 2.8B  5.6 GB
+
+The numbers come from one pool of random values, read from a different place for each tensor, so that writing costs what
+the disk costs. Activations stay finite: matrices are about 0.02, norms are one.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt.config import MOSS_MOON_003, MossConfig
+
+GEOMETRIES = {
+    "moss-moon-003": MOSS_MOON_003,
+    "2.8B": replace(MOSS_MOON_003, vocab_size=51200, n_embd=2560, n_layer=32, n_head=32, n_inner=10240),
+    "small": replace(
+        MOSS_MOON_003, vocab_size=8192, n_embd=768, n_layer=12, n_head=12, rotary_dim=32, n_inner=3072
+    ),
+}
+PAGE = 4096
+POOL_BYTES = 64 << 20
+DTYPES = {"F16": 2, "U8": 1}
+
+Spec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
+
+
+def matrix_specs(name: str, rows: int, columns: int, bits: int, group_size: int) -> list[Spec]:
+    if bits == 16:
+        return [(f"{name}.weight", "F16", (rows, columns))]
+    groups = columns // group_size
+    return [
+        (f"{name}.packed", "U8", (rows, columns * bits // 8)),
+        (f"{name}.scales", "F16", (rows, groups)),
+        (f"{name}.zeros", "U8", (rows, groups)),
+    ]
+
+
+def block_specs(config: MossConfig, block: int, bits: int, group_size: int) -> list[Spec]:
+    c, inner = config.n_embd, config.n_inner
+    matrices = {
+        "attn.qkv_proj": (3 * c, c),
+        "attn.out_proj": (c, c),
+        "mlp.fc_in": (inner, c),
+        "mlp.fc_out": (c, inner),
+    }
+    specs: list[Spec] = [
+        ("ln_1.weight", "F16", (c,)),
+        ("ln_1.bias", "F16", (c,)),
+        ("mlp.fc_in.bias", "F16", (inner,)),
+        ("mlp.fc_out.bias", "F16", (c,)),
+    ]
+    for name, (rows, columns) in matrices.items():
+        specs += matrix_specs(name, rows, columns, bits, group_size)
+    return [(f"transformer.h.{block}.{name}", dtype, shape) for name, dtype, shape in specs]
+
+
+def n_bytes_of(spec: Spec) -> int:
+    return DTYPES[spec[1]] * int(np.prod(spec[2]))
+
+
+class RandomPool:
+    """Bytes for any tensor, from three pools: small normal numbers, small positive scales, and any bytes."""
+
+    def __init__(self, seed: int, bits: int) -> None:
+        self._random = np.random.default_rng(seed)
+        values = self._random.standard_normal(POOL_BYTES // 8, np.float32)
+        normal = np.tile((values * 0.02).astype(np.float16), 4)
+        scales = ((np.abs(values[: 1 << 20]) + 0.5) * (0.08 / (1 << bits))).astype(np.float16)
+        self._pools = {
+            "weights": memoryview(normal).cast("B"),
+            "scales": memoryview(scales).cast("B"),
+            "packed": memoryview(self._random.bytes(POOL_BYTES)),
+            "zeros": memoryview(bytes([(1 << (bits - 1)) - 1]) * (1 << 20)) if bits < 16 else memoryview(b""),
+            "ones": memoryview(np.ones(1 << 16, np.float16)).cast("B"),
+            "nothing": memoryview(bytes(1 << 16)),
+        }
+
+    def pieces(self, spec: Spec) -> list[memoryview]:
+        """Views that together are the tensor's bytes."""
+        name, _, shape = spec
+        last = name.rsplit(".", 1)[1]
+        kind = {"bias": "nothing", "weight": "weights"}.get(last, last)
+        if last == "weight" and len(shape) == 1:
+            kind = "ones"
+        pool, left, found = self._pools[kind], n_bytes_of(spec), []
+        start = int(self._random.integers(len(pool) // 2)) // 2 * 2
+        while left:
+            piece = pool[start : start + left]
+            found.append(piece)
+            left -= len(piece)
+            start = 0
+        return found
+
+
+class Hasher(threading.Thread):
+    """Checksums beside the writing: hashing releases Python's lock."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.digests: dict[str, str] = {}
+        self._work: queue.Queue[tuple[str, list[memoryview]] | None] = queue.Queue()
+        self.start()
+
+    def add(self, name: str, pieces: list[memoryview]) -> None:
+        self._work.put((name, pieces))
+
+    def run(self) -> None:
+        while (work := self._work.get()) is not None:
+            digest = hashlib.sha256()
+            for piece in work[1]:
+                digest.update(piece)
+            self.digests[work[0]] = digest.hexdigest()
+
+    def finish(self) -> dict[str, str]:
+        self._work.put(None)
+        self.join()
+        return self.digests
+
+
+def write_file(path: Path, specs: list[Spec], pool: RandomPool, hasher: Hasher) -> dict[str, object]:
+    """One safetensors file, biggest tensors first, data on a page; returns its manifest entry without checksums."""
+    specs = sorted(specs, key=n_bytes_of, reverse=True)
+    header: dict[str, object] = {}
+    offset = 0
+    for spec in specs:
+        end = offset + n_bytes_of(spec)
+        header[spec[0]] = {"dtype": spec[1], "shape": list(spec[2]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    with open(path, "wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            pieces = pool.pieces(spec)
+            hasher.add(spec[0], pieces)
+            for piece in pieces:
+                while piece:
+                    piece = piece[file.write(piece) :]
+        # What is not yet on the disk would be written while something is being measured.
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tensors = {name: {"shape": list(shape), "dtype": dtype} for name, dtype, shape in specs}
+    return {"bytes": path.stat().st_size, "tensors": tensors}
+
+
+def write_random_model(
+    folder: Path, config: MossConfig, tokenizer: Path, bits: int = 16, group_size: int = 128, seed: int = 0
+) -> None:
+    """Write the model folder; ``tokenizer`` is a tokenizer.json to copy.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    pool, hasher = RandomPool(seed, bits), Hasher()
+    table = (config.vocab_size, config.n_embd)
+    head: list[Spec] = [
+        ("transformer.ln_f.weight", "F16", (config.n_embd,)),
+        ("transformer.ln_f.bias", "F16", (config.n_embd,)),
+        ("lm_head.weight", "F16", table),
+        ("lm_head.bias", "F16", (config.vocab_size,)),
+    ]
+    files = {"embedding.safetensors": [("transformer.wte.weight", "F16", table)], "head.safetensors": head}
+    for block in range(config.n_layer):
+        files[f"block-{block:02d}.safetensors"] = block_specs(config, block, bits, group_size)
+    entries = {name: write_file(folder / name, specs, pool, hasher) for name, specs in files.items()}
+    digests = hasher.finish()
+    for entry in entries.values():
+        for name, tensor in entry["tensors"].items():  # type: ignore[attr-defined]
+            tensor["sha256"] = digests[name]
+    (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2))
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    manifest = {
+        "format": "moss-jt",
+        "version": 1,
+        "bits": bits,
+        "group_size": 0 if bits == 16 else group_size,
+        "source": "random",
+        "files": entries,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="moss-moon-003")
+    parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json of any model folder")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    write_random_model(arguments.folder, GEOMETRIES[arguments.geometry], arguments.tokenizer, arguments.bits)
+    n_bytes = sum(path.stat().st_size for path in arguments.folder.iterdir())
+    seconds = time.perf_counter() - begin
+    print(f"{n_bytes / 1e9:.1f} GB in {seconds:.0f} s ({n_bytes / seconds / 1e9:.2f} GB/s)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
