@@ -11,8 +11,8 @@ def rotary_table(n_positions: int, rotary_dim: int) -> np.ndarray:
 
     Returns (n_positions, 2, rotary_dim // 2) float32: cosines, then sines; pair t holds the dimensions 2t, 2t + 1.
     """
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
-    frequencies = np.float32(1) / np.float32(10000) ** exponents
+    exponents = np.arange(0, rotary_dim, 2) / rotary_dim
+    frequencies = (10000.0**-exponents).astype(np.float32)
     angles = np.outer(np.arange(n_positions, dtype=np.float32), frequencies).astype(np.float32)
     angles = angles.astype(np.float64)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "packed.h"
 
 namespace moss {
 
@@ -48,9 +49,10 @@ struct Workspace {
     }
 };
 
+// An index out of range, which only a damaged model folder holds, reads the last input and nothing beyond it.
 inline void gather(const float* x, const int32_t* order, int64_t count, float* result) {
     if (order)
-        for (int64_t i = 0; i < count; i++) result[i] = x[order[i]];
+        for (int64_t i = 0; i < count; i++) result[i] = x[std::min<uint32_t>((uint32_t)order[i], (uint32_t)count - 1)];
 }
 
 // Rows first .. end of the qkv product for all tokens: queries are scaled, keys and values go to the cache.

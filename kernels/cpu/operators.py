@@ -1,13 +1,16 @@
 """The CPU's operators: each is one jt.code operation over the headers in this folder."""
 
 import weakref
+from dataclasses import dataclass
+
+import numpy as np
 
 from moss_jt.backend import jt
 from moss_jt.config import MossConfig
 from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary import rotary_table
 
 GROUP = 128  # positions per group of attention.h
@@ -53,11 +56,47 @@ MATRICES
 moss::run_block(block);
 """
 
-DENSE_MATRICES = "".join(
-    f"block.{name} = moss::Dense{{(const uint16_t*)in{i}_p, in{i}_shape0, in{i}_shape1}};\n"
-    for i, name in enumerate(("qkv", "out_proj", "fc_in", "fc_out"), start=8)
-)
-DENSE_BLOCK = BLOCK.replace("MATRICES", DENSE_MATRICES).replace("MATRIX", "Dense")
+MATRIX_NAMES = (
+    "qkv",
+    "out_proj",
+    "fc_in",
+    "fc_out",
+)  # as block.h calls them: Jittor defines a macro named out
+FIRST_MATRIX = 8  # the first input that belongs to a matrix
+
+
+def dense_source() -> str:
+    lines = [
+        f"block.{name} = moss::Dense{{(const uint16_t*)in{i}_p, in{i}_shape0, in{i}_shape1}};"
+        for i, name in enumerate(MATRIX_NAMES, start=FIRST_MATRIX)
+    ]
+    return BLOCK.replace("MATRICES", "\n".join(lines)).replace("MATRIX", "Dense")
+
+
+def packed_source(bits: int) -> str:
+    kind = f"Packed<moss::{'Nibbles' if bits == 4 else 'Bytes'}>"
+    lines = []
+    for index, name in enumerate(MATRIX_NAMES):
+        packed, scales, zeros, order = (FIRST_MATRIX + 4 * index + i for i in range(4))
+        inputs = f"in{packed}_shape1 * {8 // bits}"
+        lines.append(
+            f"block.{name} = moss::{kind}{{(const uint8_t*)in{packed}_p, (const uint16_t*)in{scales}_p, "
+            f"(const uint8_t*)in{zeros}_p, in{order}_shape0 == {inputs} ? (const int32_t*)in{order}_p : nullptr, "
+            f"in{packed}_shape0, {inputs}, in{scales}_shape1}};"
+        )
+    return BLOCK.replace("MATRICES", "\n".join(lines)).replace("MATRIX", kind)
+
+
+BLOCK_SOURCES = {16: dense_source(), 8: packed_source(8), 4: packed_source(4)}
+
+
+@dataclass(frozen=True)
+class CheckedBlock:
+    """A block's weights, found to fit together: the operation's source, norm and biases, and the matrices' arrays."""
+
+    source: str
+    vectors: list[Var]
+    matrices: list[Var]
 
 
 class CpuOperators:
@@ -81,8 +120,10 @@ class CpuOperators:
         if self.simd not in available_simd():
             raise ValueError(f"simd {simd} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
-        # A block's weights, checked once, in the order of the operation's inputs.
-        self._inputs: weakref.WeakKeyDictionary[BlockWeights, list[Var]] = weakref.WeakKeyDictionary()
+        self.no_order = jt.array(
+            np.zeros((2, 1), np.int32)
+        )  # stands in for a matrix's input_order; no K is 2
+        self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
     def embed(self, token_ids: Var, table: Var) -> Var:
         check_dtype("token_ids", token_ids, "int32")
@@ -111,15 +152,13 @@ class CpuOperators:
         check_cache(keys, values, config.n_head, config.head_dim, layer, start_pos, tokens)
         if keys.shape[1] > config.n_positions:
             raise ValueError(f"the cache has {keys.shape[1]} positions; the model has {config.n_positions}")
-        inputs = self._inputs.get(weights)
-        if inputs is None:
-            inputs = self._inputs[weights] = self._checked_inputs(weights)
-        norm, matrices = inputs[:4], inputs[4:]
+        checked = self._checked.get(weights)
+        if checked is None:
+            checked = self._checked[weights] = self._check(weights)
+        inputs = [h, *checked.vectors, self.rotary, keys, values, *checked.matrices]
         data = {"layer": layer, "start_pos": start_pos, "epsilon": config.layer_norm_epsilon}
         shapes = [(tokens, config.n_embd), (self._workspace(tokens, start_pos),)]
-        return run(
-            self.simd, "block.h", DENSE_BLOCK, shapes, [h, *norm, self.rotary, keys, values, *matrices], data
-        )[0]
+        return run(self.simd, "block.h", checked.source, shapes, inputs, data)[0]
 
     def _workspace(self, tokens: int, start_pos: int) -> int:
         """Floats that Workspace in block.h takes."""
@@ -128,7 +167,7 @@ class CpuOperators:
         partial = config.n_head * groups * (config.head_dim + 2)
         return tokens * (6 * config.n_embd + 2 * config.n_inner + partial)
 
-    def _checked_inputs(self, weights: BlockWeights) -> list[Var]:
+    def _check(self, weights: BlockWeights) -> CheckedBlock:
         width, inner = self.config.n_embd, self.config.n_inner
         vectors = {
             "ln_1_weight": (weights.ln_1_weight, width),
@@ -145,9 +184,17 @@ class CpuOperators:
             "fc_in": (weights.fc_in, inner, width),
             "fc_out": (weights.fc_out, width, inner),
         }
-        inputs = [vector for vector, _ in vectors.values()]
-        for name, (matrix, outputs, k) in matrices.items():
-            check_matrix(name, matrix, outputs, k)
-            if isinstance(matrix, DenseMatrix):
-                inputs.append(matrix.weight)
-        return inputs
+        arrays, bits = [], set()
+        for name, (matrix, outputs, inputs) in matrices.items():
+            check_matrix(name, matrix, outputs, inputs)
+            bits.add(16 if isinstance(matrix, DenseMatrix) else matrix.bits)
+            arrays += self._arrays(matrix)
+        if len(bits) > 1:
+            raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
+        return CheckedBlock(BLOCK_SOURCES[bits.pop()], [vector for vector, _ in vectors.values()], arrays)
+
+    def _arrays(self, matrix: Matrix) -> list[Var]:
+        if isinstance(matrix, DenseMatrix):
+            return [matrix.weight]
+        order = self.no_order if matrix.input_order is None else matrix.input_order
+        return [matrix.packed, matrix.scales, matrix.zeros, order]

@@ -40,6 +40,10 @@ struct Simd {
     static F load_half_partial(const uint16_t* p, int n) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
     }
+    static F set1_half(uint16_t x) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)x)); }
+    static F load_bytes(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    }
     static void store_half(uint16_t* p, F x) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -90,9 +94,23 @@ struct Simd {
         std::memcpy(padded, p, n * sizeof(uint16_t));
         return load_half(padded);
     }
+    static F set1_half(uint16_t x) { return _mm256_cvtph_ps(_mm_set1_epi16((short)x)); }
+    static F load_bytes(const uint8_t* p) { return widen_bytes(_mm_loadl_epi64((const __m128i*)p)); }
+    // The fields of 16 bytes: all low nibbles, then all high ones.
+    static void load_nibbles(const uint8_t* p, F* w) {
+        const __m128i pairs = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15);
+        const __m128i low = _mm_and_si128(pairs, mask), high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+        w[0] = widen_bytes(low);
+        w[1] = widen_bytes(_mm_srli_si128(low, 8));
+        w[2] = widen_bytes(high);
+        w[3] = widen_bytes(_mm_srli_si128(high, 8));
+    }
     static void store_half(uint16_t* p, F x) {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
+
+  private:
+    static F widen_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
 };
 
 #else
@@ -148,11 +166,26 @@ struct Simd {
         std::memcpy(padded, p, n * sizeof(uint16_t));
         return load_half(padded);
     }
+    static F set1_half(uint16_t x) {
+        const uint16_t lanes[kLanes] = {x, x, x, x, x, x, x, x};
+        return load_half(lanes);
+    }
+    static F load_bytes(const uint8_t* p) { return widen_bytes(p, 0, 255); }
+    static void load_nibbles(const uint8_t* p, F* w) {
+        for (int v = 0; v < 4; v++) w[v] = widen_bytes(p + v % 2 * kLanes, v / 2 * 4, 15);
+    }
     static void store_half(uint16_t* p, F x) {
         for (int i = 0; i < kLanes; i++) p[i] = to_half(x[i]);
     }
 
   private:
+    static F widen_bytes(const uint8_t* p, int shift, int mask) {
+        typedef uint8_t B __attribute__((vector_size(8)));
+        B bytes;
+        std::memcpy(&bytes, p, sizeof bytes);
+        return __builtin_convertvector((__builtin_convertvector(bytes, I) >> shift) & mask, F);
+    }
+
     // Round to nearest, ties to even, of a value within float16's range.
     static uint16_t to_half(float x) {
         uint32_t bits;
@@ -169,18 +202,6 @@ struct Simd {
 
 using F = Simd::F;
 constexpr int kLanes = Simd::kLanes;
-
-inline uint16_t half_bits(float x) {
-    uint16_t lanes[kLanes];
-    Simd::store_half(lanes, Simd::set1(x));
-    return lanes[0];
-}
-
-inline float half_value(const uint16_t* p) {
-    float lanes[kLanes];
-    Simd::store(lanes, Simd::load_half_partial(p, 1));
-    return lanes[0];
-}
 
 // e^x to about one unit in the last place of float32; x is clamped to [-87, 88].
 inline F exp(F x) {

@@ -4,7 +4,7 @@ Also random weights for it, at sizes that a test chooses.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,10 +36,16 @@ def geometry(
 
 @dataclass
 class BlockArrays:
-    """One block's weights as float16 arrays in (out, in) orientation; what an oracle and the operators both read."""
+    """One block's weights in (out, in) orientation; what the oracle and the operators both read.
+
+    float16, or float32 where they stand for a packed matrix.
+    """
 
     config: MossConfig
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray]
+
+    def wide(self) -> dict[str, np.ndarray]:
+        return {name: array.astype(np.float64) for name, array in self.arrays.items()}
 
     @classmethod
     def random(cls, config: MossConfig, seed: int) -> "BlockArrays":
@@ -78,7 +84,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, rotary_dim: int) -> np.ndarray:
     turned = x.copy()
     for pair in range(rotary_dim // 2):
         # float32 angles, as the reference has them
-        frequency = np.float32(1) / np.float32(10000) ** np.float32(2 * pair / rotary_dim)
+        frequency = np.float32(10000.0 ** (-2 * pair / rotary_dim))
         angle = (positions.astype(np.float32) * frequency).astype(np.float64)[:, None]
         even, odd = x[:, :, 2 * pair], x[:, :, 2 * pair + 1]
         turned[:, :, 2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
@@ -86,22 +92,40 @@ def rotate(x: np.ndarray, positions: np.ndarray, rotary_dim: int) -> np.ndarray:
     return turned
 
 
+def new_keys_values(h: np.ndarray, weights: BlockArrays, start_pos: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the block adds to the cache for h (T, C), before rounding to float16: two (T, H, D) float64."""
+    _, _, k, v = _queries_keys_values(h, weights, start_pos)
+    return k, v
+
+
 def block(
     h: np.ndarray, weights: BlockArrays, keys: np.ndarray, values: np.ndarray, start_pos: int
 ) -> np.ndarray:
-    """The block's result (T, C) float64; writes keys, values (P, H, D) float16 as the operators must."""
-    config, w = weights.config, {name: array.astype(np.float64) for name, array in weights.arrays.items()}
-    tokens, heads, head_dim = h.shape[0], config.n_head, config.head_dim
-    normed = layer_norm(h, w["ln_1_weight"], w["ln_1_bias"], config.layer_norm_epsilon)
-    qkv = normed @ w["qkv"].T
-    q, k, v = (part.reshape(tokens, heads, head_dim) for part in np.split(qkv, 3, axis=1))
-    positions = np.arange(start_pos, start_pos + tokens)
-    keys[positions] = rotate(k, positions, config.rotary_dim).astype(np.float16)
-    values[positions] = v.astype(np.float16)
-    attended = attention(rotate(q, positions, config.rotary_dim), keys, values, start_pos)
+    """The block's result (T, C) float64, after writing the new positions to keys, values (P, H, D) float16."""
+    new = slice(start_pos, start_pos + h.shape[0])
+    keys[new], values[new] = new_keys_values(h, weights, start_pos)
+    return block_over_cache(h, weights, keys, values, start_pos)
+
+
+def block_over_cache(
+    h: np.ndarray, weights: BlockArrays, keys: np.ndarray, values: np.ndarray, start_pos: int
+) -> np.ndarray:
+    """The same over a cache that already has the new positions."""
+    w = weights.wide()
+    normed, q, _, _ = _queries_keys_values(h, weights, start_pos)
+    attended = attention(q, keys, values, start_pos)
     inner = gelu_new(normed @ w["fc_in"].T + w["fc_in_bias"])
     mlp = inner @ w["fc_out"].T + w["fc_out_bias"]
-    return h.astype(np.float64) + attended.reshape(tokens, -1) @ w["out"].T + mlp
+    return h.astype(np.float64) + attended.reshape(h.shape[0], -1) @ w["out"].T + mlp
+
+
+def _queries_keys_values(h: np.ndarray, weights: BlockArrays, start_pos: int) -> tuple[np.ndarray, ...]:
+    config, w = weights.config, weights.wide()
+    normed = layer_norm(h, w["ln_1_weight"], w["ln_1_bias"], config.layer_norm_epsilon)
+    parts = np.split(normed @ w["qkv"].T, 3, axis=1)
+    q, k, v = (part.reshape(h.shape[0], config.n_head, config.head_dim) for part in parts)
+    positions = np.arange(start_pos, start_pos + h.shape[0])
+    return normed, rotate(q, positions, config.rotary_dim), rotate(k, positions, config.rotary_dim), v
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int) -> np.ndarray:

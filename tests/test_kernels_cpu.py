@@ -1,0 +1,282 @@
+"""The CPU's operators against a float64 block, at every vector width that this machine has.
+
+Tolerance: weights are exact in float32 whether they come as float16 or packed, and sums are float32, so a block agrees
+to 1e-5 of its largest value with the same block in float64. The oracle attends to the cache that the operator wrote;
+that one is checked apart, against float16's half step of 2**-11 of each value.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt import quant
+from moss_jt.backend import jt
+from moss_jt.config import MossConfig
+from moss_jt.errors import MossError
+from moss_jt.kernels.cpu.operators import CpuOperators
+from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
+from moss_jt.kernels.interface import BlockWeights
+from moss_jt.kernels.portable import PortableOperators, dequantize
+from tests.support import block_oracle
+from tests.support.block_oracle import BlockArrays, geometry
+from tests.support.operator_weights import (
+    dense_block,
+    index_var,
+    packed_block,
+    packed_matrix,
+    random_packed,
+    var,
+    widened,
+)
+
+SIMD = available_simd()
+KINDS = ("float16", "int8", "int4")
+PASSES = (
+    1,
+    2,
+    3,
+    7,
+    16,
+    23,
+    24,
+    33,
+    128,
+    1,
+    5,
+)  # their sum is the capacity: the last pass ends where the cache ends
+
+GEOMETRIES = {
+    "head of 24": geometry(96, 4, 16),
+    "24 heads": geometry(768, 24, 32, n_inner=544),
+    "head of 256": geometry(1024, 4, 64, n_inner=1056),
+    "all rotary": geometry(320, 4, 80, n_inner=96),
+}
+ODD = geometry(130, 5, 24, n_inner=515)  # no multiple of anything: float16 only
+
+
+def make_block(
+    kind: str, config: MossConfig, group_size: int = 32, ordered: bool = False
+) -> tuple[BlockWeights, BlockArrays]:
+    if kind == "float16":
+        arrays = BlockArrays.random(config, seed=1)
+        return dense_block(arrays), arrays
+    return packed_block(config, 8 if kind == "int8" else 4, group_size, seed=1, ordered=ordered)
+
+
+class Run:
+    """One operators object, block and cache; layer 1 of 2 is used, and layer 0 must stay as it was."""
+
+    def __init__(self, operators: Any, weights: BlockWeights, config: MossConfig, capacity: int) -> None:
+        self.operators, self.weights = operators, weights
+        shape = (2, capacity, config.n_head, config.head_dim)
+        self.keys, self.values = (jt.array(np.zeros(shape, np.float16)) for _ in range(2))
+
+    def step(self, h: np.ndarray, start_pos: int) -> np.ndarray:
+        return self.operators.block(jt.array(h), self.weights, self.keys, self.values, 1, start_pos).numpy()
+
+    def cache(self) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.keys.numpy(), self.values.numpy()
+        assert not keys[0].any() and not values[0].any()
+        return keys[1], values[1]
+
+
+def random_states(config: MossConfig, tokens: int, seed: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((tokens, config.n_embd)).astype(np.float32)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, where: str) -> None:
+    difference = np.abs(found - expected)
+    bound = 1e-5 * np.abs(expected).max()
+    assert difference.max() <= bound, (
+        f"{where}: max {difference.max()}, mean {difference.mean()}, bound {bound}"
+    )
+
+
+def check_passes(run: Run, oracle: BlockArrays, passes: tuple[int, ...]) -> None:
+    states = random_states(oracle.config, sum(passes))
+    start = 0
+    for tokens in passes:
+        h = states[start : start + tokens]
+        found = run.step(h, start)
+        keys, values = run.cache()
+        for cache, exact in zip((keys, values), block_oracle.new_keys_values(h, oracle, start), strict=True):
+            error = np.abs(cache[start : start + tokens] - exact)
+            assert (error <= 2.0**-11 * np.abs(exact) + 1e-5).all(), f"cache, {tokens} tokens from {start}"
+        assert_close(
+            found,
+            block_oracle.block_over_cache(h, oracle, keys, values, start),
+            f"{tokens} tokens from {start}",
+        )
+        start += tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Let Jittor compile all sources at once, on all cores, instead of one after another."""
+    pending = []
+    config = GEOMETRIES["head of 24"]
+    for simd in SIMD:
+        operators = CpuOperators(config, simd)
+        h = jt.array(random_states(config, 1))
+        for kind in KINDS:
+            run = Run(operators, make_block(kind, config)[0], config, 1)
+            pending.append(operators.block(h, run.weights, run.keys, run.values, 1, 0))
+        head = [var(np.ones(shape, np.float16)) for shape in ((96,), (96,), (5, 96), (5,))]
+        pending += [operators.head(h, *head), operators.embed(index_var(np.zeros(1)), head[2])]
+    jt.sync(pending)
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_block_agrees_with_float64(name: str, kind: str, simd: int) -> None:
+    config = GEOMETRIES[name]
+    weights, oracle = make_block(kind, config)
+    check_passes(Run(CpuOperators(config, simd), weights, config, sum(PASSES)), oracle, PASSES)
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_block_of_sizes_that_fill_no_vector(simd: int) -> None:
+    weights, oracle = make_block("float16", ODD)
+    check_passes(Run(CpuOperators(ODD, simd), weights, ODD, sum(PASSES)), oracle, PASSES)
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+@pytest.mark.parametrize(("group_size", "ordered"), [(32, True), (160, False), (0, False), (0, True)])
+def test_group_sizes_and_input_order(kind: str, group_size: int, ordered: bool) -> None:
+    config = geometry(320, 4, 32, n_inner=640)
+    weights, oracle = make_block(kind, config, group_size, ordered)
+    check_passes(Run(CpuOperators(config), weights, config, 64), oracle, (1, 3, 24, 2))
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_every_field_and_zero_point_is_widened_exactly(bits: int) -> None:
+    """The portable dequantization bit for bit; the kernels' products are tested with the same kind of matrix."""
+    matrix = random_packed((256, 512), bits, 32, seed=3, ordered=False)
+    fields = quant.unpack(matrix.packed, bits)
+    zeros = np.repeat(matrix.zeros, 32, axis=1)
+    pairs = {4: set(zip(fields.ravel(), zeros.ravel(), strict=True)), 8: set(fields.ravel())}[bits]
+    assert len(pairs) == 256
+    assert len(np.unique(matrix.zeros)) == 2**bits
+    found = dequantize(packed_matrix(matrix)).numpy()
+    assert np.array_equal(found, widened(matrix))
+    assert np.array_equal(found, quant.dequantize(matrix))
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_does_not_depend_on_how_many_share_its_pass(kind: str, simd: int) -> None:
+    """Bit for bit, for 1 to 23 tokens, across the border between two groups of positions: drafts rely on it."""
+    config = geometry(160, 4, 32, n_inner=544)
+    weights, _ = make_block(kind, config)
+    states = random_states(config, 120 + 23)
+    results = []
+    for passes in ((23,), (1,) * 23, (2, 3, 4, 5, 9), (22, 1), (7, 16), (6, 17), (20, 3)):
+        run = Run(CpuOperators(config, simd), weights, config, 160)
+        run.step(states[:120], 0)
+        ends = (120 + np.cumsum(passes)).tolist()
+        rows = [
+            run.step(states[end - tokens : end], end - tokens)
+            for tokens, end in zip(passes, ends, strict=True)
+        ]
+        results.append((np.concatenate(rows), *run.cache()))
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("simd", SIMD)
+def test_head_and_embedding(simd: int) -> None:
+    config = ODD
+    rng = np.random.default_rng(4)
+    operators = CpuOperators(config, simd)
+    width = config.n_embd
+    norm_weight, norm_bias, weight, bias = (
+        rng.standard_normal(shape).astype(np.float16)
+        for shape in ((width,), (width,), (1031, width), (1031,))
+    )
+    singles = []
+    for rows in (1, 3, 23, 24, 40):
+        h = random_states(config, rows)
+        found = operators.head(jt.array(h), var(norm_weight), var(norm_bias), var(weight), var(bias)).numpy()
+        normed = block_oracle.layer_norm(h, norm_weight, norm_bias, config.layer_norm_epsilon)
+        assert_close(found, normed @ weight.astype(np.float64).T + bias, f"{rows} rows")
+        singles.append(found[0])
+    assert np.array_equal(singles[0], singles[1]) and np.array_equal(singles[0], singles[2])
+    ids = np.array([1030, 0, 7])
+    assert np.array_equal(
+        operators.embed(index_var(ids), var(weight)).numpy(), weight[ids].astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_portable_block_agrees_with_float64(kind: str) -> None:
+    config = GEOMETRIES["head of 24"]
+    weights, oracle = make_block(kind, config, ordered=kind == "int4")
+    check_passes(Run(PortableOperators(config), weights, config, 16), oracle, (3, 1, 1))
+
+
+def test_portable_head_and_embedding() -> None:
+    config = GEOMETRIES["head of 24"]
+    rng = np.random.default_rng(4)
+    operators = PortableOperators(config)
+    arrays = [rng.standard_normal(shape).astype(np.float16) for shape in ((96,), (96,), (37, 96), (37,))]
+    h = random_states(config, 3)
+    found = operators.head(jt.array(h), *map(var, arrays)).numpy()
+    normed = block_oracle.layer_norm(h, arrays[0], arrays[1], config.layer_norm_epsilon)
+    assert_close(found, normed @ arrays[2].astype(np.float64).T + arrays[3], "head")
+    ids = np.array([36, 0, 7])
+    embedded = operators.embed(index_var(ids), var(arrays[2])).numpy()
+    assert np.array_equal(embedded, arrays[2][ids].astype(np.float32))
+
+
+def test_keys_beyond_float16_stay_finite() -> None:
+    """An infinity in the cache would make every later token's attention NaN."""
+    config = GEOMETRIES["head of 24"]
+    arrays = BlockArrays.random(config, seed=1)
+    arrays.arrays["qkv"] = np.full_like(arrays.arrays["qkv"], 60000)
+    run = Run(CpuOperators(config), dense_block(arrays), config, 8)
+    h = np.abs(random_states(config, 2))
+    assert np.isfinite(run.step(h, 0)).all()
+    assert np.abs(run.cache()[0]).max() == 65504
+
+
+def test_decoding_compiles_nothing() -> None:
+    config = GEOMETRIES["head of 24"]
+    weights, _ = make_block("float16", config)
+    run = Run(CpuOperators(config), weights, config, 64)
+    run.step(random_states(config, 5), 0)
+    objects = Path(jt.flags.cache_path) / "jit"
+    before = sorted(objects.glob("*.so"))
+    for position, tokens in ((5, 1), (6, 1), (7, 4), (11, 24), (35, 1)):
+        run.step(random_states(config, tokens), position)
+    assert sorted(objects.glob("*.so")) == before
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    config = GEOMETRIES["head of 24"]
+    weights, _ = make_block("float16", config)
+    run = Run(CpuOperators(config), weights, config, 8)
+    with pytest.raises(ValueError, match="3 tokens from position 6 do not fit a cache of 8 positions"):
+        run.step(random_states(config, 3), 6)
+    with pytest.raises(ValueError, match=r"h has shape \(3, 95\); \(3, 96\) is needed"):
+        run.step(random_states(config, 3)[:, :95], 0)
+    mixed = BlockWeights(**(vars(weights) | {"out": make_block("int8", config)[0].out}))
+    run.weights = mixed
+    with pytest.raises(ValueError, match=r"one block has matrices of \[8, 16\] bits"):
+        run.step(random_states(config, 1), 0)
+    run.weights = BlockWeights(**(vars(weights) | {"out": weights.qkv}))
+    with pytest.raises(ValueError, match=r"out has shape \(288, 96\); \(96, 96\) is needed"):
+        run.step(random_states(config, 1), 0)
+
+
+def test_simd_width_is_chosen_by_the_machine_or_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOSS_JT_SIMD", raising=False)
+    assert chosen_simd() == SIMD[0]
+    monkeypatch.setenv("MOSS_JT_SIMD", "0")
+    assert CpuOperators(ODD).simd == 0
+    monkeypatch.setenv("MOSS_JT_SIMD", "sse")
+    with pytest.raises(MossError, match="MOSS_JT_SIMD is 'sse'; this machine can run"):
+        chosen_simd()
