@@ -1,0 +1,93 @@
+"""The computed tables of docs/memory.md: python benchmarks/memory_tables.py prints them."""
+
+from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
+from moss_jt.config import MOSS_MOON_003
+from moss_jt.errors import MossError
+from moss_jt.plan_report import BITS_NAMES, GB, Speed, Speeds
+from moss_jt.residency import ResidencyPlan, plan, plan_gpu
+from moss_jt.sizes import GIB, sizes_of_geometry
+
+CONTEXT = MOSS_MOON_003.n_positions
+CARDS = (6, 8, 12, 16, 24)
+HOSTS = (16, 32, 64)
+BITS = (16, 8, 4)
+# A machine's operating system and other programs want some, too: 2 GiB are left to them.
+SYSTEM = 2
+
+
+def speed(gigabytes: float) -> Speed:
+    return Speed(gigabytes * GB, "assumed")
+
+
+def cpu_table() -> str:
+    """RAM of the machine against weights: what is resident, what streams, and at best how long a token takes."""
+    lines = [
+        "| RAM | `--memory` | weights | resident | read from disk per token | s/token at least |",
+        "|---|---|---|---|---|---|",
+    ]
+    speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_MEMORY))
+    for ram in HOSTS:
+        for bits in BITS:
+            placed = plan(sizes_of_geometry(MOSS_MOON_003, bits), CONTEXT, (ram - SYSTEM) * GIB)
+            lines.append(
+                f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(placed)} | "
+                f"{placed.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(placed):.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def gpu_table() -> str:
+    """Cards against host RAM: what is resident, what comes over the link and from disk, and the time at best."""
+    rams = " / ".join(str(ram) for ram in HOSTS)
+    lines = [
+        f"| card | weights | on the card | over the link per token | from disk per token, {rams} GiB of RAM "
+        f"| s/token at least, {rams} GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_GPU_MEMORY), speed(ASSUMED_LINK))
+    for card in CARDS:
+        for bits in BITS:
+            sizes = sizes_of_geometry(MOSS_MOON_003, bits)
+            plans = [plan_gpu(sizes, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
+            disk = " / ".join(f"{placed.disk_bytes_per_pass / GB:.1f}" for placed in plans)
+            seconds = " / ".join(f"{speeds.seconds(placed):.2f}" for placed in plans)
+            link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"
+            lines.append(
+                f"| {card} GiB | {BITS_NAMES[bits]} | {share(plans[0])} | {link} | {disk} GB | {seconds} |"
+            )
+    return "\n".join(lines)
+
+
+def smallest_table() -> str:
+    """The smallest limits that work at all."""
+    lines = ["| weights | smallest `--memory`, 2048 tokens | 512 tokens |", "|---|---|---|"]
+    for bits in BITS:
+        cells = [f"{smallest(bits, context) / GIB:.2f} GiB" for context in (2048, 512)]
+        lines.append(f"| {BITS_NAMES[bits]} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def smallest(bits: int, context: int) -> int:
+    """The smallest budget, found as a user would: by trying."""
+    sizes = sizes_of_geometry(MOSS_MOON_003, bits)
+    low, high = 0, 64 * GIB
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            plan(sizes, context, middle)
+            high = middle
+        except MossError:
+            low = middle
+    return high
+
+
+def share(placed: ResidencyPlan) -> str:
+    units = placed.weight_bytes_per_pass - placed.sizes.small_bytes
+    return "everything" if not placed.streams else f"{100 * placed.bytes_on('device') / units:.0f} %"
+
+
+TABLES = {"cpu": cpu_table, "gpu": gpu_table, "smallest": smallest_table}
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        print(f"{name}\n{table()}\n")
