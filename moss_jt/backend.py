@@ -4,7 +4,6 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
@@ -24,10 +23,10 @@ def _start() -> Any:
     os.environ.setdefault("log_silent", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     _link_onednn(Path(os.environ.get("JITTOR_HOME", Path.home())))
-    hidden: dict[str, ModuleType | None] = {}
-    if "cupy" not in sys.modules:
-        hidden["cupy"] = None
-        sys.modules["cupy"] = None  # type: ignore[assignment]
+    # Jittor imports both where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
+    hidden = [name for name in ("cupy", "torch") if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
     jittor = importlib.import_module("jittor")
     for name in hidden:
         del sys.modules[name]
