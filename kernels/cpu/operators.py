@@ -157,13 +157,16 @@ class CpuOperators:
             checked = self._checked[weights] = self._check(weights)
         inputs = [h, *checked.vectors, self.rotary, keys, values, *checked.matrices]
         data = {"layer": layer, "start_pos": start_pos, "epsilon": config.layer_norm_epsilon}
-        shapes = [(tokens, config.n_embd), (self._workspace(tokens, start_pos),)]
+        shapes = [(tokens, config.n_embd), (self._workspace(tokens, keys.shape[1]),)]
         return run(self.simd, "block.h", checked.source, shapes, inputs, data)[0]
 
-    def _workspace(self, tokens: int, start_pos: int) -> int:
-        """Floats that Workspace in block.h takes."""
+    def _workspace(self, tokens: int, positions: int) -> int:
+        """Floats that Workspace in block.h takes.
+
+        For the whole cache, wherever the pass starts: of blocks that grow, Jittor's allocator would keep every size.
+        """
         config = self.config
-        groups = -(-(start_pos + tokens) // GROUP)
+        groups = -(-positions // GROUP)
         partial = config.n_head * groups * (config.head_dim + 2)
         return tokens * (6 * config.n_embd + 2 * config.n_inner + partial)
 
