@@ -1,12 +1,12 @@
 """How many bytes each part of a model takes, from a model folder's headers or from a geometry. No I/O, no Jittor."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from moss_jt.config import MOSS_MOON_003, MossConfig
 from moss_jt.errors import MossError
+from moss_jt.store import Store
 
 PAGE = 4096
 GIB = 1 << 30
@@ -17,6 +17,11 @@ FLOAT32 = 4
 # What a process holds before the first weight: Python, NumPy, Jittor with its compiled operators and oneDNN, the
 # tokenizer. tests/test_memory.py measures it from outside and fails where this is too little.
 FOOTPRINT_BYTES = 300 * MIB
+
+# Positions that share one partial result in kernels/cpu/attention.h.
+ATTENTION_GROUP = 128
+# Tiles of the kernels' threads, oneDNN's buffers.
+THREADS_BYTES = 32 * MIB
 
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
@@ -60,15 +65,15 @@ class ModelSizes:
     def workspace_bytes(self, tokens: int, context: int) -> int:
         """Float32 activations of one pass of ``tokens`` new tokens, with what the allocator keeps between them.
 
-        Per token: the residual stream before and after a block and the normalised input (3 C), queries, keys, values
-        and attention's result (4 C), the MLP's inner layer (I) twice, because freed blocks of other sizes stay with
-        the allocator, and the logits of 17 rows at most (a draft of 16 tokens and the one before it).
+        Per token: the residual stream, its copies and the operators' intermediate results (12 C), the MLP's inner
+        layer twice (2 I, the second for act-order), and attention's partial results, one per head and ATTENTION_GROUP
+        positions. Then the logits of 17 rows (a draft of 16 tokens and the one before it), twice, and the threads' own.
         """
         c = self.config
-        per_token = (7 * c.n_embd + 2 * c.n_inner) * FLOAT32
-        scores = 2 * context * min(tokens, 64) * FLOAT32
-        logits = 2 * min(tokens, 17) * c.vocab_size * FLOAT32
-        return tokens * per_token + scores + logits + 16 * MIB
+        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 2)
+        per_token = 12 * c.n_embd + 2 * c.n_inner + partial
+        logits = 2 * min(tokens, 17) * c.vocab_size
+        return (tokens * per_token + logits) * FLOAT32 + THREADS_BYTES
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""
@@ -81,28 +86,11 @@ class ModelSizes:
         return tuple(Slab(first, last, (last - first) * row_bytes) for first, last in ranges)
 
 
-class FileSizes(Protocol):
-    """What is read of a file of a model folder (moss_jt.store.StoreFile)."""
-
-    nbytes: int
-    data_offset: int
-
-
-class StoreSizes(Protocol):
-    """What is read of a model folder (moss_jt.store.Store)."""
-
-    config: MossConfig
-    bits: int
-
-    @property
-    def blocks(self) -> Sequence[FileSizes]: ...
-
-
 def whole_pages(n_bytes: int) -> int:
     return -(-n_bytes // PAGE) * PAGE
 
 
-def sizes_of_store(store: StoreSizes) -> ModelSizes:
+def sizes_of_store(store: Store) -> ModelSizes:
     """Sizes of a model folder, from its files' headers."""
     blocks = tuple(whole_pages(file.nbytes - file.data_offset) for file in store.blocks)
     return _sizes(store.config, store.bits, blocks)

@@ -1,0 +1,237 @@
+"""A model folder's weights, block after block, as Jittor Vars: resident ones at once, the others through the ring.
+
+Everything resident: the Vars lie over memory maps, opening takes no time, and the page cache is the only copy.
+Otherwise resident units are read once into memory that no page cache can push out, and the others stream. All Vars
+over buffers are made once. Weights are only ever read.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt.backend import jt
+from moss_jt.disk_speed import disk_speed
+from moss_jt.errors import MossError
+from moss_jt.file_reader import FileReader
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.machine import process_memory, resident_memory_bytes
+from moss_jt.page_buffer import page_buffer
+from moss_jt.residency import ResidencyPlan, Unit, spread
+from moss_jt.ring import Reader, Ring
+from moss_jt.store import Store, map_tensor
+from moss_jt.unit_views import HEAD_WEIGHT, Arrays, RowReader, layout_of, map_unit, piece_of, views_of
+
+
+@dataclass(frozen=True)
+class HeadSlab:
+    """Rows first_row .. last_row - 1 of the head: weight (rows, C) and bias (rows,), float16 Vars."""
+
+    first_row: int
+    last_row: int
+    weight: Var
+    bias: Var
+
+
+class WeightStream:
+    """The weights of one model folder under one plan.
+
+    A streamed block's Vars are over a ring buffer, which is filled anew once the next block has been asked for:
+    **where ``streams`` is true, sync everything that reads a block or slab before asking for the next.**
+
+    norm_weight, norm_bias: the final layer norm's Vars, (C,) float16.
+
+    Args:
+        reader: fills resident memory and the ring, and is closed with them; buffered reads by default.
+        cache_bytes: what of the streamed units may stay in the page cache, for there is memory beside the budget.
+    """
+
+    def __init__(
+        self, store: Store, plan: ResidencyPlan, reader: Reader | None = None, cache_bytes: int = 0
+    ) -> None:
+        self.store = store
+        self.plan = plan
+        self.streams = plan.streams
+        self.norm_weight = _var(np.array(map_tensor(store.head, "ln_f.weight")))
+        self.norm_bias = _var(np.array(map_tensor(store.head, "ln_f.bias")))
+        bias = np.array(map_tensor(store.head, "lm_head.bias"))
+        self._head_bias = {
+            u.index: _var(bias[u.first_row : u.last_row]) for u in plan.units if u.kind == "head"
+        }
+        self._made: dict[object, BlockWeights | Var] = {}  # Vars by where they lie
+        self._resident: dict[int, np.ndarray] = {}  # memory by unit number
+        self._pieces: dict[int, int] = {}  # number of a piece in the ring by unit number
+        self._ring: Ring | None = None
+        self._rows = RowReader(store.embedding, "wte.weight")
+        reader = reader or FileReader(False, 1e9)
+        try:
+            self._load(reader, cache_bytes)
+        except BaseException:
+            reader.close()
+            self._rows.close()
+            raise
+        self._closing = weakref.finalize(self, _close, self._rows, self._ring or reader)
+
+    def _load(self, reader: Reader, cache_bytes: int) -> None:
+        """Map everything, or read the residents and start the ring, which fills while the prompt is prepared."""
+        units = self.plan.units
+        for number, unit in enumerate(units):
+            if not self.streams:
+                self._resident[number] = map_unit(self.store, unit)
+            elif unit.resident:
+                self._resident[number] = page_buffer(unit.n_bytes)
+                reader.read(piece_of(self.store, unit), self._resident[number], _never)
+        if self.streams:
+            streamed = [number for number in range(len(units)) if number not in self._resident]
+            kept = _kept(units, streamed, cache_bytes)
+            pieces = [piece_of(self.store, units[number], number in kept) for number in streamed]
+            self._pieces = {number: piece for piece, number in enumerate(streamed)}
+            self._ring = Ring(pieces, self.plan.ring_buffers, self.plan.buffer_bytes, reader)
+
+    def blocks(self, then_head: bool = True) -> Iterator[tuple[int, BlockWeights]]:
+        """Every block's number and weights, in order: one pass.
+
+        Args:
+            then_head: head_slabs follows, so that the head's rows may be read ahead.
+
+        Raises:
+            MossError: a block cannot be read. A new pass tries again.
+        """
+        if self._ring is not None:
+            self._ring.end_cycle_after(self._last_piece(then_head))
+        for number, unit in enumerate(self.plan.units):
+            if unit.kind == "block":
+                weights = self._vars_of(number, unit)
+                assert isinstance(weights, BlockWeights)
+                yield unit.index, weights
+        self._hand_back()
+
+    def head_slabs(self) -> Iterator[HeadSlab]:
+        """The head's rows, slab after slab, in order.
+
+        Raises:
+            MossError: a slab cannot be read.
+        """
+        for number, unit in enumerate(self.plan.units):
+            if unit.kind == "head":
+                weight = self._vars_of(number, unit)
+                yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
+        self._hand_back()
+
+    def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
+        """(T, C) float16, newly allocated.
+
+        Raises:
+            MossError: an id is outside the vocabulary, or the file cannot be read.
+        """
+        return self._rows.read(token_ids)
+
+    def close(self) -> None:
+        """Stop reading ahead and let the weights go; no Var that was handed out may be used after this."""
+        self._closing()
+        self._made.clear()
+        self._resident.clear()
+
+    def _vars_of(self, number: int, unit: Unit) -> BlockWeights | Var:
+        """The unit's Vars, made at the first time that it lies there; waits for a streamed unit."""
+        if not self._closing.alive:
+            raise MossError("the model is closed.")
+        if number in self._resident:
+            key: object = number
+            memory = self._resident[number]
+        else:
+            assert self._ring is not None
+            buffer = self._ring.take(self._pieces[number])
+            key = (buffer, layout_of(self.store, unit))
+            memory = self._ring.buffers[buffer]
+        if key not in self._made:
+            arrays = views_of(self.store, unit, memory)
+            is_head = unit.kind == "head"
+            self._made[key] = _var(arrays[HEAD_WEIGHT]) if is_head else _block_weights(self.store, arrays)
+        return self._made[key]
+
+    def _hand_back(self) -> None:
+        if self._ring is not None:
+            self._ring.hand_back()
+
+    def _last_piece(self, then_head: bool) -> int:
+        wanted = [p for n, p in self._pieces.items() if then_head or self.plan.units[n].kind == "block"]
+        return max(wanted, default=len(self._pieces) - 1)
+
+
+def open_weights(store: Store, plan: ResidencyPlan, home: Path) -> WeightStream:
+    """The plan's weights, read in the way that suits this machine.
+
+    Args:
+        home: the folder where the disk's speed is remembered.
+
+    Raises:
+        MossError: a file cannot be read.
+    """
+    if not plan.streams:
+        return WeightStream(store, plan)
+    speed = disk_speed(max(store.blocks, key=lambda file: file.nbytes).path, home / "disk-speed.json")
+    return WeightStream(store, plan, FileReader(speed.prefer_direct, speed.best), page_cache_bytes(plan))
+
+
+def page_cache_bytes(plan: ResidencyPlan) -> int:
+    """Memory beside the budget in which streamed files may stay cached: four fifths of what the plan leaves free.
+
+    The page cache is not this process's memory: the system takes it back as soon as anything else needs it.
+    """
+    still_needed = max(0, plan.budget_bytes - resident_memory_bytes())
+    return max(0, process_memory().free_bytes - still_needed) * 4 // 5
+
+
+def _kept(units: Sequence[Unit], streamed: Sequence[int], cache_bytes: int) -> set[int]:
+    """Which streamed units stay cached: a fixed, evenly spread set, for a cache of the latest would never hit."""
+    for count in range(len(streamed), 0, -1):
+        kept = {streamed[i] for i in spread(count, len(streamed))}
+        if sum(units[number].n_bytes for number in kept) <= cache_bytes:
+            return kept
+    return set()
+
+
+def _block_weights(store: Store, arrays: Arrays) -> BlockWeights:
+    return BlockWeights(
+        ln_1_weight=_var(arrays["ln_1.weight"]),
+        ln_1_bias=_var(arrays["ln_1.bias"]),
+        qkv=_matrix(store, arrays, "attn.qkv_proj"),
+        out=_matrix(store, arrays, "attn.out_proj"),
+        fc_in=_matrix(store, arrays, "mlp.fc_in"),
+        fc_in_bias=_var(arrays["mlp.fc_in.bias"]),
+        fc_out=_matrix(store, arrays, "mlp.fc_out"),
+        fc_out_bias=_var(arrays["mlp.fc_out.bias"]),
+    )
+
+
+def _matrix(store: Store, arrays: Arrays, name: str) -> Matrix:
+    if f"{name}.weight" in arrays:
+        return DenseMatrix(_var(arrays[f"{name}.weight"]))
+    packed, scales = arrays[f"{name}.packed"], arrays[f"{name}.scales"]
+    inputs = packed.shape[1] * 8 // store.bits
+    order = arrays.get(f"{name}.input_order")
+    return PackedMatrix(
+        packed=_var(packed),
+        scales=_var(scales),
+        zeros=_var(arrays[f"{name}.zeros"]),
+        bits=store.bits,
+        group_size=inputs if scales.shape[1] == 1 else store.group_size,
+        input_order=None if order is None else _var(order.reshape(-1, 1)),
+    )
+
+
+def _var(array: np.ndarray) -> Var:
+    """A Var over the array's own memory."""
+    return jt.reuse_np_array(array)
+
+
+def _never() -> bool:
+    return False
+
+
+def _close(rows: RowReader, reader: Reader | Ring) -> None:
+    reader.close()
+    rows.close()

@@ -1,0 +1,61 @@
+"""The plan as text: every number adds up, and every block and row of the head is named once."""
+
+import re
+
+from moss_jt.config import MOSS_MOON_003
+from moss_jt.plan_report import Speed, Speeds, places, report
+from moss_jt.residency import Unit, plan, plan_gpu
+from moss_jt.sizes import GIB, sizes_of_geometry
+
+MOON = sizes_of_geometry(MOSS_MOON_003)
+CPU = Speeds(Speed(1e9, "given"), Speed(20e9, "assumed"))
+GPU = Speeds(Speed(1e9, "given"), Speed(400e9, "assumed"), Speed(12e9, "assumed"))
+
+
+def test_the_parts_add_up_to_what_is_held_at_most() -> None:
+    for text in (
+        report("moss-moon-003", plan(MOON, 2048, 8 * GIB), CPU),
+        report("moss-moon-003", plan_gpu(MOON, 2048, 8 * GIB, 16 * GIB), GPU),
+    ):
+        for part in re.findall(
+            r"^(?:RAM|GPU memory|Host memory) .*the limit\n((?:  .*\n?)+)", text, re.MULTILINE
+        ):
+            *amounts, at_most = [float(amount) for amount in re.findall(r"([\d.]+) GiB", part)]
+            assert abs(sum(amounts) - at_most) < 0.005 * len(amounts) + 0.005, part
+
+
+def test_the_slowest_link_is_the_answer() -> None:
+    placed = plan(MOON, 2048, 8 * GIB)
+    text = report("moss-moon-003", placed, CPU)
+    gigabytes = placed.disk_bytes_per_pass / 1e9
+    assert f"disk              {gigabytes:.2f}    {gigabytes:.2f}  1.00 GB/s given" in text
+    assert "RAM               32.12     1.61  20.00 GB/s assumed" in text
+    assert f"At best {gigabytes:.2f} s per token" in text and "drafts" in text
+
+
+def test_a_gpu_plan_names_three_tiers_and_three_links() -> None:
+    text = report("moss-moon-003", plan_gpu(MOON, 2048, 8 * GIB, 16 * GIB), GPU)
+    for words in ("GPU memory    ", "host, pinned  ", "disk          ", "host to GPU", "12.00 GB/s assumed"):
+        assert words in text
+    lived = re.findall(r"^(?:GPU memory|host, pinned|disk) +[\d.]+  ([\d, -]+)", text, re.MULTILINE)
+    blocks = sorted(block for part in lived[:3] for block in expand(part))
+    assert blocks == list(range(34))
+
+
+def test_everything_resident_needs_no_drafts() -> None:
+    text = report("moss-moon-003", plan(MOON, 2048, 40 * GIB), CPU)
+    assert "drafts" not in text and re.search(r"disk +0\.00 +0\.00", text)
+
+
+def test_ranges() -> None:
+    units = [Unit("block", i, 1) for i in (0, 1, 2, 5, 7, 8)]
+    assert places(units) == "0-2, 5, 7-8"
+    assert places([*units[:1], Unit("head", 0, 1, 0, 10), Unit("head", 1, 1, 10, 20)]) == "0; head 0-19"
+
+
+def expand(ranges: str) -> list[int]:
+    found = []
+    for part in ranges.split(","):
+        first, _, last = part.strip().partition("-")
+        found += list(range(int(first), int(last or first) + 1))
+    return found
