@@ -1,35 +1,73 @@
-"""The one place that imports Jittor, after deciding everything that Jittor decides at import."""
+"""The one place that imports Jittor, after deciding everything that Jittor decides at import.
+
+Importing this module takes a second, and minutes on the first time that a machine runs Jittor: moss_jt.jittor_build
+does the compiling and says so. Jittor's own output goes into logs, see moss_jt.jittor_home.log_path.
+"""
 
 import importlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
+from moss_jt.errors import MossError
+from moss_jt.jittor_build import check_compiler, ensure_built, quiet_output
+from moss_jt.jittor_home import cache_folder, has_onednn_wheels, link_onednn, log_path
+from moss_jt.signals import keep_signals
 
-def _link_onednn(jittor_home: Path) -> None:
-    """Put oneDNN's wheel where Jittor looks before it would download its own copy."""
-    folder = jittor_home / ".cache" / "jittor" / "mkl" / "dnnl_lnx_2.2.0_cpu_gomp"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("include", "lib"):
-        link, target = folder / name, Path(sys.prefix) / name
-        if not (link / ("dnnl.h" if name == "include" else "libmkldnn.so")).exists():
-            link.unlink(missing_ok=True)
-            link.symlink_to(target)
+# Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
+HIDDEN = ("cupy", "torch")
+
+
+def decide_environment() -> None:
+    """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
+    # Without a GPU asked for, no nvcc: one without its runtime library would make the import crash.
+    os.environ["nvcc_path"] = ""
+    os.environ.setdefault("use_mpi", "0")
+    os.environ.setdefault("gdb_path", "")
+    os.environ.setdefault("log_silent", "1")
+    # Or else Jittor names its cache after the git branch that its own folder happens to be under.
+    os.environ.setdefault("cache_name", "default")
+    # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if has_onednn_wheels():
+        link_onednn()
+    else:
+        os.environ.setdefault("use_mkl", "0")
+
+
+def prepare() -> None:
+    """Everything before the import: environment, folders, and Jittor itself compiled.
+
+    Raises:
+        MossError: something is missing; the message says what, and how to get it.
+    """
+    check_compiler()
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        decide_environment()
+    except OSError as error:
+        raise MossError(
+            f"cannot write to {cache_folder()} ({error.strerror}), where Jittor keeps what it compiles. "
+            "Make it writable, or set JITTOR_HOME to a folder that is."
+        ) from error
+    ensure_built(HIDDEN)
 
 
 def _start() -> Any:
-    os.environ["nvcc_path"] = ""
-    os.environ.setdefault("log_silent", "1")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    _link_onednn(Path(os.environ.get("JITTOR_HOME", Path.home())))
-    # Jittor imports both where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
-    hidden = [name for name in ("cupy", "torch") if name not in sys.modules]
+    prepare()
+    hidden = [name for name in HIDDEN if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
-    jittor = importlib.import_module("jittor")
-    for name in hidden:
-        del sys.modules[name]
+    try:
+        with keep_signals(), quiet_output(log_path("import")):
+            jittor = importlib.import_module("jittor")
+    except SystemExit as stop:
+        # Jittor found that a part of itself had to be compiled anew, and did so.
+        raise MossError("Jittor has compiled a part of itself anew. Run the same command again.") from stop
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    jittor.flags.log_file = str(log_path("operators"))
     return jittor
 
 

@@ -1,11 +1,11 @@
 """Sources of the jt.code operations: small pieces that call the headers beside this file."""
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 from moss_jt.backend import jt
+from moss_jt.jittor_home import cache_folder
 from moss_jt.kernels.interface import Var
 
 FOLDER = Path(__file__).parent
@@ -14,8 +14,7 @@ FOLDER = Path(__file__).parent
 @functools.cache
 def onednn_folder() -> Path | None:
     """Where Jittor has oneDNN's include and lib folders, or None where it runs without."""
-    home = Path(os.environ.get("JITTOR_HOME", Path.home()))
-    folders = sorted((home / ".cache" / "jittor" / "mkl").glob("dnnl*"))
+    folders = sorted((cache_folder() / "mkl").glob("dnnl*"))
     if not jt.compile_extern.mkl_ops or not folders:
         return None
     return folders[-1]

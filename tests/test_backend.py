@@ -1,0 +1,192 @@
+"""Jittor tamed: found or built in the right place, quiet, with clear words when something is missing."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moss_jt import jittor_build, jittor_home
+from moss_jt.errors import MossError
+from moss_jt.signals import keep_signals
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory, without JITTOR_HOME."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JITTOR_HOME", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import moss_jt.cli",
+        "from moss_jt.cli import main\ntry: main(['--help'])\nexcept SystemExit as stop: assert not stop.code",
+    ],
+)
+def test_the_command_line_starts_without_jittor(code: str) -> None:
+    check = "; import sys; heavy = {'jittor', 'jittor_utils', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    command = [sys.executable, "-P", "-c", f"{code}\nNone{check}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_jittors_home_follows_jittors_own_rule(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert jittor_home.jittor_home() == home
+    note = home / ".cache" / "jittor" / "config.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"JITTOR_HOME": str(home / "remembered")}))
+    assert jittor_home.jittor_home() == home / "remembered"
+    monkeypatch.setenv("JITTOR_HOME", str(home / "given"))
+    assert jittor_home.jittor_home() == home / "given"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null"])
+def test_a_damaged_note_of_jittors_home_is_named(home: Path, text: str) -> None:
+    note = home / ".cache" / "jittor" / "config.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(text)
+    with pytest.raises(MossError, match=r"config.json is damaged.*Remove it"):
+        jittor_home.jittor_home()
+
+
+def test_onednn_is_linked_where_jittor_looks_and_a_stale_link_is_renewed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = {}
+    for part, (wheel, needed) in jittor_home.ONEDNN_WHEELS.items():
+        folder = home / "site" / part
+        folder.mkdir(parents=True)
+        (folder / needed).touch()
+        wheels[wheel] = folder
+    monkeypatch.setattr(jittor_home, "wheel_folder", lambda wheel, needed: wheels[wheel])
+    stale = jittor_home.onednn_folder() / "lib"
+    stale.parent.mkdir(parents=True)
+    stale.symlink_to(home / "an environment that was removed")
+    assert not jittor_home.onednn_is_linked()
+    jittor_home.link_onednn()
+    assert jittor_home.onednn_is_linked()
+    names = sorted(path.name for path in jittor_home.onednn_folder().iterdir())
+    assert names == ["include", "lib"]
+
+
+def test_a_missing_onednn_says_what_to_install(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = {"include": ("no-such-wheel-of-moss-jt", "dnnl.h")}
+    monkeypatch.setattr(jittor_home, "ONEDNN_WHEELS", wheels)
+    with pytest.raises(MossError, match=r"pip install no-such-wheel-of-moss-jt==2021\.4\.0"):
+        jittor_home.link_onednn()
+
+
+def test_the_installed_onednn_is_found_through_its_own_list_of_files() -> None:
+    if not jittor_home.has_onednn_wheels():
+        pytest.skip("oneDNN has wheels for Linux on x86-64 only")
+    for wheel, needed in jittor_home.ONEDNN_WHEELS.values():
+        assert (jittor_home.wheel_folder(wheel, needed) / needed).exists()
+
+
+def test_a_missing_compiler_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("cc_path", raising=False)
+    with pytest.raises(MossError, match=r"g\+\+ is missing.*apt install g\+\+"):
+        jittor_build.check_compiler()
+
+
+def test_missing_python_headers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jittor_build, "python_config", lambda: None)
+    monkeypatch.setenv("cc_path", sys.executable)
+    with pytest.raises(MossError, match=r"python3\.\d+-config is missing.*-dev"):
+        jittor_build.check_compiler()
+
+
+class Build:
+    """A first start in a folder of its own, where a script stands in for Jittor."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder / "build"
+        (self.folder / "obj_files").mkdir(parents=True)
+        monkeypatch.setenv("JITTOR_HOME", str(folder))
+        jittor_home.cache_folder().mkdir(parents=True)
+        monkeypatch.setattr(jittor_build, "build_folder", lambda: self.folder)
+        monkeypatch.setattr(jittor_build, "PATIENCE_S", 0.0)
+        self._monkeypatch = monkeypatch
+
+    def run(self, script: str) -> None:
+        self._monkeypatch.setattr(jittor_build, "SCRIPT", f"import pathlib, sys\n{script}")
+        jittor_build.ensure_built(("cupy",))
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    return Build(tmp_path, monkeypatch)
+
+
+MARK = "pathlib.Path(sys.argv[1]).touch()"
+
+
+def test_the_first_start_is_announced_and_its_output_goes_to_the_log(
+    build: Build, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build.run(f"print('compiler noise'); {MARK}")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Jittor compiles itself" in err and "2 to 5 minutes" in err and "noise" not in err
+    assert "compiler noise" in jittor_home.log_path("build").read_text()
+    assert jittor_build.marker(build.folder).exists()
+
+
+def test_jittor_is_started_again_when_it_asks_for_that(build: Build) -> None:
+    once = "once = pathlib.Path(sys.argv[1]).with_name('once')"
+    build.run(f"{once}\nif once.exists(): {MARK}\nelse: once.touch()")
+    assert jittor_build.marker(build.folder).exists()
+
+
+def test_a_failed_compilation_names_its_log(build: Build) -> None:
+    with pytest.raises(MossError, match=r"could not be compiled: fatal: no space left\n.*moss-jt-build.log"):
+        build.run("print('fatal: no space left', file=sys.stderr); sys.exit(1)")
+    assert not jittor_build.marker(build.folder).exists()
+
+
+def test_an_import_that_never_gets_through_is_no_success(build: Build) -> None:
+    with pytest.raises(MossError, match="it said nothing"):
+        build.run("")
+
+
+def test_signal_handlers_outlive_a_library_that_replaces_them() -> None:
+    libc = ctypes.CDLL(None)
+    with keep_signals():
+        libc.signal(signal.SIGINT, ctypes.c_void_p(1))  # ignored from here on
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_stays_pythons_after_jittor_has_come() -> None:
+    from moss_jt.backend import jt
+
+    assert float(jt.ones((2,)).sum().item()) == 2
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_jittors_words_go_to_a_log_and_not_to_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A source that does not compile makes Jittor write the compiler's whole output to stderr."""
+    from moss_jt.backend import jt
+
+    assert jt.flags.log_file == str(jittor_home.log_path("operators"))
+    jt.flags.log_file = str(tmp_path / "log")  # the usual one belongs to every process of this user
+    try:
+        broken = jt.code([(2, 2)], ["float32"], [jt.zeros((2, 2))], cpu_src="this_is_no_name = 1;")[0]
+        with pytest.raises(RuntimeError):
+            broken.sync()
+    finally:
+        jt.flags.log_file = str(jittor_home.log_path("operators"))
+    assert capfd.readouterr() == ("", "")
+    assert "this_is_no_name" in (tmp_path / "log").read_text(errors="replace")
