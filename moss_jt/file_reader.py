@@ -49,7 +49,7 @@ class FileReader:
             MossError: the file cannot be opened or read, or ends before the piece does.
         """
         direct = self.direct and not piece.keep_cached and piece.offset % PAGE == 0
-        memory = memoryview(target)
+        memory = target.data
         done = 0
         try:
             file = self._open(piece.path, direct)
