@@ -51,7 +51,7 @@ def last_model() -> Path | None:
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """The model folder meant by a path, by a name under the model home, by a hub id, or by nothing (the last converted).
+    """The model folder that a path, a name under the model home, a hub id, or nothing (the last converted) means.
 
     Raises:
         MossError: there is none; the message says how to get one.

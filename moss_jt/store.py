@@ -1,8 +1,8 @@
 """A model folder: config.json, tokenizer.json, manifest.json, and safetensors files whose data any process may map.
 
-Format 1. ``embedding.safetensors`` holds transformer.wte.weight, ``block-NN.safetensors`` one block each, ``head.safetensors`` the
-final norm and the head. Matrices are (out, in), float16; qkv's rows are all heads' queries, then keys, then values.
-A quantised matrix is ``.packed``, ``.scales``, ``.zeros`` and sometimes ``.input_order`` instead of ``.weight`` (see
+Format 1. ``embedding.safetensors`` holds transformer.wte.weight, ``block-NN.safetensors`` one block each,
+``head.safetensors`` the final norm and the head. Matrices are (out, in), float16; qkv rows are all heads' queries, then keys,
+then values. A quantised matrix is ``.packed``, ``.scales``, ``.zeros`` and sometimes ``.input_order`` instead of ``.weight`` (see
 moss_jt.quant). The data of each file begin at a multiple of 4096 bytes and have no holes, so that a block is one read.
 The manifest is written last: a folder without it is unfinished.
 """
@@ -149,7 +149,7 @@ def open_store(path: str | Path) -> Store:
     """Open a model folder: parses JSON and safetensors headers, reads no weights.
 
     Raises:
-        MossError: the folder is unfinished, damaged, of a newer format, or its tensors are not those of its configuration.
+        MossError: the folder is unfinished, damaged, of a newer format, or its tensors do not fit its configuration.
     """
     path = Path(path)
     if not (path / MANIFEST).exists():

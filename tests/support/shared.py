@@ -11,5 +11,7 @@ def shared(name: str) -> Path:
     """``../shared/NAME`` beside the project, or a skip that says what is missing."""
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"{name} is not there: these tests read data that the project may not contain (../shared/{name})")
+        pytest.skip(
+            f"{name} is not there: these tests read data that the project may not contain (../shared/{name})"
+        )
     return path

@@ -1,0 +1,147 @@
+"""A Hugging Face checkpoint: its configuration, which shard holds which tensor, and shards opened when they are needed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moss_jt.config import MossConfig
+from moss_jt.convert.tensors import DTYPES, SourceTensor
+from moss_jt.convert.torch_file import read_torch_file
+from moss_jt.errors import MossError
+from moss_jt.store import SAFETENSORS_DTYPES, read_header, read_json
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+Fetch = Callable[[str], Path]
+Release = Callable[[str], None]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose shards are fetched and opened one after the other.
+
+    ``weight_map`` says which shard holds a tensor; it is complete even where there is no index, by reading the one shard.
+    """
+
+    source: str
+    identity: dict[str, Any]
+    config: MossConfig
+    fields: dict[str, Any]
+    weight_map: dict[str, str]
+    fetch: Fetch
+    release: Release = lambda shard: None
+    _opened: dict[str, dict[str, SourceTensor]] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> SourceTensor:
+        """Where a tensor lies; fetches its shard if it is not there yet."""
+        shard = self.weight_map[name]
+        tensors = self.open_shard(shard)
+        if name not in tensors:
+            raise MossError(
+                f"the index says that {shard} holds {name}, but it does not. Download both again."
+            )
+        return tensors[name]
+
+    def open_shard(self, shard: str) -> dict[str, SourceTensor]:
+        if shard not in self._opened:
+            self._opened[shard] = read_shard(self.fetch(shard))
+        return self._opened[shard]
+
+    def close_shards(self, still_needed: Iterable[str]) -> None:
+        """Give back every opened shard that holds none of the tensors that are still needed."""
+        needed = {self.weight_map[name] for name in still_needed}
+        for shard in [name for name in self._opened if name not in needed]:
+            del self._opened[shard]
+            self.release(shard)
+
+
+def read_shard(path: Path) -> dict[str, SourceTensor]:
+    """Every tensor of a shard by name, from a torch zip file or safetensors."""
+    if path.suffix != ".safetensors":
+        return read_torch_file(path)
+    specs, _, _ = read_header(path)
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    found = {}
+    for name, spec in specs.items():
+        found[name] = SourceTensor(name, names[spec.dtype], spec.shape, path, spec.offset)
+        assert found[name].dtype in DTYPES
+    return found
+
+
+def choose_index(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """(index file, single shard) to read among a checkpoint's file names; one of them is None.
+
+    safetensors is preferred where both formats are there.
+    """
+    names = set(names)
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        if index in names:
+            return index, None
+        if single in names:
+            return None, single
+    shards = sorted(name for name in names if name.endswith((".bin", ".safetensors")) and "-of-" in name)
+    if shards:
+        raise MossError(
+            f"{shards[0]} is one of several shards, but the index that lists them ({INDEXES[1]}) is missing."
+        )
+    raise MossError(f"there are no weights: none of {', '.join((*INDEXES, *SINGLES))}.")
+
+
+def read_weight_map(index: Path, shards: Iterable[str]) -> dict[str, str]:
+    """The index's map from tensor to shard, every shard checked to be a plain name among ``shards``."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MossError(f"{index}: weight_map is missing; this is no index of a checkpoint.")
+    there = set(shards)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard:
+            raise MossError(f"{index}: the shard of {name} is {shard!r}, which is no file beside it.")
+        if shard not in there:
+            raise MossError(f"{index} lists {shard}, which is missing. Download it.")
+    return weight_map
+
+
+def open_local(folder: Path) -> Checkpoint:
+    """A checkpoint in a local folder.
+
+    Raises:
+        MossError: it is no checkpoint of a MOSS or CodeGen model, or files are missing.
+    """
+    if not (folder / "config.json").exists():
+        raise MossError(f"{folder} is no checkpoint: config.json is missing.")
+    names = [path.name for path in folder.iterdir()]
+    fields = read_json(folder / "config.json")
+    config = checkpoint_config(fields, str(folder / "config.json"))
+    index, single = choose_index(names)
+    if index is not None:
+        weight_map = read_weight_map(folder / index, names)
+    else:
+        assert single is not None
+        weight_map = dict.fromkeys(read_shard(folder / single), single)
+    shards = sorted(set(weight_map.values()))
+    stats = {shard: (folder / shard).stat() for shard in shards}
+    identity = {
+        "folder": folder.name,
+        "shards": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+    return Checkpoint(str(folder), identity, config, fields, weight_map, lambda shard: folder / shard)
+
+
+def checkpoint_config(fields: dict[str, Any], where: str) -> MossConfig:
+    """The geometry in a checkpoint's config.json, or why it is none of ours."""
+    kind = fields.get("model_type")
+    if kind not in ("moss", "codegen"):
+        raise MossError(
+            f"{where}: model_type is {kind!r}. moss-jt converts MOSS (moss-moon-003-*) and CodeGen models only."
+        )
+    if "n_embd" not in fields and ("hidden_size" in fields or "num_hidden_layers" in fields):
+        raise MossError(
+            f"{where} says model_type {kind!r} but describes another architecture (hidden_size instead of n_embd), "
+            "as fnlp/moss-base-7b does. moss-jt converts the moss-moon-003 models and CodeGen."
+        )
+    activation = fields.get("activation_function", "gelu_new")
+    if activation != "gelu_new":
+        raise MossError(f"{where}: activation_function is {activation!r}; only gelu_new is known.")
+    return MossConfig.from_json(fields, where)

@@ -1,0 +1,141 @@
+"""From a checkpoint's tensors to a model folder's files: which tensors, in which order of rows, and what is left out."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from moss_jt.config import MossConfig
+from moss_jt.convert.checkpoint import Checkpoint
+from moss_jt.convert.tensors import SourceTensor, to_float16
+from moss_jt.errors import MossError
+from moss_jt.store import (
+    EMBEDDING,
+    HEAD,
+    MATRICES,
+    block_file_name,
+    block_tensors,
+    embedding_tensors,
+    head_tensors,
+)
+
+# The checkpoint's qkv rows come in four chunks (one per TPU core that trained CodeGen), each query, value, key.
+MP_NUM = 4
+QKV = "attn.qkv_proj"
+QUANTISED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+# Buffers that checkpoints carry and a model does not need.
+BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(causal_mask|bias|masked_bias|scale_attn|embed_positions)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write: ``produce`` yields arrays whose bytes, one after the other, are the tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    produce: Callable[[], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file to write: the checkpoint's tensors that it takes, and how to make its targets once those are there."""
+
+    name: str
+    sources: tuple[str, ...]
+    build: Callable[[], list[Target]]
+
+
+def head_runs(config: MossConfig) -> list[tuple[int, int]]:
+    """(first, count) of the checkpoint's qkv rows in our order: all heads' queries, all keys, all values."""
+    if config.n_head % MP_NUM:
+        raise MossError(
+            f"the model has {config.n_head} heads; MOSS and CodeGen store them in {MP_NUM} equal parts, so their number must "
+            f"be a multiple of {MP_NUM}. (CodeGen2 has another layout and is not supported.)"
+        )
+    part = config.n_embd // MP_NUM
+    query, value, key = 0, 1, 2
+    return [((3 * chunk + which) * part, part) for which in (query, key, value) for chunk in range(MP_NUM)]
+
+
+def dense_target(source: SourceTensor, name: str, runs: list[tuple[int, int]]) -> Target:
+    """A float16 tensor made of runs of the source's rows."""
+
+    def produce() -> Iterator[np.ndarray]:
+        for first, count in runs:
+            for piece in source.pieces(first, count):
+                yield to_float16(piece, source.dtype, source.name)
+
+    return Target(name, "F16", source.shape, produce)
+
+
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    return any(name.endswith(".qweight") for name in checkpoint.weight_map)
+
+
+def expected_names(config: MossConfig, quantised: bool) -> dict[str, list[str]]:
+    """File of the model folder -> names of the checkpoint's tensors that it is made of."""
+    files = {EMBEDDING: [f"transformer.{name}" for name in embedding_tensors(config)]}
+    for layer in range(config.n_layer):
+        names = []
+        for name in block_tensors(config, 16, 0):
+            stem = name.removesuffix(".weight")
+            parts = QUANTISED_PARTS if quantised and stem in MATRICES and stem != name else ("",)
+            names += [
+                f"transformer.h.{layer}.{stem}.{part}" if part else f"transformer.h.{layer}.{name}"
+                for part in parts
+            ]
+        files[block_file_name(layer)] = names
+    files[HEAD] = [
+        name if name.startswith("lm_head") else f"transformer.{name}" for name in head_tensors(config)
+    ]
+    return files
+
+
+def check_names(checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
+    """Raises MossError naming the first tensor that is missing or does not belong."""
+    wanted = [name for names in files.values() for name in names]
+    missing = [name for name in wanted if name not in checkpoint.weight_map]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise MossError(
+            f"{checkpoint.source} lacks the tensor {missing[0]}{more}. It is incomplete, or another model."
+        )
+    extra = sorted(name for name in checkpoint.weight_map.keys() - set(wanted) if not BUFFERS.fullmatch(name))
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise MossError(
+            f"{checkpoint.source} holds {extra[0]}{more}, which is no tensor of a MOSS or CodeGen model."
+        )
+
+
+def checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> SourceTensor:
+    """The tensor of that name, or an error where its shape is not what the configuration says."""
+    source = checkpoint.tensor(name)
+    if source.shape != shape:
+        raise MossError(
+            f"{name} in {source.path.name} has shape {source.shape}; the configuration of this model needs {shape}."
+        )
+    return source
+
+
+def dense_files(checkpoint: Checkpoint) -> list[FilePlan]:
+    """How to write an unquantised checkpoint's model folder, float16."""
+    config = checkpoint.config
+    files = expected_names(config, quantised=False)
+    check_names(checkpoint, files)
+    qkv_runs = head_runs(config)
+    shapes = {**embedding_tensors(config), **head_tensors(config), **block_tensors(config, 16, 0)}
+
+    def target(name: str) -> Target:
+        local = re.sub(r"^transformer\.(h\.\d+\.)?", "", name)
+        source = checked(checkpoint, name, shapes[local][1])
+        runs = qkv_runs if local == f"{QKV}.weight" else [(0, source.shape[0])]
+        return dense_target(source, name, runs)
+
+    def plan(file: str, names: list[str]) -> FilePlan:
+        return FilePlan(file, tuple(names), lambda: [target(name) for name in names])
+
+    return [plan(file, names) for file, names in files.items()]

@@ -1,0 +1,82 @@
+"""tokenizer.json from a checkpoint's vocab.json, merges.txt and added_tokens.json.
+
+MOSS's reference tokenizer loses newlines beside runs of spaces; these settings lose nothing: encoding then decoding any text
+gives it back, and where a text has no such run the ids are the reference's own.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from moss_jt.errors import MossError
+from moss_jt.store import read_json
+
+# The five ends of MOSS's fields, and the end of a text.
+SPECIAL_TOKENS = ("<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>", "<|endoftext|>")
+MAX_MERGES_BYTES = 64 << 20
+
+
+def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str:
+    """The text of tokenizer.json.
+
+    Args:
+        fetch: gives the path of a checkpoint's file by name.
+        fields: the checkpoint's config.json; ids at or above its vocab_size are refused.
+
+    Raises:
+        MossError: a file is missing or damaged; it is named.
+    """
+    vocabulary = read_json(fetch("vocab.json"))
+    merges = _read_merges(fetch("merges.txt"))
+    try:
+        added_path: Path | None = fetch("added_tokens.json")
+    except MossError:
+        added_path = None
+    added = read_json(added_path) if added_path is not None and added_path.exists() else {}
+    ids = [*vocabulary.values(), *added.values()]
+    if not all(isinstance(number, int) and 0 <= number < fields["vocab_size"] for number in ids):
+        raise MossError("vocab.json or added_tokens.json holds an id that the model has no row for.")
+    try:
+        tokenizer = Tokenizer(BPE(vocabulary, merges))
+    except Exception as error:  # noqa: BLE001  the package raises no narrower type for an unknown token
+        raise MossError(f"vocab.json and merges.txt do not belong together: {error}") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in sorted(added, key=lambda name: int(added[name])):
+        _add(tokenizer, token, added[token])
+    for token in SPECIAL_TOKENS:
+        if token not in added and token in vocabulary:
+            _add(tokenizer, token, vocabulary[token])
+    text: str = tokenizer.to_str()
+    return text
+
+
+def _add(tokenizer: Tokenizer, token: str, wanted: int) -> None:
+    entry = AddedToken(token, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    if token in SPECIAL_TOKENS:
+        tokenizer.add_special_tokens([entry])
+    else:
+        tokenizer.add_tokens([entry])
+    if tokenizer.token_to_id(token) != wanted:
+        raise MossError(
+            f"added_tokens.json gives {token!r} the id {wanted}, but its place is {tokenizer.token_to_id(token)}."
+        )
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        raise MossError(f"{path} is missing: without merges.txt there is no tokenizer.")
+    if path.stat().st_size > MAX_MERGES_BYTES:
+        raise MossError(f"{path} is larger than {MAX_MERGES_BYTES >> 20} MiB; that is no list of merges.")
+    merges = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        parts = line.split(" ")
+        if line.startswith("#version") or not line:
+            continue
+        if len(parts) != 2:
+            raise MossError(f"{path}: {line[:60]!r} is no merge of two tokens.")
+        merges.append((parts[0], parts[1]))
+    return merges
