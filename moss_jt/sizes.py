@@ -18,7 +18,8 @@ FLOAT32 = 4
 # tokenizer. tests/test_memory.py measures it from outside and fails where this is too little.
 FOOTPRINT_BYTES = 300 * MIB
 
-# Positions that share one partial result in kernels/cpu/attention.h.
+# The longest pass that the kernels take token by token, and the positions that share one of its partial results.
+FEW_TOKENS = 23
 ATTENTION_GROUP = 128
 # Tiles of the kernels' threads, oneDNN's buffers.
 THREADS_BYTES = 32 * MIB
@@ -66,14 +67,14 @@ class ModelSizes:
         """Float32 activations of one pass of ``tokens`` new tokens, with what the allocator keeps between them.
 
         Per token: the residual stream, its copies and the operators' intermediate results (12 C), the MLP's inner
-        layer twice (2 I, the second for act-order), and attention's partial results, one per head and ATTENTION_GROUP
-        positions. Then the logits of 17 rows (a draft of 16 tokens and the one before it), twice, and the threads' own.
+        layer twice (2 I, the second for act-order). In passes of few tokens, attention's partial results too: one per
+        head and ATTENTION_GROUP positions. Then those passes' logits, twice, and what the threads have of their own.
         """
         c = self.config
         partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 2)
-        per_token = 12 * c.n_embd + 2 * c.n_inner + partial
-        logits = 2 * min(tokens, 17) * c.vocab_size
-        return (tokens * per_token + logits) * FLOAT32 + THREADS_BYTES
+        per_token = 12 * c.n_embd + 2 * c.n_inner
+        few = min(tokens, FEW_TOKENS) * (partial + 2 * c.vocab_size)
+        return (tokens * per_token + few) * FLOAT32 + THREADS_BYTES
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""
