@@ -1,0 +1,20 @@
+"""Progress bars with bytes and time left, on stderr, quiet where nobody watches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+Notice = Callable[[str], None]
+
+
+@contextmanager
+def byte_bar(total: int, label: str) -> Iterator[tuple[Callable[[int], None], Notice]]:
+    """(a function to call with bytes done, a function that prints a line above the bar)."""
+    bar = tqdm(
+        total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5, disable=None
+    )
+    try:
+        yield bar.update, bar.write
+    finally:
+        bar.close()

@@ -1,0 +1,24 @@
+"""moss-jt verify."""
+
+import click
+
+from moss_jt.commands.progress import byte_bar
+from moss_jt.convert.verify import verify_store
+from moss_jt.folders import resolve_model
+from moss_jt.store import open_store
+
+
+@click.command()
+@click.argument("model", required=False)
+def command(model: str | None) -> None:
+    """Check every tensor of a model folder against its checksum.
+
+    MODEL is a name or a path; without one, the model converted last.
+    """
+    store = open_store(resolve_model(model))
+    total = sum(spec.nbytes for file in store.files for spec in file.tensors.values())
+    with byte_bar(total, store.path.name) as (progress, _):
+        verify_store(store, progress)
+    click.echo(
+        f"{store.path} is whole: {total / 2**30:.2f} GiB in {len(store.files)} files, every checksum right."
+    )
