@@ -17,12 +17,16 @@ from moss_jt.disk_speed import disk_speed
 from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
-from moss_jt.machine import process_memory, resident_memory_bytes
+from moss_jt.machine import memory_budget, process_memory, resident_memory_bytes
 from moss_jt.page_buffer import page_buffer
-from moss_jt.residency import ResidencyPlan, Unit, spread
+from moss_jt.residency import ResidencyPlan, Unit, plan, spread
 from moss_jt.ring import Reader, Ring
+from moss_jt.sizes import MIB, sizes_of_store
 from moss_jt.store import Store, map_tensor
 from moss_jt.unit_views import HEAD_WEIGHT, Arrays, RowReader, layout_of, map_unit, piece_of, views_of
+
+# What the process grows by after its weights are placed, beside cache and workspace: kernels, oneDNN, sampling.
+LATER_BYTES = 80 * MIB
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,22 @@ class WeightStream:
     def _last_piece(self, then_head: bool) -> int:
         wanted = [p for n, p in self._pieces.items() if then_head or self.plan.units[n].kind == "block"]
         return max(wanted, default=len(self._pieces) - 1)
+
+
+def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
+    """The plan for this process, which counts what it holds already; call it once tokenizer and operators are there.
+
+    Args:
+        memory: the limit as users write it; None for what is free less a margin.
+        context: tokens of the conversation; None for what the model has.
+
+    Raises:
+        MossError: the limit is none, or too small; the message names the smallest that works.
+    """
+    budget = memory_budget(memory)
+    context = store.config.n_positions if context is None else context
+    footprint = resident_memory_bytes() + LATER_BYTES
+    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint)
 
 
 def open_weights(store: Store, plan: ResidencyPlan, home: Path) -> WeightStream:
