@@ -68,6 +68,7 @@ def _start() -> Any:
         for name in hidden:
             del sys.modules[name]
     jittor.flags.log_file = str(log_path("operators"))
+    jittor.flags.no_grad = 1  # or every block's workspace would be kept for a backward pass
     return jittor
 
 
