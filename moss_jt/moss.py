@@ -1,0 +1,181 @@
+"""The Python interface: ``from moss_jt import Moss``. Jittor starts when a model is loaded, not before."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from moss_jt.draft import make_drafter
+from moss_jt.errors import MossError
+from moss_jt.folders import model_home, resolve_model
+from moss_jt.generate import Generation
+from moss_jt.machine import memory_budget
+from moss_jt.residency import ResidencyPlan, plan
+from moss_jt.sampling import SamplingParams
+from moss_jt.session import Session
+from moss_jt.sizes import sizes_of_store
+from moss_jt.store import open_store
+from moss_jt.tokenizer import IncrementalDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from moss_jt.model import Model
+
+END_TOKEN = "<eom>"
+
+
+class Moss:
+    """A loaded model. Close it, or use it in a ``with`` statement; its memory is free after that.
+
+    One thread at a time. ``generate`` and every chat take turns on one key/value cache.
+
+    config     the model's geometry
+    tokenizer  text to ids and back
+    plan       where the weights live
+    load_s     seconds that loading took
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        tokenizer: Tokenizer,
+        plan: ResidencyPlan,
+        draft: str | int = "auto",
+        load_s: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.load_s = load_s
+        self._drafter = make_drafter(draft, plan.streams)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: str = "cpu",
+        memory: str | int | None = None,
+        context: int | None = None,
+        draft: str | int = "auto",
+    ) -> Self:
+        """Load a model folder.
+
+        Args:
+            model: its path, or the name of a converted model; by default the one converted last.
+            device: "cpu".
+            memory: the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit streams from
+                disk. By default what is free, less a margin.
+            context: tokens that prompt and answer may have together; by default all that the model has.
+            draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
+
+        Raises:
+            MossError: there is no such model, its folder is damaged, or the memory is too little for it.
+        """
+        begin = time.perf_counter()
+        if device != "cpu":
+            raise MossError(f"there is no device {device!r}. This version computes on the CPU: device='cpu'.")
+        store = open_store(resolve_model(model))
+        tokenizer = Tokenizer.from_file(store.tokenizer_path)
+        context = store.config.n_positions if context is None else context
+        placed = plan(sizes_of_store(store), context, memory_budget(memory))
+        make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
+        from moss_jt.load import load_model
+
+        loaded = load_model(store, placed, model_home())
+        return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the configuration's, and MOSS's <eom>."""
+        end = self.tokenizer.id(END_TOKEN)
+        return frozenset({self.config.eos_token_id} | ({end} if end is not None else set()))
+
+    def session(self) -> Session:
+        """An empty conversation of tokens over this model."""
+        return Session(self.model, self._drafter)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits (tokens, vocabulary) float32 of a text, every row predicting the token after it.
+
+        Raises:
+            MossError: the text is empty or longer than the context, or an id is outside the vocabulary.
+        """
+        self._check(token_ids)
+        self.model.cache_owner = None
+        result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
+        step = self.model.pass_tokens
+        for start in range(0, len(token_ids), step):
+            chunk = token_ids[start : start + step]
+            result[start : start + step] = self.model.forward(chunk, start, "all")
+        return result
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        top_k: int = 40,
+        top_p: float = 0.8,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Continue a text.
+
+        Args:
+            prompt: text (special tokens in it count as such), or token ids.
+            max_new_tokens: the most tokens of the answer.
+            temperature: 0 is greedy. For this and what follows see moss_jt.sampling.SamplingParams.
+            stop: a string, or several, that end the answer; they are not part of its text.
+
+        Returns:
+            An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
+
+        Raises:
+            MossError: the prompt is empty or longer than the context, or an option's value is impossible.
+        """
+        params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check(token_ids)
+        session = self.session()
+        session.extend(token_ids)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        decoder = IncrementalDecoder(self.tokenizer)
+        return Generation(session, decoder, params, max_new_tokens, self.stop_ids, stops, self.load_s)
+
+    def _check(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise MossError("the prompt is empty: there is no text to continue.")
+        if len(token_ids) > self.model.capacity:
+            raise MossError(
+                f"the prompt has {len(token_ids)} tokens, and the context has room for {self.model.capacity}. "
+                f"Shorten it, or load with a larger context (this model: {self.config.n_positions} at most)."
+            )
+        if not all(0 <= token < self.config.vocab_size for token in token_ids):
+            raise MossError(f"token ids must be from 0 to {self.config.vocab_size - 1}.")
+
+    def chat(self, **options: Any) -> Any:
+        """A conversation in MOSS's format: moss_jt.chat.Chat with these options."""
+        from moss_jt.chat import Chat
+
+        return Chat(self, **options)
+
+    def close(self) -> None:
+        """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,126 @@
+"""One token from one row of logits, by the reference's rules and in its order, in NumPy.
+
+Repetition penalty over all tokens so far (the prompt's, too; once per distinct id), temperature, top-k, top-p, one
+random draw. Temperature 0 is greedy: the largest logit, and no draw.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moss_jt.errors import MossError
+
+REPETITION_PENALTY = 1.02
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    temperature         0 or more; 0 is greedy
+    top_k               only the k likeliest; 0 for all
+    top_p               only the likeliest whose probabilities reach p together, at least one; 1 for all
+    repetition_penalty  1 for none; None is the reference's 1.02, and none when greedy
+    seed                the same seed gives the same tokens; None for another one each time
+
+    Raises:
+        MossError: a value is impossible.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.8
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
+        checks = (
+            ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", penalty, penalty is None or 0 < penalty < np.inf, "above 0 (1 for none)"),
+            ("seed", self.seed, self.seed is None or self.seed >= 0, "a whole number, 0 or more"),
+        )
+        for name, value, good, wanted in checks:
+            if not good:
+                raise MossError(f"{name} is {value}; it must be {wanted}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def penalty(self) -> float:
+        if self.repetition_penalty is not None:
+            return self.repetition_penalty
+        return 1.0 if self.greedy else REPETITION_PENALTY
+
+
+class Sampler:
+    """Chooses token after token. Made for one answer: its random numbers start at the seed.
+
+    Every chosen token costs one random number whatever the logits are, so drafts that verify several positions in one
+    pass choose the same tokens as single steps.
+    """
+
+    def __init__(self, params: SamplingParams, token_ids: Iterable[int]) -> None:
+        self.params = params
+        self._random = np.random.default_rng(params.seed)
+        self._seen = set(token_ids)
+
+    def add(self, token_id: int) -> None:
+        """The text goes on with this token."""
+        self._seen.add(token_id)
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token for logits (V,) float32, which stay as they are.
+
+        Raises:
+            MossError: they are no numbers.
+        """
+        scores = penalized(logits, self._seen, self.params.penalty)
+        best = int(scores.argmax())
+        if not np.isfinite(scores[best]):
+            raise MossError(
+                "the model computed something that is no number (infinity or NaN). Check its folder with moss-jt verify."
+            )
+        if self.params.greedy:
+            return best
+        draw = self._random.random()
+        token_ids, probabilities = candidates(scores, self.params)
+        place = np.searchsorted(np.cumsum(probabilities), draw * probabilities.sum(), side="right")
+        return int(token_ids[min(int(place), len(token_ids) - 1)])
+
+
+def penalized(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:
+    """Scores of tokens that occurred already, made less likely: divided where positive, multiplied where negative."""
+    if penalty == 1 or not seen:
+        return logits
+    scores = logits.copy()
+    token_ids = np.fromiter(seen, np.int64, len(seen))
+    values = scores[token_ids]
+    scores[token_ids] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    return scores
+
+
+def candidates(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that temperature, top-k and top-p leave, likeliest first, with probabilities (float64, sum below 1).
+
+    Tokens that tie with the k-th likeliest stay, as in the reference.
+    """
+    token_ids = np.arange(len(scores))
+    if 0 < params.top_k < len(scores):
+        threshold = np.partition(scores, -params.top_k)[-params.top_k]
+        token_ids = np.flatnonzero(scores >= threshold)
+    token_ids = token_ids[np.argsort(-scores[token_ids], kind="stable")]
+    values = scores[token_ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature makes everything but the best minus infinity
+        probabilities = np.exp((values - values[0]) / params.temperature)
+    probabilities /= probabilities.sum()
+    if params.top_p < 1:
+        before = np.cumsum(probabilities) - probabilities
+        kept = max(1, int(np.count_nonzero(before < params.top_p)))
+        token_ids, probabilities = token_ids[:kept], probabilities[:kept]
+    return token_ids, probabilities
