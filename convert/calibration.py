@@ -44,7 +44,7 @@ class Calibration:
     def quantize_block(
         self, weights: Mapping[str, np.ndarray], settings: GptqSettings
     ) -> Iterator[tuple[str, PackedArrays]]:
-        """Yield the block's four matrices as they are done; after the last, ``hidden`` is what leaves the block.
+        """Yield the block's four matrices as they are done; with the last, ``hidden`` is what leaves the block.
 
         weights  local tensor names to float16 arrays, qkv rows as in a model folder: all Q, all K, all V
         Yields ``attn.qkv_proj``, ``mlp.fc_in``, ``attn.out_proj``, ``mlp.fc_out`` with their matrices.
@@ -69,14 +69,12 @@ class Calibration:
             hessian.add(self._inner(part, weights, fc_in))
         (fc_out,) = _quantize([weights[f"{FC_OUT}.weight"]], hessian, settings)
         del hessian
-        yield FC_OUT, fc_out
-
         bias = weights[f"{FC_OUT}.bias"].astype(np.float32)
-        for (
-            part
-        ) in self.sequences:  # the inner layer again: keeping it would take four times the hidden states
+        # The inner layer is made again: keeping it would take four times the memory of the hidden states.
+        for part in self.sequences:
             inner = self._inner(part, weights, fc_in)
             self.hidden[part] += linear(attended[part], out) + (linear(inner, fc_out) + bias)
+        yield FC_OUT, fc_out
 
     def _normed(self, part: slice, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         h = self.hidden[part]

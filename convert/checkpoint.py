@@ -7,6 +7,7 @@ from typing import Any
 
 from moss_jt.config import MossConfig
 from moss_jt.convert.tensors import DTYPES, SourceTensor
+from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.torch_file import read_torch_file
 from moss_jt.errors import MossError
 from moss_jt.store import SAFETENSORS_DTYPES, read_header, read_json
@@ -43,6 +44,10 @@ class Checkpoint:
                 f"the index says that {shard} holds {name}, but it does not. Download both again."
             )
         return tensors[name]
+
+    def tokenizer_text(self) -> str:
+        """The text of tokenizer.json, made from the checkpoint's own files."""
+        return build_tokenizer(self.fetch, self.fields)
 
     def open_shard(self, shard: str) -> dict[str, SourceTensor]:
         if shard not in self._opened:

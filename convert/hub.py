@@ -69,7 +69,6 @@ def remove_download(download: Path) -> None:
 @contextlib.contextmanager
 def hub_errors(repo: str) -> Any:
     """huggingface_hub's errors as one clear line."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -84,14 +83,14 @@ def hub_errors(repo: str) -> Any:
         raise MossError(
             f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN)."
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as error:
+    except errors.HfHubHTTPError as error:
+        raise MossError(
+            f"downloading from {repo} failed: {_first_line(error)} Run it again to go on."
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:
         raise MossError(
             f"the hub cannot be reached for {repo}: {_first_line(error)} "
             "Check the network, or set HF_ENDPOINT to a mirror; what is downloaded already is kept."
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise MossError(
-            f"downloading from {repo} failed: {_first_line(error)} Run it again to go on."
         ) from error
 
 

@@ -3,16 +3,16 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.gptq_checkpoint import quantised_files
 from moss_jt.convert.journal import Journal, write_json
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
-from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
 from moss_jt.store import CONFIG, FORMAT, MANIFEST, TOKENIZER, VERSION, open_store, read_json
@@ -32,9 +32,22 @@ class Recipe:
     total_bytes: int
 
 
-def weight_bytes(checkpoint: Checkpoint, bits: int, group_size: int) -> int:
+class Source(Protocol):
+    """What a model folder is made from: a checkpoint, or another model folder."""
+
+    config: MossConfig
+
+    def tokenizer_text(self) -> str:
+        """The text of tokenizer.json."""
+        ...
+
+    def close_shards(self, still_needed: Iterable[str]) -> None:
+        """Give back what holds none of the tensors that are still needed."""
+        ...
+
+
+def weight_bytes(config: MossConfig, bits: int, group_size: int) -> int:
     """Bytes of all tensors of the model folder, headers apart."""
-    config = checkpoint.config
     matrices = 4 * config.n_embd**2 + 2 * config.n_embd * config.n_inner
     per_block = matrices * 2
     if bits != 16:
@@ -50,7 +63,7 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
         files, bits, group_size = quantised_files(checkpoint)
     else:
         files, bits, group_size = dense_files(checkpoint), 16, 0
-    total = weight_bytes(checkpoint, bits, group_size)
+    total = weight_bytes(checkpoint.config, bits, group_size)
     return Recipe(checkpoint.identity, checkpoint.source, bits, group_size, files, total)
 
 
@@ -77,7 +90,7 @@ def already_converted(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def convert(
-    checkpoint: Checkpoint,
+    source: Source,
     recipe: Recipe,
     out: Path,
     progress: Progress = lambda count: None,
@@ -96,7 +109,7 @@ def convert(
         return False
     if out.exists() and any(out.iterdir()) and not (out / "journal.json").exists():
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
-    tokenizer = build_tokenizer(checkpoint.fetch, checkpoint.fields)
+    tokenizer = source.tokenizer_text()
     journal = Journal(out, json.loads(json.dumps(recipe.identity)))
     if journal.restarted:
         notice(f"{out} was begun from another version of the source; it is written anew.")
@@ -111,8 +124,8 @@ def convert(
         if plan.name not in journal.files:
             journal.add(plan.name, write_file(out / plan.name, plan.build(), progress))
         later = recipe.files[number + 1 :]
-        checkpoint.close_shards({name for next_plan in later for name in next_plan.sources})
-    write_json(out / CONFIG, dataclasses.asdict(checkpoint.config))
+        source.close_shards({name for next_plan in later for name in next_plan.sources})
+    write_json(out / CONFIG, dataclasses.asdict(source.config))
     (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     _finish(out, recipe, journal)
     return True
