@@ -1,0 +1,28 @@
+"""docs/memory.md shows what the code computes: its tables and its example are made again and compared."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.memory_tables import TABLES
+from moss_jt.commands.plan import command
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_computed_tables_are_current(name: str) -> None:
+    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", DOCUMENT.read_text(), re.DOTALL)
+    assert found is not None
+    assert found.group(1) == TABLES[name](), (
+        "python benchmarks/memory_tables.py prints the tables as they are now"
+    )
+
+
+def test_the_example_is_current() -> None:
+    shown = re.search(r"```\n\$ moss-jt plan (.*?)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert shown is not None
+    result = CliRunner().invoke(command, shown.group(1).split())
+    assert result.exit_code == 0 and result.output == shown.group(2)
