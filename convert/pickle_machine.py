@@ -130,12 +130,17 @@ class _Machine:
         for _ in range(MAX_ITEMS):
             opcode = self.take(1)
             if opcode == b".":
-                return self.stack.pop()
+                return self.result()
             action = _OPCODES.get(opcode)
             if action is None:
                 raise _Refused(f"opcode {opcode!r} is not one that tensors need")
             action(self)
         raise _Refused("it is endless")
+
+    def result(self) -> Any:
+        if len(self.stack) != 1 or self.stack[0] is _MARK:
+            raise _Refused("it does not end with one object")
+        return self.stack[0]
 
     def long(self, size: int) -> int:
         if size > 8:

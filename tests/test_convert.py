@@ -1,0 +1,527 @@
+"""Conversion: every source format to the same model folder, every damaged source refused by name, every kill survived."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt.cli import main
+from moss_jt.convert import pipeline, writer
+from moss_jt.convert.checkpoint import open_local
+from moss_jt.convert.pickle_machine import read_pickle
+from moss_jt.convert.pipeline import convert, recipe_for
+from moss_jt.convert.verify import verify_store
+from moss_jt.errors import MossError
+from moss_jt.folders import resolve_model, tiny_checkpoint
+from moss_jt.store import MANIFEST, map_tensor, open_store, read_header
+from tests.support.hub_server import serve_hub
+from tests.support.models import (
+    convert_checkpoint,
+    random_checkpoint,
+    random_tensors,
+    small_config,
+    tiny_model_folder,
+    write_checkpoint,
+)
+
+
+def assert_holds(folder: Path, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """Every tensor of the folder is the checkpoint's; qkv by the definition of the published row order."""
+    store = open_store(folder)
+    width, heads = fields["n_embd"], fields["n_head"]
+    dim = width // heads
+    for layer, block in enumerate(store.blocks):
+        for name in block.tensors:
+            source = tensors[f"transformer.h.{layer}.{name}"]
+            ours = map_tensor(block, name)
+            if name != "attn.qkv_proj.weight":
+                np.testing.assert_array_equal(ours, source)
+                continue
+            for head in range(heads):
+                chunk, within = divmod(head, heads // 4)
+                for ours_at, theirs_at in ((0, 0), (1, 2), (2, 1)):  # we: q, k, v; they: q, v, k
+                    begin = (chunk * 3 + theirs_at) * (width // 4) + within * dim
+                    mine = ours_at * width + head * dim
+                    np.testing.assert_array_equal(ours[mine : mine + dim], source[begin : begin + dim])
+    np.testing.assert_array_equal(
+        map_tensor(store.embedding, "wte.weight"), tensors["transformer.wte.weight"]
+    )
+    for name in store.head.tensors:
+        full = name if name.startswith("lm_head") else f"transformer.{name}"
+        np.testing.assert_array_equal(map_tensor(store.head, name), tensors[full])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_tensor_arrives_and_qkv_is_sorted_by_head(tmp_path: Path, shards: int) -> None:
+    source = random_checkpoint(tmp_path / "source", shards=shards, n_head=8)
+    fields = small_config(n_head=8)
+    out = convert_checkpoint(source, tmp_path / "out")
+    assert_holds(out, fields, random_tensors(fields))
+    verify_store(open_store(out))
+    names = {path.name for path in out.iterdir()}
+    blocks = {"block-00.safetensors", "block-01.safetensors"}
+    assert names == blocks | {
+        "embedding.safetensors",
+        "head.safetensors",
+        "config.json",
+        "tokenizer.json",
+        MANIFEST,
+    }
+
+
+def test_any_safetensors_reader_opens_it_and_data_are_aligned() -> None:
+    from safetensors.numpy import load_file
+
+    store = open_store(tiny_model_folder())
+    for file in store.files:
+        loaded = load_file(file.path)
+        assert {spec.name for spec in file.tensors.values()} == loaded.keys()
+        assert file.data_offset % 4096 == 0
+        for name, spec in file.tensors.items():
+            np.testing.assert_array_equal(loaded[spec.name], map_tensor(file, name))
+
+
+def test_torch_shards_with_an_index_convert() -> None:
+    """moss-tiny was written by torch: two zip shards, an index, causal masks; its folder verifies and is complete."""
+    store = open_store(tiny_model_folder())
+    assert (store.config.n_layer, store.config.n_embd, store.bits) == (4, 192, 16)
+    verify_store(store)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_other_float_types_are_rounded_to_float16(tmp_path: Path, kind: str) -> None:
+    fields = small_config()
+    tensors = random_tensors(fields)
+    wide = {name: values.astype(np.float32) * np.float32(1.0003) for name, values in tensors.items()}
+    source = write_checkpoint(tmp_path / "source", fields, [wide])
+    expected = {name: values.astype(np.float16) for name, values in wide.items()}
+    if kind == "bfloat16":
+        bits = {name: (values.view(np.uint32) >> 16).astype(np.uint16) for name, values in wide.items()}
+        write_bfloat16(source / "model.safetensors", bits)
+        expected = {
+            name: (v.astype(np.uint32) << 16).view(np.float32).astype(np.float16) for name, v in bits.items()
+        }
+    assert_holds(convert_checkpoint(source, tmp_path / "out"), fields, expected)
+
+
+def write_bfloat16(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    header, offset = {}, 0
+    for name, bits in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": bits.shape, "data_offsets": [offset, offset + bits.nbytes]}
+        offset += bits.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(bits.tobytes() for bits in tensors.values())
+    )
+
+
+def refused(source: Path, out: Path) -> str:
+    """The error that converting gives; nothing that looks finished may be left."""
+    with pytest.raises(MossError) as caught:
+        convert_checkpoint(source, out)
+    assert not (out / MANIFEST).exists()
+    assert not list(out.glob("*.part"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(np.inf, "NaN or infinity"), (np.nan, "NaN or infinity"), (1e6, "float16 (largest 65504) cannot hold")],
+)
+def test_values_that_float16_cannot_hold_are_refused_by_tensor(
+    tmp_path: Path, value: float, words: str
+) -> None:
+    fields = small_config()
+    tensors: dict[str, np.ndarray] = dict(random_tensors(fields))
+    name = "transformer.h.1.mlp.fc_out.weight"
+    tensors[name] = tensors[name].astype(np.float32)
+    tensors[name][3, 5] = value
+    message = refused(write_checkpoint(tmp_path / "source", fields, [tensors]), tmp_path / "out")
+    assert name in message
+    assert words in message
+
+
+def test_missing_extra_and_misshaped_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    fields = small_config()
+    whole = random_tensors(fields)
+    name = "transformer.h.0.attn.out_proj.weight"
+    cases = {
+        "lacks the tensor " + name: {key: value for key, value in whole.items() if key != name},
+        "transformer.h.0.ln_2.weight": {
+            **whole,
+            "transformer.h.0.ln_2.weight": whole["transformer.ln_f.weight"],
+        },
+        "(64, 32)": {**whole, name: np.ascontiguousarray(whole[name][:, :32])},
+        "transformer.h.2.ln_1.bias": {
+            **whole,
+            "transformer.h.2.ln_1.bias": whole["transformer.h.1.ln_1.bias"],
+        },
+    }
+    for number, (words, tensors) in enumerate(cases.items()):
+        source = write_checkpoint(tmp_path / f"source{number}", fields, [tensors])
+        assert words in refused(source, tmp_path / f"out{number}")
+
+
+def test_known_buffers_are_left_out(tmp_path: Path) -> None:
+    fields = small_config()
+    tensors: dict[str, np.ndarray] = dict(random_tensors(fields))
+    mask = np.tril(np.ones((1, 1, 128, 128), np.uint8))
+    tensors.update({f"transformer.h.{layer}.attn.causal_mask": mask for layer in range(2)})
+    out = convert_checkpoint(write_checkpoint(tmp_path / "source", fields, [tensors]), tmp_path / "out")
+    assert_holds(out, fields, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "llama"}, "'llama'"),
+        ({"n_embd": None, "hidden_size": 64}, "n_embd"),
+        ({"n_head": 6, "n_embd": 66, "rotary_dim": 2}, "multiple of 4"),
+        ({"activation_function": "relu"}, "relu"),
+        ({"n_layer": "2"}, "n_layer"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_reason(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    source = random_checkpoint(tmp_path / "source")
+    fields = small_config(**changes)
+    fields = {name: value for name, value in fields.items() if not (name == "n_embd" and value is None)}
+    (source / "config.json").write_text(json.dumps(fields))
+    assert words in refused(source, tmp_path / "out")
+
+
+def tiny_copy(folder: Path) -> Path:
+    shutil.copytree(tiny_checkpoint(), folder)
+    return folder
+
+
+def test_a_truncated_torch_shard_is_refused(tmp_path: Path) -> None:
+    source = tiny_copy(tmp_path / "source")
+    shard = source / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:-70_000])
+    assert "cut short" in refused(source, tmp_path / "out")
+
+
+def test_a_wrong_index_is_refused(tmp_path: Path) -> None:
+    source = tiny_copy(tmp_path / "source")
+    index = source / "pytorch_model.bin.index.json"
+    fields = json.loads(index.read_text())
+    swapped = dict(fields["weight_map"], **{"lm_head.weight": "pytorch_model-00001-of-00002.bin"})
+    index.write_text(json.dumps({"weight_map": swapped}))
+    assert "lm_head.weight, but it does not" in refused(source, tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": dict(swapped, x="../../etc/passwd")}))
+    assert "no file beside it" in refused(source, tmp_path / "out2")
+    index.unlink()
+    assert "index" in refused(source, tmp_path / "out3")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_missing_tokenizer_file_is_named_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    source = tiny_copy(tmp_path / "source")
+    (source / name).unlink()
+    assert name in refused(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Hostile:
+    """Unpickled by Python, this would create a file."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.target}",))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
+    source = tiny_copy(tmp_path / "source")
+    shard = source / "pytorch_model-00001-of-00002.bin"
+    harm = tmp_path / "harm"
+    payload = io.BytesIO()
+    pickle.dump({"transformer.wte.weight": Hostile(str(harm))}, payload, protocol=2)
+    with zipfile.ZipFile(shard, "w") as archive:
+        archive.writestr("archive/data.pkl", payload.getvalue())
+    message = refused(source, tmp_path / "out")
+    assert "system" in message
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b".",
+        b"\x80\x02",
+        b"(" * 5000 + b".",
+        b"\x80\x02}q\x00X\xff\xff\xff\x7fa.",
+        b"cbuiltins\neval\n.",
+        b"h\x05.",
+        b"R.",
+    ],
+)
+def test_damaged_pickles_are_one_error(data: bytes) -> None:
+    with pytest.raises(MossError, match="somewhere"):
+        read_pickle(data, "somewhere")
+
+
+def test_random_damage_to_a_pickle_never_escapes_the_machine() -> None:
+    with zipfile.ZipFile(tiny_checkpoint() / "pytorch_model-00002-of-00002.bin") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        good = archive.read(name)
+    draw = np.random.default_rng(5)
+    for _ in range(400):
+        bad = bytearray(good)
+        for place in draw.integers(0, len(bad), 3):
+            bad[place] = draw.integers(0, 256)
+        try:
+            read_pickle(bytes(bad), "somewhere")
+        except MossError:
+            pass
+
+
+def test_hostile_safetensors_headers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    entry = {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}
+    for header in (
+        b"",
+        b"{" * 100_000,
+        json.dumps({"a": {**entry, "shape": [5]}}).encode(),
+        json.dumps({"a": {**entry, "data_offsets": [0, 10**15], "shape": [5 * 10**14]}}).encode(),
+        json.dumps({"a": {**entry, "shape": [-4]}}).encode(),
+        json.dumps({"a": [1, 2]}).encode(),
+        b"[]",
+    ):
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(MossError, match="x.safetensors"):
+            read_header(path)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(MossError, match="x.safetensors"):
+        read_header(path)
+
+
+def test_too_little_disk_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    message = refused(random_checkpoint(tmp_path / "source"), tmp_path / "out")
+    assert "disk" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = random_checkpoint(tmp_path / "source"), tmp_path / "out"
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(writer.os, "fsync", full)
+    assert "disk is full" in refused(source, out)
+    monkeypatch.undo()
+    assert_holds(convert_checkpoint(source, out), small_config(), random_tensors(small_config()))
+
+
+def test_interrupted_anywhere_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    """Stopped after each number of bytes in turn; finished files are not written again."""
+    source = random_checkpoint(tmp_path / "source")
+    whole = convert_checkpoint(source, tmp_path / "whole")
+    out, written = tmp_path / "out", []
+    for stop_after in (1, 3, 8, 20):
+        counted = 0
+
+        def stop(count: int, stop_after: int = stop_after) -> None:
+            nonlocal counted
+            counted += 1
+            if counted > stop_after:
+                raise KeyboardInterrupt
+
+        checkpoint = open_local(source)
+        with pytest.raises(KeyboardInterrupt):
+            convert(checkpoint, recipe_for(checkpoint), out, stop)
+        with pytest.raises(MossError, match="not finished"):
+            open_store(out)
+        written.append(len(json.loads((out / "journal.json").read_text())["files"]))
+    assert written == sorted(written)
+    assert written[-1] >= 2
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    convert_checkpoint(source, out)
+    for name, time_ns in kept.items():
+        assert (out / name).stat().st_mtime_ns == time_ns
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
+    source, out = random_checkpoint(tmp_path / "source", n_layer=6, n_embd=256), tmp_path / "out"
+    program = (
+        "import os, signal, sys; from pathlib import Path; from tests.support.models import *\n"
+        "checkpoint = open_local(Path(sys.argv[1])); count = 0\n"
+        "def progress(size):\n"
+        "    global count; count += 1\n"
+        "    if count == 30: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "convert(checkpoint, recipe_for(checkpoint), Path(sys.argv[2]), progress)\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-P", "-c", program, source, out], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / MANIFEST).exists()
+    convert_checkpoint(source, out)
+    fields = small_config(n_layer=6, n_embd=256)
+    assert_holds(out, fields, random_tensors(fields))
+    assert not list(out.glob("*.part"))
+
+
+def test_a_changed_source_is_converted_anew_and_a_finished_folder_is_never_overwritten(
+    tmp_path: Path,
+) -> None:
+    source, out = random_checkpoint(tmp_path / "source"), tmp_path / "out"
+    checkpoint = open_local(source)
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, recipe_for(checkpoint), out, stop)
+    random_checkpoint(source, seed=1)
+    said: list[str] = []
+    checkpoint = open_local(source)
+    assert convert(checkpoint, recipe_for(checkpoint), out, notice=said.append)
+    assert "anew" in said[0]
+    assert_holds(out, small_config(), random_tensors(small_config(), seed=1))
+    checkpoint = open_local(source)
+    assert not convert(checkpoint, recipe_for(checkpoint), out)
+    random_checkpoint(source, seed=2)
+    checkpoint = open_local(source)
+    with pytest.raises(MossError, match="--out"):
+        convert(checkpoint, recipe_for(checkpoint), out)
+
+
+def test_verify_names_the_tensor_with_a_flipped_byte(tmp_path: Path) -> None:
+    out = convert_checkpoint(random_checkpoint(tmp_path / "source"), tmp_path / "out")
+    spec = open_store(out).blocks[1].tensors["mlp.fc_in.weight"]
+    path = out / "block-01.safetensors"
+    data = bytearray(path.read_bytes())
+    data[spec.offset + 101] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(MossError, match=r"transformer\.h\.1\.mlp\.fc_in\.weight"):
+        verify_store(open_store(out))
+
+
+def test_a_damaged_model_folder_is_refused_with_the_reason(tmp_path: Path) -> None:
+    out = convert_checkpoint(random_checkpoint(tmp_path / "source"), tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+
+    def reason(**changes: Any) -> str:
+        (out / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+        with pytest.raises(MossError) as caught:
+            open_store(out)
+        return str(caught.value)
+
+    assert "version 2" in reason(version=2)
+    assert "not 'moss-jt'" in reason(format="other")
+    assert "bits 3" in reason(bits=3)
+    assert "block-01" in reason(
+        files={name: entry for name, entry in manifest["files"].items() if name != "block-01.safetensors"}
+    )
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    block = out / "block-00.safetensors"
+    block.write_bytes(block.read_bytes()[:-1])
+    with pytest.raises(MossError, match="block-00"):
+        open_store(out)
+    block.unlink()
+    with pytest.raises(MossError, match="missing"):
+        open_store(out)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def run_cli(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return int(str(left.value.code))
+
+
+def test_the_command_converts_by_name_and_remembers(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(MossError, match="moss-jt chat moss-tiny"):
+        resolve_model(None)
+    assert run_cli("convert", "moss-tiny") == 0
+    assert "moss-jt chat moss-tiny" in capsys.readouterr().out
+    assert resolve_model(None) == home / "models" / "moss-tiny"
+    assert resolve_model("moss-tiny") == home / "models" / "moss-tiny"
+    assert run_cli("verify") == 0
+    assert "every checksum right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "../nowhere", "no-slash"])
+def test_a_source_that_is_nothing_is_one_line(
+    home: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("convert", source) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("moss-jt: error: ")
+    assert error.count("\n") == 1
+
+
+HUB_PROGRAM = "import sys; from moss_jt.cli import main; main(sys.argv[1:])"
+
+
+def from_hub(home: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """moss-jt in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home / "hf"),
+        "MOSS_JT_HOME": str(home),
+    }
+    command = [sys.executable, "-P", "-c", HUB_PROGRAM, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_from_the_hub_shard_by_shard(tmp_path: Path) -> None:
+    """Only needed files are fetched, each shard once; nothing of the download is left, or all with --keep-download."""
+    source = tiny_copy(tmp_path / "source")
+    (source / "README.md").unlink()
+    (source / "other.bin").write_bytes(b"not needed")
+    with serve_hub(source, "fnlp/moss-small") as (address, requests):
+        done = from_hub(tmp_path / "home", address, "convert", "fnlp/moss-small")
+        assert done.returncode == 0, done.stderr
+        out = tmp_path / "home" / "models" / "moss-small"
+        assert open_store(out).config == open_store(tiny_model_folder()).config
+        verify_store(open_store(out))
+        fetched = [line for line in requests if line.startswith("GET") and line.endswith(".bin")]
+        assert sorted(line[-29:] for line in fetched) == [
+            f"/pytorch_model-0000{n}-of-00002.bin"[-29:] for n in (1, 2)
+        ]
+        assert not (tmp_path / "home" / "downloads" / "fnlp--moss-small").exists()
+        done = from_hub(tmp_path / "keep", address, "convert", "fnlp/moss-small", "--keep-download")
+        assert done.returncode == 0, done.stderr
+        assert len(list((tmp_path / "keep" / "downloads" / "fnlp--moss-small").glob("*.bin"))) == 2
+        done = from_hub(tmp_path / "home", address, "convert", "fnlp/unknown")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "no model fnlp/unknown" in done.stderr
+    done = from_hub(tmp_path / "dead", "http://127.0.0.1:9", "convert", "fnlp/moss-small")
+    assert done.returncode == 1
+    assert "HF_ENDPOINT" in done.stderr
