@@ -12,11 +12,10 @@ from moss_jt.draft import make_drafter
 from moss_jt.errors import MossError
 from moss_jt.folders import model_home, resolve_model
 from moss_jt.generate import Generation
-from moss_jt.machine import memory_budget
-from moss_jt.residency import ResidencyPlan, plan
+from moss_jt.placement import plan_here
+from moss_jt.residency import ResidencyPlan
 from moss_jt.sampling import SamplingParams
 from moss_jt.session import Session
-from moss_jt.sizes import sizes_of_store
 from moss_jt.store import open_store
 from moss_jt.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -80,8 +79,7 @@ class Moss:
             raise MossError(f"there is no device {device!r}. This version computes on the CPU: device='cpu'.")
         store = open_store(resolve_model(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
-        context = store.config.n_positions if context is None else context
-        placed = plan(sizes_of_store(store), context, memory_budget(memory))
+        placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
         from moss_jt.load import load_model
 

@@ -17,16 +17,12 @@ from moss_jt.disk_speed import disk_speed
 from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
-from moss_jt.machine import memory_budget, process_memory, resident_memory_bytes
 from moss_jt.page_buffer import page_buffer
-from moss_jt.residency import ResidencyPlan, Unit, plan, spread
+from moss_jt.placement import page_cache_bytes
+from moss_jt.residency import ResidencyPlan, Unit, spread
 from moss_jt.ring import Reader, Ring
-from moss_jt.sizes import MIB, sizes_of_store
 from moss_jt.store import Store, map_tensor
 from moss_jt.unit_views import HEAD_WEIGHT, Arrays, RowReader, layout_of, map_unit, piece_of, views_of
-
-# What the process grows by after its weights are placed, beside cache and workspace: kernels, oneDNN, sampling.
-LATER_BYTES = 80 * MIB
 
 
 @dataclass(frozen=True)
@@ -165,22 +161,6 @@ class WeightStream:
         return max(wanted, default=len(self._pieces) - 1)
 
 
-def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
-    """The plan for this process, which counts what it holds already; call it once tokenizer and operators are there.
-
-    Args:
-        memory: the limit as users write it; None for what is free less a margin.
-        context: tokens of the conversation; None for what the model has.
-
-    Raises:
-        MossError: the limit is none, or too small; the message names the smallest that works.
-    """
-    budget = memory_budget(memory)
-    context = store.config.n_positions if context is None else context
-    footprint = resident_memory_bytes() + LATER_BYTES
-    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint)
-
-
 def open_weights(store: Store, plan: ResidencyPlan, home: Path) -> WeightStream:
     """The plan's weights, read in the way that suits this machine.
 
@@ -194,15 +174,6 @@ def open_weights(store: Store, plan: ResidencyPlan, home: Path) -> WeightStream:
         return WeightStream(store, plan)
     speed = disk_speed(max(store.blocks, key=lambda file: file.nbytes).path, home / "disk-speed.json")
     return WeightStream(store, plan, FileReader(speed.prefer_direct, speed.best), page_cache_bytes(plan))
-
-
-def page_cache_bytes(plan: ResidencyPlan) -> int:
-    """Memory beside the budget in which streamed files may stay cached: four fifths of what the plan leaves free.
-
-    The page cache is not this process's memory: the system takes it back as soon as anything else needs it.
-    """
-    still_needed = max(0, plan.budget_bytes - resident_memory_bytes())
-    return max(0, process_memory().free_bytes - still_needed) * 4 // 5
 
 
 def _kept(units: Sequence[Unit], streamed: Sequence[int], cache_bytes: int) -> set[int]:
