@@ -165,7 +165,7 @@ class Session:
             return self._first_logits(), []
         start = self._cached
         draft = []
-        room = min(max_new_tokens - 1, self.capacity - self.position)
+        room = min(max_new_tokens - 1, self.capacity - self.position, self.model.pass_tokens - 1)
         if self.drafter is not None and room > 0:
             draft = self.drafter.propose(self.token_ids, room)
         logits = self.model.forward([*self.token_ids[start:], *draft], start, "all")
