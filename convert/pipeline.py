@@ -35,7 +35,8 @@ class Recipe:
 class Source(Protocol):
     """What a model folder is made from: a checkpoint, or another model folder."""
 
-    config: MossConfig
+    @property
+    def config(self) -> MossConfig: ...
 
     def tokenizer_text(self) -> str:
         """The text of tokenizer.json."""

@@ -7,11 +7,14 @@ from typing import Any
 import click
 
 from moss_jt.commands.progress import byte_bar
+from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.hub import open_hub, remove_download
-from moss_jt.convert.pipeline import convert, recipe_for
+from moss_jt.convert.model_folder import ModelFolder, folder_recipe
+from moss_jt.convert.pipeline import Recipe, convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.folders import TINY, folder_for, model_home, remember_last, tiny_checkpoint
+from moss_jt.store import MANIFEST
 
 
 @click.command()
@@ -26,7 +29,31 @@ from moss_jt.folders import TINY, folder_for, model_home, remember_last, tiny_ch
     is_flag=True,
     help="Keep the downloaded shards instead of removing each once it is converted.",
 )
-def command(source: str, out: Path | None, keep_download: bool) -> None:
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    help="Quantize float16 weights to int4 or int8. [default: as SOURCE has them]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "gptq"]),
+    help="rtn rounds to nearest and takes minutes; gptq measures what reaches each matrix and makes up for the "
+    "rounding, which takes minutes per block (about two hours for MOSS on two cores). [default: gptq for 4 bits, rtn for 8]",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    help="Weights that share a scale. [default: 128, or the largest below that fits the model]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="gptq: UTF-8 text like what the model will be used for. [default: Chinese and English turns of our own]",
+)
+@click.option(
+    "--act-order", is_flag=True, help="gptq: most important inputs first. Less error, slightly slower models."
+)
+def command(source: str, out: Path | None, keep_download: bool, **quantization: Any) -> None:
     """Turn a checkpoint into a model folder that moss-jt runs.
 
     SOURCE is a Hugging Face id (fnlp/moss-moon-003-sft), a folder with a downloaded checkpoint, or moss-tiny, the small
@@ -37,15 +64,30 @@ def command(source: str, out: Path | None, keep_download: bool) -> None:
     moss-jt convert fnlp/moss-moon-003-sft             45 GB of disk while converting, 33 GB afterwards
     moss-jt convert fnlp/moss-moon-003-sft-plugin-int4
     moss-jt convert ./my-checkpoint --out ./my-model
+    moss-jt convert ./my-model --bits 4                quantizes a float16 model folder, too
     """
-    out = out or folder_for(source)
+    options = QuantOptions(**quantization)
+    out = out or options.folder(folder_for(source))
     signal.signal(signal.SIGTERM, _stop)
-    checkpoint = open_source(source, out, keep_download)
-    run_conversion(checkpoint, recipe_for(checkpoint), out)
+    folder = float16_folder(source) if options.quantizes else None
+    if folder is not None:
+        made_from, recipe = folder_recipe(folder)
+        run_conversion(made_from, options.apply(made_from, recipe, out), out)
+    else:
+        checkpoint = open_source(source, keep_download)
+        run_conversion(checkpoint, options.apply(checkpoint, recipe_for(checkpoint), out), out)
 
 
-def open_source(source: str, out: Path, keep_download: bool) -> Checkpoint:
+def float16_folder(source: str) -> Path | None:
+    """The finished model folder that SOURCE is, or where it is no folder, the one that was converted from it before."""
+    folder = Path(source) if Path(source).is_dir() else folder_for(source)
+    return folder if (folder / MANIFEST).exists() else None
+
+
+def open_source(source: str, keep_download: bool) -> Checkpoint:
     """The checkpoint that a user means by SOURCE."""
+    if (Path(source) / MANIFEST).exists():
+        raise MossError(f"{source} is a model folder already. Add --bits 4 or --bits 8 to quantize it.")
     if Path(source).is_dir():
         return open_local(Path(source))
     if source == TINY:
@@ -59,18 +101,18 @@ def download_folder(source: str) -> Path:
     return model_home() / "downloads" / source.replace("/", "--")
 
 
-def run_conversion(checkpoint: Checkpoint, recipe: Any, out: Path) -> None:
+def run_conversion(source: Checkpoint | ModelFolder, recipe: Recipe, out: Path) -> None:
     """Convert with a progress bar, remember the folder, and say what to do next."""
     try:
         with byte_bar(recipe.total_bytes, out.name) as (progress, notice):
-            fresh = convert(checkpoint, recipe, out, progress, notice)
+            fresh = convert(source, recipe, out, progress, notice)
     except KeyboardInterrupt:
         raise MossError(
             f"stopped. What is converted so far stays in {out}; run the same command to go on."
         ) from None
     remember_last(out)
-    if "repo" in checkpoint.identity and fresh:
-        download = download_folder(checkpoint.source)
+    if "repo" in recipe.identity and fresh:
+        download = download_folder(recipe.source)
         if not any(download.glob("*.bin")) and not any(download.glob("*.safetensors")):
             remove_download(download)
     size = sum(path.stat().st_size for path in out.iterdir()) / 2**30

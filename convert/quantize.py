@@ -1,0 +1,225 @@
+"""Int4 and int8 model folders from float16 ones: the same files, with each block's four matrices packed.
+
+One block is in memory at a time. GPTQ needs the hidden states that enter a block; they lie beside the block files as
+``calibration-NN.npy`` until the blocks are done, so that an interrupted conversion goes on at its block.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from moss_jt.config import MossConfig
+from moss_jt.convert.calibration import FC_OUT, Calibration, GptqSettings
+from moss_jt.convert.layout import FilePlan, Target
+from moss_jt.convert.pipeline import Recipe, weight_bytes
+from moss_jt.errors import MossError
+from moss_jt.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
+from moss_jt.store import DTYPES, EMBEDDING, HEAD, MATRICES, block_file_name, local_name, read_header
+
+DEFAULT_GROUP_SIZE = 128
+SEQUENCE_TOKENS = 1024  # calibration tokens that see each other, at most
+
+Matrices = Iterator[tuple[str, PackedArrays]]
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """bits 4 or 8; method rtn or gptq; act_order with gptq only."""
+
+    bits: int
+    group_size: int
+    method: str
+    act_order: bool = False
+
+
+class Quantizer(Protocol):
+    def block(self, number: int, targets: Mapping[str, Target]) -> Matrices:
+        """Yield the four matrices of a block by local name, from its float16 targets by local name."""
+        ...
+
+
+def default_group_size(config: MossConfig) -> int:
+    """128 where it divides the model's rows, else the largest below it that does."""
+    sizes = [n for n in working_group_sizes(config.n_embd, config.n_inner) if n <= DEFAULT_GROUP_SIZE]
+    return max(sizes, default=DEFAULT_GROUP_SIZE)
+
+
+def quantized_recipe(
+    recipe: Recipe, config: MossConfig, settings: QuantSettings, out: Path, token_ids: np.ndarray | None
+) -> Recipe:
+    """The recipe of a float16 model folder, changed to quantise its blocks.
+
+    token_ids  calibration tokens (T,) integers for gptq, None for rtn
+
+    Raises:
+        MossError: the recipe's source is quantised already, or the group size does not fit the model.
+    """
+    if recipe.bits != 16:
+        raise MossError(
+            f"{recipe.source} is quantised already, to int{recipe.bits}. Convert it without --bits, "
+            "or quantize the float16 model that it was made from."
+        )
+    check_group_size(settings.group_size, config.n_embd, config.n_inner)
+    made = dataclasses.asdict(settings)
+    quantizer: Quantizer = RtnQuantizer(settings)
+    if token_ids is not None:
+        made["calibration"] = hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()
+        quantizer = GptqQuantizer(config, settings, out, token_ids)
+    blocks = {block_file_name(number): number for number in range(config.n_layer)}
+    files = [
+        _quantized_plan(plan, blocks[plan.name], config, settings, quantizer) if plan.name in blocks else plan
+        for plan in recipe.files
+    ]
+    if isinstance(quantizer, GptqQuantizer):
+        files = [_cleaning_plan(plan, out) if plan.name == HEAD else plan for plan in files]
+    return dataclasses.replace(
+        recipe,
+        identity={**recipe.identity, "quantized": made},
+        bits=settings.bits,
+        group_size=settings.group_size,
+        files=files,
+        total_bytes=weight_bytes(config, settings.bits, settings.group_size),
+    )
+
+
+def _quantized_plan(
+    plan: FilePlan, number: int, config: MossConfig, settings: QuantSettings, quantizer: Quantizer
+) -> FilePlan:
+    def build() -> list[Target]:
+        dense = {local_name(target.name): target for target in plan.build()}
+        done = _Demand(quantizer.block(number, dense))
+        targets = [target for name, target in dense.items() if name.removesuffix(".weight") not in MATRICES]
+        for name in MATRICES:
+            targets += _packed_targets(dense[f"{name}.weight"], name, settings, done)
+        return targets
+
+    return FilePlan(plan.name, plan.sources, build)
+
+
+class _Demand:
+    """Matrices of a block in the order in which they are asked for, made in the order of the quantizer."""
+
+    def __init__(self, coming: Matrices) -> None:
+        self._coming = coming
+        self._found: dict[str, PackedArrays] = {}
+
+    def __getitem__(self, name: str) -> PackedArrays:
+        while name not in self._found:
+            made, matrix = next(self._coming)
+            self._found[made] = matrix
+        return self._found[name]
+
+
+def _packed_targets(dense: Target, name: str, settings: QuantSettings, done: _Demand) -> list[Target]:
+    rows, columns = dense.shape
+    groups = columns // settings.group_size
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        "packed": ("U8", (rows, columns * settings.bits // 8)),
+        "scales": ("F16", (rows, groups)),
+        "zeros": ("U8", (rows, groups)),
+    }
+    if settings.act_order:
+        parts["input_order"] = ("I32", (columns,))
+
+    def target(part: str) -> Target:
+        def produce() -> Iterator[np.ndarray]:
+            yield getattr(done[name], part)
+
+        return Target(f"{dense.name.removesuffix('.weight')}.{part}", *parts[part], produce)
+
+    return [target(part) for part in parts]
+
+
+def _whole(target: Target) -> np.ndarray:
+    """A target's tensor in memory, as it would be written."""
+    array = np.empty(target.shape, DTYPES[target.dtype])
+    flat, done = array.reshape(-1), 0
+    for piece in target.produce():
+        flat[done : done + piece.size] = piece.reshape(-1)
+        done += piece.size
+    return array
+
+
+class RtnQuantizer:
+    """Round to nearest: needs nothing but the weights."""
+
+    def __init__(self, settings: QuantSettings) -> None:
+        self._settings = settings
+
+    def block(self, number: int, targets: Mapping[str, Target]) -> Matrices:
+        for name in MATRICES:
+            weight = _whole(targets[f"{name}.weight"])
+            yield name, quantize_rtn(weight, self._settings.bits, self._settings.group_size)
+
+
+class GptqQuantizer:
+    """GPTQ: blocks must come in order, after the embedding has been written to ``out``."""
+
+    def __init__(self, config: MossConfig, settings: QuantSettings, out: Path, token_ids: np.ndarray) -> None:
+        self._config = config
+        self._settings = GptqSettings(settings.bits, settings.group_size, settings.act_order)
+        self._out = out
+        self._token_ids = token_ids
+
+    def block(self, number: int, targets: Mapping[str, Target]) -> Matrices:
+        if number > 0:
+            self._state(number - 1).unlink(missing_ok=True)  # the block before is done: see the journal
+        length = min(self._config.n_positions, SEQUENCE_TOKENS)
+        calibration = Calibration(self._config, self._entering(number), length)
+        weights = {name: _whole(target) for name, target in targets.items()}
+        for name, matrix in calibration.quantize_block(weights, self._settings):
+            if name == FC_OUT:  # the last one: the hidden states have left the block
+                self._save(number + 1, calibration.hidden)
+            yield name, matrix
+
+    def _state(self, number: int) -> Path:
+        return self._out / f"calibration-{number:02d}.npy"
+
+    def _entering(self, number: int) -> np.ndarray:
+        """Hidden states (T, C) float32 that enter a block."""
+        if number == 0:
+            specs, _, _ = read_header(self._out / EMBEDDING)
+            spec = specs["transformer.wte.weight"]
+            table = np.memmap(self._out / EMBEDDING, spec.dtype, "r", spec.offset, spec.shape)
+            return table[self._token_ids].astype(np.float32)
+        wanted = (len(self._token_ids), self._config.n_embd)
+        try:
+            hidden: np.ndarray = np.load(self._state(number), allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise MossError(f"{self._lost(number)}: {error}") from error
+        if hidden.shape != wanted or hidden.dtype != np.float32:
+            raise MossError(f"{self._lost(number)}: it holds {hidden.dtype} {hidden.shape}.")
+        return hidden
+
+    def _lost(self, number: int) -> str:
+        return (
+            f"the interrupted conversion cannot go on, because {self._state(number)} is missing or damaged. "
+            f"Delete {self._out} and start again"
+        )
+
+    def _save(self, number: int, hidden: np.ndarray) -> None:
+        fresh = self._state(number).with_suffix(".new")
+        try:
+            with fresh.open("wb") as file:
+                np.save(file, hidden)
+            fresh.replace(self._state(number))
+        except OSError as error:
+            raise MossError(
+                f"{fresh} could not be written: {error.strerror}. Free some space and run it again."
+            ) from error
+
+
+def _cleaning_plan(plan: FilePlan, out: Path) -> FilePlan:
+    """The head is written after all blocks: nobody needs hidden states any more."""
+
+    def build() -> list[Target]:
+        for path in out.glob("calibration-*"):
+            path.unlink()
+        return plan.build()
+
+    return FilePlan(plan.name, plan.sources, build)
