@@ -1,0 +1,119 @@
+"""A streamed model says exactly what the resident one says, and a memory limit holds: seen from outside, and enforced."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
+from moss_jt import Moss, placement
+from moss_jt.placement import LATER_BYTES
+from moss_jt.residency import plan
+from moss_jt.sizes import MIB, sizes_of_store
+from moss_jt.store import open_store
+from tests.support.random_models import SMALL, WIDE, random_folder
+
+PROMPT = [5, 9, 200, 31, 5, 9, 200, 77, 8, 5, 9]
+
+
+def budget_for(folder: Path, context: int, share: float) -> int:
+    """Bytes with which about ``share`` of what could be resident is, in a process that holds nothing else yet."""
+    sizes = sizes_of_store(open_store(folder))
+    empty = plan(sizes, context, 1 << 40)
+    fixed = empty.kv_cache_bytes + empty.workspace_bytes + sizes.small_bytes + 2 * max(sizes.block_bytes)
+    return fixed + int(share * sum(sizes.block_bytes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSS_JT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def load(folder: Path, share: float | None, draft: str = "off") -> Moss:
+    """share None: everything resident. The process counts as empty, or its size today would decide what streams."""
+    budget = 4 << 30 if share is None else budget_for(folder, 96, share) + LATER_BYTES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+        return Moss.load(folder, memory=budget, context=96, draft=draft)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
+    folder = random_folder(SMALL, bits)
+    with load(folder, None) as moss:
+        assert not moss.plan.streams
+        logits = moss.logits(PROMPT)
+        long_logits = moss.logits(list(range(40)))
+    for share in (0.5, 0.0):
+        with load(folder, share) as moss:
+            resident = sum(unit.resident for unit in moss.plan.units)
+            assert moss.plan.streams and (resident > 0) == (share > 0)
+            assert np.array_equal(moss.logits(PROMPT), logits)
+            assert np.array_equal(moss.logits(list(range(40))), long_logits)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "seed": 4}])
+def test_plans_and_drafts_never_change_the_answer(sampling: dict[str, float]) -> None:
+    folder = random_folder(SMALL)
+    answers = {}
+    for share in (None, 0.5, 0.0):
+        for draft in ("off", "lookup", "3"):
+            with load(folder, share, draft) as moss:
+                answer = moss.generate(PROMPT, max_new_tokens=40, **sampling)
+                for _ in answer:
+                    pass
+                answers[share, draft] = answer.token_ids
+    assert len(answers[None, "off"]) > 10
+    assert len({tuple(tokens) for tokens in answers.values()}) == 1, answers
+
+
+PROGRAM = """
+import json, sys
+from moss_jt import Moss, placement
+from moss_jt.placement import LATER_BYTES
+folder, memory, draft = sys.argv[1:]
+with Moss.load(folder, memory=int(memory), context=256, draft=draft) as moss:
+    answer = moss.generate(list(range(200)), max_new_tokens=6, temperature=0)
+    for piece in answer:
+        pass
+    streamed = moss.plan.disk_bytes_per_pass
+print(json.dumps({"token_ids": answer.token_ids, "streamed": streamed}))
+"""
+
+
+def answer_within(folder: Path, budget: int, group: Path | None = None) -> tuple[dict[str, object], Usage]:
+    forget_cached(folder)
+    command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget), "off"]
+    usage = run(command, group, timeout_s=90)
+    assert usage.exit_code == 0, usage.errors
+    return json.loads(usage.output.splitlines()[-1]), usage
+
+
+def test_the_limit_holds_from_start_to_exit() -> None:
+    """Peak resident memory, watched from outside: below the limit for every share, and the answer stays the same."""
+    folder = random_folder(WIDE)
+    everything, _ = answer_within(folder, 2 << 30)
+    assert everything["streamed"] == 0
+    for share in (0.5, 0.0):
+        budget = budget_for(folder, 256, share) + 215 * MIB
+        answer, usage = answer_within(folder, budget)
+        assert answer["token_ids"] == everything["token_ids"]
+        assert 0 < int(str(answer["streamed"])) <= sum(sizes_of_store(open_store(folder)).block_bytes)
+        assert usage.peak_process <= budget, f"{usage.peak_process / MIB:.0f} of {budget / MIB:.0f} MiB"
+
+
+def test_a_control_group_s_limit_is_kept() -> None:
+    """The kernel enforces the limit plus a tenth, page cache included: nothing is killed, the answer is complete."""
+    folder = random_folder(WIDE)
+    budget = budget_for(folder, 256, 0.0) + 215 * MIB
+    try:
+        with memory_group(budget + budget // 10) as group:
+            answer, usage = answer_within(folder, budget, group)
+    except NoGroup as reason:
+        pytest.skip(str(reason))
+    assert not usage.killed_for_memory and len(answer["token_ids"]) == 6  # type: ignore[arg-type]
+    assert usage.peak_process <= budget
