@@ -1,1 +1,18 @@
-"""The plugins MOSS was trained to call."""
+"""The plugins that MOSS calls, and the Results field that their answers make."""
+
+from collections.abc import Iterable
+
+from moss_jt.plugins.registry import make_plugins
+from moss_jt.plugins.run import body_of, run_commands
+
+
+def execute(commands: str, plugins: Iterable[str]) -> str:
+    """Run the calls in a Commands field; returns the body of the Results field, as trained.
+
+    ``execute('Calculate("8*4+3"), Calculate("-7")', ["calculator"])`` gives one line per call. Whatever goes wrong inside a
+    plugin is its ``No result.``; never an exception.
+
+    Raises:
+        MossError: a plugin of that name does not exist.
+    """
+    return body_of(run_commands(commands, make_plugins(plugins)))

@@ -1,0 +1,88 @@
+"""Plugins by name: the four that MOSS was trained with, and others through the entry points group ``moss_jt.plugins``."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from moss_jt.errors import MossError
+from moss_jt.plugins.interface import Plugin
+
+GROUP = "moss_jt.plugins"
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """What users may say about plugins.
+
+    search_folder   folder of text files that search reads instead of the web
+    search_url      address of a SearXNG server
+    image_url       address of an OpenAI-compatible or Automatic1111 server that draws
+    picture_folder  where pictures are saved
+    """
+
+    search_folder: Path | None = None
+    search_url: str | None = None
+    image_url: str | None = None
+    picture_folder: Path | None = None
+
+
+def _search(settings: PluginSettings) -> Plugin:
+    from moss_jt.plugins.search import make_search
+
+    return make_search(settings.search_folder, settings.search_url)
+
+
+def _calculator(settings: PluginSettings) -> Plugin:
+    from moss_jt.plugins.calculator import Calculator
+
+    return Calculator()
+
+
+def _solver(settings: PluginSettings) -> Plugin:
+    from moss_jt.plugins.solver import Solver
+
+    return Solver()
+
+
+def _image(settings: PluginSettings) -> Plugin:
+    from moss_jt.plugins.image import ImagePlugin
+
+    return ImagePlugin(settings.image_url, settings.picture_folder)
+
+
+# In the order of the meta instruction.
+BUILT_IN: dict[str, Callable[[PluginSettings], Plugin]] = {
+    "search": _search,
+    "calculator": _calculator,
+    "solver": _solver,
+    "image": _image,
+}
+
+
+def plugin_names() -> list[str]:
+    """Every plugin that can be switched on, built in first."""
+    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=GROUP)} - BUILT_IN.keys())]
+
+
+def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None = None) -> list[Plugin]:
+    """Plugins by name, or as they are where they are objects already; in the meta instruction's order.
+
+    Raises:
+        MossError: no plugin has that name, or it lacks a setting.
+    """
+    settings = settings or PluginSettings()
+    made = [_make(name, settings) if isinstance(name, str) else name for name in names]
+    order = {name: place for place, name in enumerate(BUILT_IN)}
+    unique = {plugin.name: plugin for plugin in made}
+    return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))
+
+
+def _make(name: str, settings: PluginSettings) -> Plugin:
+    if name in BUILT_IN:
+        return BUILT_IN[name](settings)
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            plugin: Plugin = point.load()()
+            return plugin
+    raise MossError(f"there is no plugin {name!r}; there are {', '.join(plugin_names())}.")

@@ -1,0 +1,63 @@
+"""Search(query): one plugin over interchangeable sources of results."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from moss_jt.errors import MossError
+from moss_jt.plugins.interface import Item, Outcome, Style
+
+SERPER_KEY = "SERPER_API_KEY"
+MAX_QUERY_CHARACTERS = 300
+
+
+class SearchBackend(Protocol):
+    """Where results come from."""
+
+    def search(self, query: str, wanted: int) -> list[Item]:
+        """At most ``wanted`` results, best first; any exception is ``No result.``"""
+        ...
+
+
+class Search:
+    """The plugin."""
+
+    name = "search"
+    label = "Web search"
+    function = "Search"
+    argument = "query"
+    style: Style = "items"
+    timeout_s = 20.0
+
+    def __init__(self, backend: SearchBackend) -> None:
+        self.backend = backend
+
+    def call(self, argument: str, wanted: int) -> Outcome:
+        query = " ".join(argument.split())[:MAX_QUERY_CHARACTERS]
+        found = self.backend.search(query, wanted) if query else []
+        items = (Item(" ".join(item.text.split()), item.source) for item in found[:wanted])
+        return Outcome(items=tuple(item for item in items if item.text))
+
+
+def make_search(folder: Path | None, address: str | None) -> Search:
+    """Search in a folder of text files, at a SearXNG address, by Serper where its key is set, else by ddgs.
+
+    Raises:
+        MossError: the folder is not there, or nothing to search with is installed.
+    """
+    if folder is not None:
+        from moss_jt.plugins.folder_search import FolderSearch
+
+        return Search(FolderSearch(folder))
+    from moss_jt.plugins.web_search import Ddgs, SearXNG, Serper, ddgs_installed
+
+    if address is not None:
+        return Search(SearXNG(address))
+    if key := os.environ.get(SERPER_KEY):
+        return Search(Serper(key))
+    if not ddgs_installed():
+        raise MossError(
+            "web search needs the package ddgs (pip install ddgs), a SearXNG server (--search-url), a Serper key "
+            f"({SERPER_KEY}), or your own text files (--search-folder DIR)."
+        )
+    return Search(Ddgs())
