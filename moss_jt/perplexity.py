@@ -10,16 +10,17 @@ from typing import Protocol
 
 import numpy as np
 
+from moss_jt.causal_model import Rows
 from moss_jt.errors import MossError
 
 PASS_TOKENS = 128  # logits of one pass over MOSS's vocabulary: 52 MiB per model
-_ROWS = 16  # widened to float64 at once
+_ROWS = 4  # widened to float64 at once
 
 
 class NextTokens(Protocol):
     """What is needed of a model (moss_jt.model.Model, or a scripted one)."""
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: str) -> np.ndarray:
+    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
         """Logits (T, V) float32 of T new tokens at positions start_pos .., the earlier ones being in the cache."""
         ...
 
@@ -66,6 +67,11 @@ class Evaluation:
     comparison: Comparison | None = None
 
 
+def workspace_bytes(vocab_size: int, models: int) -> int:
+    """What evaluating takes beside the models themselves: a pass's logits of each, and some rows in float64."""
+    return vocab_size * (models * PASS_TOKENS * 4 + 4 * models * _ROWS * 8)
+
+
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """Logits (T, V) to natural logarithms of the probabilities, float64."""
     shifted = logits.astype(np.float64)
@@ -79,13 +85,15 @@ def evaluate(
     model: NextTokens,
     reference: NextTokens | None,
     context: int,
+    pass_tokens: int = PASS_TOKENS,
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Score a text, and compare with a reference where there is one.
 
-    token_ids   at least 2
-    context     tokens of a window, from 2 up
-    on_tokens   is told how many tokens each pass has read
+    token_ids    at least 2
+    context      tokens of a window, from 2 up
+    pass_tokens  tokens that the models read at once
+    on_tokens    is told how many tokens each pass has read
 
     Raises:
         MossError: the text or the context is too short, or the models' vocabularies differ.
@@ -98,7 +106,7 @@ def evaluate(
     result = Evaluation(Score())
     if reference is not None:
         result.reference, result.comparison = Score(), Comparison()
-    for window, first, last in _passes(token_ids, context):
+    for window, first, last in _passes(token_ids, context, pass_tokens):
         new, targets = window[first:last], np.asarray(window[first + 1 : last + 1])
         logits = model.forward(new, first, "all")
         others = None if reference is None else reference.forward(new, first, "all")
@@ -107,12 +115,14 @@ def evaluate(
     return result
 
 
-def _passes(token_ids: Sequence[int], context: int) -> Iterator[tuple[Sequence[int], int, int]]:
+def _passes(
+    token_ids: Sequence[int], context: int, pass_tokens: int
+) -> Iterator[tuple[Sequence[int], int, int]]:
     """Windows, and in each the ranges of tokens read in one pass: all but the last, which predicts nothing in it."""
     for start in range(0, len(token_ids) - 1, context):
         window = token_ids[start : start + context]
-        for first in range(0, len(window) - 1, PASS_TOKENS):
-            yield window, first, min(first + PASS_TOKENS, len(window) - 1)
+        for first in range(0, len(window) - 1, pass_tokens):
+            yield window, first, min(first + pass_tokens, len(window) - 1)
 
 
 def _add_pass(result: Evaluation, logits: np.ndarray, others: np.ndarray | None, targets: np.ndarray) -> None:

@@ -66,13 +66,12 @@ def test_a_model_against_itself_diverges_by_nothing() -> None:
 
 
 def test_windows_start_from_an_empty_cache_and_passes_continue_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perplexity, "PASS_TOKENS", 3)
     monkeypatch.setattr(perplexity, "_ROWS", 2)
     table = np.random.default_rng(1).standard_normal((20, 20))
     ids = list(range(17))
     model = Scripted(table)
     counted: list[int] = []
-    result = evaluate(ids, model, None, 8, counted.append)
+    result = evaluate(ids, model, None, 8, 3, counted.append)
     # 17 = 8 + 8 + 1: the last window has nothing to predict; in the others 7 of 8 are predicted from 7.
     assert model.windows == [ids[0:7], ids[8:15]]
     assert result.model.tokens == sum(counted) == 14

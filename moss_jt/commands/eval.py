@@ -1,0 +1,139 @@
+"""moss-jt eval."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from moss_jt.errors import MossError
+from moss_jt.folders import resolve_model
+from moss_jt.machine import memory_budget
+from moss_jt.moss import Moss
+from moss_jt.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
+from moss_jt.store import Store, open_store
+from moss_jt.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 1024
+MAX_CHARACTERS = 64 << 20
+LONGEST_TOKEN = 256  # characters
+
+
+@click.command()
+@click.argument("model")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--against", metavar="OTHER", help="Compare with this model, such as the float16 one.")
+@click.option(
+    "--context", type=int, help="Tokens of a window of text.  [default: 1024, or what the model has]"
+)
+@click.option("--max-tokens", type=int, help="Read at most this many tokens of FILE.")
+@click.option(
+    "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    model: str,
+    file: Path,
+    against: str | None,
+    context: int | None,
+    max_tokens: int | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Perplexity of MODEL on a text, and with --against how far its predictions are from another model's.
+
+    FILE is UTF-8 text; <eoh>, <eom> and the like in it count as the special tokens. It is read in windows of --context
+    tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare.
+
+    \b
+    moss-jt eval moss-moon-003-sft-int4 dialogues.txt --against moss-moon-003-sft
+    """
+    names = [model] if against is None else [model, against]
+    stores = [open_store(resolve_model(name)) for name in names]
+    context = _window(stores, names, context)
+    token_ids = _token_ids(stores, names, file, max_tokens)
+    with ExitStack() as stack:
+        loaded = [stack.enter_context(moss).model for moss in _load(stores, context, memory)]
+        predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
+        with tqdm(total=predicted, desc=file.name, unit="tok", disable=None) as bar:
+            step = min(PASS_TOKENS, *(one.pass_tokens for one in loaded))
+            other = None if against is None else loaded[1]
+            result = evaluate(token_ids, loaded[0], other, context, step, bar.update)
+    click.echo(json.dumps(_fields(result, context)) if as_json else _table(result, model, against, context))
+
+
+def _window(stores: list[Store], names: list[str], context: int | None) -> int:
+    """Tokens of a window that all models have room for."""
+    for name, store in zip(names, stores, strict=True):
+        if context is not None and not 2 <= context <= store.config.n_positions:
+            raise MossError(
+                f"--context {context} is not possible: {name} has 2 to {store.config.n_positions} tokens."
+            )
+    return context or min(DEFAULT_CONTEXT, *(store.config.n_positions for store in stores))
+
+
+def _token_ids(stores: list[Store], names: list[str], file: Path, max_tokens: int | None) -> list[int]:
+    """The text's tokens, which must be the same for all models."""
+    text = _read(file, max_tokens)
+    found = [Tokenizer.from_file(store.tokenizer_path).encode(text)[:max_tokens] for store in stores]
+    if found[0] != found[-1]:
+        raise MossError(
+            f"{names[0]} and {names[-1]} have different tokenizers: their predictions cannot be compared."
+        )
+    return found[0]
+
+
+def _read(file: Path, max_tokens: int | None) -> str:
+    """The text, or as much of it as certainly holds ``max_tokens`` tokens."""
+    limit = MAX_CHARACTERS if max_tokens is None else min(MAX_CHARACTERS, max_tokens * LONGEST_TOKEN)
+    try:
+        with file.open(encoding="utf-8") as lines:
+            text = lines.read(limit + 1)
+    except (OSError, ValueError) as error:
+        raise MossError(f"{file} cannot be read as a UTF-8 text: {error}.") from error
+    if len(text) > MAX_CHARACTERS and max_tokens is None:
+        raise MossError(
+            f"{file} is longer than {MAX_CHARACTERS} characters. Say how much to read with --max-tokens."
+        )
+    return text
+
+
+def _load(stores: list[Store], context: int, memory: str | None) -> list[Moss]:
+    """The models, each with an equal share of the memory. Nothing is drafted: there is nothing to generate."""
+    own = workspace_bytes(max(store.config.vocab_size for store in stores), len(stores))
+    share = (memory_budget(memory) - own) // len(stores)
+    return [Moss.load(store.path, memory=share, context=context, draft="off") for store in stores]
+
+
+def _fields(result: Evaluation, context: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"context": context, "model": _score_fields(result.model)}
+    if result.reference is not None and result.comparison is not None:
+        fields["against"] = _score_fields(result.reference)
+        fields["mean_kl_divergence"] = result.comparison.mean_divergence
+        fields["greedy_agreement"] = result.comparison.agreement
+    return fields
+
+
+def _score_fields(score: Score) -> dict[str, Any]:
+    return {"tokens": score.tokens, "nats_per_token": score.nats_per_token, "perplexity": score.perplexity}
+
+
+def _table(result: Evaluation, model: str, against: str | None, context: int) -> str:
+    width = max(len(model), len(against or ""), len("same greedy token"))
+    lines = [
+        f"{result.model.tokens} tokens scored, in windows of {context}",
+        _score_line(model, result.model, width),
+    ]
+    if against is not None and result.reference is not None and result.comparison is not None:
+        lines.append(_score_line(against, result.reference, width))
+        lines.append(
+            f"{'mean divergence':{width}}  {result.comparison.mean_divergence:.6f} nats, KL({against} || {model})"
+        )
+        lines.append(f"{'same greedy token':{width}}  {100 * result.comparison.agreement:.2f} %")
+    return "\n".join(lines)
+
+
+def _score_line(name: str, score: Score, width: int) -> str:
+    return f"{name:{width}}  perplexity {score.perplexity:.4f} ({score.nats_per_token:.4f} nats per token)"
