@@ -25,8 +25,10 @@ def decide_environment() -> None:
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("gdb_path", "")
     os.environ.setdefault("log_silent", "1")
-    # Or else Jittor names its cache after the git branch that its own folder happens to be under.
-    os.environ.setdefault("cache_name", "default")
+    # Or else Jittor names its cache after the git branch that its own folder happens to be under. The build that swaps
+    # (moss_jt.swap) has a cache of its own: in one cache the two would compile each other's files anew.
+    swaps = os.environ.get("JT_SAVE_MEM", "0") != "0"
+    os.environ.setdefault("cache_name", "moss-jt-swap" if swaps else "default")
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if has_onednn_wheels():
