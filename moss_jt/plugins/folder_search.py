@@ -110,7 +110,7 @@ class FolderSearch:
             "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER);"
             "CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, path TEXT, text TEXT);"
             "CREATE INDEX IF NOT EXISTS by_path ON passages (path);"
-            "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(terms, content='', contentless_delete=1);"
+            "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(terms);"
         )
 
     def refresh(self) -> None:
