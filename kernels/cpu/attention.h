@@ -1,6 +1,6 @@
 // Attention of new tokens over one layer of the float16 cache.
 //
-// Few tokens: the positions are cut into groups of 128; every (token, head, group) is softmaxed on its own and the groups
+// Few tokens: the positions are cut into groups of 64; every (token, head, group) is softmaxed on its own and the groups
 // are merged in their order, so that threads can share one head's long past and the result depends on nothing but the
 // token's position. Many tokens: two sgemms per head over a widened copy of its keys and values.
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace moss {
 
-constexpr int64_t kGroup = 128;
+constexpr int64_t kGroup = 64;
 
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
@@ -26,10 +26,28 @@ struct Attention {
     }
 };
 
-inline float dot_half(const uint16_t* k, const float* q, int64_t count) {
-    F sum = Simd::zero();
-    for_lanes(count, [&](int64_t i, int n) { sum = Simd::fma(load_half_n(k + i, n), load_n(q + i, n), sum); });
-    return Simd::sum(sum);
+// Four positions further on: the cache is read four rows at a time.
+inline void prefetch_rows(const uint16_t* p, int64_t stride) { __builtin_prefetch(p + 4 * stride, 0, 2); }
+
+// scores[j] = k[j] . q for four positions, of which the last `missing` do not exist: they repeat one that does.
+inline void four_scores(const uint16_t* k, int64_t stride, int64_t missing, const float* q, int64_t head_dim,
+                        float* scores) {
+    const uint16_t* rows[4];
+    F sums[4];
+    MOSS_UNROLL
+    for (int j = 0; j < 4; j++) {
+        rows[j] = k + std::min<int64_t>(j, 3 - missing) * stride;
+        sums[j] = Simd::zero();
+    }
+    for_lanes(head_dim, [&](int64_t d, int n) {
+        const F x = load_n(q + d, n);
+        MOSS_UNROLL
+        for (int j = 0; j < 4; j++) {
+            prefetch_rows(rows[j] + d, stride);
+            sums[j] = Simd::fma(load_half_n(rows[j] + d, n), x, sums[j]);
+        }
+    });
+    Simd::sum4(sums[0], sums[1], sums[2], sums[3], scores);
 }
 
 // weights[j] = e^(scores[j] - largest) in place, zero from count up to the next whole vector; returns their sum.
@@ -45,46 +63,72 @@ inline float exponentials(float* scores, int64_t count, float largest) {
 }
 
 inline float largest_of(const float* x, int64_t count) {
-    float most = x[0];
-    for (int64_t i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    F most = Simd::set1(x[0]);
+    for_lanes(count, [&](int64_t i, int n) {
+        if (n == kLanes) most = Simd::max(most, Simd::load(x + i));
+        else
+            for (int lane = 0; lane < n; lane++) most = Simd::max(most, Simd::set1(x[i + lane]));
+    });
+    return Simd::largest(most);
 }
 
-// sums[d] += weight[j] * v[j][d], four positions at a time, each sum in the order of j.
-inline void weigh_values(const uint16_t* v, int64_t stride, const float* weight, int64_t count, int64_t head_dim,
-                         float* sums) {
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4)
-        for_lanes(head_dim, [&](int64_t d, int n) {
-            F sum = load_n(sums + d, n);
-            for (int i = 0; i < 4; i++)
-                sum = Simd::fma(Simd::set1(weight[j + i]), load_half_n(v + (j + i) * stride + d, n), sum);
-            store_n(sums + d, sum, n);
-        });
-    for (; j < count; j++)
-        for_lanes(head_dim, [&](int64_t d, int n) {
-            const F sum = load_n(sums + d, n);
-            store_n(sums + d, Simd::fma(Simd::set1(weight[j]), load_half_n(v + j * stride + d, n), sum), n);
-        });
+// sums[d] += weights[j] * v[j][d] for four positions, of which the last `missing` do not exist and have no weight.
+inline void weigh_four(const uint16_t* v, int64_t stride, int64_t missing, const float* weights, int64_t head_dim,
+                       float* sums) {
+    const uint16_t* rows[4];
+    MOSS_UNROLL
+    for (int j = 0; j < 4; j++) rows[j] = v + std::min<int64_t>(j, 3 - missing) * stride;
+    for_lanes(head_dim, [&](int64_t d, int n) {
+        F sum = load_n(sums + d, n);
+        MOSS_UNROLL
+        for (int j = 0; j < 4; j++) {
+            prefetch_rows(rows[j] + d, stride);
+            sum = Simd::fma(Simd::set1(weights[j]), load_half_n(rows[j] + d, n), sum);
+        }
+        store_n(sums + d, sum, n);
+    });
 }
 
-// One token over positions group * 128 .. for the heads first_head .. end_head, which lie side by side in the cache.
-inline void attend_group(const Attention& a, int64_t t, int64_t group, int64_t first_head, int64_t end_head) {
-    const int64_t begin = group * kGroup, stride = a.width();
-    const int64_t count = std::min(kGroup, a.start_pos + t + 1 - begin);
+// What one thread works on at a time: one group of positions, a few tokens, and heads that lie side by side in the cache.
+// It walks through the cache position by position, so that it reads memory in long runs.
+struct Piece {
+    int64_t group, first_token, end_token, first_head, end_head;
+};
+
+constexpr int64_t kPieceTokens = 4, kScores = kGroup + kLanes;
+
+inline void attend_piece(const Attention& a, const Piece& piece) {
+    struct Scores;
+    const int64_t begin = piece.group * kGroup, stride = a.width(), heads = piece.end_head - piece.first_head;
+    const int64_t tokens = piece.end_token - piece.first_token;
     const uint16_t *k = a.keys + begin * stride, *v = a.values + begin * stride;
-    for (int64_t head = first_head; head < end_head; head++) {
-        const int64_t offset = head * a.head_dim;
-        float scores[kGroup + kLanes];
-        for (int64_t j = 0; j < count; j++)
-            scores[j] = dot_half(k + j * stride + offset, a.q + t * stride + offset, a.head_dim);
-        float* sums = a.part(t, head, group);
-        const float largest = largest_of(scores, count);
-        sums[a.head_dim] = largest;
-        sums[a.head_dim + 1] = exponentials(scores, count, largest);
-        std::fill(sums, sums + a.head_dim, 0.0f);
-        weigh_values(v + offset, stride, scores, count, a.head_dim, sums);
-    }
+    float* all_scores = scratch<Scores>(tokens * heads * kScores);
+    auto count = [&](int64_t t) { return std::min(kGroup, a.start_pos + t + 1 - begin); };
+    auto scores = [&](int64_t t, int64_t head) {
+        return all_scores + ((t - piece.first_token) * heads + head - piece.first_head) * kScores;
+    };
+    auto for_four = [&](auto body) {  // body(t, head, j, missing) over all that the tokens see, four positions at a time
+        for (int64_t j = 0; j < count(piece.end_token - 1); j += 4)
+            for (int64_t t = piece.first_token; t < piece.end_token; t++)
+                for (int64_t head = piece.first_head; j < count(t) && head < piece.end_head; head++)
+                    body(t, head, j, std::max<int64_t>(0, j + 4 - count(t)));
+    };
+    for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
+        const int64_t at = head * a.head_dim;
+        four_scores(k + j * stride + at, stride, missing, a.q + t * stride + at, a.head_dim, scores(t, head) + j);
+    });
+    for (int64_t t = piece.first_token; t < piece.end_token; t++)
+        for (int64_t head = piece.first_head; head < piece.end_head; head++) {
+            float *own = scores(t, head), *sums = a.part(t, head, piece.group);
+            const float largest = largest_of(own, count(t));
+            std::fill(sums, sums + a.head_dim, 0.0f);
+            sums[a.head_dim] = largest;
+            sums[a.head_dim + 1] = exponentials(own, count(t), largest);
+        }
+    for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
+        const int64_t at = head * a.head_dim;
+        weigh_four(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim, a.part(t, head, piece.group));
+    });
 }
 
 inline void merge_groups(const Attention& a, int64_t t, int64_t head) {
@@ -105,16 +149,23 @@ inline void merge_groups(const Attention& a, int64_t t, int64_t head) {
     for (int64_t d = 0; d < head_dim; d++) result[d] = result[d] / total;
 }
 
+// Heads per piece: enough pieces for all threads to end together, and long runs in memory.
+inline int64_t piece_heads(const Attention& a) {
+    constexpr int64_t kPiecesPerThread = 2, kLeastRun = 256;
+    const int64_t pieces = (kPiecesPerThread * omp_get_num_threads() + a.groups() - 1) / a.groups();
+    return std::min(a.heads, std::max((a.heads + pieces - 1) / pieces, (kLeastRun + a.head_dim - 1) / a.head_dim));
+}
+
 // To be called by every thread of a parallel region.
 inline void attend_few(const Attention& a) {
-    constexpr int64_t kTaskWidth = 256;  // cache elements of one position that one task reads: whole cache lines in a row
-    const int64_t per_task = std::max<int64_t>(1, kTaskWidth / a.head_dim);
-    const int64_t head_tasks = (a.heads + per_task - 1) / per_task;
+    const int64_t step = piece_heads(a);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t group = 0; group < a.groups(); group++)
-        for (int64_t task = 0; task < head_tasks; task++)
-            for (int64_t t = std::max<int64_t>(0, group * kGroup - a.start_pos); t < a.tokens; t++)
-                attend_group(a, t, group, task * per_task, std::min(a.heads, (task + 1) * per_task));
+        for (int64_t head = 0; head < a.heads; head += step) {
+            int64_t t = std::max<int64_t>(0, group * kGroup - a.start_pos);  // the first token that sees this group
+            for (; t < a.tokens; t += kPieceTokens)
+                attend_piece(a, {group, t, std::min(a.tokens, t + kPieceTokens), head, std::min(a.heads, head + step)});
+        }
 #pragma omp for collapse(2) schedule(static)
     for (int64_t t = 0; t < a.tokens; t++)
         for (int64_t head = 0; head < a.heads; head++) merge_groups(a, t, head);

@@ -41,19 +41,14 @@ struct Workspace {
         q = take(width);
         attended = take(width);
         inner = take(inner_width);
-        qkv_x = b.qkv.order ? take(width) : normed;
-        fc_in_x = b.fc_in.order ? take(width) : normed;
-        out_x = b.out_proj.order ? take(width) : attended;
-        fc_out_x = b.fc_out.order ? take(inner_width) : inner;
+        const bool few = !many(b.tokens);
+        qkv_x = rearranged(b.qkv, few) ? take(width) : normed;
+        fc_in_x = rearranged(b.fc_in, few) ? take(width) : normed;
+        out_x = rearranged(b.out_proj, few) ? take(width) : attended;
+        fc_out_x = rearranged(b.fc_out, few) ? take(inner_width) : inner;
         partial = free;
     }
 };
-
-// An index out of range, which only a damaged model folder holds, reads the last input and nothing beyond it.
-inline void gather(const float* x, const int32_t* order, int64_t count, float* result) {
-    if (order)
-        for (int64_t i = 0; i < count; i++) result[i] = x[std::min<uint32_t>((uint32_t)order[i], (uint32_t)count - 1)];
-}
 
 // Rows first .. end of the qkv product for all tokens: queries are scaled, keys and values go to the cache.
 template <class M>
@@ -78,47 +73,59 @@ inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, in
     }
 }
 
-// Both products that read the normed input; their chunks form one queue of work.
+// Work that the threads share, one queue for each product's rows.
 template <class M>
-inline void block_input(const Block<M>& b, const Workspace<M>& w) {
-    struct Rows;
+struct Queues {
+    RowQueue qkv, fc_in, output;
+
+    explicit Queues(const Block<M>& b)
+        : qkv(row_queue(b.qkv.n, b.qkv.row_bytes(), b.tokens)),
+          fc_in(row_queue(b.fc_in.n, b.fc_in.row_bytes(), b.tokens)),
+          output(row_queue(b.width(), b.out_proj.row_bytes() + b.fc_out.row_bytes(), b.tokens)) {}
+};
+
+// Both products that read the normed input.
+template <class M>
+inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
+    struct Results;
     const int64_t tokens = b.tokens, inner = b.fc_in.n;
-    const int64_t size = chunk_rows(b.qkv.row_bytes(), tokens);
-    const int64_t qkv_chunks = (b.qkv.n + size - 1) / size, inner_chunks = (inner + size - 1) / size;
-    float* y = scratch<Rows>(size * tokens);
-#pragma omp for schedule(dynamic)
-    for (int64_t chunk = 0; chunk < qkv_chunks + inner_chunks; chunk++) {
-        if (chunk < qkv_chunks) {
-            const int64_t first = chunk * size, end = std::min(b.qkv.n, first + size);
-            product(b.qkv, first, end, w.qkv_x, b.width(), tokens, y, size, false);
-            keep_qkv(b, w.q, y, first, end, size);
-        } else {
-            const int64_t first = (chunk - qkv_chunks) * size, end = std::min(inner, first + size);
-            product(b.fc_in, first, end, w.fc_in_x, b.width(), tokens, y, size, false);
-            for (int64_t t = 0; t < tokens; t++)
-                gelu_row(y + t * size, b.fc_in_bias + first, end - first, w.inner + t * inner + first);
-        }
+    const int64_t ld = std::max(queues.qkv.most_rows(), queues.fc_in.most_rows());
+    float* y = scratch<Results>(ld * tokens);
+    for (Rows rows = queues.qkv.take(); rows.first < rows.end; rows = queues.qkv.take()) {
+        product(b.qkv, rows.first, rows.end, w.qkv_x, b.width(), tokens, y, ld, false);
+        keep_qkv(b, w.q, y, rows.first, rows.end, ld);
     }
+    for (Rows rows = queues.fc_in.take(); rows.first < rows.end; rows = queues.fc_in.take()) {
+        product(b.fc_in, rows.first, rows.end, w.fc_in_x, b.width(), tokens, y, ld, false);
+        for (int64_t t = 0; t < tokens; t++)
+            gelu_row(y + t * ld, b.fc_in_bias + rows.first, rows.end - rows.first, w.inner + t * inner + rows.first);
+    }
+#pragma omp barrier
 }
 
 template <class M>
-inline void block_output(const Block<M>& b, const Workspace<M>& w) {
-    struct Rows;
-    const int64_t tokens = b.tokens, width = b.width();
-    const int64_t size = chunk_rows(b.out_proj.row_bytes() + b.fc_out.row_bytes(), tokens);
-    float* y = scratch<Rows>(size * tokens);
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < width; first += size) {
-        const int64_t end = std::min(width, first + size);
-        product(b.out_proj, first, end, w.out_x, width, tokens, y, size, false);
-        product(b.fc_out, first, end, w.fc_out_x, b.fc_out.k, tokens, y, size, true);
+inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
+    struct Results;
+    const int64_t tokens = b.tokens, width = b.width(), ld = queues.output.most_rows();
+    float* y = scratch<Results>(ld * tokens);
+    for (Rows rows = queues.output.take(); rows.first < rows.end; rows = queues.output.take()) {
+        product(b.out_proj, rows.first, rows.end, w.out_x, width, tokens, y, ld, false);
+        product(b.fc_out, rows.first, rows.end, w.fc_out_x, b.fc_out.k, tokens, y, ld, true);
         for (int64_t t = 0; t < tokens; t++)
-            for_lanes(end - first, [&](int64_t i, int n) {
-                const F sum = Simd::add(load_n(y + t * size + i, n), load_half_n(b.fc_out_bias + first + i, n));
-                const int64_t at = t * width + first + i;
+            for_lanes(rows.end - rows.first, [&](int64_t i, int n) {
+                const F sum = Simd::add(load_n(y + t * ld + i, n), load_half_n(b.fc_out_bias + rows.first + i, n));
+                const int64_t at = t * width + rows.first + i;
                 store_n(b.result + at, Simd::add(load_n(b.h + at, n), sum), n);
             });
     }
+}
+
+// Inputs of one product into its matrix's order; columns of x and result are the matrix's inputs.
+template <class M>
+inline void rearrange_all(const M& m, int64_t tokens, const float* x, float* result) {
+    if (x == result) return;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) rearrange(m, !many(tokens), x + t * m.k, result + t * m.k);
 }
 
 template <class M>
@@ -126,25 +133,19 @@ inline void run_block(const Block<M>& b) {
     const Workspace<M> w(b);
     const Attention attention{w.q,      b.keys,      b.values, w.attended, w.partial,
                               b.tokens, b.start_pos, b.heads,  b.head_dim};
+    Queues<M> queues(b);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < b.tokens; t++) {
-            float* row = w.normed + t * b.width();
-            layer_norm(b.h + t * b.width(), b.norm_weight, b.norm_bias, b.epsilon, b.width(), row);
-            gather(row, b.qkv.order, b.width(), w.qkv_x + t * b.width());
-            gather(row, b.fc_in.order, b.width(), w.fc_in_x + t * b.width());
-        }
-        block_input(b, w);
+        for (int64_t t = 0; t < b.tokens; t++)
+            layer_norm(b.h + t * b.width(), b.norm_weight, b.norm_bias, b.epsilon, b.width(), w.normed + t * b.width());
+        rearrange_all(b.qkv, b.tokens, w.normed, w.qkv_x);
+        rearrange_all(b.fc_in, b.tokens, w.normed, w.fc_in_x);
+        block_input(b, w, queues);
         attend(attention);
-        if (b.out_proj.order || b.fc_out.order) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < b.tokens; t++) {
-                gather(w.attended + t * b.width(), b.out_proj.order, b.width(), w.out_x + t * b.width());
-                gather(w.inner + t * b.fc_out.k, b.fc_out.order, b.fc_out.k, w.fc_out_x + t * b.fc_out.k);
-            }
-        }
-        block_output(b, w);
+        rearrange_all(b.out_proj, b.tokens, w.attended, w.out_x);
+        rearrange_all(b.fc_out, b.tokens, w.inner, w.fc_out_x);
+        block_output(b, w, queues);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "linear.h"
+#include "queue.h"
 
 #ifdef MOSS_ONEDNN
 extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
@@ -43,19 +44,21 @@ inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const floa
 
 template <class M>
 inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, float* result) {
-    typename M::Row row;
+    using Row = typename M::Row;
+    Row row;
     row.start(m, row_index);
     const int64_t size = m.group_size();
     while (begin < end) {
         const int64_t stop = std::min(end, (begin / size + 1) * size);
+        row.prepare(begin / size / kLanes * kLanes);
         row.group(begin / size);
         int64_t at = begin;
-        for (; at + M::kStep <= stop; at += M::kStep, result += M::kStep) {
-            F w[M::kVectors];
+        for (; at + Row::kStep <= stop; at += Row::kStep, result += Row::kStep) {
+            F w[Row::kVectors];
             row.load(at, w);
-            for (int v = 0; v < M::kVectors; v++) Simd::store(result + v * kLanes, w[v]);
+            for (int v = 0; v < Row::kVectors; v++) Simd::store(result + v * kLanes, w[v]);
         }
-        if constexpr (M::kPartial) {
+        if constexpr (Row::kPartial) {
             for_lanes(stop - at, [&](int64_t i, int n) { store_n(result + i, row.load_partial(at + i, n), n); });
             result += stop - at;
         }
@@ -93,14 +96,13 @@ inline void product(const M& m, int64_t first, int64_t end, const float* x, int6
 #ifdef MOSS_ONEDNN
     if (many(tokens)) return product_tiled(m, first, end, x, ldx, tokens, y, ldy, add);
 #endif
-    product_small(m, first, end, x, ldx, tokens, y, ldy, add);
+    product_few(m, first, end, x, ldx, tokens, y, ldy, add);
 }
 
-// Rows per chunk of work, a multiple of 8 (whole rotary pairs, eight streams).
-inline int64_t chunk_rows(int64_t row_bytes, int64_t tokens) {
-    constexpr int64_t kChunkBytes = 256 << 10;
-    if (many(tokens)) return kTileRows;
-    return std::max<int64_t>(1, kChunkBytes / (row_bytes * 8)) * 8;
+// Work for all threads: rows of a product with this many bytes in each, in pieces that suit the pass.
+inline RowQueue row_queue(int64_t rows, int64_t row_bytes, int64_t tokens) {
+    if (many(tokens)) return RowQueue(rows, 1, kTileRows, kTileRows);
+    return RowQueue(rows, row_bytes, 64 << 10, 1 << 20);
 }
 
 }  // namespace moss

@@ -23,22 +23,22 @@ struct Head {
 };
 
 inline void run_head(const Head& a) {
-    struct Rows;
-    const int64_t width = a.weight.k, vocab = a.weight.n, size = chunk_rows(a.weight.row_bytes(), a.rows);
+    struct Results;
+    const int64_t width = a.weight.k, vocab = a.weight.n;
+    RowQueue queue = row_queue(vocab, a.weight.row_bytes(), a.rows);
+    const int64_t ld = queue.most_rows();
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < a.rows; r++)
             layer_norm(a.h + r * width, a.norm_weight, a.norm_bias, a.epsilon, width, a.normed + r * width);
-        float* y = scratch<Rows>(size * a.rows);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < vocab; first += size) {
-            const int64_t end = std::min(vocab, first + size);
-            product(a.weight, first, end, a.normed, width, a.rows, y, size, false);
+        float* y = scratch<Results>(ld * a.rows);
+        for (Rows rows = queue.take(); rows.first < rows.end; rows = queue.take()) {
+            product(a.weight, rows.first, rows.end, a.normed, width, a.rows, y, ld, false);
             for (int64_t r = 0; r < a.rows; r++)
-                for_lanes(end - first, [&](int64_t i, int n) {
-                    const F logit = Simd::add(load_n(y + r * size + i, n), load_half_n(a.bias + first + i, n));
-                    store_n(a.logits + r * vocab + first + i, logit, n);
+                for_lanes(rows.end - rows.first, [&](int64_t i, int n) {
+                    const F logit = Simd::add(load_n(y + r * ld + i, n), load_half_n(a.bias + rows.first + i, n));
+                    store_n(a.logits + r * vocab + rows.first + i, logit, n);
                 });
         }
     }

@@ -9,80 +9,99 @@
 namespace moss {
 
 // y[t * ldy + r * gap] (+)= rows[r] . x[t] for kRows rows and kTokens tokens.
-template <class M, int kRows, int kTokens>
+template <class Row, class M, int kRows, int kTokens>
 inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
                           int64_t gap, bool add) {
-    typename M::Row row[kRows];
+    Row row[kRows];
     F sum[kRows][kTokens];
+MOSS_UNROLL
     for (int r = 0; r < kRows; r++) {
         row[r].start(m, rows[r]);
+MOSS_UNROLL
         for (int t = 0; t < kTokens; t++) sum[r][t] = Simd::zero();
     }
     const int64_t size = m.group_size();
     for (int64_t begin = 0, g = 0; begin < m.k; begin += size, g++) {
+        if (g % kLanes == 0)
+MOSS_UNROLL
+            for (int r = 0; r < kRows; r++) row[r].prepare(g);
+MOSS_UNROLL
         for (int r = 0; r < kRows; r++) row[r].group(g);
         int64_t at = begin;
-        for (; at + M::kStep <= begin + size; at += M::kStep) {
+        for (; at + Row::kStep <= begin + size; at += Row::kStep) {
+MOSS_UNROLL
             for (int r = 0; r < kRows; r++) {
-                F w[M::kVectors];
+                F w[Row::kVectors];
                 row[r].load(at, w);
-                for (int v = 0; v < M::kVectors; v++)
+MOSS_UNROLL
+                for (int v = 0; v < Row::kVectors; v++)
+MOSS_UNROLL
                     for (int t = 0; t < kTokens; t++)
                         sum[r][t] = Simd::fma(w[v], Simd::load(x + t * ldx + at + v * kLanes), sum[r][t]);
             }
         }
-        if constexpr (M::kPartial)
+        if constexpr (Row::kPartial)
             for_lanes(begin + size - at, [&](int64_t i, int n) {
+MOSS_UNROLL
                 for (int r = 0; r < kRows; r++) {
                     const F w = row[r].load_partial(at + i, n);
+MOSS_UNROLL
                     for (int t = 0; t < kTokens; t++)
                         sum[r][t] = Simd::fma(w, load_n(x + t * ldx + at + i, n), sum[r][t]);
                 }
             });
     }
+MOSS_UNROLL
     for (int r = 0; r < kRows; r++)
+MOSS_UNROLL
         for (int t = 0; t < kTokens; t++) {
             float& result = y[t * ldy + r * gap];
             result = (add ? result : 0.0f) + Simd::sum(sum[r][t]);
         }
 }
 
-template <class M, int kRows>
+template <class Row, int kRows, class M>
 inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
                            int64_t ldy, int64_t gap, bool add) {
     int64_t t = 0;
     for (; t + 4 <= tokens; t += 4)
-        product_block<M, kRows, 4>(m, rows, x + t * ldx, ldx, y + t * ldy, ldy, gap, add);
+        product_block<Row, M, kRows, 4>(m, rows, x + t * ldx, ldx, y + t * ldy, ldy, gap, add);
     const float* rest = x + t * ldx;
     float* result = y + t * ldy;
-    if (tokens - t == 3) product_block<M, kRows, 3>(m, rows, rest, ldx, result, ldy, gap, add);
-    if (tokens - t == 2) product_block<M, kRows, 2>(m, rows, rest, ldx, result, ldy, gap, add);
-    if (tokens - t == 1) product_block<M, kRows, 1>(m, rows, rest, ldx, result, ldy, gap, add);
+    if (tokens - t == 3) product_block<Row, M, kRows, 3>(m, rows, rest, ldx, result, ldy, gap, add);
+    if (tokens - t == 2) product_block<Row, M, kRows, 2>(m, rows, rest, ldx, result, ldy, gap, add);
+    if (tokens - t == 1) product_block<Row, M, kRows, 1>(m, rows, rest, ldx, result, ldy, gap, add);
 }
 
 // kRows streams at once, each walking through `length` rows that follow one another in memory: several far-apart
 // sequential streams are what brings one core to its share of the memory's bandwidth.
-template <class M, int kRows>
+template <class Row, int kRows, class M>
 inline int64_t product_streams(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
                                float* y, int64_t ldy, bool add) {
     const int64_t length = (end - first) / kRows;
     for (int64_t i = 0; i < length; i++) {
         int64_t rows[kRows];
         for (int r = 0; r < kRows; r++) rows[r] = first + r * length + i;
-        product_tokens<M, kRows>(m, rows, x, ldx, tokens, y + i, ldy, length, add);
+        product_tokens<Row, kRows>(m, rows, x, ldx, tokens, y + i, ldy, length, add);
     }
     return first + length * kRows;
 }
 
-// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end.
+template <class Row, class M>
+inline void product_rows(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
+                         int64_t ldy, bool add) {
+    int64_t done;
+    if (tokens == 1) done = product_streams<Row, Row::kStreams>(m, first, end, x, ldx, 1, y, ldy, add);
+    else done = product_streams<Row, 4>(m, first, end, x, ldx, tokens, y, ldy, add);
+    product_streams<Row, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
+}
+
+// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end; x as rearrange() leaves it for few tokens.
 template <class M>
-inline void product_small(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
-                          float* y, int64_t ldy, bool add) {
-    constexpr int kWide = 8, kNarrow = 4;
-    int64_t done = first;
-    if (tokens == 1) done = product_streams<M, kWide>(m, first, end, x, ldx, 1, y, ldy, add);
-    else done = product_streams<M, kNarrow>(m, first, end, x, ldx, tokens, y, ldy, add);
-    product_streams<M, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
+inline void product_few(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
+                        int64_t ldy, bool add) {
+    if (m.shuffled()) product_rows<typename M::FewRow>(m, first, end, x, ldx, tokens, y, ldy, add);
+    else product_rows<typename M::Row>(m, first, end, x, ldx, tokens, y, ldy, add);
 }
 
 }  // namespace moss

@@ -1,13 +1,16 @@
-// Weight matrices as the kernels read them: (n, k) row-major, widened to float in registers, kStep inputs at a time.
+// Weight matrices as the kernels read them: (n, k) row-major, widened to float in registers.
 //
-// A matrix type M offers
-//   M::Row          one row's reader: start(matrix, row), group(g) before the first input of each group, then
-//                   load(k, w), which gives kStep weights as vectors and prefetches what comes later in memory
-//   M::kStep, M::kVectors
-//   M::kPartial     whether a group may end within a step; then load_partial(k, count) gives one short vector
-//   group_size()    how many inputs share one call of group(); row_bytes(), to size chunks of work
-//   order           which input belongs to column k, or nullptr
+// A matrix type M has its sizes n, k, group_size() (inputs between two changes of scale), row_bytes(), and
+//   order      which input belongs to column k, or nullptr
+//   M::Row     reads one row: start(matrix, row), prepare(g) at every kLanes-th group, group(g) at the first input of each
+//              group, then load(k, w), which gives the weights of kStep inputs as kVectors vectors and prefetches
+//              what comes later in memory
+//   Row::kPartial   whether a group may end within a step; then load_partial(k, count) gives one short vector
+//   Row::kStreams   rows to read at once for a single token
+//   M::FewRow  the same, for passes over few tokens if shuffled(): its inputs stand in the order of shuffled_input
 #pragma once
+
+#include <algorithm>
 
 #include "elementwise.h"
 
@@ -21,22 +24,56 @@ struct Dense {
     const uint16_t* weight;  // float16
     int64_t n, k;
     static constexpr const int32_t* order = nullptr;
-    static constexpr int kStep = 32, kVectors = kStep / kLanes;
-    static constexpr bool kPartial = true;
 
     int64_t group_size() const { return k; }
     int64_t row_bytes() const { return k * 2; }
+    static constexpr bool shuffled() { return false; }
 
     struct Row {
+        static constexpr int kStep = 32, kVectors = kStep / kLanes, kStreams = 4;
+        static constexpr bool kPartial = true;
         const uint16_t* p;
         void start(const Dense& m, int64_t row) { p = m.weight + row * m.k; }
+        void prepare(int64_t) {}
         void group(int64_t) {}
         void load(int64_t at, F* w) const {
             prefetch(p + at);
+MOSS_UNROLL
             for (int v = 0; v < kVectors; v++) w[v] = Simd::load_half(p + at + v * kLanes);
         }
         F load_partial(int64_t at, int count) const { return load_half_n(p + at, count); }
     };
+    using FewRow = Row;
 };
+
+// Of each step of kShuffle shuffled inputs, which one stands at place i: 16 bytes of int4 hold 32 inputs, low nibbles
+// first, and vector i / kLanes takes one nibble of one byte of each of the kLanes 32-bit lanes of the step's bytes.
+constexpr int kShuffle = 8 * kLanes;
+
+constexpr int shuffled_input(int i) {
+    const int nibble = i / kLanes, byte = i % kLanes * 4 + nibble / 2;
+    return byte / 16 * 32 + nibble % 2 * 16 + byte % 16;
+}
+
+// Whether a pass must copy the inputs of a matrix into another order.
+template <class M>
+inline bool rearranged(const M& m, bool few) {
+    return m.order || (few && m.shuffled());
+}
+
+// One token's inputs in the matrix's order. An index out of range, which only a damaged model folder holds, reads the
+// last input and nothing beyond it.
+template <class M>
+inline void rearrange(const M& m, bool few, const float* x, float* result) {
+    const int32_t* order = m.order;
+    auto input = [&](int64_t column) {
+        return x[order ? std::min<uint32_t>((uint32_t)order[column], (uint32_t)m.k - 1) : column];
+    };
+    if (few && m.shuffled())
+        for (int64_t step = 0; step < m.k; step += kShuffle)
+            for (int i = 0; i < kShuffle; i++) result[step + i] = input(step + shuffled_input(i));
+    else
+        for (int64_t i = 0; i < m.k; i++) result[i] = input(i);
+}
 
 }  // namespace moss

@@ -13,7 +13,7 @@ from moss_jt.kernels.cpu.source import run
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary import rotary_table
 
-GROUP = 128  # positions per group of attention.h
+GROUP = 64  # positions per group of attention.h
 
 EMBED = """
 moss::run_embed((const int32_t*)in0_p, in0_shape0, (const uint16_t*)in1_p, in1_shape1, (float*)out0_p);
@@ -74,7 +74,7 @@ def dense_source() -> str:
 
 
 def packed_source(bits: int) -> str:
-    kind = f"Packed<moss::{'Nibbles' if bits == 4 else 'Bytes'}>"
+    kind = f"Int{bits}"
     lines = []
     for index, name in enumerate(MATRIX_NAMES):
         packed, scales, zeros, order = (FIRST_MATRIX + 4 * index + i for i in range(4))

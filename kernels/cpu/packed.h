@@ -7,86 +7,97 @@
 
 namespace moss {
 
-// Turns the fields of one group into weights.
-struct Group {
-    F scale, offset;  // w = q * scale + offset
-    void set(uint16_t scale_bits, uint8_t zero_minus_one) {
-        scale = Simd::set1_half(scale_bits);
-        offset = Simd::mul(scale, Simd::set1(-1.0f - zero_minus_one));
-    }
-    F weights(F fields) const { return Simd::fma(fields, scale, offset); }
-};
-
+// w = q * scale + offset for one group.
 struct Bytes {
-    static constexpr int kBits = 8;
-    Group group;
-    void set(uint16_t scale, uint8_t zero) { group.set(scale, zero); }
+    static constexpr int kBits = 8, kStep = 32;
+    F scale, offset;
+    void set(float group_scale, float group_offset) {
+        scale = Simd::set1(group_scale);
+        offset = Simd::set1(group_offset);
+    }
     void load(const uint8_t* p, F* w) const {
-        for (int v = 0; v < 32 / kLanes; v++) w[v] = group.weights(Simd::load_bytes(p + v * kLanes));
+MOSS_UNROLL
+        for (int v = 0; v < kStep / kLanes; v++) w[v] = Simd::fma(Simd::load_bytes(p + v * kLanes), scale, offset);
     }
 };
 
-#if MOSS_SIMD == 512
-
-// All sixteen weights that a group can have stand in one register, and a nibble picks one.
 struct Nibbles {
-    static constexpr int kBits = 4;
-    F table;
-    void set(uint16_t scale, uint8_t zero) {
-        Group group;
-        group.set(scale, zero);
-        table = group.weights(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    static constexpr int kBits = 4, kStep = 32;
+    F scale, offset;
+    void set(float group_scale, float group_offset) {
+        scale = Simd::set1(group_scale);
+        offset = Simd::set1(group_offset);
     }
-    void load(const uint8_t* p, F* w) const {
-        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-        w[0] = _mm512_permutexvar_ps(pairs, table);  // looks at the low four bits only
-        w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
-    }
-};
-
-#else
-
-struct Nibbles {
-    static constexpr int kBits = 4;
-    Group group;
-    void set(uint16_t scale, uint8_t zero) { group.set(scale, zero); }
     void load(const uint8_t* p, F* w) const {
         Simd::load_nibbles(p, w);
-        for (int v = 0; v < 32 / kLanes; v++) w[v] = group.weights(w[v]);
+MOSS_UNROLL
+        for (int v = 0; v < kStep / kLanes; v++) w[v] = Simd::fma(w[v], scale, offset);
     }
 };
 
-#endif
+// A whole vector of bytes at a time: as 32-bit lanes, each holds eight fields, and a shift by four bits brings the next
+// field of every lane into place. Spreading the bytes over lanes, as Nibbles does, takes more than reading them.
+struct ShuffledNibbles {
+    static constexpr int kBits = 4, kStep = kShuffle;
+    Simd::NibbleWeights group;
+    void set(float scale, float offset) { group.set(Simd::set1(scale), Simd::set1(offset)); }
+    void load(const uint8_t* p, F* w) const {
+        const Simd::I lanes = Simd::load_ints(p);
+MOSS_UNROLL
+        for (int v = 0; v < 8; v++) w[v] = group.weights(lanes, 4 * v);
+    }
+};
 
-template <class Fields>
+template <class Natural, class Few>
 struct Packed {
     const uint8_t* packed;
     const uint16_t* scales;
     const uint8_t* zeros;
     const int32_t* order;
     int64_t n, k, groups;
-    static constexpr int kStep = 32, kVectors = kStep / kLanes;
-    static constexpr bool kPartial = false;  // groups are multiples of 32
 
     int64_t group_size() const { return k / groups; }
-    int64_t row_bytes() const { return k * Fields::kBits / 8; }
+    int64_t row_bytes() const { return k * Natural::kBits / 8; }
+    bool shuffled() const { return Few::kStep == kShuffle && group_size() % kShuffle == 0; }
 
-    struct Row {
-        const uint8_t *p, *zeros;
-        const uint16_t* scales;
+    template <class Fields>
+    struct Reader {
+        static constexpr int kStep = Fields::kStep, kVectors = kStep / kLanes, kStreams = 8;
+        static constexpr bool kPartial = false;  // groups are multiples of 32
+        const uint8_t *p, *row_zeros;
+        const uint16_t* row_scales;
+        int64_t groups;
+        float scales[kLanes], offsets[kLanes];  // of the kLanes groups around the current one
         Fields fields;
         void start(const Packed& m, int64_t row) {
             p = m.packed + row * m.row_bytes();
-            scales = m.scales + row * m.groups;
-            zeros = m.zeros + row * m.groups;
+            row_scales = m.scales + row * m.groups;
+            row_zeros = m.zeros + row * m.groups;
+            groups = m.groups;
+            prefetch(row_scales);
+            prefetch(row_zeros);
         }
-        void group(int64_t g) { fields.set(scales[g], zeros[g]); }
+        void group(int64_t g) {
+            fields.set(scales[g % kLanes], offsets[g % kLanes]);
+        }
+        void prepare(int64_t g) {
+            const int count = (int)std::min<int64_t>(kLanes, groups - g);
+            const F scale = load_half_n(row_scales + g, count);
+            const F zero = Simd::load_bytes_partial(row_zeros + g, count);
+            Simd::store(scales, scale);
+            Simd::store(offsets, Simd::mul(scale, Simd::sub(Simd::set1(-1.0f), zero)));
+        }
         void load(int64_t at, F* w) const {
             const uint8_t* first = p + at * Fields::kBits / 8;
             prefetch(first);
             fields.load(first, w);
         }
     };
+    using Row = Reader<Natural>;
+    using FewRow = Reader<Few>;
 };
+
+using Int8 = Packed<Bytes, Bytes>;
+using Int4 = Packed<Nibbles, ShuffledNibbles>;
 
 }  // namespace moss

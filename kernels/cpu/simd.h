@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+// Before loops of constant length whose bodies work on registers: -O3 alone leaves long ones rolled, and then the
+// accumulators live in memory.
+#define MOSS_UNROLL _Pragma("GCC unroll 32")
+
 namespace moss {
 
 #if MOSS_SIMD == 512
@@ -35,15 +39,45 @@ struct Simd {
     static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
     static float sum(F x) { return _mm512_reduce_add_ps(x); }
+    // The sums of four vectors, for less than four times the work.
+    static void sum4(F a, F b, F c, F d, float* sums) {
+        const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        const F all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
     static float largest(F x) { return _mm512_reduce_max_ps(x); }
     static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
     static F load_half_partial(const uint16_t* p, int n) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
     }
     static F set1_half(uint16_t x) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)x)); }
+    // The numbers in kLanes bytes, and the 32 in the nibbles of 16 bytes: all low ones, then all high ones.
     static F load_bytes(const uint8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
     }
+    static F load_bytes_partial(const uint8_t* p, int n) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)));
+    }
+    static void load_nibbles(const uint8_t* p, F* w) {
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        w[0] = _mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
+        w[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4));
+    }
+    using I = __m512i;
+    static I load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    // All sixteen weights that a group can have stand in one register, and a nibble picks one.
+    struct NibbleWeights {
+        F table;
+        void set(F scale, F offset) {
+            table = fma(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), scale, offset);
+        }
+        // Looks at the lowest four bits of each lane only.
+        F weights(I lanes, int shift) const { return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table); }
+    };
     static void store_half(uint16_t* p, F x) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -83,6 +117,10 @@ struct Simd {
         __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    static void sum4(F a, F b, F c, F d, float* sums) {
+        const F all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
     static float largest(F x) {
         __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -96,7 +134,11 @@ struct Simd {
     }
     static F set1_half(uint16_t x) { return _mm256_cvtph_ps(_mm_set1_epi16((short)x)); }
     static F load_bytes(const uint8_t* p) { return widen_bytes(_mm_loadl_epi64((const __m128i*)p)); }
-    // The fields of 16 bytes: all low nibbles, then all high ones.
+    static F load_bytes_partial(const uint8_t* p, int n) {
+        uint8_t padded[kLanes] = {};
+        std::memcpy(padded, p, n);
+        return load_bytes(padded);
+    }
     static void load_nibbles(const uint8_t* p, F* w) {
         const __m128i pairs = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15);
         const __m128i low = _mm_and_si128(pairs, mask), high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
@@ -105,6 +147,16 @@ struct Simd {
         w[2] = widen_bytes(high);
         w[3] = widen_bytes(_mm_srli_si128(high, 8));
     }
+    using I = __m256i;
+    static I load_ints(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+    struct NibbleWeights {
+        F scale, offset;
+        void set(F group_scale, F group_offset) { scale = group_scale, offset = group_offset; }
+        F weights(I lanes, int shift) const {
+            const I field = _mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15));
+            return fma(_mm256_cvtepi32_ps(field), scale, offset);
+        }
+    };
     static void store_half(uint16_t* p, F x) {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -146,6 +198,10 @@ struct Simd {
     }
     static F scale2(F x, F n) { return x * (F)((__builtin_convertvector(n, I) + 127) << 23); }
     static float sum(F x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+    static void sum4(F a, F b, F c, F d, float* sums) {
+        const F all[4] = {a, b, c, d};
+        for (int i = 0; i < 4; i++) sums[i] = sum(all[i]);
+    }
     static float largest(F x) {
         float most = x[0];
         for (int i = 1; i < kLanes; i++) most = x[i] > most ? x[i] : most;
@@ -171,9 +227,26 @@ struct Simd {
         return load_half(lanes);
     }
     static F load_bytes(const uint8_t* p) { return widen_bytes(p, 0, 255); }
+    static F load_bytes_partial(const uint8_t* p, int n) {
+        uint8_t padded[kLanes] = {};
+        std::memcpy(padded, p, n);
+        return load_bytes(padded);
+    }
     static void load_nibbles(const uint8_t* p, F* w) {
         for (int v = 0; v < 4; v++) w[v] = widen_bytes(p + v % 2 * kLanes, v / 2 * 4, 15);
     }
+    static I load_ints(const uint8_t* p) {
+        I x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
+    struct NibbleWeights {
+        F scale, offset;
+        void set(F group_scale, F group_offset) { scale = group_scale, offset = group_offset; }
+        F weights(I lanes, int shift) const {
+            return fma(__builtin_convertvector((lanes >> shift) & 15, F), scale, offset);
+        }
+    };
     static void store_half(uint16_t* p, F x) {
         for (int i = 0; i < kLanes; i++) p[i] = to_half(x[i]);
     }
