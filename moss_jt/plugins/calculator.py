@@ -9,7 +9,7 @@ import operator
 import unicodedata
 from collections.abc import Callable
 
-from moss_jt.plugins.interface import CallContext, Outcome, Style
+from moss_jt.plugins.interface import Outcome, Style
 
 MAX_CHARACTERS = 1_000
 MAX_DEPTH = 60
@@ -194,5 +194,5 @@ class Calculator:
     style: Style = "value"
     timeout_s = 5.0
 
-    def call(self, argument: str, context: CallContext) -> Outcome:
+    def call(self, argument: str, wanted: int) -> Outcome:
         return Outcome(text=calculate(argument))

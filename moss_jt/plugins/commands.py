@@ -1,25 +1,15 @@
 """The calls in what a model writes as its commands: found wherever they stand, for models do not keep to the form."""
 
-import re
-from collections.abc import Collection
 from dataclasses import dataclass
 
 MAX_COMMANDS_CHARACTERS = 20_000
 MAX_ARGUMENT_CHARACTERS = 2_000
-MAX_PARSED = 64
-
-CLOSING_QUOTES = {'"': '"', "“": "”", "”": "”", "'": "'", "＂": "＂"}
-OPENING = re.compile(
-    r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_]{0,63})\s{0,4}[(（]\s{0,4}(?P<quote>[\"“”'＂])?"
-)
-# What may follow a call: the end, a separator, a comment or a line's end, another call.
-AFTER_CALL = re.compile(r"\s*(?:$|[,，;；、.。#]|\n)|\s+[A-Za-z_][A-Za-z0-9_]{0,63}[(（][\"“”'＂]")
-NONE_ARGUMENT = re.compile(r"\s*(?:none|null|无)?[\s.。]*", re.IGNORECASE)
+QUOTES = {'"': '"', "“": "”", "'": "'", "”": "”"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """``function("argument")``; text is how it is repeated in the Results field."""
+    """``function("argument")``."""
 
     function: str
     argument: str
@@ -29,67 +19,55 @@ class Call:
         return f'{self.function}("{self.argument}")'
 
 
-def parse_commands(text: str, functions: Collection[str] = ()) -> list[Call]:
-    """Every call in a Commands field, in order; at most MAX_PARSED.
+def parse_commands(text: str) -> list[Call]:
+    """Every call in a Commands field, in order.
 
     An argument is all between ``("`` and ``")``: inner quotes, commas and brackets belong to it, and of a call with two
-    arguments both do. Without quotation marks only the given functions are calls: ``Calculate(2+3)``. ``None`` in all its
-    forms, comments, numbers and lists are passed over, and so are calls with an empty argument or ``None``. A text that begins
-    with ``Non`` (``None, because f("x") ..``, the truncated ``Non``) holds no calls but those of the given functions.
+    arguments both do, as in the recorded dialogues. ``None`` in all its forms, comments, numbers and lists are passed over.
     """
     text = text[:MAX_COMMANDS_CHARACTERS]
-    says_none = text.lstrip().startswith("Non")
-    calls: list[Call] = []
-    at = 0
-    unclosed: set[str] = set()
-    while len(calls) < MAX_PARSED and (opening := OPENING.search(text, at)):
-        at = opening.end()
-        quote = opening["quote"]
-        if quote is None:
-            span = _bare(text, at) if opening["name"] in functions else None
-        elif CLOSING_QUOTES[quote] in unclosed:
-            span = None
-        else:
-            span = _quoted(text, at, CLOSING_QUOTES[quote])
-            if span is None:  # then no later one is closed either: without this the search would be quadratic
-                unclosed.add(CLOSING_QUOTES[quote])
-        if span is None:
+    if is_none(text):
+        return []
+    calls, at = [], 0
+    while (opening := text.find("(", at)) >= 0:
+        function = _name_before(text, opening)
+        argument_at = _skip_spaces(text, opening + 1)
+        quote = text[argument_at : argument_at + 1]
+        end = _closing(text, argument_at + 1, QUOTES[quote]) if function and quote in QUOTES else None
+        if end is None:
+            at = opening + 1
             continue
-        argument = text[at : span[0]].strip() if quote is None else text[at : span[0]]
-        at = span[1]
-        if len(argument) > MAX_ARGUMENT_CHARACTERS or NONE_ARGUMENT.fullmatch(argument):
-            continue
-        if opening["name"] in functions or not says_none:
-            calls.append(Call(opening["name"], argument))
+        argument, at = text[argument_at + 1 : end[0]], end[1]
+        if len(argument) <= MAX_ARGUMENT_CHARACTERS:
+            calls.append(Call(function, argument))
     return calls
 
 
-def _quoted(text: str, start: int, quote: str) -> tuple[int, int] | None:
-    """(end of the argument, end of the call).
-
-    The first closing quotation mark and bracket after which a call can end; failing that, the first ones at all.
-    """
-    closing = re.compile(re.escape(quote) + r"\s{0,4}(?:[)）]|$)")
-    first = closing.search(text, start)
-    if first is None:
-        return None
-    following = OPENING.search(text, first.end())
-    while following is not None and following["quote"] is None:
-        following = OPENING.search(text, following.end())
-    limit = following.start() if following else len(text)
-    for found in closing.finditer(text, start, limit):
-        if AFTER_CALL.match(text, found.end()):
-            return found.start(), found.end()
-    return first.start(), first.end()
+def is_none(text: str) -> bool:
+    """The field says that there is nothing to call: ``None``, ``None (because ..)``, the truncated ``Non``."""
+    return text.strip().startswith("Non") and '("' not in text
 
 
-def _bare(text: str, start: int) -> tuple[int, int] | None:
-    """(end of the argument, end of the call) of an argument without quotation marks: to the bracket that closes the call."""
-    depth = 1
-    for at in range(start, min(len(text), start + MAX_ARGUMENT_CHARACTERS)):
-        if text[at] == "\n":
-            return None
-        depth += (text[at] in "(（") - (text[at] in ")）")
-        if depth == 0:
-            return at, at + 1
+def _name_before(text: str, opening: int) -> str:
+    start = opening
+    while start > 0 and text[start - 1].isascii() and (text[start - 1].isalnum() or text[start - 1] == "_"):
+        start -= 1
+    name = text[start:opening]
+    return name if name and not name[0].isdigit() else ""
+
+
+def _skip_spaces(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\n":
+        at += 1
+    return at
+
+
+def _closing(text: str, start: int, quote: str) -> tuple[int, int] | None:
+    """(end of the argument, end of the call): the first closing quote that a bracket follows."""
+    at = text.find(quote, start)
+    while at >= 0:
+        after = _skip_spaces(text, at + 1)
+        if text[after : after + 1] in (")", "）"):
+            return at, after + 1
+        at = text.find(quote, at + 1)
     return None

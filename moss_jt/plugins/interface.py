@@ -1,9 +1,8 @@
 """What a plugin is: a function that the model calls by name with one text, and how its answer is written for the model."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 NO_RESULT = "No result."
 
@@ -11,33 +10,13 @@ NO_RESULT = "No result."
 #   value    Name("argument") => 'answer'
 #   lines    Name("argument") =>, then the answer's lines
 #   items    Name("argument") =>, then numbered quoted items, which the model cites
-#   picture  the answer alone: it names no command
+#   picture  one line that names no command
 Style = Literal["value", "lines", "items", "picture"]
-
-
-class PluginFailure(Exception):
-    """A call has no answer. The message is a reason for the user; the model reads ``No result.``"""
-
-
-@dataclass(frozen=True)
-class CallContext:
-    """What a plugin may know about the turn.
-
-    wanted    how many items a search should give: 3, 2 or 1, by the number of searches in the turn
-    deadline  time.monotonic() after which nobody waits for the answer any more
-    """
-
-    wanted: int
-    deadline: float
-
-    def remaining_s(self) -> float:
-        """Seconds until the deadline, for the timeouts of sockets and processes; at least a tenth."""
-        return max(0.1, self.deadline - time.monotonic())
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an item comes from: a title, and an address or a path, for the user."""
+    """Where an item comes from: a title and an address or a path, for the user."""
 
     title: str
     location: str
@@ -45,11 +24,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One search result. An answer box has a label: ``Beijing / Population: '21.54 million (2018)'``."""
+    """One search result."""
 
     text: str
     source: Source
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,9 +44,8 @@ class Outcome:
     picture: Path | None = None
 
 
-@runtime_checkable
 class Plugin(Protocol):
-    """A plugin.
+    """A plugin; see docs/plugins.md for one in 30 lines.
 
     name      what users call it: calculator
     label     its line in the meta instruction: Calculator
@@ -85,11 +62,6 @@ class Plugin(Protocol):
     style: Style
     timeout_s: float
 
-    def call(self, argument: str, context: CallContext) -> Outcome:
-        """Answer a call; runs in a thread of its own. Any exception is a ``No result.``"""
+    def call(self, argument: str, wanted: int) -> Outcome:
+        """Answer a call. ``wanted`` is how many items the model expects. Any exception is a ``No result.``"""
         ...
-
-
-def switch_line(plugin: Plugin) -> str:
-    """The plugin's line in the meta instruction when it is on: ``- Calculator: enabled. API: Calculate(expression)``."""
-    return f"- {plugin.label}: enabled. API: {plugin.function}({plugin.argument})"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from moss_jt.errors import MossError
@@ -18,23 +18,19 @@ class PluginSettings:
     search_folder   folder of text files that search reads instead of the web
     search_url      address of a SearXNG server
     image_url       address of an OpenAI-compatible or Automatic1111 server that draws
-    image_model     the model that an OpenAI-compatible server is asked for
-    picture_folder  where pictures are saved; default: pictures in the program's data folder
-    progress        called with (files done, files in all) while a folder is read for the first time
+    picture_folder  where pictures are saved
     """
 
     search_folder: Path | None = None
     search_url: str | None = None
     image_url: str | None = None
-    image_model: str | None = None
     picture_folder: Path | None = None
-    progress: Callable[[int, int], None] | None = None
 
 
 def _search(settings: PluginSettings) -> Plugin:
     from moss_jt.plugins.search import make_search
 
-    return make_search(settings.search_folder, settings.search_url, settings.progress)
+    return make_search(settings.search_folder, settings.search_url)
 
 
 def _calculator(settings: PluginSettings) -> Plugin:
@@ -50,9 +46,9 @@ def _solver(settings: PluginSettings) -> Plugin:
 
 
 def _image(settings: PluginSettings) -> Plugin:
-    from moss_jt.plugins.image import make_image
+    from moss_jt.plugins.image import ImagePlugin
 
-    return make_image(settings.image_url, settings.image_model, settings.picture_folder)
+    return ImagePlugin(settings.image_url, settings.picture_folder)
 
 
 # In the order of the meta instruction.
@@ -73,18 +69,12 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     """Plugins by name, or as they are where they are objects already; in the meta instruction's order.
 
     Raises:
-        MossError: no plugin has that name, it lacks a setting, or two answer the same function.
+        MossError: no plugin has that name, or it lacks a setting.
     """
     settings = settings or PluginSettings()
     made = [_make(name, settings) if isinstance(name, str) else name for name in names]
     order = {name: place for place, name in enumerate(BUILT_IN)}
     unique = {plugin.name: plugin for plugin in made}
-    functions: dict[str, str] = {}
-    for plugin in unique.values():
-        if (other := functions.setdefault(plugin.function, plugin.name)) != plugin.name:
-            raise MossError(
-                f"the plugins {other!r} and {plugin.name!r} both answer {plugin.function}; switch one of them off."
-            )
     return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))
 
 
@@ -93,20 +83,6 @@ def _make(name: str, settings: PluginSettings) -> Plugin:
         return BUILT_IN[name](settings)
     for point in entry_points(group=GROUP):
         if point.name == name:
-            return _installed(point)
+            plugin: Plugin = point.load()()
+            return plugin
     raise MossError(f"there is no plugin {name!r}; there are {', '.join(plugin_names())}.")
-
-
-def _installed(point: EntryPoint) -> Plugin:
-    """Another package's plugin: its entry point names a class, or a function without arguments, that makes it."""
-    try:
-        plugin = point.load()()
-    except Exception as error:  # noqa: BLE001  another package's code may raise anything
-        raise MossError(
-            f"the plugin {point.name!r} ({point.value}) does not start: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(plugin, Plugin):
-        raise MossError(
-            f"the plugin {point.name!r} ({point.value}) lacks a part; moss_jt.plugins.Plugin lists them."
-        )
-    return plugin

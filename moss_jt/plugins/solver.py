@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 
-from moss_jt.plugins.interface import CallContext, Outcome, Style
+from moss_jt.plugins.interface import Outcome, Style
 
 START_S = 60.0  # importing sympy on a busy machine
 WORKER = "moss_jt.plugins.solver_worker"
@@ -106,5 +106,5 @@ class Solver:
     timeout_s = START_S + 20.0  # the first call waits for sympy, too
     solve_s = 10.0
 
-    def call(self, argument: str, context: CallContext) -> Outcome:
+    def call(self, argument: str, wanted: int) -> Outcome:
         return Outcome(text=solve(argument, self.solve_s) or "")
