@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
 from moss_jt.errors import MossError
+from moss_jt.prompt import META
 from moss_jt.tokenizer import Tokenizer
 
 MAX_TOKENS = 16384  # more takes longer and changes little
@@ -35,7 +36,8 @@ def calibration_tokens(tokenizer_text: str, path: Path | None) -> np.ndarray:
 
 
 def _built_in() -> str:
-    return (files("moss_jt.convert") / "calibration.txt").read_text(encoding="utf-8")
+    """A conversation: its switches and turns come after the instruction that every conversation with MOSS begins with."""
+    return META + (files("moss_jt.convert") / "calibration.txt").read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> str:

@@ -18,6 +18,7 @@ from moss_jt.errors import MossError
 from moss_jt.store import CONFIG, FORMAT, MANIFEST, TOKENIZER, VERSION, open_store, read_json
 
 SPARE_BYTES = 256 << 20
+SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def convert(
 
 
 def _finish(out: Path, recipe: Recipe, journal: Journal) -> None:
+    for path in out.glob(f"*{SCRATCH}"):
+        path.unlink()
     manifest = {
         "format": FORMAT,
         "version": VERSION,

@@ -1,7 +1,7 @@
 """Int4 and int8 model folders from float16 ones: the same files, with each block's four matrices packed.
 
 One block is in memory at a time. GPTQ needs the hidden states that enter a block; they lie beside the block files as
-``calibration-NN.npy`` until the blocks are done, so that an interrupted conversion goes on at its block.
+``calibration-NN.scratch`` until all is done, so that an interrupted conversion goes on at its block.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import numpy as np
 from moss_jt.config import MossConfig
 from moss_jt.convert.calibration import FC_OUT, Calibration, GptqSettings
 from moss_jt.convert.layout import FilePlan, Target
-from moss_jt.convert.pipeline import Recipe, weight_bytes
+from moss_jt.convert.pipeline import SCRATCH, Recipe, weight_bytes
 from moss_jt.errors import MossError
 from moss_jt.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
-from moss_jt.store import DTYPES, EMBEDDING, HEAD, MATRICES, block_file_name, local_name, read_header
+from moss_jt.store import DTYPES, EMBEDDING, MATRICES, block_file_name, local_name, read_header
 
 DEFAULT_GROUP_SIZE = 128
 SEQUENCE_TOKENS = 1024  # calibration tokens that see each other, at most
@@ -75,8 +75,6 @@ def quantized_recipe(
         _quantized_plan(plan, blocks[plan.name], config, settings, quantizer) if plan.name in blocks else plan
         for plan in recipe.files
     ]
-    if isinstance(quantizer, GptqQuantizer):
-        files = [_cleaning_plan(plan, out) if plan.name == HEAD else plan for plan in files]
     return dataclasses.replace(
         recipe,
         identity={**recipe.identity, "quantized": made},
@@ -178,7 +176,7 @@ class GptqQuantizer:
             yield name, matrix
 
     def _state(self, number: int) -> Path:
-        return self._out / f"calibration-{number:02d}.npy"
+        return self._out / f"calibration-{number:02d}{SCRATCH}"
 
     def _entering(self, number: int) -> np.ndarray:
         """Hidden states (T, C) float32 that enter a block."""
@@ -203,7 +201,7 @@ class GptqQuantizer:
         )
 
     def _save(self, number: int, hidden: np.ndarray) -> None:
-        fresh = self._state(number).with_suffix(".new")
+        fresh = self._state(number).with_suffix(f".new{SCRATCH}")
         try:
             with fresh.open("wb") as file:
                 np.save(file, hidden)
@@ -212,14 +210,3 @@ class GptqQuantizer:
             raise MossError(
                 f"{fresh} could not be written: {error.strerror}. Free some space and run it again."
             ) from error
-
-
-def _cleaning_plan(plan: FilePlan, out: Path) -> FilePlan:
-    """The head is written after all blocks: nobody needs hidden states any more."""
-
-    def build() -> list[Target]:
-        for path in out.glob("calibration-*"):
-            path.unlink()
-        return plan.build()
-
-    return FilePlan(plan.name, plan.sources, build)

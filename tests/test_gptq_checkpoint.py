@@ -9,8 +9,14 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.quant import PackedArrays, dequantize_float16, pack
-from moss_jt.store import MANIFEST, Store, map_tensor, matrix_shape, open_store
-from tests.support.models import convert_checkpoint, random_tensors, small_config, write_checkpoint
+from moss_jt.store import MANIFEST, matrix_shape, open_store
+from tests.support.models import (
+    convert_checkpoint,
+    random_tensors,
+    small_config,
+    stored_matrix,
+    write_checkpoint,
+)
 from tests.support.published_gptq import reference_weight, to_published
 
 GEOMETRY = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
@@ -48,13 +54,6 @@ def published(bits: int, group_size: int, act_order: bool) -> tuple[dict[str, An
     mask = np.ones((1, 1, 8, 8), np.uint8)
     tensors.update({f"transformer.h.{layer}.attn.causal_mask": mask for layer in range(2)})
     return fields, tensors
-
-
-def stored_matrix(store: Store, layer: int, name: str) -> PackedArrays:
-    file = store.blocks[layer]
-    order = map_tensor(file, f"{name}.input_order") if f"{name}.input_order" in file.tensors else None
-    arrays = [map_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
-    return PackedArrays(arrays[0], arrays[1], arrays[2], store.bits, store.group_size, order)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.folders import tiny_checkpoint
+from moss_jt.quant import PackedArrays
+from moss_jt.store import Store, map_tensor
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 
@@ -101,3 +103,11 @@ def random_checkpoint(folder: Path, seed: int = 0, shards: int = 1, **changes: A
     fields = small_config(**changes)
     tensors = list(random_tensors(fields, seed).items())
     return write_checkpoint(folder, fields, [dict(tensors[first::shards]) for first in range(shards)])
+
+
+def stored_matrix(store: Store, layer: int, name: str) -> PackedArrays:
+    """A block's quantised matrix by local name, as it lies in the folder."""
+    file = store.blocks[layer]
+    order = map_tensor(file, f"{name}.input_order") if f"{name}.input_order" in file.tensors else None
+    arrays = [map_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
+    return PackedArrays(arrays[0], arrays[1], arrays[2], store.bits, store.group_size, order)

@@ -1,0 +1,260 @@
+"""Quantising: the right bytes from either source, the same bytes after a kill, and refusals that say what to do."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moss_jt.cli import main
+from moss_jt.convert.calibration_text import calibration_tokens
+from moss_jt.convert.checkpoint import open_local
+from moss_jt.convert.model_folder import folder_recipe
+from moss_jt.convert.pipeline import convert, recipe_for
+from moss_jt.convert.quantize import QuantSettings, default_group_size, quantized_recipe
+from moss_jt.convert.verify import verify_store
+from moss_jt.errors import MossError
+from moss_jt.quant import quantize_rtn
+from moss_jt.store import MANIFEST, MATRICES, map_tensor, open_store
+from tests.support.models import random_checkpoint, stored_matrix, tiny_model_folder
+
+RTN = QuantSettings(4, 32, "rtn")
+GPTQ = QuantSettings(4, 32, "gptq", act_order=True)
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    settings: QuantSettings,
+    tokens: int = 300,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """A model folder quantised, GPTQ on the built-in text's first tokens."""
+    folder, recipe = folder_recipe(source)
+    token_ids = None
+    if settings.method == "gptq":
+        token_ids = calibration_tokens(folder.tokenizer_text(), None)[:tokens]
+    convert(folder, quantized_recipe(recipe, folder.config, settings, out, token_ids), out, progress)
+    return out
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of three blocks as a float16 model folder."""
+    where = tmp_path_factory.mktemp("small")
+    checkpoint = open_local(random_checkpoint(where / "checkpoint", n_layer=3))
+    convert(checkpoint, recipe_for(checkpoint), where / "model")
+    return where / "model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("settings", [RTN, QuantSettings(8, 64, "rtn")])
+def test_rounding_packs_the_matrices_and_leaves_the_rest(
+    small: Path, tmp_path: Path, settings: QuantSettings
+) -> None:
+    before = open_store(small)
+    store = open_store(quantize(small, tmp_path / "out", settings))
+    assert (store.bits, store.group_size) == (settings.bits, settings.group_size)
+    verify_store(store)
+    for layer, block in enumerate(store.blocks):
+        for name in MATRICES:
+            weight = map_tensor(before.blocks[layer], f"{name}.weight")
+            want = quantize_rtn(weight, settings.bits, settings.group_size)
+            ours = stored_matrix(store, layer, name)
+            for part in ("packed", "scales", "zeros"):
+                np.testing.assert_array_equal(getattr(ours, part), getattr(want, part))
+        for name in ("ln_1.weight", "ln_1.bias", "mlp.fc_in.bias", "mlp.fc_out.bias"):
+            np.testing.assert_array_equal(map_tensor(block, name), map_tensor(before.blocks[layer], name))
+        sizes = [spec.nbytes for spec in sorted(block.tensors.values(), key=lambda spec: spec.offset)]
+        assert sizes == sorted(sizes, reverse=True) and block.data_offset % 4096 == 0
+    for name in ("embedding.safetensors", "head.safetensors", "tokenizer.json", "config.json"):
+        assert (store.path / name).read_bytes() == (small / name).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [RTN, GPTQ])
+def test_a_checkpoint_and_the_folder_made_of_it_give_the_same(
+    tmp_path: Path, settings: QuantSettings
+) -> None:
+    checkpoint = open_local(random_checkpoint(tmp_path / "checkpoint", shards=3))
+    convert(checkpoint, recipe_for(checkpoint), tmp_path / "float16")
+    quantize(tmp_path / "float16", tmp_path / "a", settings)
+    checkpoint = open_local(tmp_path / "checkpoint")
+    token_ids = calibration_tokens(checkpoint.tokenizer_text(), None)[:300] if settings is GPTQ else None
+    recipe = quantized_recipe(recipe_for(checkpoint), checkpoint.config, settings, tmp_path / "b", token_ids)
+    convert(checkpoint, recipe, tmp_path / "b")
+    one, other = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == [MANIFEST]  # it names the source
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def test_gptq_goes_on_at_the_block_where_it_was_killed(small: Path, tmp_path: Path) -> None:
+    """At every file's beginning and inside one; no hidden states are left behind, and all bytes are the same."""
+    whole = contents(quantize(small, tmp_path / "whole", GPTQ))
+    assert not [name for name in whole if "calibration" in name or "journal" in name]
+    total = sum(len(data) for data in whole.values())
+    for share in (0.35, 0.5, 0.6, 0.7):
+        seen = 0
+
+        def stop(count: int, limit: float = share * total) -> None:
+            nonlocal seen
+            seen += count
+            if seen > limit:
+                raise Killed
+
+        out = tmp_path / f"killed-{share}"
+        with pytest.raises(Killed):
+            quantize(small, out, GPTQ, progress=stop)
+        assert not (out / MANIFEST).exists()
+        assert contents(quantize(small, out, GPTQ)) == whole
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def stop_in_the_last_block(small: Path, out: Path) -> None:
+    """Leaves a folder of which block 2 is not written yet, and the hidden states that enter it."""
+
+    def stop(count: int) -> None:
+        if (out / "block-01.safetensors").exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(small, out, GPTQ, progress=stop)
+    assert (out / "calibration-02.scratch").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "another shape", "a pickle"])
+def test_damaged_hidden_states_are_refused(small: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    stop_in_the_last_block(small, out)
+    state = out / "calibration-02.scratch"
+    if damage == "missing":
+        state.unlink()
+    elif damage == "cut short":
+        state.write_bytes(state.read_bytes()[:-100])
+    elif damage == "another shape":
+        state.write_bytes(saved(np.zeros((3, 64), np.float32)))
+    else:
+        state.write_bytes(saved(np.array([{}], object)))
+    with pytest.raises(
+        MossError, match="calibration-02.scratch is missing or damaged. Delete .* and start again"
+    ):
+        quantize(small, out, GPTQ)
+
+
+def test_other_settings_start_anew(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_in_the_last_block(small, out)
+    quantize(small, out, RTN)
+    assert contents(out) == contents(quantize(small, tmp_path / "fresh", RTN))
+    with pytest.raises(MossError, match="already holds a model made from something else"):
+        quantize(small, out, GPTQ)
+
+
+def test_what_is_quantised_already_is_refused(small: Path, tmp_path: Path) -> None:
+    out = quantize(small, tmp_path / "out", RTN)
+    with pytest.raises(MossError, match="is quantised already, to int4. Quantize the float16 model"):
+        quantize(out, tmp_path / "again", RTN)
+
+
+def test_group_sizes(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(MossError, match="Sizes that work: 32, 64"):
+        quantize(small, tmp_path / "out", QuantSettings(4, 128, "rtn"))
+    assert default_group_size(open_store(small).config) == 64
+    assert default_group_size(open_store(tiny_model_folder()).config) == 96
+
+
+def special_id(tokenizer: str, token: str) -> int:
+    return next(
+        int(entry["id"]) for entry in json.loads(tokenizer)["added_tokens"] if entry["content"] == token
+    )
+
+
+def test_calibration_texts(tmp_path: Path) -> None:
+    tokenizer = (tiny_model_folder() / "tokenizer.json").read_text(encoding="utf-8")
+    built_in = calibration_tokens(tokenizer, None)
+    assert len(built_in) > 3000
+    text = tmp_path / "text.txt"
+    text.write_text("Hello<eoh>\n" * 200, encoding="utf-8")
+    assert list(calibration_tokens(tokenizer, text)).count(special_id(tokenizer, "<eoh>")) == 200
+    text.write_text("Hello", encoding="utf-8")
+    with pytest.raises(MossError, match="GPTQ needs 256 or more"):
+        calibration_tokens(tokenizer, text)
+    text.write_bytes(b"\xff\xfe\x00" * 500)
+    with pytest.raises(MossError, match="cannot be read as a UTF-8 text"):
+        calibration_tokens(tokenizer, text)
+
+
+def run_cli(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "models"
+
+
+def test_the_command_quantizes_checkpoints_and_folders(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("convert", "moss-tiny", "--bits", "8") == 0
+    assert run_cli("convert", "moss-tiny") == 0
+    assert run_cli("convert", "moss-tiny", "--bits", "4", "--act-order") == 0
+    assert (
+        run_cli(
+            "convert",
+            str(home / "moss-tiny"),
+            "--bits",
+            "4",
+            "--method",
+            "rtn",
+            "--group-size",
+            "64",
+            "--out",
+            str(home / "rtn"),
+        )
+        == 0
+    )
+    assert "moss-tiny-int8 is ready" in capsys.readouterr().out
+    settings = {
+        path.name: json.loads((path / MANIFEST).read_text())["identity"].get("quantized")
+        for path in home.iterdir()
+    }
+    assert settings["moss-tiny"] is None
+    assert settings["moss-tiny-int8"] == {"bits": 8, "group_size": 96, "method": "rtn", "act_order": False}
+    assert settings["moss-tiny-int4"]["method"] == "gptq" and settings["moss-tiny-int4"]["act_order"]
+    assert settings["rtn"] == {"bits": 4, "group_size": 64, "method": "rtn", "act_order": False}
+    assert run_cli("convert", "moss-tiny", "--bits", "4", "--act-order") == 0
+    assert "was converted already" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_makes_no_sense(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("convert", "moss-tiny", "--group-size", "32") == 2
+    assert run_cli("convert", "moss-tiny", "--bits", "8", "--act-order") == 2
+    assert run_cli("convert", "moss-tiny", "--bits", "5") == 2
+    capsys.readouterr()
+    assert run_cli("convert", "moss-tiny", "--bits", "4", "--group-size", "128") == 1
+    assert "Sizes that work: 32, 64, 96, 192." in capsys.readouterr().err
+    assert not home.exists()
+    assert run_cli("convert", "moss-tiny", "--bits", "8") == 0
+    assert run_cli("convert", str(home / "moss-tiny-int8"), "--bits", "4") == 1
+    assert "is quantised already, to int8" in capsys.readouterr().err
+    assert run_cli("convert", str(home / "moss-tiny-int8")) == 1
+    assert "is a model folder already" in capsys.readouterr().err
