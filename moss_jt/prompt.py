@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from moss_jt.errors import MossError
+from moss_jt.tokenizer import Tokenizer
 
 META = (
     "You are an AI assistant whose name is MOSS.\n"
@@ -42,16 +43,6 @@ NONE = "None"
 
 # A role marker with or without its colon, and the mark before a search result. A bare <|1|> only cites; it may stay.
 FORGED = re.compile(rf"<\|(?=\s*(?:(?:{'|'.join(END_OF)})\s*\|>|\d+\s*\|>\s*[:：]))", re.IGNORECASE)
-
-
-class PromptTokenizer(Protocol):
-    """moss_jt.tokenizer.Tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_plain(self, text: str) -> list[int]: ...
-
-    def id(self, token: str) -> int | None: ...
 
 
 class Switch(Protocol):
@@ -130,14 +121,15 @@ def neutral(text: str) -> str:
 class PromptEncoder:
     """Token ids of pieces. Encoding field by field gives the same ids as encoding the whole text at once.
 
-    ends     role -> id of its end token
-    special  every special token: none may be left inside a field
+    tokenizer  the model's
+    ends       role -> id of its end token
+    special    every special token: none may be left inside a field
 
     Raises:
         MossError: the vocabulary lacks MOSS's end tokens; this is another kind of model.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, name: str = "this model") -> None:
+    def __init__(self, tokenizer: Tokenizer, name: str = "this model") -> None:
         self.tokenizer = tokenizer
         self.ends = {role: token for role, end in END_OF.items() if (token := tokenizer.id(end)) is not None}
         if len(self.ends) < len(END_OF):
