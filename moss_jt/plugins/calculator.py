@@ -49,6 +49,13 @@ def _small(function: Callable[..., object], limit: int) -> Callable[..., object]
     return bounded
 
 
+def _round(value: Number, digits: Number = 0) -> object:
+    """Python's round: whole without digits. A whole number is rounded by way of ten to the digits, so they are bounded."""
+    if not isinstance(digits, int) or abs(digits) > 400:
+        raise CalculationError("that many digits are not there")
+    return round(value, digits) if digits else round(value)
+
+
 def _shift(function: Callable[[int, int], int]) -> Callable[[Number, Number], object]:
     def bounded(value: Number, by: Number) -> object:
         if not isinstance(value, int) or not isinstance(by, int) or by > MAX_BITS:
@@ -81,7 +88,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     **{name: getattr(math, name) for name in _PLAIN.split() if name != "dist" and hasattr(math, name)},
     **{name: _small(getattr(math, name), limit) for name, limit in _COSTLY.items()},
     "abs": abs,
-    "round": round,
+    "round": _round,
     "max": max,
     "min": min,
     "pow": lambda base, exponent: _power(base, exponent),
