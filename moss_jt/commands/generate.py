@@ -1,0 +1,79 @@
+"""moss-jt generate."""
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from moss_jt.commands.options import (
+    loaded,
+    loading_options,
+    model_argument,
+    read_text,
+    sampling_arguments,
+    sampling_options,
+)
+from moss_jt.generate import Generation
+
+
+@click.command()
+@model_argument
+@click.option(
+    "--prompt", metavar="TEXT", help="What to continue; - reads it from standard input, as a pipe does."
+)
+@click.option(
+    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens of the answer."
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object in the end, with tokens and times."
+)
+@sampling_options
+@loading_options
+def command(
+    model: str | None,
+    prompt: str | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue a text with MODEL, the one converted last by default.
+
+    The prompt is taken as it is: no chat format is added, and <eoh> and the like in it count as special tokens.
+
+    \b
+    moss-jt generate moss-tiny --prompt '<|Human|>: Hi<eoh>'
+    moss-jt generate --prompt - --greedy --json < prompt.txt
+    """
+    text = prompt_text(prompt)
+    with loaded(model, options) as moss:
+        generation = moss.generate(
+            text, max_new_tokens=max_new_tokens, stop=stop, **sampling_arguments(options)
+        )
+        for piece in generation:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    click.echo(json.dumps(summary(generation), ensure_ascii=False) if as_json else "")
+
+
+def prompt_text(prompt: str | None) -> str:
+    """The option's text, or what standard input holds."""
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("give --prompt TEXT, or pipe a text in.")
+    return read_text(sys.stdin.buffer) if prompt in (None, "-") else str(prompt)
+
+
+def summary(generation: Generation) -> dict[str, Any]:
+    """What --json prints."""
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "stop_reason": stats.stop_reason,
+        "seconds": {name: round(seconds, 6) for name, seconds in stats.seconds.items()},
+    }

@@ -1,0 +1,127 @@
+"""What chat, generate and bench have in common on the command line: the model, where it may live, how it chooses."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moss_jt.convert.checkpoint import open_local
+from moss_jt.convert.pipeline import convert, recipe_for
+from moss_jt.errors import MossError
+from moss_jt.folders import TINY, folder_for, resolve_model, tiny_checkpoint
+
+if TYPE_CHECKING:
+    from moss_jt.moss import Moss
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_argument = click.argument("model", required=False)
+
+loading_options = _all_of(
+    click.option(
+        "--memory",
+        metavar="AMOUNT",
+        help="The most that this process may hold: 8GiB, 80%. What does not fit streams from disk. "
+        "[default: what is free, less a margin]",
+    ),
+    click.option(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that all text may have together. [default: what the model has]",
+    ),
+    click.option(
+        "--draft",
+        default="auto",
+        show_default=True,
+        help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
+        "off, or the longest guess. Changes the speed, never the text.",
+    ),
+    click.option(
+        "--offload",
+        type=click.Choice(["auto", "stream", "swap"]),
+        default="auto",
+        show_default=True,
+        help="What happens to weights that do not fit: they stream, or Jittor swaps them (for comparison).",
+    ),
+)
+LOADING = ("memory", "context", "draft", "offload")
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+sampling_options = _all_of(
+    click.option("--greedy", is_flag=True, help="Always the likeliest token; the same as --temperature 0."),
+    click.option("--temperature", type=float, default=0.7, show_default=True, help="Higher is more varied."),
+    click.option(
+        "--top-k", type=int, default=40, show_default=True, help="Only the k likeliest tokens; 0 for all."
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=0.8,
+        show_default=True,
+        help="Only the likeliest tokens that reach p together.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        help="Above 1 makes tokens less likely that occurred already. [default: 1.02; 1 when greedy]",
+    ),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+)
+
+
+def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options among a command's, as parameters of Moss.generate and Moss.chat."""
+    found = {name: options[name] for name in SAMPLING}
+    return {**found, "temperature": 0.0} if options["greedy"] else found
+
+
+def model_folder(model: str | None) -> Path:
+    """The model folder that a command's MODEL means; moss-tiny, which comes with the program, is converted if need be.
+
+    Raises:
+        MossError: there is no such model; the message says how to get one.
+    """
+    if model == TINY and not Path(TINY).is_dir():
+        checkpoint = open_local(tiny_checkpoint())
+        folder = folder_for(TINY)
+        convert(checkpoint, recipe_for(checkpoint), folder)
+        return folder
+    return resolve_model(model)
+
+
+@contextlib.contextmanager
+def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
+    """The model, loaded as the loading options among a command's say, and closed in the end."""
+    from moss_jt.moss import Moss
+
+    with Moss.load(model_folder(model), **{name: options[name] for name in LOADING}) as moss:
+        yield moss
+
+
+def read_text(stream: Any) -> str:
+    """All of a stream of bytes as UTF-8.
+
+    Raises:
+        MossError: it is no UTF-8, or far too long for any prompt.
+    """
+    limit = 1 << 24
+    data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise MossError(f"the prompt has more than {limit >> 20} MiB. Give less text.")
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise MossError(f"the prompt is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
