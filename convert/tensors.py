@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from moss_jt.errors import MossError
 PIECE_BYTES = 64 << 20
 
 # Storage types by the name that safetensors uses; bfloat16 is read as its bit patterns.
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "F32": np.dtype("<f4"),
@@ -49,7 +50,7 @@ class SourceTensor:
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset + first * math.prod(tail) * dtype.itemsize)
-                got = file.readinto(memoryview(out.reshape(-1).view(np.uint8)))
+                got = file.readinto(out.reshape(-1).view(np.uint8).data)
         except OSError as error:
             raise MossError(f"{self.path}: reading {self.name} failed: {error.strerror}.") from error
         if got != out.nbytes:

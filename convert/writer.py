@@ -84,7 +84,7 @@ def _write_tensor(file: Any, target: Target, progress: Progress) -> str:
     with ThreadPoolExecutor(1) as hasher:
         hashed: Future[None] | None = None
         for piece in _ahead(target.produce()):
-            data = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
             if hashed is not None:
                 hashed.result()
             hashed = hasher.submit(digest.update, data)

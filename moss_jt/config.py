@@ -55,12 +55,17 @@ class MossConfig:
             MossError: a field is missing or impossible; the message names ``where`` and the field.
         """
         inner = fields.get("n_inner")
-        values = {"n_inner": 4 * fields.get("n_embd", 0) if inner is None else inner, "layer_norm_epsilon": 1e-5}
+        values = {
+            "n_inner": 4 * fields.get("n_embd", 0) if inner is None else inner,
+            "layer_norm_epsilon": 1e-5,
+        }
         for field in dataclasses.fields(cls):
             if field.name in fields and fields[field.name] is not None:
                 values[field.name] = fields[field.name]
             elif field.name not in values:
-                raise MossError(f"{where}: {field.name} is missing; this is no MOSS or CodeGen model's configuration.")
+                raise MossError(
+                    f"{where}: {field.name} is missing; this is no MOSS or CodeGen model's configuration."
+                )
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moss_jt.errors import MossError
 FORMAT, VERSION = "moss-jt", 1
 MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.json", "tokenizer.json"
 EMBEDDING, HEAD = "embedding.safetensors", "head.safetensors"
-DTYPES = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I32": np.dtype("<i4")}
+DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I32": np.dtype("<i4")}
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
 MAX_HEADER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
@@ -236,7 +236,7 @@ def _spec(path: Path, name: str, entry: Any, data_offset: int) -> TensorSpec:
 
 
 # bfloat16 has no numpy type: its bit patterns come as uint16 under a name of their own.
-SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     **DTYPES,
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),

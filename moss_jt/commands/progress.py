@@ -14,7 +14,14 @@ def byte_bar(total: int, label: str) -> Iterator[tuple[Callable[[int], None], No
     bar = tqdm(
         total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5, disable=None
     )
+
+    def advance(count: int) -> None:
+        bar.update(count)
+
+    def say(text: str) -> None:
+        bar.write(text)
+
     try:
-        yield bar.update, bar.write
+        yield advance, say
     finally:
         bar.close()

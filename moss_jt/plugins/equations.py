@@ -7,6 +7,7 @@ none of the text reaches it: the tree is built here from numbers, symbols and a 
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<name>[^\W\d_]+\d*)|(?P<operator>\*\*|[-+*/^()=]))"
 )
 # For numbers and for what holds unknowns: as in the recorded answers, numbers stay Python's floats.
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "sqrt": (math.sqrt, sympy.sqrt),
     "sin": (math.sin, sympy.sin),
     "cos": (math.cos, sympy.cos),
