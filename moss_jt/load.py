@@ -1,26 +1,41 @@
 """A model folder becomes a model that computes. Importing this starts Jittor."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from moss_jt.causal_model import Rows
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kv_cache import KVCache
 from moss_jt.model import Model
 from moss_jt.residency import ResidencyPlan
 from moss_jt.store import Store
+from moss_jt.swap import SwappedWeights, swap_errors, swap_folder
 from moss_jt.warm_up import warm_up
 from moss_jt.weight_stream import open_weights
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path) -> Model:
-    """The store's model on the CPU, its weights where the plan says.
+class SwappedModel(Model):
+    """A model whose weights Jittor swaps: its disk may be full at any pass."""
+
+    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
+        with swap_errors(swap_folder()):
+            return super().forward(token_ids, start_pos, rows)
+
+
+def load_model(store: Store, plan: ResidencyPlan, home: Path, swap: bool = False) -> Model:
+    """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
         home: the folder where the disk's speed is remembered.
+        swap: Jittor was started to swap, see moss_jt.offload.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     warm_up(store.bits)
-    weights = open_weights(store, plan, home)
-    cache = KVCache(store.config, plan.context)
-    return Model(store.config, CpuOperators(store.config), weights, cache, plan.pass_tokens)
+    operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
+    if swap:
+        return SwappedModel(store.config, operators, SwappedWeights(store, plan), cache, plan.pass_tokens)
+    return Model(store.config, operators, open_weights(store, plan, home), cache, plan.pass_tokens)

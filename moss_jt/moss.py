@@ -12,6 +12,7 @@ from moss_jt.draft import make_drafter
 from moss_jt.errors import MossError
 from moss_jt.folders import model_home, resolve_model
 from moss_jt.generate import Generation
+from moss_jt.offload import decide_offload
 from moss_jt.placement import plan_here
 from moss_jt.residency import ResidencyPlan
 from moss_jt.sampling import SamplingParams
@@ -60,6 +61,7 @@ class Moss:
         memory: str | int | None = None,
         context: int | None = None,
         draft: str | int = "auto",
+        offload: str = "auto",
     ) -> Self:
         """Load a model folder.
 
@@ -70,6 +72,7 @@ class Moss:
                 disk. By default what is free, less a margin.
             context: tokens that prompt and answer may have together; by default all that the model has.
             draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
+            offload: "auto" or "stream": what does not fit streams. "swap": Jittor's own swapping, for comparison.
 
         Raises:
             MossError: there is no such model, its folder is damaged, or the memory is too little for it.
@@ -81,9 +84,10 @@ class Moss:
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
+        swap = decide_offload(offload)
         from moss_jt.load import load_model
 
-        loaded = load_model(store, placed, model_home())
+        loaded = load_model(store, placed, model_home(), swap)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
     @property

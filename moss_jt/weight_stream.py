@@ -6,7 +6,7 @@ over buffers are made once. Weights are only ever read.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,9 @@ class WeightStream:
         if key not in self._made:
             arrays = views_of(self.store, unit, memory)
             is_head = unit.kind == "head"
-            self._made[key] = _var(arrays[HEAD_WEIGHT]) if is_head else _block_weights(self.store, arrays)
+            self._made[key] = (
+                _var(arrays[HEAD_WEIGHT]) if is_head else block_weights(self.store, arrays, _var)
+            )
         return self._made[key]
 
     def _hand_back(self) -> None:
@@ -185,32 +187,32 @@ def _kept(units: Sequence[Unit], streamed: Sequence[int], cache_bytes: int) -> s
     return set()
 
 
-def _block_weights(store: Store, arrays: Arrays) -> BlockWeights:
+def block_weights(store: Store, arrays: Arrays, var: Callable[[np.ndarray], Var]) -> BlockWeights:
+    """A block's weights from arrays by their names in the file, each made a Var by ``var``."""
+
+    def matrix(name: str) -> Matrix:
+        if f"{name}.weight" in arrays:
+            return DenseMatrix(var(arrays[f"{name}.weight"]))
+        packed, scales = arrays[f"{name}.packed"], arrays[f"{name}.scales"]
+        order = arrays.get(f"{name}.input_order")
+        return PackedMatrix(
+            packed=var(packed),
+            scales=var(scales),
+            zeros=var(arrays[f"{name}.zeros"]),
+            bits=store.bits,
+            group_size=packed.shape[1] * 8 // store.bits if scales.shape[1] == 1 else store.group_size,
+            input_order=None if order is None else var(order.reshape(-1, 1)),
+        )
+
     return BlockWeights(
-        ln_1_weight=_var(arrays["ln_1.weight"]),
-        ln_1_bias=_var(arrays["ln_1.bias"]),
-        qkv=_matrix(store, arrays, "attn.qkv_proj"),
-        out=_matrix(store, arrays, "attn.out_proj"),
-        fc_in=_matrix(store, arrays, "mlp.fc_in"),
-        fc_in_bias=_var(arrays["mlp.fc_in.bias"]),
-        fc_out=_matrix(store, arrays, "mlp.fc_out"),
-        fc_out_bias=_var(arrays["mlp.fc_out.bias"]),
-    )
-
-
-def _matrix(store: Store, arrays: Arrays, name: str) -> Matrix:
-    if f"{name}.weight" in arrays:
-        return DenseMatrix(_var(arrays[f"{name}.weight"]))
-    packed, scales = arrays[f"{name}.packed"], arrays[f"{name}.scales"]
-    inputs = packed.shape[1] * 8 // store.bits
-    order = arrays.get(f"{name}.input_order")
-    return PackedMatrix(
-        packed=_var(packed),
-        scales=_var(scales),
-        zeros=_var(arrays[f"{name}.zeros"]),
-        bits=store.bits,
-        group_size=inputs if scales.shape[1] == 1 else store.group_size,
-        input_order=None if order is None else _var(order.reshape(-1, 1)),
+        ln_1_weight=var(arrays["ln_1.weight"]),
+        ln_1_bias=var(arrays["ln_1.bias"]),
+        qkv=matrix("attn.qkv_proj"),
+        out=matrix("attn.out_proj"),
+        fc_in=matrix("mlp.fc_in"),
+        fc_in_bias=var(arrays["mlp.fc_in.bias"]),
+        fc_out=matrix("mlp.fc_out"),
+        fc_out_bias=var(arrays["mlp.fc_out.bias"]),
     )
 
 
