@@ -116,15 +116,3 @@ def test_foreign_text_is_never_executed(module: str) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"line {node.lineno}"
     assert not {name for name, _ in imports_of(MODULES[module])} & {"pickle", "marshal", "shelve"}
-
-
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_error_is_swallowed_whole(module: str) -> None:
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"bare except, line {node.lineno}"
-            names = {part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)}
-            if names & {"Exception", "BaseException"}:
-                allowed = any(isinstance(part, ast.Raise | ast.Call) for part in ast.walk(node))
-                assert allowed, f"line {node.lineno} catches everything and says nothing"
