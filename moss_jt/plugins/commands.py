@@ -1,5 +1,7 @@
 """The calls in what a model writes as its commands: found wherever they stand, for models do not keep to the form."""
 
+import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 MAX_COMMANDS_CHARACTERS = 20_000
@@ -23,22 +25,25 @@ def parse_commands(text: str) -> list[Call]:
     """Every call in a Commands field, in order.
 
     An argument is all between ``("`` and ``")``: inner quotes, commas and brackets belong to it, and of a call with two
-    arguments both do, as in the recorded dialogues. ``None`` in all its forms, comments, numbers and lists are passed over.
+    arguments both do, as in the recorded dialogues. ``None`` in all its forms, comments, numbers and lists are passed over, and
+    so are calls of nothing: ``Calculate("None")``.
     """
     text = text[:MAX_COMMANDS_CHARACTERS]
     if is_none(text):
         return []
-    calls, at = [], 0
+    calls: list[Call] = []
+    at = 0
+    ends = {quote: _ends(text, quote) for quote in set(QUOTES.values()) if quote in text}
     while (opening := text.find("(", at)) >= 0:
         function = _name_before(text, opening)
         argument_at = _skip_spaces(text, opening + 1)
         quote = text[argument_at : argument_at + 1]
-        end = _closing(text, argument_at + 1, QUOTES[quote]) if function and quote in QUOTES else None
+        end = _closing(ends, argument_at + 1, QUOTES[quote]) if function and quote in QUOTES else None
         if end is None:
             at = opening + 1
             continue
         argument, at = text[argument_at + 1 : end[0]], end[1]
-        if len(argument) <= MAX_ARGUMENT_CHARACTERS:
+        if len(argument) <= MAX_ARGUMENT_CHARACTERS and argument.strip() not in ("", "None"):
             calls.append(Call(function, argument))
     return calls
 
@@ -62,12 +67,18 @@ def _skip_spaces(text: str, at: int) -> int:
     return at
 
 
-def _closing(text: str, start: int, quote: str) -> tuple[int, int] | None:
-    """(end of the argument, end of the call): the first closing quote that a bracket follows."""
-    at = text.find(quote, start)
-    while at >= 0:
-        after = _skip_spaces(text, at + 1)
-        if text[after : after + 1] in (")", "）"):
-            return at, after + 1
-        at = text.find(quote, at + 1)
-    return None
+def _ends(text: str, quote: str) -> list[tuple[int, int]]:
+    """(end of an argument, end of its call) wherever a bracket follows the quote, in order.
+
+    Found once for the whole text: looking from every opening bracket anew would take time that grows with its square.
+    """
+    return [
+        (found.start(), found.end()) for found in re.finditer(re.escape(quote) + r"[ \t\n]{0,8}[)）]", text)
+    ]
+
+
+def _closing(ends: dict[str, list[tuple[int, int]]], start: int, quote: str) -> tuple[int, int] | None:
+    """The first end at or after ``start``."""
+    found = ends.get(quote, [])
+    place = bisect_left(found, start, key=lambda end: end[0])
+    return found[place] if place < len(found) else None
