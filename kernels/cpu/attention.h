@@ -10,6 +10,7 @@
 namespace moss {
 
 constexpr int64_t kGroup = 64;
+constexpr int64_t kManyTokens = 24;  // from here on two sgemms per head are ahead
 
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
@@ -217,7 +218,7 @@ inline void attend_many(const Attention& a) {
 
 inline void attend(const Attention& a) {
 #ifdef MOSS_ONEDNN
-    if (many(a.tokens)) return attend_many(a);
+    if (a.tokens >= kManyTokens) return attend_many(a);
 #endif
     attend_few(a);
 }

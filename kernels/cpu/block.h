@@ -30,7 +30,7 @@ struct Workspace {
     float* partial;
 
     explicit Workspace(const Block<M>& b) {
-        float* free = b.workspace;
+        float* free = aligned(b.workspace);
         auto take = [&](int64_t columns) {
             float* part = free;
             free += b.tokens * columns;

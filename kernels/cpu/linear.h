@@ -1,4 +1,4 @@
-// Products of a matrix with a few tokens (1 to 23): each weight is read once from memory, widened once per four tokens.
+// Products of a matrix with a few tokens: each weight is read from memory once, and widened once per few tokens.
 //
 // Every (row, token) has one accumulator that takes its terms in the order of k, and one reduction at the end, in all
 // variants below. So the number of tokens in a pass changes no bit of any token's result.
@@ -14,46 +14,53 @@ inline void product_block(const M& m, const int64_t* rows, const float* x, int64
                           int64_t gap, bool add) {
     Row row[kRows];
     F sum[kRows][kTokens];
-MOSS_UNROLL
+    MOSS_UNROLL
     for (int r = 0; r < kRows; r++) {
         row[r].start(m, rows[r]);
-MOSS_UNROLL
+        MOSS_UNROLL
         for (int t = 0; t < kTokens; t++) sum[r][t] = Simd::zero();
     }
     const int64_t size = m.group_size();
     for (int64_t begin = 0, g = 0; begin < m.k; begin += size, g++) {
         if (g % kLanes == 0)
-MOSS_UNROLL
+            MOSS_UNROLL
             for (int r = 0; r < kRows; r++) row[r].prepare(g);
-MOSS_UNROLL
+        MOSS_UNROLL
         for (int r = 0; r < kRows; r++) row[r].group(g);
         int64_t at = begin;
         for (; at + Row::kStep <= begin + size; at += Row::kStep) {
-MOSS_UNROLL
-            for (int r = 0; r < kRows; r++) {
-                F w[Row::kVectors];
-                row[r].load(at, w);
-MOSS_UNROLL
-                for (int v = 0; v < Row::kVectors; v++)
-MOSS_UNROLL
-                    for (int t = 0; t < kTokens; t++)
-                        sum[r][t] = Simd::fma(w[v], Simd::load(x + t * ldx + at + v * kLanes), sum[r][t]);
+            MOSS_UNROLL
+            for (int r = 0; r < kRows; r++) row[r].step(at);
+            MOSS_UNROLL
+            for (int v = 0; v < Row::kVectors; v++) {
+                F inputs[kTokens];
+                MOSS_UNROLL
+                for (int t = 0; t < kTokens; t++) {
+                    inputs[t] = Simd::load(x + t * ldx + at + v * kLanes);
+                    if (kTokens > 1) Simd::in_register(inputs[t]);
+                }
+                MOSS_UNROLL
+                for (int r = 0; r < kRows; r++) {
+                    const F w = row[r].weights(v);
+                    MOSS_UNROLL
+                    for (int t = 0; t < kTokens; t++) sum[r][t] = Simd::fma(w, inputs[t], sum[r][t]);
+                }
             }
         }
         if constexpr (Row::kPartial)
             for_lanes(begin + size - at, [&](int64_t i, int n) {
-MOSS_UNROLL
+                MOSS_UNROLL
                 for (int r = 0; r < kRows; r++) {
-                    const F w = row[r].load_partial(at + i, n);
-MOSS_UNROLL
+                    const F w = row[r].partial(at + i, n);
+                    MOSS_UNROLL
                     for (int t = 0; t < kTokens; t++)
                         sum[r][t] = Simd::fma(w, load_n(x + t * ldx + at + i, n), sum[r][t]);
                 }
             });
     }
-MOSS_UNROLL
+    MOSS_UNROLL
     for (int r = 0; r < kRows; r++)
-MOSS_UNROLL
+        MOSS_UNROLL
         for (int t = 0; t < kTokens; t++) {
             float& result = y[t * ldy + r * gap];
             result = (add ? result : 0.0f) + Simd::sum(sum[r][t]);
@@ -63,14 +70,20 @@ MOSS_UNROLL
 template <class Row, int kRows, class M>
 inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
                            int64_t ldy, int64_t gap, bool add) {
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-        product_block<Row, M, kRows, 4>(m, rows, x + t * ldx, ldx, y + t * ldy, ldy, gap, add);
-    const float* rest = x + t * ldx;
-    float* result = y + t * ldy;
-    if (tokens - t == 3) product_block<Row, M, kRows, 3>(m, rows, rest, ldx, result, ldy, gap, add);
-    if (tokens - t == 2) product_block<Row, M, kRows, 2>(m, rows, rest, ldx, result, ldy, gap, add);
-    if (tokens - t == 1) product_block<Row, M, kRows, 1>(m, rows, rest, ldx, result, ldy, gap, add);
+    constexpr int kMost = Simd::kRegisters >= 32 ? 4 : 2;  // 4 rows times this many sums stay in registers
+    while (tokens > 0) {
+        // A single last token costs nearly as much as two: five go as three and two.
+        const int64_t now = tokens == kMost + 1 && kMost > 2 ? kMost - 1 : std::min<int64_t>(tokens, kMost);
+        if (now == 1) product_block<Row, M, kRows, 1>(m, rows, x, ldx, y, ldy, gap, add);
+        if (now == 2) product_block<Row, M, kRows, 2>(m, rows, x, ldx, y, ldy, gap, add);
+        if constexpr (kMost > 2) {
+            if (now == 3) product_block<Row, M, kRows, 3>(m, rows, x, ldx, y, ldy, gap, add);
+            if (now == 4) product_block<Row, M, kRows, 4>(m, rows, x, ldx, y, ldy, gap, add);
+        }
+        x += now * ldx;
+        y += now * ldy;
+        tokens -= now;
+    }
 }
 
 // kRows streams at once, each walking through `length` rows that follow one another in memory: several far-apart

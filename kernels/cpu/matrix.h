@@ -3,9 +3,9 @@
 // A matrix type M has its sizes n, k, group_size() (inputs between two changes of scale), row_bytes(), and
 //   order      which input belongs to column k, or nullptr
 //   M::Row     reads one row: start(matrix, row), prepare(g) at every kLanes-th group, group(g) at the first input of each
-//              group, then load(k, w), which gives the weights of kStep inputs as kVectors vectors and prefetches
-//              what comes later in memory
-//   Row::kPartial   whether a group may end within a step; then load_partial(k, count) gives one short vector
+//              group, then step(k) for every kStep inputs, which prefetches what comes later in memory, and
+//              weights(v) for the kVectors vectors of the step
+//   Row::kPartial   whether a group may end within a step; then partial(k, count) gives one short vector
 //   Row::kStreams   rows to read at once for a single token
 //   M::FewRow  the same, for passes over few tokens if shuffled(): its inputs stand in the order of shuffled_input
 #pragma once
@@ -32,16 +32,16 @@ struct Dense {
     struct Row {
         static constexpr int kStep = 32, kVectors = kStep / kLanes, kStreams = 4;
         static constexpr bool kPartial = true;
-        const uint16_t* p;
+        const uint16_t *p, *now;
         void start(const Dense& m, int64_t row) { p = m.weight + row * m.k; }
         void prepare(int64_t) {}
         void group(int64_t) {}
-        void load(int64_t at, F* w) const {
+        void step(int64_t at) {
             prefetch(p + at);
-MOSS_UNROLL
-            for (int v = 0; v < kVectors; v++) w[v] = Simd::load_half(p + at + v * kLanes);
+            now = p + at;
         }
-        F load_partial(int64_t at, int count) const { return load_half_n(p + at, count); }
+        F weights(int v) const { return Simd::load_half(now + v * kLanes); }
+        F partial(int64_t at, int count) const { return load_half_n(p + at, count); }
     };
     using FewRow = Row;
 };

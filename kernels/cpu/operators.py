@@ -14,6 +14,7 @@ from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary import rotary_table
 
 GROUP = 64  # positions per group of attention.h
+ALIGNMENT = 16  # floats of a workspace that aligning its start may take
 
 EMBED = """
 moss::run_embed((const int32_t*)in0_p, in0_shape0, (const uint16_t*)in1_p, in1_shape1, (float*)out0_p);
@@ -27,7 +28,7 @@ head.norm_bias = (const uint16_t*)in2_p;
 head.weight = moss::Dense{(const uint16_t*)in3_p, in3_shape0, in3_shape1};
 head.bias = (const uint16_t*)in4_p;
 head.logits = (float*)out0_p;
-head.normed = (float*)out1_p;
+head.workspace = (float*)out1_p;
 head.rows = in0_shape0;
 head.epsilon = (float)data["epsilon"];
 moss::run_head(head);
@@ -144,7 +145,7 @@ class CpuOperators:
             check_dtype(name, var, "float16")
         inputs = [h, norm_weight, norm_bias, weight, bias]
         data = {"epsilon": self.config.layer_norm_epsilon}
-        return run(self.simd, "head.h", HEAD, [(rows, vocab), (rows, width)], inputs, data)[0]
+        return run(self.simd, "head.h", HEAD, [(rows, vocab), (rows * width + ALIGNMENT,)], inputs, data)[0]
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
         config, tokens = self.config, h.shape[0]
@@ -168,7 +169,7 @@ class CpuOperators:
         config = self.config
         groups = -(-positions // GROUP)
         partial = config.n_head * groups * (config.head_dim + 2)
-        return tokens * (6 * config.n_embd + 2 * config.n_inner + partial)
+        return ALIGNMENT + tokens * (6 * config.n_embd + 2 * config.n_inner + partial)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         width, inner = self.config.n_embd, self.config.n_inner

@@ -7,32 +7,29 @@
 
 namespace moss {
 
-// w = q * scale + offset for one group.
+// Readers of fields: set() at every group, step() for kStep fields, then weights() of one vector of them.
+
 struct Bytes {
     static constexpr int kBits = 8, kStep = 32;
     F scale, offset;
+    const uint8_t* now;
     void set(float group_scale, float group_offset) {
         scale = Simd::set1(group_scale);
         offset = Simd::set1(group_offset);
     }
-    void load(const uint8_t* p, F* w) const {
-MOSS_UNROLL
-        for (int v = 0; v < kStep / kLanes; v++) w[v] = Simd::fma(Simd::load_bytes(p + v * kLanes), scale, offset);
-    }
+    void step(const uint8_t* p) { now = p; }
+    F weights(int v) const { return Simd::fma(Simd::load_bytes(now + v * kLanes), scale, offset); }
 };
 
 struct Nibbles {
     static constexpr int kBits = 4, kStep = 32;
-    F scale, offset;
+    F scale, offset, fields[kStep / kLanes];
     void set(float group_scale, float group_offset) {
         scale = Simd::set1(group_scale);
         offset = Simd::set1(group_offset);
     }
-    void load(const uint8_t* p, F* w) const {
-        Simd::load_nibbles(p, w);
-MOSS_UNROLL
-        for (int v = 0; v < kStep / kLanes; v++) w[v] = Simd::fma(w[v], scale, offset);
-    }
+    void step(const uint8_t* p) { Simd::load_nibbles(p, fields); }
+    F weights(int v) const { return Simd::fma(fields[v], scale, offset); }
 };
 
 // A whole vector of bytes at a time: as 32-bit lanes, each holds eight fields, and a shift by four bits brings the next
@@ -40,12 +37,10 @@ MOSS_UNROLL
 struct ShuffledNibbles {
     static constexpr int kBits = 4, kStep = kShuffle;
     Simd::NibbleWeights group;
+    Simd::I lanes;
     void set(float scale, float offset) { group.set(Simd::set1(scale), Simd::set1(offset)); }
-    void load(const uint8_t* p, F* w) const {
-        const Simd::I lanes = Simd::load_ints(p);
-MOSS_UNROLL
-        for (int v = 0; v < 8; v++) w[v] = group.weights(lanes, 4 * v);
-    }
+    void step(const uint8_t* p) { lanes = Simd::load_ints(p); }
+    F weights(int v) const { return group.weights(lanes, 4 * v); }
 };
 
 template <class Natural, class Few>
@@ -87,11 +82,12 @@ struct Packed {
             Simd::store(scales, scale);
             Simd::store(offsets, Simd::mul(scale, Simd::sub(Simd::set1(-1.0f), zero)));
         }
-        void load(int64_t at, F* w) const {
+        void step(int64_t at) {
             const uint8_t* first = p + at * Fields::kBits / 8;
             prefetch(first);
-            fields.load(first, w);
+            fields.step(first);
         }
+        F weights(int v) const { return fields.weights(v); }
     };
     using Row = Reader<Natural>;
     using FewRow = Reader<Few>;

@@ -22,8 +22,10 @@ namespace moss {
 #if MOSS_SIMD == 512
 
 struct Simd {
-    static constexpr int kLanes = 16;
+    static constexpr int kLanes = 16, kRegisters = 32;
     using F = __m512;
+    // Keeps the compiler from reading x from memory again for each use.
+    static void in_register(F& x) { asm("" : "+v"(x)); }
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -89,8 +91,9 @@ struct Simd {
 #elif MOSS_SIMD == 256
 
 struct Simd {
-    static constexpr int kLanes = 8;
+    static constexpr int kLanes = 8, kRegisters = 16;
     using F = __m256;
+    static void in_register(F& x) { asm("" : "+x"(x)); }
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float x) { return _mm256_set1_ps(x); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -169,9 +172,10 @@ struct Simd {
 
 // Plain C++, in the compiler's own vectors: whatever the machine has, without assuming a fused multiply-add.
 struct Simd {
-    static constexpr int kLanes = 8;
+    static constexpr int kLanes = 8, kRegisters = 16;
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
+    static void in_register(F&) {}
     static F zero() { return F{}; }
     static F set1(float x) { return F{x, x, x, x, x, x, x, x}; }
     static F load(const float* p) {
