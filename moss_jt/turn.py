@@ -192,7 +192,7 @@ class Turn:
             if number not in self.sources and 0 < number <= len(self._results):
                 result = shown_result(self._results[number - 1])
                 if result.found and not result.sources:
-                    self.sources[number] = Source(f"{result.command} = {result.text}", "")
+                    self.sources[number] = Source(f"{result.command} → {result.text}", "")
 
     # What is common to the fields.
 

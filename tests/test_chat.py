@@ -104,7 +104,7 @@ def test_a_turn_with_plugins_goes_through_both_phases() -> None:
         "<|MOSS|>: It is 1776<sup><|1|></sup>.<eom>\n"
     )
     assert moss.model.read == chat.token_ids[: len(moss.model.read)]
-    assert chat.sources == {1: Source('Calculate("37*48") = 1776', "")}
+    assert chat.sources == {1: Source('Calculate("37*48") → 1776', "")}
 
 
 def test_no_command_with_plugins_on_has_the_trained_none() -> None:

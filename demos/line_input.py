@@ -1,0 +1,89 @@
+"""Lines that a user types: with editing and history on a terminal, plain ones from a pipe."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TextIO
+
+MAX_LINE_CHARACTERS = 1 << 20
+
+
+class LineReader(Protocol):
+    """Where messages come from."""
+
+    def read(self) -> str:
+        """The next message.
+
+        Raises:
+            EOFError: there are no more.
+            KeyboardInterrupt: the user has pressed Ctrl-C instead.
+        """
+        ...
+
+
+class PipeReader:
+    """One message per line of a stream that is no terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def read(self) -> str:
+        line = self._stream.readline(MAX_LINE_CHARACTERS)
+        if not line:
+            raise EOFError
+        return line
+
+
+class PromptReader:
+    """Line editing with history: Enter sends, Alt-Enter begins a new line, pasted lines stay together."""
+
+    def __init__(self, prompt: str, history: Path | None) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.formatted_text import FormattedText
+        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def send(event: KeyPressEvent) -> None:
+            event.current_buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        def new_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        kept: History = FileHistory(str(history)) if history is not None else InMemoryHistory()
+        self._prompt = FormattedText([("bold ansigreen", prompt)])
+        self._session: PromptSession[str] = PromptSession(history=kept, key_bindings=keys, multiline=True)
+
+    def read(self) -> str:
+        return self._session.prompt(self._prompt, prompt_continuation="  ")
+
+
+def history_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """Under MOSS_JT_HOME, or else in the user's state directory."""
+    if home := environment.get("MOSS_JT_HOME"):
+        return Path(home).expanduser() / "history"
+    state = environment.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "moss-jt" / "history"
+
+
+def writable(path: Path) -> Path | None:
+    """The path, made so that nobody else reads it; None where nothing can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    except OSError:
+        return None
+    return path
+
+
+def make_reader(prompt: str) -> LineReader:
+    """A reader of standard input, whatever that is."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return PromptReader(prompt, writable(history_path()))
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return PipeReader(sys.stdin)

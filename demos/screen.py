@@ -1,0 +1,87 @@
+"""Text on a terminal: styles where it has any, and nothing from a model, a file or the network that could command it."""
+
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Mapping
+from typing import TextIO
+
+# Control characters (escape sequences begin with one, 7-bit or 8-bit), but for tab and newline; and marks that
+# turn the direction of writing around, with which a text can pretend to be another.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+STYLES = {"dim": "2", "bold": "1", "command": "36", "warning": "33", "name": "1;32"}
+
+
+def harmless(text: str) -> str:
+    """Foreign text as a terminal may get it: without control characters, and without halves of surrogate pairs."""
+    return CONTROLS.sub("", text).encode("utf-8", "replace").decode()
+
+
+def shortened(text: str, columns: int) -> str:
+    """A text on one line of at most so many columns; Chinese characters take two."""
+    text, used = " ".join(text.split()), 0
+    for place, character in enumerate(text):
+        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used > columns - 1 and place < len(text) - 1:
+            return text[:place] + "…"
+    return text
+
+
+class Screen:
+    """Writes to a stream, at once. Everything but ``raw`` is made harmless first."""
+
+    def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
+        self.stream = sys.stdout if stream is None else stream
+        self.terminal = self.stream.isatty() and environment.get("TERM", "dumb") != "dumb"
+        self.styled = self.terminal and not environment.get("NO_COLOR")
+        self._column_0 = True
+        self._waiting = False
+
+    @property
+    def columns(self) -> int:
+        return shutil.get_terminal_size((100, 24)).columns if self.terminal else 100
+
+    def write(self, text: str, style: str | None = None) -> None:
+        """Part of a line, or several lines."""
+        text = harmless(text)
+        if not text:
+            return
+        self.end_wait()
+        shown = text
+        if self.styled and style is not None:
+            shown = f"\x1b[{STYLES[style]}m{text}\x1b[0m"
+        self.raw(shown)
+        self._column_0 = text.endswith("\n")
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        """A line of its own."""
+        self.fresh_line()
+        self.write(text, style)
+        self.raw("\n")
+        self._column_0 = True
+
+    def fresh_line(self) -> None:
+        """Be at the beginning of a line."""
+        self.end_wait()
+        if not self._column_0:
+            self.raw("\n")
+            self._column_0 = True
+
+    def wait(self, text: str) -> None:
+        """Show, where the output is a terminal, that something is going on; the next output takes its place."""
+        if self.terminal and self._column_0 and not self._waiting:
+            self.raw(f"\x1b[2m{text}\x1b[0m" if self.styled else text)
+            self._waiting = True
+
+    def end_wait(self) -> None:
+        if self._waiting:
+            self.raw("\r\x1b[K")
+            self._waiting = False
+
+    def raw(self, text: str) -> None:
+        """Our own text, escape sequences included."""
+        self.stream.write(text)
+        self.stream.flush()
