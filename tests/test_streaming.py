@@ -1,6 +1,8 @@
 """A streamed model says exactly what the resident one says, and a memory limit holds: seen from outside, and enforced."""
 
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +124,38 @@ def test_a_control_group_s_limit_is_kept() -> None:
         pytest.skip(str(reason))
     assert not usage.killed_for_memory and len(answer["token_ids"]) == 6  # type: ignore[arg-type]
     assert usage.peak_process <= budget
+
+
+def command_line(folder: Path, budget: int, tokens: int) -> list[str]:
+    options = ["--memory", str(budget), "--context", "256", "--max-new-tokens", str(tokens), "--greedy"]
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        "moss_jt",
+        "generate",
+        str(folder),
+        "--prompt",
+        "One two three",
+        *options,
+    ]
+
+
+def test_two_processes_at_once_say_the_same() -> None:
+    folder = random_folder(WIDE)
+    command = [*command_line(folder, budget_for(folder, 256, 0.2) + 215 * MIB, 5), "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] and answers[0]["new_tokens"] == 5
+
+
+def test_ctrl_c_while_blocks_stream_stops_at_once() -> None:
+    """Sent once text comes, so in the middle of reading ahead: exit code 130, nothing but a line on stderr."""
+    folder = random_folder(WIDE)
+    command = command_line(folder, budget_for(folder, 256, 0.2) + 215 * MIB, 250)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.decode().strip() == "moss-jt: stopped."
