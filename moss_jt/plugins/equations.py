@@ -19,6 +19,9 @@ MAX_DEPTH = 40
 MAX_UNKNOWNS = 12
 MAX_EXPONENT = 64
 MAX_ROOTS = 20
+MAX_SOLUTIONS = 4  # of a system
+MAX_VALUE_CHARACTERS = 80  # of an exact value: the roots of a quartic fill a page, and no model reads that
+DIGITS = 15  # of a value that is too long to print exactly, as sympy prints floats
 
 TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<name>[^\W\d_]+\d*)|(?P<operator>\*\*|[-+*/^()=]))"
@@ -36,7 +39,19 @@ FUNCTIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 CONSTANTS = {"pi": math.pi}
 SIGNS = str.maketrans(
-    {"＝": "=", "（": "(", "）": ")", "；": ";", "，": ",", "×": "*", "÷": "/", "−": "-", "＋": "+"}
+    {
+        "＝": "=",
+        "（": "(",
+        "）": ")",
+        "；": ";",
+        "，": ",",
+        "×": "*",
+        "÷": "/",
+        "−": "-",
+        "＋": "+",
+        "²": "^2",
+        "³": "^3",
+    }
 )
 
 
@@ -161,6 +176,7 @@ def parse_equations(text: str) -> tuple[list[Any], list[Any]]:
     """
     if len(text) > MAX_CHARACTERS:
         raise EquationError("the text is too long")
+    text = text.split('"')[0]  # a second argument only names the unknown
     symbols: dict[str, Any] = {}
     differences = []
     for part in re.split(r"[;,\n]", text.translate(SIGNS)):
@@ -179,19 +195,26 @@ def parse_equations(text: str) -> tuple[list[Any], list[Any]]:
 def solve_equations(text: str) -> str:
     """The answer's lines, ``name = value``, as trained: one unknown with several roots counts them ``x_0``, ``x_1``.
 
+    The recorded service left systems with several solutions unanswered; ours counts these in the same way.
+
     Raises:
-        EquationError: no unique, fully determined answer.
+        EquationError: no fully determined answer, or too many.
     """
     differences, unknowns = parse_equations(text)
     if len(unknowns) == 1:
         return _roots(differences, unknowns[0])
     solutions = sympy.solve(differences, unknowns, dict=True)
-    if len(solutions) != 1 or set(solutions[0]) != set(unknowns):
-        raise EquationError("there is no unique answer")
-    values = solutions[0]
-    if any(value.free_symbols for value in values.values()):
+    if not 0 < len(solutions) <= MAX_SOLUTIONS or any(set(found) != set(unknowns) for found in solutions):
+        raise EquationError("there is no answer, or too many")
+    if any(value.free_symbols for found in solutions for value in found.values()):
         raise EquationError("the equations do not determine every unknown")
-    return "\n".join(f"{unknown} = {values[unknown]}" for unknown in unknowns)
+    if len(solutions) == 1:
+        return "\n".join(f"{unknown} = {_printed(solutions[0][unknown])}" for unknown in unknowns)
+    return "\n".join(
+        f"{unknown}_{number} = {_printed(found[unknown])}"
+        for number, found in enumerate(solutions)
+        for unknown in unknowns
+    )
 
 
 def _roots(differences: list[Any], unknown: Any) -> str:
@@ -206,5 +229,16 @@ def _roots(differences: list[Any], unknown: Any) -> str:
     ):
         raise EquationError("there is no answer")
     if len(roots) == 1:
-        return f"{unknown} = {roots[0]}"
-    return "\n".join(f"{unknown}_{number} = {root}" for number, root in enumerate(roots))
+        return f"{unknown} = {_printed(roots[0])}"
+    return "\n".join(f"{unknown}_{number} = {_printed(root)}" for number, root in enumerate(roots))
+
+
+def _printed(value: Any) -> str:
+    """A value as sympy prints it; as a decimal number where it is too long, or a root that has no formula."""
+    text = str(value)
+    if len(text) <= MAX_VALUE_CHARACTERS and not value.has(sympy.CRootOf):
+        return text
+    number = sympy.N(value, DIGITS)
+    if not number.is_number or len(str(number)) > MAX_VALUE_CHARACTERS:
+        raise EquationError("the answer cannot be printed")
+    return str(number)

@@ -19,7 +19,10 @@ MAX_PICTURE_BYTES = 32 << 20
 MAX_DESCRIPTION_CHARACTERS = 1_000
 SIZE = 512
 STEPS = 25
-KEY = "OPENAI_API_KEY"
+DRAWING_S = 280.0  # a server without a GPU draws for minutes, and sends nothing before it is done
+OPENAI_KEY = "OPENAI_API_KEY"  # goes to OpenAI alone
+KEY = "MOSS_JT_IMAGE_KEY"  # goes to whatever server --image-url names
+OPENAI_ADDRESS = "https://api.openai.com"
 MAGIC = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
 
 
@@ -65,7 +68,10 @@ class ImagePlugin:
         body = {"prompt": description, "width": SIZE, "height": SIZE, "steps": STEPS}
         try:
             answer = fetch_json(
-                f"{self.address}/sdapi/v1/txt2img", body=body, max_bytes=2 * MAX_PICTURE_BYTES
+                f"{self.address}/sdapi/v1/txt2img",
+                body=body,
+                max_bytes=2 * MAX_PICTURE_BYTES,
+                timeout_s=DRAWING_S,
             )
             return decoded(answer["images"][0])
         except urllib.error.HTTPError as error:
@@ -74,12 +80,19 @@ class ImagePlugin:
         return self._openai(description)
 
     def _openai(self, description: str) -> bytes:
-        body = {"prompt": description, "n": 1, "size": f"{SIZE}x{SIZE}", "response_format": "b64_json"}
+        # No size and no format: OpenAI's models refuse different ones of them, and each has defaults.
+        body = {"prompt": description, "n": 1}
         key = os.environ.get(KEY)
+        if key is None and (self.address == OPENAI_ADDRESS or self.address.startswith(f"{OPENAI_ADDRESS}/")):
+            key = os.environ.get(OPENAI_KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         base = self.address if self.address.endswith("/v1") else f"{self.address}/v1"
         answer = fetch_json(
-            f"{base}/images/generations", body=body, headers=headers, max_bytes=2 * MAX_PICTURE_BYTES
+            f"{base}/images/generations",
+            body=body,
+            headers=headers,
+            max_bytes=2 * MAX_PICTURE_BYTES,
+            timeout_s=DRAWING_S,
         )
         entry = answer["data"][0]
         if entry.get("b64_json"):

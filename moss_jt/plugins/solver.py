@@ -86,6 +86,8 @@ def solve(equations: str, timeout_s: float) -> str | None:
     """The answer's lines, or None: no answer, outside the grammar, or beyond the limits of time and memory."""
     global _worker
     with _lock:
+        if _worker is not None and _worker.process.poll() is not None:
+            _end()  # the system ended it between two calls; that is no fault of these equations
         if _worker is None:
             _worker = _Worker()
         try:
