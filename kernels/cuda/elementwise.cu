@@ -1,7 +1,8 @@
 // Layer norm, embedding, and what stands between the products of a block.
 #include "device.cuh"
 
-__device__ __forceinline__ float block_sum(float value, OUT(float) parts) {
+template <typename Shared>
+__device__ __forceinline__ float block_sum(float value, Shared& parts) {
     value = warp_sum(value);
     if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
     __syncthreads();

@@ -1,0 +1,71 @@
+"""What the launchers compute, in NumPy: the oracle of each CUDA kernel, with the launcher's own signature.
+
+Written from the formulas, in float64 where the kernels sum; arrays as in moss_jt.kernels.cuda.launchers.
+"""
+
+import numpy as np
+
+from moss_jt.quant import PackedArrays, dequantize, dequantize_float16
+
+
+def dense(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return (x.astype(np.float64) @ weight.astype(np.float64).T).astype(np.float32)
+
+
+def packed(x: np.ndarray, packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
+    return dense(x, dequantize(_arrays(packed, scales, zeros, bits)))
+
+
+def dequantize_packed(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
+    return dequantize_float16(_arrays(packed, scales, zeros, bits))
+
+
+def _arrays(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> PackedArrays:
+    return PackedArrays(packed, scales, zeros, bits, packed.shape[1] * 8 // bits // scales.shape[1])
+
+
+def rotary_cache(
+    qkv: np.ndarray, rotary: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int
+) -> np.ndarray:
+    tokens, (_, heads, head_dim) = len(qkv), keys.shape
+    q, k, v = qkv.reshape(tokens, 3, heads, head_dim).transpose(1, 0, 2, 3)
+    place = slice(start_pos, start_pos + tokens)
+    keys[place] = rotated(k, rotary[place])
+    values[place] = v
+    return rotated(q, rotary[place]).reshape(tokens, -1)
+
+
+def rotated(x: np.ndarray, rotary: np.ndarray) -> np.ndarray:
+    """x (T, H, D) with rotary (T, 2, pairs): interleaved pairs of the first 2 * pairs dimensions turn, the rest stays."""
+    pairs = rotary.shape[2]
+    out = x.astype(np.float32)
+    cosines, sines = rotary[:, None, 0], rotary[:, None, 1]
+    even, odd = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+    out[..., 0 : 2 * pairs : 2] = even * cosines - odd * sines
+    out[..., 1 : 2 * pairs : 2] = odd * cosines + even * sines
+    return out
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int) -> np.ndarray:
+    tokens, (_, heads, head_dim) = len(q), keys.shape
+    out = np.empty((tokens, heads, head_dim))
+    for t in range(tokens):
+        seen = slice(0, start_pos + t + 1)
+        query = q[t].reshape(heads, head_dim).astype(np.float64)
+        scores = np.einsum("hd,phd->hp", query, keys[seen].astype(np.float64)) / np.sqrt(head_dim)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        out[t] = np.einsum("hp,phd->hd", weights, values[seen].astype(np.float64))
+    return out.reshape(tokens, -1).astype(np.float32)
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + epsilon)
+    return (normed * weight.astype(np.float64) + bias.astype(np.float64)).astype(np.float32)
+
+
+def bias_gelu(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    v = x.astype(np.float64) + bias.astype(np.float64)
+    return (0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))).astype(np.float32)

@@ -1,0 +1,289 @@
+// Runs CUDA kernels on the CPU, one thread of a block after the other, and checks what a GPU does not: bounds and alignment of every access,
+// races on shared memory, barriers and shuffles that not all threads reach. The kernels' own source is compiled against this header.
+//
+// Each thread is a fiber with its own stack. It runs until a barrier or a shuffle and then gives way to the next, in an order drawn anew each time.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+
+// ---- float16
+
+struct __half {
+    _Float16 value;
+};
+struct __half2 {
+    __half x, y;
+};
+inline float __half2float(__half h) { return (float)h.value; }
+inline __half __float2half_rn(float f) { return {(_Float16)f}; }
+inline __half2 __float2half2_rn(float f) { return {{(_Float16)f}, {(_Float16)f}}; }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+    return {{(_Float16)(a.x.value - b.x.value)}, {(_Float16)(a.y.value - b.y.value)}};
+}
+inline float2 __half22float2(__half2 h) { return {(float)h.x.value, (float)h.y.value}; }
+inline float __uint_as_float(unsigned bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __expf(float x) { return expf(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
+// ---- threads
+
+namespace emu {
+
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+enum class State { ready, barrier, shuffle, done };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    dim3 thread;
+    int number = 0;
+    State state = State::ready;
+    const char* where = "";
+    float exchange[2] = {0, 0};  // two, so that a fast lane's next value does not hide the last one
+    unsigned shuffles = 0;
+};
+
+struct SharedBase {
+    virtual ~SharedBase() = default;
+};
+
+struct Block {
+    dim3 grid, size, index;
+    std::vector<Fiber> fibers;
+    std::map<std::string, std::unique_ptr<SharedBase>> shared;
+    int epoch = 0;  // barriers passed
+    std::string error;
+};
+
+inline Block* block = nullptr;
+inline Fiber* current = nullptr;
+inline ucontext_t scheduler;
+inline const std::function<void()>* body = nullptr;
+constexpr size_t kStack = 96 << 10;
+
+inline void give_way(State state, const char* where) {
+    current->state = state;
+    current->where = where;
+    swapcontext(&current->context, &scheduler);
+}
+
+inline void fiber_main() {
+    try {
+        (*body)();
+    } catch (const std::exception& error) {
+        if (block->error.empty()) block->error = error.what();
+    }
+    current->state = State::done;
+    swapcontext(&current->context, &scheduler);
+}
+
+inline std::string place() {
+    char text[160];
+    snprintf(text, sizeof text, " (block %u,%u thread %u)", block->index.x, block->index.y, current->thread.x);
+    return text;
+}
+
+// All of a warp's lanes wait at a shuffle, or none does.
+inline bool release_warps() {
+    bool any = false;
+    for (size_t first = 0; first < block->fibers.size(); first += 32) {
+        size_t waiting = 0, lanes = std::min<size_t>(32, block->fibers.size() - first);
+        for (size_t i = 0; i < lanes; i++) waiting += block->fibers[first + i].state == State::shuffle;
+        if (waiting != lanes) continue;
+        for (size_t i = 0; i < lanes; i++) block->fibers[first + i].state = State::ready;
+        any = true;
+    }
+    return any;
+}
+
+inline bool release_barrier() {
+    size_t waiting = 0;
+    for (auto& fiber : block->fibers) waiting += fiber.state == State::barrier;
+    if (waiting != block->fibers.size()) return false;
+    for (auto& fiber : block->fibers) fiber.state = State::ready;
+    block->epoch++;
+    return true;
+}
+
+inline void run_block(std::mt19937& random) {
+    std::vector<size_t> order(block->fibers.size());
+    for (size_t i = 0; i < order.size(); i++) order[i] = i;
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        bool ran = false, all_done = true;
+        for (size_t i : order) {
+            Fiber& fiber = block->fibers[i];
+            if (fiber.state == State::ready) {
+                current = &fiber;
+                swapcontext(&scheduler, &fiber.context);
+                ran = true;
+                if (!block->error.empty()) return;
+            }
+            all_done &= fiber.state == State::done;
+        }
+        if (all_done) return;
+        if (release_warps() || release_barrier()) continue;
+        if (!ran) {
+            for (auto& fiber : block->fibers)
+                if (fiber.state != State::done) {
+                    block->error = std::string("not all threads reach this ") + fiber.where;
+                    return;
+                }
+        }
+    }
+}
+
+inline std::string launch(dim3 grid, dim3 size, unsigned seed, const std::function<void()>& kernel) {
+    std::mt19937 random(seed);
+    body = &kernel;
+    for (unsigned y = 0; y < grid.y; y++)
+        for (unsigned x = 0; x < grid.x; x++) {
+            Block here;
+            here.grid = grid;
+            here.size = size;
+            here.index = {x, y, 0};
+            here.fibers = std::vector<Fiber>(size.x);
+            block = &here;
+            for (unsigned i = 0; i < size.x; i++) {
+                Fiber& fiber = here.fibers[i];
+                fiber.thread = {i, 0, 0};
+                fiber.number = (int)i;
+                fiber.stack.reset(new char[kStack]);
+                getcontext(&fiber.context);
+                fiber.context.uc_stack.ss_sp = fiber.stack.get();
+                fiber.context.uc_stack.ss_size = kStack;
+                fiber.context.uc_link = &scheduler;
+                makecontext(&fiber.context, fiber_main, 0);
+            }
+            run_block(random);
+            if (!here.error.empty()) return here.error;
+        }
+    return "";
+}
+
+// ---- memory
+
+template <typename T>
+struct Array {
+    T* start;
+    long long count;
+    T& operator[](long long i) const {
+        if (i < 0 || i >= count)
+            throw Error("out of bounds: element " + std::to_string(i) + " of " + std::to_string(count) + place());
+        return start[i];
+    }
+};
+
+template <typename T>
+struct Cell {
+    T value{};
+    int writer = -1, write_epoch = -1, reader = -1, read_epoch = -1;
+};
+
+template <typename T>
+struct Ref {
+    Cell<T>* cell;
+    operator T() const {
+        const int me = current->number;
+        if (cell->write_epoch < 0) throw Error("shared memory is read before it is written" + place());
+        if (cell->write_epoch == block->epoch && cell->writer != me)
+            throw Error("race: shared memory is read beside another thread's write" + place());
+        const bool others = cell->read_epoch == block->epoch && cell->reader != me;
+        cell->reader = others ? -2 : me;
+        cell->read_epoch = block->epoch;
+        return cell->value;
+    }
+    T operator=(T value) {
+        const int me = current->number;
+        if (cell->write_epoch == block->epoch && cell->writer != me)
+            throw Error("race: two threads write the same shared memory" + place());
+        if (cell->read_epoch == block->epoch && cell->reader != me)
+            throw Error("race: shared memory is written beside another thread's read" + place());
+        cell->writer = me;
+        cell->write_epoch = block->epoch;
+        return cell->value = value;
+    }
+};
+
+template <typename T>
+struct Shared : SharedBase {
+    std::vector<Cell<T>> cells;
+    explicit Shared(size_t size) : cells(size) {}
+    Ref<T> operator[](long long i) {
+        if (i < 0 || i >= (long long)cells.size()) throw Error("out of bounds of shared memory" + place());
+        return {&cells[i]};
+    }
+};
+
+template <typename T>
+Shared<T>& shared_memory(const char* name, size_t size) {
+    auto& found = block->shared[name];
+    if (!found) found.reset(new Shared<T>(size));
+    return *static_cast<Shared<T>*>(found.get());
+}
+
+}  // namespace emu
+
+#define IN(type) emu::Array<const type>
+#define OUT(type) emu::Array<type>
+#define SHARED(type, name, size) emu::Shared<type>& name = emu::shared_memory<type>(#name, size)
+#define threadIdx (emu::current->thread)
+#define blockIdx (emu::block->index)
+#define blockDim (emu::block->size)
+#define gridDim (emu::block->grid)
+
+template <typename T>
+uint4 load_vector(emu::Array<T> memory, long long index) {
+    const long long wide = 16 / sizeof(T);
+    if (index < 0 || index + wide > memory.count)
+        throw emu::Error("out of bounds: a vector at element " + std::to_string(index) + " of " + std::to_string(memory.count) + emu::place());
+    if ((uintptr_t)(memory.start + index) % 16) throw emu::Error("misaligned: a vector at element " + std::to_string(index) + emu::place());
+    uint4 vector;
+    memcpy(&vector, memory.start + index, 16);
+    return vector;
+}
+
+inline void __syncthreads() { emu::give_way(emu::State::barrier, "barrier"); }
+
+inline float __shfl_xor_sync(unsigned, float value, int offset) {
+    emu::Fiber* me = emu::current;
+    const unsigned side = me->shuffles++ % 2;
+    me->exchange[side] = value;
+    emu::give_way(emu::State::shuffle, "shuffle");
+    return emu::block->fibers[(size_t)(me->number ^ offset)].exchange[side];
+}

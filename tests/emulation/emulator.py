@@ -1,0 +1,177 @@
+"""Stands in for CuPy: RawModule compiles the source against emulation.h, and arrays are NumPy's."""
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+KERNEL = re.compile(r'extern "C" __global__ void (\w+)\s*\(([^)]*(?:\([^)]*\)[^)]*)*)\)\s*\{')
+PARAMETER = re.compile(r"(IN|OUT)\(([\w ]+)\) (\w+)|(int|float) (\w+)")
+DTYPES = {"float": "float32", "__half": "float16", "int": "int32", "unsigned char": "uint8"}
+
+
+class EmulationError(AssertionError):
+    """What the emulation found wrong with a kernel or its launch."""
+
+
+def expand_macros(source: str) -> str:
+    """The source after the preprocessor, as far as kernels are made by macros: g++ does it."""
+    command = [
+        "g++",
+        "-E",
+        "-P",
+        "-x",
+        "c++",
+        "-D__global__=__global__",
+        "-DIN(t)=IN(t)",
+        "-DOUT(t)=OUT(t)",
+        "-",
+    ]
+    text = re.sub(r"^#include.*$", "", source, flags=re.MULTILINE)
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def parameters_of(source: str) -> dict[str, list[tuple[str, str]]]:
+    """Kernel -> its parameters as (IN, OUT or scalar; type)."""
+    found = {}
+    for name, text in KERNEL.findall(expand_macros(source)):
+        parameters = [(m[1] or "scalar", m[2] or m[4]) for m in PARAMETER.finditer(" ".join(text.split()))]
+        assert len(parameters) == text.count(",") + 1, (name, text)
+        found[name] = parameters
+    return found
+
+
+def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
+    """A C function that launches a kernel: every array comes as a pointer and a number of elements."""
+    arguments = []
+    for place, (kind, type_) in enumerate(parameters):
+        if kind == "scalar":
+            arguments.append(f"*({type_}*)a[{2 * place}]")
+        else:
+            const = "const " if kind == "IN" else ""
+            arguments.append(
+                f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * place}], (long long)a[{2 * place + 1}]}}"
+            )
+    return (
+        f'extern "C" void launch_{name}(unsigned gx, unsigned gy, unsigned bx, unsigned seed, void** a, char* error) {{\n'
+        f"  auto text = emu::launch({{gx, gy, 1}}, {{bx, 1, 1}}, seed, [&] {{ {name}({', '.join(arguments)}); }});\n"
+        '  snprintf(error, 300, "%s", text.c_str());\n}\n'
+    )
+
+
+class RawModule:
+    """cupy.RawModule over the emulation. ``launches`` notes (kernel, grid, block) for the tests to look at."""
+
+    built: dict[str, ctypes.CDLL] = {}
+
+    def __init__(self, code: str, options: Sequence[str] = ()) -> None:
+        self.parameters = parameters_of(code)
+        includes = [option for option in options if option.startswith("-I")]
+        wrappers = "".join(wrapper(name, parameters) for name, parameters in self.parameters.items())
+        text = f"#define MOSS_EMULATION 1\n{code}\n{wrappers}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key not in self.built:
+            folder = Path(mkdtemp(prefix="moss-jt-emulation-"))
+            (folder / "module.cpp").write_text(text)
+            library = folder / "module.so"
+            flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-mf16c", f"-I{HERE}", *includes]
+            done = subprocess.run(
+                ["g++", *flags, str(folder / "module.cpp"), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise EmulationError(done.stderr[:3000])
+            self.built[key] = ctypes.CDLL(str(library))
+        self.library = self.built[key]
+        self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        parameters = self.parameters[name]
+        function = getattr(self.library, f"launch_{name}")
+
+        def launch(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+            check_launch(name, parameters, grid, block, arguments)
+            self.launches.append((name, grid, block))
+            pointers, kept = [], []
+            for (kind, type_), value in zip(parameters, arguments, strict=True):
+                if kind == "scalar":
+                    number = np.array([value], np.int32 if type_ == "int" else np.float32)
+                    kept.append(number)
+                    pointers += [number.ctypes.data, 0]
+                else:
+                    pointers += [value.ctypes.data, value.size]
+            error = ctypes.create_string_buffer(300)
+            grid = (*grid, 1)
+            seed = len(self.launches)
+            function(grid[0], grid[1], block[0], seed, (ctypes.c_void_p * len(pointers))(*pointers), error)
+            if error.value:
+                raise EmulationError(f"{name}: {error.value.decode()}")
+
+        return launch
+
+
+def check_launch(
+    name: str,
+    parameters: list[tuple[str, str]],
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    arguments: tuple[Any, ...],
+) -> None:
+    """What a real launch would get wrong in silence: number and dtypes of arguments, contiguity, sizes of grid and block."""
+    if len(arguments) != len(parameters):
+        raise EmulationError(f"{name} takes {len(parameters)} arguments, got {len(arguments)}")
+    if (
+        not 0 < block[0] <= 1024
+        or block[0] % 32
+        or any(size < 1 for size in grid)
+        or (len(grid) > 1 and grid[1] > 65535)
+    ):
+        raise EmulationError(f"{name}: impossible launch {grid} {block}")
+    for place, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
+        if kind == "scalar":
+            if not isinstance(value, np.int32 if type_ == "int" else np.float32):
+                raise EmulationError(
+                    f"{name}: argument {place} is {type(value).__name__}, a {type_} is needed"
+                )
+        elif value.dtype != DTYPES[type_] or not value.flags.c_contiguous:
+            raise EmulationError(f"{name}: argument {place} is {value.dtype}, {type_} is needed, contiguous")
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins at a multiple of 256 bytes, as every CUDA allocation does."""
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+class FakeCupy:
+    """The part of CuPy that moss_jt.kernels.cuda uses, over NumPy."""
+
+    RawModule = RawModule
+    float16, float32, int32, uint8 = np.float16, np.float32, np.int32, np.uint8
+
+    @staticmethod
+    def empty(shape: Any, dtype: Any) -> np.ndarray:
+        return aligned(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 77, dtype))
+
+    @staticmethod
+    def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        assert (
+            a.dtype == b.dtype == np.float16
+        )  # what cuBLAS multiplies with tensor cores, summing in float32
+        return (a.astype(np.float32) @ b.astype(np.float32)).astype(np.float16)
+
+    @staticmethod
+    def ascontiguousarray(a: np.ndarray) -> np.ndarray:
+        return aligned(np.ascontiguousarray(a))

@@ -1,0 +1,249 @@
+"""CUDA kernels on the CPU, from their own source, launched by their own launch code: against NumPy, and against planted faults."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt.kernels.cuda import reference
+from moss_jt.kernels.cuda.launchers import DECODE_TOKENS, Launchers, source, split_parts
+from moss_jt.kernels.rotary import rotary_table
+from moss_jt.quant import PackedArrays, dequantize, dequantize_float16, pack
+from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
+
+# Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
+FLOAT32_STEP = 2.0**-23
+
+
+@cache
+def kernels() -> Launchers:
+    return Launchers(FakeCupy())
+
+
+def normal(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return aligned(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(scale))
+
+
+def half(shape: tuple[int, ...], seed: int = 0, scale: float = 0.1) -> np.ndarray:
+    return aligned(normal(shape, seed, scale).astype(np.float16))
+
+
+def packed_matrix(rows: int, columns: int, bits: int, group_size: int, seed: int = 0) -> PackedArrays:
+    """Every field value and every zero point occurs."""
+    draw = np.random.default_rng(seed)
+    groups = columns // group_size
+    fields = draw.permutation(np.arange(rows * columns) % 2**bits).reshape(rows, columns).astype(np.uint8)
+    zeros = (draw.permutation(rows * groups) % 2**bits).reshape(rows, groups).astype(np.uint8)
+    scales = draw.uniform(0.001, 0.05, (rows, groups)).astype(np.float16)
+    return PackedArrays(aligned(pack(fields, bits)), aligned(scales), aligned(zeros), bits, group_size)
+
+
+def assert_sums_agree(ours: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
+    """Within float32's rounding of K products: 4 * sqrt(K) steps of the sum of the products' sizes over sqrt(K)."""
+    exact = x.astype(np.float64) @ weight.astype(np.float64).T
+    size = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
+    bound = 4 * FLOAT32_STEP * np.sqrt(x.shape[1]) * size + 1e-12
+    assert ours.dtype == np.float32
+    worst = np.max(np.abs(ours - exact) / bound)
+    assert worst <= 1, f"{worst} times the bound"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs"), [(1, 24, 64), (2, 8, 264), (5, 33, 512), (16, 40, 1032), (1, 300, 2048)]
+)
+def test_dense_product(tokens: int, outputs: int, inputs: int) -> None:
+    x, weight = normal((tokens, inputs)), half((outputs, inputs), 1)
+    assert_sums_agree(kernels().dense(x, weight), x, weight)
+    np.testing.assert_allclose(reference.dense(x, weight), kernels().dense(x, weight), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "group"),
+    [(1, 24, 64, 32), (3, 9, 384, 192), (16, 16, 1056, 32), (1, 40, 4096, 128)],
+)
+def test_packed_product(bits: int, tokens: int, outputs: int, inputs: int, group: int) -> None:
+    x, matrix = normal((tokens, inputs)), packed_matrix(outputs, inputs, bits, group)
+    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, bits)
+    assert_sums_agree(ours, x, dequantize(matrix))
+    np.testing.assert_allclose(
+        reference.packed(x, matrix.packed, matrix.scales, matrix.zeros, bits), ours, rtol=2e-3, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantized_weights_are_the_reference_s_exactly(bits: int) -> None:
+    matrix = packed_matrix(256, 96, bits, 32)
+    assert set(np.unique(matrix.zeros)) == set(range(2**bits))
+    np.testing.assert_array_equal(
+        kernels().dequantize(matrix.packed, matrix.scales, matrix.zeros, bits), dequantize_float16(matrix)
+    )
+
+
+def test_long_prompts_go_through_cublas() -> None:
+    x, matrix = normal((DECODE_TOKENS + 1, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
+    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, 4)
+    np.testing.assert_allclose(ours, x @ dequantize(matrix).T, rtol=0, atol=2e-2)
+
+
+def test_gathered_inputs() -> None:
+    x, order = normal((3, 40)), aligned(np.random.default_rng(2).permutation(40).astype(np.int32))
+    np.testing.assert_array_equal(kernels().gather_inputs(x, order), x[:, order])
+
+
+def test_split_of_k_covers_everything_and_fills_the_card() -> None:
+    for blocks in (1, 3, 100, 255, 256, 4000):
+        for inputs in (64, 256, 1024, 6144, 24576):
+            parts = split_parts(blocks, inputs, 8)
+            steps = -(-inputs // 256)
+            assert 1 <= parts <= steps
+            assert blocks * parts >= 256 or parts == steps or blocks * parts * 2 > 256
+    module = RawModule(source("linear.cu"), _include())
+    x, weight = normal((1, 2048)), half((24, 2048))
+    kernels().dense(x, weight)
+    assert "dense_1" in module.parameters
+
+
+def _include() -> tuple[str, ...]:
+    from moss_jt.kernels.cuda.launchers import folder
+
+    return (f"-I{folder()}",)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim", "rotary_dim", "start"),
+    [(1, 2, 16, 8, 0), (3, 4, 24, 16, 5), (1, 1, 256, 64, 30), (5, 2, 64, 64, 0)],
+)
+def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_dim: int, start: int) -> None:
+    positions, width = 40, heads * dim
+    rotary = aligned(rotary_table(positions, rotary_dim))
+    keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
+    expected_keys, expected_values = keys.copy(), values.copy()
+    qkv = normal((tokens, 3 * width), 5)
+    q = kernels().rotary_cache(qkv, rotary, keys, values, start)
+    expected_q = reference.rotary_cache(qkv, rotary, expected_keys, expected_values, start)
+    # A product and a sum may be one rounding or two; float16 in the cache may then round to its neighbour.
+    np.testing.assert_allclose(q, expected_q, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        keys.astype(np.float32), expected_keys.astype(np.float32), rtol=2**-10, atol=1e-6
+    )
+    np.testing.assert_array_equal(values, expected_values)
+    ours = kernels().attention(q, keys, values, start)
+    np.testing.assert_allclose(ours, reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_ignores_what_lies_beyond_and_survives_large_scores() -> None:
+    keys, values = half((12, 1, 16), 1, 60.0), half((12, 1, 16), 2)
+    q = normal((2, 16), 3, 30.0)
+    before = kernels().attention(q, keys, values, 4)
+    keys[6:], values[6:] = np.nan, np.nan
+    np.testing.assert_array_equal(kernels().attention(q, keys, values, 4), before)
+    assert np.isfinite(before).all()
+
+
+def test_elementwise_kernels() -> None:
+    x, weight, bias = normal((3, 200), 1, 3.0), half((200,), 2), half((200,), 3)
+    run = kernels()
+    np.testing.assert_allclose(
+        run.layer_norm(x, weight, bias, 1e-5),
+        reference.layer_norm(x, weight, bias, 1e-5),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(run.bias_gelu(x, bias), reference.bias_gelu(x, bias), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(run.add_bias(x, bias), x + bias.astype(np.float32))
+    np.testing.assert_allclose(run.add_block(x, x, x, bias), 3 * x + bias.astype(np.float32), rtol=1e-6)
+    ids = aligned(np.array([4, 0, 6], np.int32))
+    table = half((7, 50))
+    np.testing.assert_array_equal(run.embed(ids, table), table[ids].astype(np.float32))
+
+
+def test_impossible_shapes_are_refused_before_a_launch() -> None:
+    matrix = packed_matrix(8, 64, 4, 32)
+    with pytest.raises(ValueError, match="groups"):
+        kernels().packed(normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        kernels().attention(normal((1, 12)), half((4, 1, 12)), half((4, 1, 12)), 0)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels().rotary_cache(normal((2, 48)), rotary_table(9, 4), half((4, 1, 16)), half((4, 1, 16)), 3)
+
+
+# ---- the emulation finds planted faults
+
+HEADER = '#include "device.cuh"\n'
+
+
+def run_kernel(body: str, parameters: str = "IN(float) x, OUT(float) y", *arguments: Any) -> None:
+    module = RawModule(f'{HEADER}extern "C" __global__ void k({parameters}) {{\n{body}\n}}\n', _include())
+    arguments = arguments or (normal((128,)), FakeCupy.empty((128,), np.float32))
+    module.get_function("k")((1,), (128,), arguments)
+
+
+GOOD = "SHARED(float, s, 128); s[threadIdx.x] = x[threadIdx.x]; __syncthreads(); y[threadIdx.x] = s[127 - threadIdx.x];"
+
+
+def test_a_kernel_without_fault_passes() -> None:
+    x, y = normal((128,)), FakeCupy.empty((128,), np.float32)
+    run_kernel(GOOD, "IN(float) x, OUT(float) y", x, y)
+    np.testing.assert_array_equal(y, x[::-1])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (GOOD.replace("__syncthreads();", ""), "race|before it is written"),
+        (
+            "SHARED(float, s, 1); s[0] = x[threadIdx.x]; __syncthreads(); y[threadIdx.x] = s[0];",
+            "two threads write",
+        ),
+        (GOOD + " s[threadIdx.x] = 1;", "race"),
+        ("SHARED(float, s, 128); y[threadIdx.x] = s[threadIdx.x];", "before it is written"),
+        ("if (threadIdx.x < 64) __syncthreads(); y[threadIdx.x] = 0;", "not all threads reach this barrier"),
+        ("if (threadIdx.x % 2) y[threadIdx.x] = warp_sum(1.0f);", "not all threads reach this shuffle"),
+        ("y[threadIdx.x + 1] = 0;", "out of bounds: element 128 of 128"),
+        ("y[threadIdx.x] = x[(int)threadIdx.x - 1];", "out of bounds: element -1"),
+        ("SHARED(float, s, 64); s[threadIdx.x] = 0;", "out of bounds of shared"),
+        ("y[threadIdx.x] = load_vector(x, threadIdx.x % 100).x;", "misaligned"),
+        ("y[threadIdx.x] = load_vector(x, 4 * threadIdx.x).x;", "out of bounds: a vector"),
+    ],
+)
+def test_planted_faults_are_found(body: str, words: str) -> None:
+    with pytest.raises(EmulationError, match=words):
+        run_kernel(body)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (normal((128,)),),
+        (normal((128,)).astype(np.float64), FakeCupy.empty((128,), np.float32)),
+        (normal((256,))[::2], FakeCupy.empty((128,), np.float32)),
+        (normal((128,)), 3.0),
+    ],
+)
+def test_wrong_launches_are_found(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises((EmulationError, AttributeError)):
+        run_kernel(GOOD, "IN(float) x, OUT(float) y", *arguments)
+
+
+def test_planted_faults_in_the_real_kernels_are_found() -> None:
+    """The attention kernel without its barrier, and a dense product that loads one element off, do not pass."""
+
+    class Planted(FakeCupy):
+        def __init__(self, old: str, new: str) -> None:
+            self.old, self.new = old, new
+
+        def RawModule(self, code: str, options: Any) -> RawModule:  # noqa: N802
+            assert self.old in code
+            return RawModule(code.replace(self.old, self.new), options)
+
+    keys, q = half((9, 1, 16)), normal((1, 16))
+    with pytest.raises(EmulationError, match="race|before it is written"):
+        Launchers(Planted("__syncthreads();", "")).attention(q, keys, keys, 3)
+    with pytest.raises(EmulationError, match="misaligned|out of bounds"):
+        Launchers(
+            Planted(
+                "* inputs + k);\n            const float2", "* inputs + k + 1);\n            const float2"
+            )
+        ).dense(normal((1, 64)), half((8, 64)))
