@@ -462,7 +462,7 @@ def test_serper_and_its_answer_box() -> None:
     box = {"answerBox": {"title": "Beijing / Population", "answer": "21.54 million (2018)"}}
     with server({"/search": box}) as (address, _):
         body = body_of(run_commands('Search("q")', [Search(Serper("key", address))]))
-        assert body == 'Search("q") =>\n<|1|>: "Beijing / Population: \'21.54 million (2018)\'"'
+        assert body == "Search(\"q\") =>\n<|1|>: Beijing / Population: '21.54 million (2018)'"
 
 
 def test_ddgs_is_asked_as_its_package_wants(monkeypatch: pytest.MonkeyPatch) -> None:

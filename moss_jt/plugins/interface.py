@@ -1,6 +1,6 @@
 """What a plugin is: a function that the model calls by name with one text, and how its answer is written for the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -24,10 +24,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One search result."""
+    """One search result. An answer box has a label: ``Beijing / Population: '21.54 million (2018)'``."""
 
     text: str
     source: Source
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Outcome:
     text      for the styles value, lines and picture
     items     for the style items, best first
     picture   the file that was drawn
+    failure   why there is no answer, for the user; the model reads ``No result.``
     """
 
     text: str = ""
     items: tuple[Item, ...] = ()
     picture: Path | None = None
+    failure: str = field(default="", compare=False)
 
 
 class Plugin(Protocol):

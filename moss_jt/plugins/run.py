@@ -1,18 +1,28 @@
 """Runs the calls of one turn and writes their answers in the trained form."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.plugins.commands import Call, parse_commands
-from moss_jt.plugins.interface import NO_RESULT, Outcome, Plugin, Source
+from moss_jt.plugins.interface import NO_RESULT, Item, Outcome, Plugin, Source
 
 # The most calls in a recorded turn.
 MAX_CALLS = 10
-# A search result longer than this is cut, as in the recorded dialogues.
+# A search result is cut here, quotation mark and escapes included, as in the recorded dialogues.
 MAX_ITEM_CHARACTERS = 400
 MAX_LINES_CHARACTERS = 2_000
+MAX_REASON_CHARACTERS = 200
+# No call is begun later than this after the first.
+TURN_S = 600.0
+# The recorded services answered in this order, whatever the order of the commands.
+SERVICE_ORDER = {"Search": 0, "Calculate": 1, "Solve": 2, "Text2Image": 3}
+# A thread cannot be ended from outside. While so many of them have not come back, nothing more is called.
+MAX_LEFT_BEHIND = 8
+
+_left_behind: list[threading.Thread] = []
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class CallResult:
     numbers  the citation numbers of its items; they run on through the turn
     sources  where these items come from, in the same order
     picture  the file that was drawn
+    failure  why there is no answer, for the user
     """
 
     call: Call
@@ -32,6 +43,7 @@ class CallResult:
     numbers: tuple[int, ...] = ()
     sources: tuple[Source, ...] = ()
     picture: Path | None = None
+    failure: str = ""
 
 
 def run_commands(commands: str, plugins: Sequence[Plugin]) -> list[CallResult]:
@@ -40,21 +52,29 @@ def run_commands(commands: str, plugins: Sequence[Plugin]) -> list[CallResult]:
 
 
 def iterate_results(calls: Sequence[Call], plugins: Sequence[Plugin]) -> Iterator[CallResult]:
-    """Run calls one after the other. Calls of what is not there or switched off, and calls beyond MAX_CALLS, have no result."""
+    """Run calls one after the other, at most MAX_CALLS, in the order of the recorded services.
+
+    Beside calls that can be run, those of invented or switched-off functions are passed over, as recorded; alone they have no
+    result.
+    """
     by_function = {plugin.function: plugin for plugin in plugins}
-    searches = sum(
-        1 for call in calls if call.function in by_function and by_function[call.function].style == "items"
-    )
-    number = 1
-    for call in calls[:MAX_CALLS]:
-        plugin = by_function.get(call.function)
-        if plugin is None:
-            yield CallResult(call, "", f"{call.text} =>\n{NO_RESULT}", found=False)
-            continue
-        outcome = call_with_limit(plugin, call.argument, items_per_search(searches))
+    calls = calls[:MAX_CALLS]
+    known = [call for call in calls if call.function in by_function]
+    known.sort(key=lambda call: SERVICE_ORDER.get(call.function, len(SERVICE_ORDER)))
+    searches = sum(1 for call in known if by_function[call.function].style == "items")
+    number, end = 1, time.monotonic() + TURN_S
+    for call in known:
+        plugin = by_function[call.function]
+        if time.monotonic() < end:
+            outcome = call_with_limit(plugin, call.argument, items_per_search(searches))
+        else:
+            outcome = Outcome(failure="the turn's time is over")
         result = written(call, plugin, outcome, number)
         number += len(result.numbers)
         yield result
+    for call in calls if not known else ():
+        reason = f"there is no function {call.function}, or it is switched off"
+        yield CallResult(call, "", f"{call.text} =>\n{NO_RESULT}", found=False, failure=reason)
 
 
 def items_per_search(searches: int) -> int:
@@ -64,40 +84,58 @@ def items_per_search(searches: int) -> int:
 
 def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
     """The plugin's answer, or an empty one when it fails or takes too long (its thread is then left behind)."""
+    _left_behind[:] = [thread for thread in _left_behind if thread.is_alive()]
+    if len(_left_behind) >= MAX_LEFT_BEHIND:
+        return Outcome(failure="too many earlier calls have not ended yet")
     found: list[Outcome] = []
 
     def work() -> None:
         try:
-            found.append(plugin.call(argument, wanted))
-        except Exception:  # noqa: BLE001  whatever a plugin does, the chat goes on: the model knows "No result."
-            found.append(Outcome())
+            outcome = plugin.call(argument, wanted)
+            known = isinstance(outcome, Outcome)
+            found.append(
+                outcome if known else Outcome(failure=f"it answered with a {type(outcome).__name__}")
+            )
+        except BaseException as error:  # noqa: BLE001  whatever a plugin does, SystemExit too, the chat goes on
+            found.append(Outcome(failure=one_line(f"{type(error).__name__}: {error}")))
 
     thread = threading.Thread(target=work, daemon=True, name=f"plugin {plugin.name}")
     thread.start()
     thread.join(plugin.timeout_s)
-    return found[0] if found and isinstance(found[0], Outcome) else Outcome()
+    if found:
+        return found[0]
+    _left_behind.append(thread)
+    return Outcome(failure=f"it took longer than {plugin.timeout_s:g} s")
+
+
+def one_line(text: str) -> str:
+    """A reason, short and on one line."""
+    return " ".join(text.split())[:MAX_REASON_CHARACTERS]
 
 
 def written(call: Call, plugin: Plugin, outcome: Outcome, number: int) -> CallResult:
     """An answer as it stands in the Results field; items are numbered from ``number``."""
     if plugin.style == "items" and outcome.items:
         numbers = tuple(range(number, number + len(outcome.items)))
-        lines = [f"<|{n}|>: {quoted(item.text)}" for n, item in zip(numbers, outcome.items, strict=True)]
+        lines = [f"<|{n}|>: {item_text(item)}" for n, item in zip(numbers, outcome.items, strict=True)]
         sources = tuple(item.source for item in outcome.items)
         return CallResult(call, plugin.name, "\n".join([f"{call.text} =>", *lines]), True, numbers, sources)
     if plugin.style == "picture" and outcome.picture is not None:
         return CallResult(call, plugin.name, outcome.text, True, picture=outcome.picture)
     text = outcome.text[:MAX_LINES_CHARACTERS]
+    found = bool(text) and plugin.style in ("value", "lines")
+    failure = "" if found else outcome.failure or "nothing was found"
     if plugin.style == "value":
-        return CallResult(call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", bool(text))
-    return CallResult(
-        call, plugin.name, f"{call.text} =>\n{text or NO_RESULT}", bool(text) and plugin.style == "lines"
-    )
+        return CallResult(call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", found, failure=failure)
+    answer = text if found else NO_RESULT
+    return CallResult(call, plugin.name, f"{call.text} =>\n{answer}", found, failure=failure)
 
 
-def quoted(text: str) -> str:
-    """A search result as Python would print the string, cut to MAX_ITEM_CHARACTERS."""
-    return repr(text if len(text) <= MAX_ITEM_CHARACTERS else text[:MAX_ITEM_CHARACTERS])
+def item_text(item: Item) -> str:
+    """A search result as Python prints the string, cut after MAX_ITEM_CHARACTERS: a long one loses its closing mark."""
+    quoted = repr(item.text)
+    label = " ".join(item.label.split())
+    return (f"{label}: {quoted}" if label else quoted)[:MAX_ITEM_CHARACTERS]
 
 
 def body_of(results: Sequence[CallResult]) -> str:

@@ -1,5 +1,6 @@
 """Search(query): one plugin over interchangeable sources of results."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Protocol
@@ -35,7 +36,7 @@ class Search:
     def call(self, argument: str, wanted: int) -> Outcome:
         query = " ".join(argument.split())[:MAX_QUERY_CHARACTERS]
         found = self.backend.search(query, wanted) if query else []
-        items = (Item(" ".join(item.text.split()), item.source) for item in found[:wanted])
+        items = (dataclasses.replace(item, text=" ".join(item.text.split())) for item in found[:wanted])
         return Outcome(items=tuple(item for item in items if item.text))
 
 

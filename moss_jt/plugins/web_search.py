@@ -18,8 +18,10 @@ def plain(text: object) -> str:
     return html.unescape(MARKUP.sub("", text)) if isinstance(text, str) else ""
 
 
-def item(text: object, title: object, address: object) -> Item:
-    return Item(plain(text), Source(plain(title), address if isinstance(address, str) else ""))
+def item(text: object, title: object, address: object, label: str = "") -> Item:
+    """A result whose address is shown to the user: only addresses of web pages are kept."""
+    web = isinstance(address, str) and address.startswith(("http://", "https://"))
+    return Item(plain(text), Source(plain(title), str(address) if web else ""), label)
 
 
 def results_of(answer: Any, key: str) -> list[dict[str, Any]]:
@@ -53,7 +55,7 @@ class Serper:
         box = answer.get("answerBox") if isinstance(answer, dict) else None
         if isinstance(box, dict) and (text := plain(box.get("answer") or box.get("snippet"))):
             title = plain(box.get("title"))
-            return [item(f"{title}: '{text}'" if title else text, title, box.get("link"))]
+            return [item(text, title, box.get("link"), label=title)]
         found = results_of(answer, "organic")
         items = [item(entry.get("snippet"), entry.get("title"), entry.get("link")) for entry in found]
         return [entry for entry in items if entry.text][:wanted]
