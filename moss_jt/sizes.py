@@ -20,7 +20,7 @@ FOOTPRINT_BYTES = 300 * MIB
 
 # The longest pass that the kernels take token by token, and the positions that share one of its partial results.
 FEW_TOKENS = 23
-ATTENTION_GROUP = 128
+ATTENTION_GROUP = 64
 # Tiles of the kernels' threads, oneDNN's buffers.
 THREADS_BYTES = 32 * MIB
 

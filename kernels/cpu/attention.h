@@ -17,7 +17,7 @@ struct Attention {
     const uint16_t* keys;    // (P, H, D) float16: one layer
     const uint16_t* values;
     float* result;           // (T, C)
-    float* partial;          // (T, H, groups, D + 2) for few tokens: sums, then the largest score and the sum of weights
+    float* partial;          // (23, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
     int64_t tokens, start_pos, heads, head_dim;
 
     int64_t width() const { return heads * head_dim; }
@@ -157,7 +157,6 @@ inline int64_t piece_heads(const Attention& a) {
     return std::min(a.heads, std::max((a.heads + pieces - 1) / pieces, (kLeastRun + a.head_dim - 1) / a.head_dim));
 }
 
-// To be called by every thread of a parallel region.
 inline void attend_few(const Attention& a) {
     const int64_t step = piece_heads(a);
 #pragma omp for collapse(2) schedule(dynamic)
@@ -204,7 +203,6 @@ inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_
         for (int64_t d = 0; d < a.head_dim; d++) result[t * stride + d] /= totals[t];
 }
 
-// To be called by every thread of a parallel region.
 inline void attend_many(const Attention& a) {
     constexpr int64_t kBlock = 64;
     static_assert(kBlock <= kTileRows, "totals");
@@ -216,11 +214,19 @@ inline void attend_many(const Attention& a) {
 
 #endif
 
+// To be called by every thread of a parallel region.
 inline void attend(const Attention& a) {
 #ifdef MOSS_ONEDNN
     if (a.tokens >= kManyTokens) return attend_many(a);
 #endif
-    attend_few(a);
+    for (int64_t first = 0; first < a.tokens; first += kManyTokens - 1) {  // `partial` has room for that many
+        Attention few = a;
+        few.q += first * a.width();
+        few.result += first * a.width();
+        few.start_pos += first;
+        few.tokens = std::min(kManyTokens - 1, a.tokens - first);
+        attend_few(few);
+    }
 }
 
 }  // namespace moss

@@ -13,7 +13,9 @@ from moss_jt.kernels.cpu.source import run
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary import rotary_table
 
-GROUP = 64  # positions per group of attention.h
+GROUP = 64  # attention.h: positions per group
+FEW_IN_ATTENTION = 23  # attention.h: tokens that it cuts into groups
+FEW_IN_PRODUCTS = 63  # gemm.h: tokens for which packed matrices may take their inputs in another order
 ALIGNMENT = 16  # floats of a workspace that aligning its start may take
 
 EMBED = """
@@ -98,6 +100,8 @@ class CheckedBlock:
     source: str
     vectors: list[Var]
     matrices: list[Var]
+    packed: bool
+    ordered: bool  # some matrix has an input_order
 
 
 class CpuOperators:
@@ -121,9 +125,7 @@ class CpuOperators:
         if self.simd not in available_simd():
             raise ValueError(f"simd {simd} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
-        self.no_order = jt.array(
-            np.zeros((2, 1), np.int32)
-        )  # stands in for a matrix's input_order; no K is 2
+        self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
     def embed(self, token_ids: Var, table: Var) -> Var:
@@ -158,18 +160,18 @@ class CpuOperators:
             checked = self._checked[weights] = self._check(weights)
         inputs = [h, *checked.vectors, self.rotary, keys, values, *checked.matrices]
         data = {"layer": layer, "start_pos": start_pos, "epsilon": config.layer_norm_epsilon}
-        shapes = [(tokens, config.n_embd), (self._workspace(tokens, keys.shape[1]),)]
+        shapes = [(tokens, config.n_embd), (self._workspace(checked, tokens, keys.shape[1]),)]
         return run(self.simd, "block.h", checked.source, shapes, inputs, data)[0]
 
-    def _workspace(self, tokens: int, positions: int) -> int:
-        """Floats that Workspace in block.h takes.
-
-        For the whole cache, wherever the pass starts: of blocks that grow, Jittor's allocator would keep every size.
-        """
+    def _workspace(self, checked: CheckedBlock, tokens: int, positions: int) -> int:
+        """Floats that Workspace in block.h takes at most: the same all along the cache, so that memory is reused."""
         config = self.config
+        columns = 3 * config.n_embd + config.n_inner
+        if checked.ordered or (checked.packed and tokens <= FEW_IN_PRODUCTS):
+            columns += 3 * config.n_embd + config.n_inner  # the matrices' inputs once more
         groups = -(-positions // GROUP)
         partial = config.n_head * groups * (config.head_dim + 2)
-        return ALIGNMENT + tokens * (6 * config.n_embd + 2 * config.n_inner + partial)
+        return ALIGNMENT + tokens * columns + min(tokens, FEW_IN_ATTENTION) * partial
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         width, inner = self.config.n_embd, self.config.n_inner
@@ -188,14 +190,17 @@ class CpuOperators:
             "fc_in": (weights.fc_in, inner, width),
             "fc_out": (weights.fc_out, width, inner),
         }
-        arrays, bits = [], set()
+        arrays, bits, ordered = [], set(), False
         for name, (matrix, outputs, inputs) in matrices.items():
             check_matrix(name, matrix, outputs, inputs)
-            bits.add(16 if isinstance(matrix, DenseMatrix) else matrix.bits)
+            dense = isinstance(matrix, DenseMatrix)
+            bits.add(16 if dense else matrix.bits)
+            ordered = ordered or (not dense and matrix.input_order is not None)
             arrays += self._arrays(matrix)
         if len(bits) > 1:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
-        return CheckedBlock(BLOCK_SOURCES[bits.pop()], [vector for vector, _ in vectors.values()], arrays)
+        vars_ = [vector for vector, _ in vectors.values()]
+        return CheckedBlock(BLOCK_SOURCES[min(bits)], vars_, arrays, packed=bits != {16}, ordered=ordered)
 
     def _arrays(self, matrix: Matrix) -> list[Var]:
         if isinstance(matrix, DenseMatrix):

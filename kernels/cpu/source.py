@@ -32,7 +32,14 @@ def cpu_header(simd: int, include: str) -> str:
 @functools.cache
 def compile_options() -> dict[str, int]:
     """Extra flags: one defined rounding for every operation (see simd.h), and oneDNN where Jittor has it."""
-    flags = [f'-I"{FOLDER}"', "-std=c++17", "-Wno-strict-aliasing", "-fno-fast-math", "-ffp-contract=off"]
+    flags = [
+        f'-I"{FOLDER}"',
+        "-std=c++17",
+        "-Wno-strict-aliasing",
+        "-Wno-psabi",
+        "-fno-fast-math",
+        "-ffp-contract=off",
+    ]
     folder = onednn_folder()
     if folder is not None:
         flags += [f'-L"{folder / "lib"}"', "-lmkldnn"]

@@ -46,36 +46,36 @@ class CudaOperators:
         config, tokens = self.config, h.shape[0]
         check_shape("h", h, (tokens, config.n_embd))
         check_cache(keys, values, config.n_head, config.head_dim, layer, start_pos, tokens)
-        vectors = [weights.ln_1_weight, weights.ln_1_bias, weights.fc_in_bias, weights.fc_out_bias]
-        matrices = [weights.qkv, weights.out, weights.fc_in, weights.fc_out]
-        inputs = [h, *vectors, self.rotary, keys, values]
-        places = []
-        for matrix in matrices:
-            parts = _arrays(matrix)
-            places.append(slice(len(inputs), len(inputs) + len(parts)))
-            inputs += parts
+        kernels, epsilon = self.kernels, config.layer_norm_epsilon
+        norm = [weights.ln_1_weight, weights.ln_1_bias]
 
-        def work(a: list[Array]) -> Array:
-            products = [
-                _product(self.kernels, matrix, a[place])
-                for matrix, place in zip(matrices, places, strict=True)
-            ]
-            return self._block(a, products, layer, start_pos)
+        def attend(a: list[Array]) -> Array:
+            """a: h, norm weight and bias, rotary, keys, values, qkv."""
+            normed = kernels.layer_norm(a[0], a[1], a[2], epsilon)
+            keys_here, values_here = a[4][layer], a[5][layer]
+            qkv = _product(kernels, weights.qkv, a[6:], normed)
+            q = kernels.rotary_cache(qkv, a[3], keys_here, values_here, start_pos)
+            return kernels.attention(q, keys_here, values_here, start_pos)
 
-        return _code(h.shape, inputs, work)
+        def project(a: list[Array]) -> Array:
+            """a: context, out."""
+            return _product(kernels, weights.out, a[1:], a[0])
 
-    def _block(
-        self, a: list[Array], products: list[Callable[[Array], Array]], layer: int, start_pos: int
-    ) -> Array:
-        """a: h, norm weight and bias, fc_in bias, fc_out bias, rotary, keys, values."""
-        kernels = self.kernels
-        qkv, out, fc_in, fc_out = products
-        keys, values = a[6][layer], a[7][layer]
-        normed = kernels.layer_norm(a[0], a[1], a[2], self.config.layer_norm_epsilon)
-        q = kernels.rotary_cache(qkv(normed), a[5], keys, values, start_pos)
-        attended = out(kernels.attention(q, keys, values, start_pos))
-        inner = kernels.bias_gelu(fc_in(normed), a[3])
-        return kernels.add_block(a[0], attended, fc_out(inner), a[4])
+        def widen(a: list[Array]) -> Array:
+            """a: h, norm weight and bias, fc_in bias, fc_in."""
+            normed = kernels.layer_norm(a[0], a[1], a[2], epsilon)
+            return kernels.bias_gelu(_product(kernels, weights.fc_in, a[4:], normed), a[3])
+
+        def narrow(a: list[Array]) -> Array:
+            """a: h, attended, inner, fc_out bias, fc_out."""
+            return kernels.add_block(a[0], a[1], _product(kernels, weights.fc_out, a[4:], a[2]), a[3])
+
+        # Four operations and not one, because jt.numpy_code takes at most ten inputs.
+        context = _code(h.shape, [h, *norm, self.rotary, keys, values, *_arrays(weights.qkv)], attend)
+        attended = _code(h.shape, [context, *_arrays(weights.out)], project)
+        inner_inputs = [h, *norm, weights.fc_in_bias, *_arrays(weights.fc_in)]
+        inner = _code((tokens, config.n_inner), inner_inputs, widen)
+        return _code(h.shape, [h, attended, inner, weights.fc_out_bias, *_arrays(weights.fc_out)], narrow)
 
 
 def _arrays(matrix: Matrix) -> list[Var]:
@@ -85,18 +85,13 @@ def _arrays(matrix: Matrix) -> list[Var]:
     return [matrix.packed, matrix.scales, matrix.zeros, *order]
 
 
-def _product(kernels: Launchers, matrix: Matrix, arrays: list[Array]) -> Callable[[Array], Array]:
-    """x -> x times the matrix, over its arrays on the device."""
+def _product(kernels: Launchers, matrix: Matrix, arrays: list[Array], x: Array) -> Array:
+    """x times the matrix, over the matrix's arrays on the device."""
     if isinstance(matrix, DenseMatrix):
-        return lambda x: kernels.dense(x, arrays[0])
-    bits = matrix.bits
-
-    def product(x: Array) -> Array:
-        if len(arrays) == 4:
-            x = kernels.gather_inputs(x, arrays[3].reshape(-1))
-        return kernels.packed(x, arrays[0], arrays[1], arrays[2], bits)
-
-    return product
+        return kernels.dense(x, arrays[0])
+    if len(arrays) == 4:
+        x = kernels.gather_inputs(x, arrays[3].reshape(-1))
+    return kernels.packed(x, arrays[0], arrays[1], arrays[2], matrix.bits)
 
 
 def _code(shape: tuple[int, ...], inputs: list[Var], work: Work) -> Var:
