@@ -2,7 +2,8 @@
 
     python benchmarks/memory_cgroup.py --limit 2.2GB --cold MODEL_FOLDER -- moss-jt generate MODEL_FOLDER ...
 
-Control groups of version 1 and 2; making one usually needs root. The last line is one JSON object.
+Control groups of version 1 and 2; making one usually needs root. The last line is one JSON object; where the command
+is moss-jt generate --json, seconds per token are in it.
 """
 
 import argparse
@@ -141,7 +142,19 @@ def main() -> None:
         sys.exit(f"{reason}. Run this as root.")
     sys.stdout.write(usage.output)
     sys.stderr.write(usage.errors)
-    print(json.dumps({key: value for key, value in asdict(usage).items() if key not in ("output", "errors")}))
+    result = {key: value for key, value in asdict(usage).items() if key not in ("output", "errors")}
+    print(json.dumps(result | seconds_per_token(usage.output)))
+
+
+def seconds_per_token(output: str) -> dict[str, float]:
+    """From what moss-jt generate --json printed; nothing from anything else."""
+    try:
+        answer = json.loads(output.strip().splitlines()[-1])
+        seconds, tokens = answer["seconds"], answer["new_tokens"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        return {}
+    found = {"prefill_s": seconds["prefill"]}
+    return found | ({"decode_s_per_token": seconds["decode"] / (tokens - 1)} if tokens > 1 else {})
 
 
 if __name__ == "__main__":

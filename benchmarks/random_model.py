@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -23,6 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt.convert.tokenizer import build_tokenizer
+from moss_jt.folders import tiny_checkpoint
 
 GEOMETRIES = {
     "moss-moon-003": MOSS_MOON_003,
@@ -157,10 +158,17 @@ def write_file(path: Path, specs: list[Spec], pool: RandomPool, hasher: Hasher) 
     return {"bytes": path.stat().st_size, "tensors": tensors}
 
 
+def tiny_tokenizer() -> str:
+    """tokenizer.json of the small checkpoint that comes with the program; most of a larger vocabulary has no text."""
+    checkpoint = tiny_checkpoint()
+    fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return build_tokenizer(lambda name: checkpoint / name, fields)
+
+
 def write_random_model(
-    folder: Path, config: MossConfig, tokenizer: Path, bits: int = 16, group_size: int = 128, seed: int = 0
+    folder: Path, config: MossConfig, bits: int = 16, group_size: int = 128, seed: int = 0
 ) -> None:
-    """Write the model folder; ``tokenizer`` is a tokenizer.json to copy.
+    """Write the model folder.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -184,7 +192,7 @@ def write_random_model(
         for name, tensor in entry["tensors"].items():  # type: ignore[attr-defined]
             tensor["sha256"] = digests[name]
     (folder / "config.json").write_text(json.dumps(config.to_json(), indent=2))
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tiny_tokenizer(), encoding="utf-8")
     manifest = {
         "format": "moss-jt",
         "version": 1,
@@ -203,10 +211,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="moss-moon-003")
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json of any model folder")
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    write_random_model(arguments.folder, GEOMETRIES[arguments.geometry], arguments.tokenizer, arguments.bits)
+    write_random_model(arguments.folder, GEOMETRIES[arguments.geometry], arguments.bits)
     n_bytes = sum(path.stat().st_size for path in arguments.folder.iterdir())
     seconds = time.perf_counter() - begin
     print(f"{n_bytes / 1e9:.1f} GB in {seconds:.0f} s ({n_bytes / seconds / 1e9:.2f} GB/s)", file=sys.stderr)

@@ -1,15 +1,12 @@
 """Model folders with random weights, written once per test run and shared by the tests that only read them."""
 
 import functools
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.random_model import write_random_model
 from moss_jt.config import MOSS_MOON_003, MossConfig
-from moss_jt.convert.tokenizer import build_tokenizer
-from moss_jt.folders import tiny_checkpoint
 
 # 14 blocks of 14 MB: what streams is a multiple of what a process's size varies by.
 WIDE = replace(
@@ -41,18 +38,8 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def tiny_tokenizer() -> Path:
-    """tokenizer.json of the small checkpoint that comes with the program."""
-    checkpoint = tiny_checkpoint()
-    fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    path = Path(_home().name) / "tokenizer.json"
-    path.write_text(build_tokenizer(lambda name: checkpoint / name, fields), encoding="utf-8")
-    return path
-
-
-@functools.cache
 def random_folder(config: MossConfig, bits: int = 16) -> Path:
     """A finished model folder; do not change it, others read it too."""
     folder = Path(_home().name) / f"{config.n_embd}-{bits}"
-    write_random_model(folder, config, tiny_tokenizer(), bits)
+    write_random_model(folder, config, bits)
     return folder
