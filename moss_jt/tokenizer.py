@@ -1,12 +1,23 @@
 """Text to token ids and back. Foreign text is encoded so that it can never hold one of the model's special tokens."""
 
+import codecs
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
 
 from moss_jt.errors import MossError
 
-REPLACEMENT = "\ufffd"
+
+def _byte_values() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones stand for themselves, the others for characters from 256 up, in order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    values = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in printable)
+    values.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    return values
+
+
+BYTE_VALUES = _byte_values()
 
 
 class Tokenizer:
@@ -48,6 +59,13 @@ class Tokenizer:
         text: str = self._rust.decode(token_ids, skip_special_tokens=False)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, perhaps not whole characters; none for ids without a text (padding rows)."""
+        token = self._rust.id_to_token(token_id) or ""
+        if all(character in BYTE_VALUES for character in token):
+            return bytes(BYTE_VALUES[character] for character in token)
+        return token.encode()  # an added token, such as a run of spaces, is written literally
+
     def id(self, token: str) -> int | None:
         """Id of a token written literally, such as ``<eom>``; None where this vocabulary lacks it."""
         number: int | None = self._rust.token_to_id(token)
@@ -58,26 +76,22 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Text of ids as they come, never half a character: bytes of an unfinished one are held back."""
+    """Text of ids as they come, never half a character: bytes of an unfinished one are held back.
 
-    # A character has at most four bytes, so at most three tokens are ever held back for one.
-    LONGEST = 4
+    It works on bytes, because a token may end one character and begin the next: text cut at tokens has no bound within which
+    it is whole. What comes out, ``finish`` included, is exactly what decoding all ids at once gives.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pending: list[int] = []
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; empty while a character is unfinished."""
-        self._pending.append(token_id)
-        text = self._tokenizer.decode(self._pending)
-        if text.endswith(REPLACEMENT) and len(self._pending) < self.LONGEST:
-            return ""
-        self._pending.clear()
-        return text
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         """What was held back, with a replacement character for what never became whole."""
-        text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
         return text
