@@ -6,7 +6,7 @@ One block is in memory at a time. GPTQ needs the hidden states that enter a bloc
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +25,7 @@ DEFAULT_GROUP_SIZE = 128
 SEQUENCE_TOKENS = 1024  # calibration tokens that see each other, at most
 
 Matrices = Iterator[tuple[str, PackedArrays]]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ def default_group_size(config: MossConfig) -> int:
 
 
 def quantized_recipe(
-    recipe: Recipe, config: MossConfig, settings: QuantSettings, out: Path, token_ids: np.ndarray | None
+    recipe: Recipe,
+    config: MossConfig,
+    settings: QuantSettings,
+    out: Path,
+    token_ids: np.ndarray | None,
+    report: Report = lambda text: None,
 ) -> Recipe:
     """The recipe of a float16 model folder, changed to quantise its blocks.
 
     token_ids  calibration tokens (T,) integers for gptq, None for rtn
+    report     is told what is being worked on
 
     Raises:
         MossError: the recipe's source is quantised already, or the group size does not fit the model.
@@ -72,7 +79,7 @@ def quantized_recipe(
         quantizer = GptqQuantizer(config, settings, out, token_ids)
     blocks = {block_file_name(number): number for number in range(config.n_layer)}
     files = [
-        _quantized_plan(plan, blocks[plan.name], config, settings, quantizer) if plan.name in blocks else plan
+        _quantized_plan(plan, blocks[plan.name], config, quantizer, report) if plan.name in blocks else plan
         for plan in recipe.files
     ]
     return dataclasses.replace(
@@ -86,51 +93,32 @@ def quantized_recipe(
 
 
 def _quantized_plan(
-    plan: FilePlan, number: int, config: MossConfig, settings: QuantSettings, quantizer: Quantizer
+    plan: FilePlan, number: int, config: MossConfig, quantizer: Quantizer, report: Report
 ) -> FilePlan:
+    """The work is done where the plan is built, not where its targets are read: there Ctrl-C is heard at once."""
+
     def build() -> list[Target]:
         dense = {local_name(target.name): target for target in plan.build()}
-        done = _Demand(quantizer.block(number, dense))
+        where = f"block {number + 1} of {config.n_layer}"
+        report(where)
         targets = [target for name, target in dense.items() if name.removesuffix(".weight") not in MATRICES]
-        for name in MATRICES:
-            targets += _packed_targets(dense[f"{name}.weight"], name, settings, done)
+        for done, (name, matrix) in enumerate(quantizer.block(number, dense), 1):
+            targets += _packed_targets(dense[f"{name}.weight"].name.removesuffix(".weight"), matrix)
+            report(f"{where}, {done} of {len(MATRICES)} matrices")
         return targets
 
     return FilePlan(plan.name, plan.sources, build)
 
 
-class _Demand:
-    """Matrices of a block in the order in which they are asked for, made in the order of the quantizer."""
+def _packed_targets(stem: str, matrix: PackedArrays) -> list[Target]:
+    parts = [("packed", "U8", matrix.packed), ("scales", "F16", matrix.scales), ("zeros", "U8", matrix.zeros)]
+    if matrix.input_order is not None:
+        parts.append(("input_order", "I32", matrix.input_order))
 
-    def __init__(self, coming: Matrices) -> None:
-        self._coming = coming
-        self._found: dict[str, PackedArrays] = {}
+    def target(part: str, dtype: str, array: np.ndarray) -> Target:
+        return Target(f"{stem}.{part}", dtype, array.shape, lambda: iter([array]))
 
-    def __getitem__(self, name: str) -> PackedArrays:
-        while name not in self._found:
-            made, matrix = next(self._coming)
-            self._found[made] = matrix
-        return self._found[name]
-
-
-def _packed_targets(dense: Target, name: str, settings: QuantSettings, done: _Demand) -> list[Target]:
-    rows, columns = dense.shape
-    groups = columns // settings.group_size
-    parts: dict[str, tuple[str, tuple[int, ...]]] = {
-        "packed": ("U8", (rows, columns * settings.bits // 8)),
-        "scales": ("F16", (rows, groups)),
-        "zeros": ("U8", (rows, groups)),
-    }
-    if settings.act_order:
-        parts["input_order"] = ("I32", (columns,))
-
-    def target(part: str) -> Target:
-        def produce() -> Iterator[np.ndarray]:
-            yield getattr(done[name], part)
-
-        return Target(f"{dense.name.removesuffix('.weight')}.{part}", *parts[part], produce)
-
-    return [target(part) for part in parts]
+    return [target(*part) for part in parts]
 
 
 def _whole(target: Target) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,6 +242,15 @@ def test_the_command_quantizes_checkpoints_and_folders(
     assert settings["rtn"] == {"bits": 4, "group_size": 64, "method": "rtn", "act_order": False}
     assert run_cli("convert", "moss-tiny", "--bits", "4", "--act-order") == 0
     assert "was converted already" in capsys.readouterr().out
+
+
+def test_the_command_leaves_signal_handlers_as_they_were(home: Path) -> None:
+    """It once left its own for SIGTERM: Jittor's compilers, forked later, ignored it, and tests never ended."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_cli("convert", "moss-tiny", "--bits", "8") == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run_cli("convert", "moss-tiny", "--bits", "4", "--group-size", "5") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_refuses_what_makes_no_sense(

@@ -1,12 +1,14 @@
 """moss-jt convert."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moss_jt.commands.progress import byte_bar
+from moss_jt.commands.progress import Status, byte_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.hub import open_hub, remove_download
@@ -71,14 +73,16 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
     """
     options = QuantOptions(**quantization)
     out = out or options.folder(folder_for(source))
-    signal.signal(signal.SIGTERM, _stop)
     folder = float16_folder(source) if options.quantizes else None
-    if folder is not None:
-        made_from, recipe = folder_recipe(folder)
-        run_conversion(made_from, options.apply(made_from, recipe, out), out)
-    else:
-        checkpoint = open_source(source, keep_download)
-        run_conversion(checkpoint, options.apply(checkpoint, recipe_for(checkpoint), out), out)
+    made_from: Checkpoint | ModelFolder
+    with terminated_as_interrupted():
+        if folder is not None:
+            made_from, recipe = folder_recipe(folder)
+        else:
+            made_from = open_source(source, keep_download)
+            recipe = recipe_for(made_from)
+        status = Status()
+        run_conversion(made_from, options.apply(made_from, recipe, out, status.show), out, status)
 
 
 def float16_folder(source: str) -> Path | None:
@@ -104,10 +108,10 @@ def download_folder(source: str) -> Path:
     return model_home() / "downloads" / source.replace("/", "--")
 
 
-def run_conversion(source: Checkpoint | ModelFolder, recipe: Recipe, out: Path) -> None:
+def run_conversion(source: Checkpoint | ModelFolder, recipe: Recipe, out: Path, status: Status) -> None:
     """Convert with a progress bar, remember the folder, and say what to do next."""
     try:
-        with byte_bar(recipe.total_bytes, out.name) as (progress, notice):
+        with byte_bar(recipe.total_bytes, out.name, status) as (progress, notice):
             fresh = convert(source, recipe, out, progress, notice)
     except KeyboardInterrupt:
         raise MossError(
@@ -125,5 +129,15 @@ def run_conversion(source: Checkpoint | ModelFolder, recipe: Recipe, out: Path) 
     click.echo(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 
 
-def _stop(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, in this process and only here: a process forked later must die of it as usual."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

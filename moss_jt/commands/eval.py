@@ -8,8 +8,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from moss_jt.commands.options import model_folder
 from moss_jt.errors import MossError
-from moss_jt.folders import resolve_model
 from moss_jt.machine import memory_budget
 from moss_jt.moss import Moss
 from moss_jt.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
@@ -51,7 +51,7 @@ def command(
     moss-jt eval moss-moon-003-sft-int4 dialogues.txt --against moss-moon-003-sft
     """
     names = [model] if against is None else [model, against]
-    stores = [open_store(resolve_model(name)) for name in names]
+    stores = [open_store(model_folder(name)) for name in names]
     context = _window(stores, names, context)
     token_ids = _token_ids(stores, names, file, max_tokens)
     with ExitStack() as stack:

@@ -8,12 +8,27 @@ from tqdm import tqdm
 Notice = Callable[[str], None]
 
 
+class Status:
+    """A few words about what is going on, shown beside the bar that was made with it."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def show(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+
 @contextmanager
-def byte_bar(total: int, label: str) -> Iterator[tuple[Callable[[int], None], Notice]]:
+def byte_bar(
+    total: int, label: str, status: Status | None = None
+) -> Iterator[tuple[Callable[[int], None], Notice]]:
     """(a function to call with bytes done, a function that prints a line above the bar)."""
     bar = tqdm(
         total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5, disable=None
     )
+    if status is not None:
+        status.bar = bar
 
     def advance(count: int) -> None:
         bar.update(count)

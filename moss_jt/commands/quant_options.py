@@ -7,7 +7,7 @@ import click
 
 from moss_jt.convert.calibration_text import calibration_tokens
 from moss_jt.convert.pipeline import Recipe, Source
-from moss_jt.convert.quantize import QuantSettings, default_group_size, quantized_recipe
+from moss_jt.convert.quantize import QuantSettings, Report, default_group_size, quantized_recipe
 from moss_jt.errors import MossError
 
 
@@ -42,8 +42,8 @@ class QuantOptions:
         """Where the model goes by default: beside its float16 form, with the bits in its name."""
         return float16.with_name(f"{float16.name}-int{self.bits}") if self.quantizes else float16
 
-    def apply(self, source: Source, recipe: Recipe, out: Path) -> Recipe:
-        """The recipe that these options ask for.
+    def apply(self, source: Source, recipe: Recipe, out: Path, report: Report) -> Recipe:
+        """The recipe that these options ask for; while it is followed, ``report`` is told what is being worked on.
 
         Raises:
             MossError: the source is quantised already, the group size does not fit, or the calibration text is no good.
@@ -60,4 +60,4 @@ class QuantOptions:
         token_ids = None
         if settings.method == "gptq":
             token_ids = calibration_tokens(source.tokenizer_text(), self.calibration)
-        return quantized_recipe(recipe, source.config, settings, out, token_ids)
+        return quantized_recipe(recipe, source.config, settings, out, token_ids, report)
