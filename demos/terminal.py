@@ -1,10 +1,10 @@
 """The chat on a terminal: it shows what moss_jt.chat yields, and reads what the user types."""
 
 import contextlib
+import re
 from collections.abc import Generator
 
 from moss_jt.chat import Chat
-from moss_jt.citations import render_citations
 from moss_jt.demos.line_input import LineReader
 from moss_jt.demos.pictures import Shower
 from moss_jt.demos.screen import Screen, shortened
@@ -80,8 +80,9 @@ class TurnView:
                 self._screen.raw(sequence + "\n")
             self._screen.line(f"  → {say('picture', language, path=str(event.picture))}", "dim")
             return
-        text = render_citations(event.text) if event.found else say("no_result", language)
-        lines = text.split("\n")
+        lines = shown_lines(event) if event.found else [say("no_result", language)]
+        if event.failure:
+            lines = [f"{lines[0]}: {event.failure}"]
         for number, line in enumerate(lines[:MOST_RESULT_LINES]):
             arrow = "→" if number == 0 else " "
             self._screen.line(f"  {arrow} {shortened(line, self._screen.columns - 5)}", "dim")
@@ -99,6 +100,11 @@ class TurnView:
 
     def _wait(self) -> None:
         self._screen.wait("  …")
+
+
+def shown_lines(event: Result) -> list[str]:
+    """A result as people read it: items as "[1] text", without the marks that are for the model."""
+    return [re.sub(r"^<\|(\d+)\|>: ", r"[\1] ", line) for line in event.text.split("\n")]
 
 
 class Terminal:

@@ -12,12 +12,6 @@ UNFINISHED = re.compile(
 LONGEST = 200
 
 
-def render_citations(text: str) -> str:
-    """A whole text with its citations as [1]."""
-    reader = CitationReader()
-    return reader.push(text) + reader.finish()
-
-
 class CitationReader:
     """Turns citations into [1] in text that comes in pieces, and collects their numbers in ``cited``."""
 

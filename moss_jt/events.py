@@ -33,6 +33,7 @@ class Result:
     numbers  citation numbers of the items of a search; they run on through the turn
     sources  where these items come from, in the same order
     picture  the file that was drawn
+    failure  why there was no result
     """
 
     kind: ClassVar[str] = "result"
@@ -42,6 +43,7 @@ class Result:
     numbers: tuple[int, ...] = ()
     sources: tuple[Source, ...] = ()
     picture: Path | None = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)

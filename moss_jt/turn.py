@@ -270,7 +270,15 @@ def shown_result(result: CallResult) -> Result:
     text = result.text.removeprefix(f"{result.call.text} =>").strip()
     if len(text) > 1 and text[0] == text[-1] == "'":
         text = text[1:-1]
-    return Result(result.call.text, text, result.found, result.numbers, result.sources, result.picture)
+    return Result(
+        result.call.text,
+        text,
+        result.found,
+        result.numbers,
+        result.sources,
+        result.picture,
+        result.failure,
+    )
 
 
 def results_field(found: Sequence[CallResult]) -> list[Piece]:

@@ -1,5 +1,6 @@
 """A MOSS without weights that writes what a test tells it to, over the real session, tokenizer and chat."""
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -12,8 +13,9 @@ from tests.support.tokenizers import tiny_tokenizer
 
 VOCABULARY = 2176
 
-# What the model writes into one field: text, whose special tokens count as such, or an exception that the pass raises.
-Written = str | type[BaseException]
+# What the model writes into one field: text, whose special tokens count as such; an exception that the pass raises; or an
+# event that it waits for.
+Written = str | type[BaseException] | threading.Event
 
 
 class ScriptedModel:
@@ -33,7 +35,7 @@ class ScriptedModel:
         self._fields = [field if isinstance(field, list) else [field] for field in fields]
         self._cache: list[int] = []
         self._start = 0
-        self._writing: list[int | type[BaseException]] = []
+        self._writing: list[int | type[BaseException] | threading.Event] = []
 
     def begin(self, position: int) -> None:
         """The next field begins at ``position``."""
@@ -59,6 +61,9 @@ class ScriptedModel:
     def _next(self, position: int) -> int:
         """The token at ``position``; a field that runs out repeats its last one."""
         token = self._writing[min(position - self._start, len(self._writing) - 1)]
+        if isinstance(token, threading.Event):
+            token.wait()
+            return self._writing[-1] if isinstance(self._writing[-1], int) else 0
         if isinstance(token, int):
             return token
         raise token
