@@ -12,9 +12,11 @@ import pytest
 
 from benchmarks.memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
 from moss_jt import Moss, placement
+from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
 from moss_jt.placement import LATER_BYTES
 from moss_jt.residency import plan
-from moss_jt.sizes import MIB, sizes_of_store
+from moss_jt.sizes import MIB, sizes_of_geometry, sizes_of_store
 from moss_jt.store import open_store
 from moss_jt.warm_up import warm_up
 from tests.support.random_models import SMALL, WIDE, random_folder
@@ -78,9 +80,22 @@ def test_plans_and_drafts_never_change_the_answer(sampling: dict[str, float]) ->
     assert len({tuple(tokens) for tokens in answers.values()}) == 1, answers
 
 
+@pytest.mark.parametrize("config", [MOSS_MOON_003, SMALL])
+def test_the_planned_workspace_covers_what_the_operators_take(config: MossConfig) -> None:
+    """Their largest temporary (act-order is the worst case), the block's input and output, and a copy of the hidden."""
+    sizes, operators = sizes_of_geometry(config), CpuOperators(config)
+    worst = CheckedBlock("", [], [], packed=True, ordered=True)
+    for tokens in (1, 17, 23, 24, 63, 64, 256):
+        for context in (256, config.n_positions):
+            taken = 4 * operators._workspace(worst, tokens, context) + 3 * 4 * tokens * config.n_embd
+            assert taken <= sizes.workspace_bytes(tokens, context)
+
+
 PROGRAM = """
 import json, sys
 from moss_jt import Moss, placement
+from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
 from moss_jt.placement import LATER_BYTES
 folder, memory, draft = sys.argv[1:]
 with Moss.load(folder, memory=int(memory), context=256, draft=draft) as moss:
