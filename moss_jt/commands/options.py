@@ -29,7 +29,7 @@ def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 model_argument = click.argument("model", required=False)
 
-loading_options = _all_of(
+memory_options = _all_of(
     click.option(
         "--memory",
         metavar="AMOUNT",
@@ -43,18 +43,21 @@ loading_options = _all_of(
         help="Tokens that all text may have together. [default: what the model has]",
     ),
     click.option(
-        "--draft",
-        default="auto",
-        show_default=True,
-        help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
-        "off, or the longest guess. Changes the speed, never the text.",
-    ),
-    click.option(
         "--offload",
         type=click.Choice(["auto", "stream", "swap"]),
         default="auto",
         show_default=True,
         help="What happens to weights that do not fit: they stream, or Jittor swaps them (for comparison).",
+    ),
+)
+loading_options = _all_of(
+    memory_options,
+    click.option(
+        "--draft",
+        default="auto",
+        show_default=True,
+        help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
+        "off, or the longest guess. Changes the speed, never the text.",
     ),
 )
 LOADING = ("memory", "context", "draft", "offload")
@@ -107,7 +110,9 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     """The model, loaded as the loading options among a command's say, and closed in the end."""
     from moss_jt.moss import Moss
 
-    with Moss.load(model_folder(model), **{name: options[name] for name in LOADING}) as moss:
+    with Moss.load(
+        model_folder(model), **{name: options[name] for name in LOADING if name in options}
+    ) as moss:
         yield moss
 
 

@@ -1,0 +1,57 @@
+"""moss-jt bench."""
+
+import json
+from typing import Any
+
+import click
+
+from moss_jt.commands.options import loaded, memory_options, model_argument
+from moss_jt.disk_speed import disk_speed
+from moss_jt.errors import MossError
+from moss_jt.folders import model_home, resolve_model
+from moss_jt.machine import peak_memory_bytes
+from moss_jt.store import open_store
+
+
+@click.command()
+@model_argument
+@click.option("--contexts", default="32,256", show_default=True, help="Lengths of the text before.")
+@click.option("--new-tokens", type=int, default=24, show_default=True, help="Tokens after each of them.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Medians are over this many runs.")
+@memory_options
+def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **options: Any) -> None:
+    """Measure MODEL's speed beside what this machine allows: reading memory, multiplying matrices, reading the disk.
+
+    Time to the first token, tokens per second while the prompt is read and afterwards, without drafts. The last line is
+    one JSON object.
+    """
+    lengths = parse_contexts(contexts)
+    store = open_store(resolve_model(model))
+    with loaded(model, options) as moss:
+        from moss_jt.bench import measure, report
+        from moss_jt.machine_limits import machine_limits
+
+        times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
+        peak = peak_memory_bytes()
+        plan = moss.plan
+    tokens = min(max(lengths), plan.pass_tokens)
+    limits = machine_limits(tokens, plan.sizes.config.n_embd)
+    speed = None
+    if plan.streams:
+        largest = max(store.blocks, key=lambda file: file.nbytes)
+        speed = disk_speed(largest.path, model_home() / "disk-speed.json").best
+    text, summary = report(store.path.name, plan, times, limits, speed, peak)
+    click.echo(text)
+    click.echo(json.dumps(summary))
+
+
+def parse_contexts(text: str) -> list[int]:
+    """``32,256`` as numbers.
+
+    Raises:
+        MossError: it is no list of whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
+        raise MossError(f"--contexts {text!r} is no list of lengths. Write it like 32,256.")
+    return [int(part) for part in parts]

@@ -1,0 +1,87 @@
+"""moss-jt bench: counts what a token reads, compares with the machine, ends with one JSON object."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moss_jt.bench import Times, measure, prefill_operations, prompt_ids, shares
+from moss_jt.cli import main
+from moss_jt.commands.bench import parse_contexts
+from moss_jt.config import MOSS_MOON_003
+from moss_jt.errors import MossError
+from moss_jt.machine_limits import MachineLimits
+from moss_jt.residency import plan
+from moss_jt.sizes import GIB, sizes_of_geometry, sizes_of_store
+from moss_jt.store import open_store
+from tests.support.models import tiny_model_folder
+
+
+class Counting:
+    """A model that notes its passes."""
+
+    capacity, pass_tokens, cache_owner = 100, 16, None
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, int]] = []
+
+    def forward(self, token_ids: list[int], start_pos: int, rows: str) -> np.ndarray:
+        self.passes.append((len(token_ids), start_pos))
+        return np.zeros((1, 50), np.float32)
+
+
+def test_prompts_are_read_in_passes_and_tokens_follow_one_by_one() -> None:
+    model = Counting()
+    times = measure(model, [40], vocabulary=50, steps=2, repeats=2)  # type: ignore[arg-type]
+    run = [(16, 0), (16, 16), (8, 32), (1, 40), (1, 41)]
+    assert model.passes == [(16, 0), (16, 16), (8, 32), *run, *run]
+    assert times[0].context == 40
+    assert 0 < times[0].decode_s
+    with pytest.raises(MossError, match="do not fit"):
+        measure(model, [99], 50, 2, 1)  # type: ignore[arg-type]
+
+
+def test_shares_are_of_the_bytes_and_operations_that_are_needed() -> None:
+    """MOSS resident at 100 GB/s: 32.1 GB of weights and 0.86 GB of cache take 0.33 s; twice that is half the limit."""
+    placed = plan(sizes_of_geometry(MOSS_MOON_003), 2048, 64 * GIB)
+    read = placed.weight_bytes_per_pass + 2 * 34 * 1024 * 6144 * 2
+    limits = MachineLimits(read=100e9, sgemm=1e12)
+    operations = prefill_operations(placed, 1024)
+    assert operations == pytest.approx(2 * 1024 * 34 * 12 * 6144**2, rel=0.05)
+    found = shares(Times(1024, operations / 1e12 * 4, 0, read / 100e9 * 2), placed, limits, None)
+    assert found.prefill == pytest.approx(0.25)
+    assert found.decode == pytest.approx(0.5, rel=1e-3)
+
+
+def test_contexts_are_parsed() -> None:
+    assert parse_contexts(" 32, 256") == [32, 256]
+    for text in ("", "32,", "x", "-1", "1e3", "99999999999"):
+        with pytest.raises(MossError, match="--contexts"):
+            parse_contexts(text)
+    assert len(set(prompt_ids(1000, 2000))) == 1000
+
+
+def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model_folder()
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "bench",
+                str(folder),
+                "--contexts",
+                "8,20",
+                "--new-tokens",
+                "2",
+                "--repeats",
+                "1",
+                "--context",
+                "64",
+            ]
+        )
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    summary = json.loads(lines[-1])
+    assert [row["context"] for row in summary["contexts"]] == [8, 20]
+    assert summary["peak_gib"] < 2
+    assert all(row["decode_tok_s"] > 0 and row["prefill_share"] > 0 for row in summary["contexts"])
+    assert sizes_of_store(open_store(folder)).bits == summary["bits"] == 16
