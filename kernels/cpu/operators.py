@@ -193,9 +193,11 @@ class CpuOperators:
         arrays, bits, ordered = [], set(), False
         for name, (matrix, outputs, inputs) in matrices.items():
             check_matrix(name, matrix, outputs, inputs)
-            dense = isinstance(matrix, DenseMatrix)
-            bits.add(16 if dense else matrix.bits)
-            ordered = ordered or (not dense and matrix.input_order is not None)
+            if isinstance(matrix, DenseMatrix):
+                bits.add(16)
+            else:
+                bits.add(matrix.bits)
+                ordered = ordered or matrix.input_order is not None
             arrays += self._arrays(matrix)
         if len(bits) > 1:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
