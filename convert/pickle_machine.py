@@ -1,8 +1,9 @@
 """Reads the pickles that torch.save writes, and runs nothing: a machine with just the opcodes that such files need.
 
 Python's pickle can call any function that a file names. This one builds tuples, lists, dicts, strings and numbers, and
-knows a handful of names, each standing for a plain record. Anything else is refused by its name. Opcodes: the pickle
-protocol's own documentation (pickletools), protocols 2 to 4.
+knows a handful of names, each standing for a plain record. Anything else is refused by its name. No step looks into what
+was built before it: a list that holds a list twice, forty times over, is small until something walks, hashes or prints it.
+Opcodes: the pickle protocol's own documentation (pickletools), protocols 2 to 4.
 """
 
 import struct
@@ -14,6 +15,7 @@ from moss_jt.errors import MossError
 
 MAX_BYTES = 64 << 20
 MAX_ITEMS = 10_000_000
+MAX_AXES = 16
 
 # torch's storage classes and the safetensors name of what they hold.
 STORAGES = {
@@ -32,11 +34,10 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """A file of raw numbers beside the pickle: its dtype, its name and its number of elements."""
+    """A file of raw numbers beside the pickle: their dtype and its name."""
 
     dtype: str
     key: str
-    elements: int
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,25 @@ class _Refused(ValueError):
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRecord:
     storage, offset, shape, stride = arguments[:4]
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, Storage) or len(shape) != len(stride):
+    if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise _Refused("a tensor without a storage")
+    if not len(shape) == len(stride) <= MAX_AXES:
+        raise _Refused("a tensor with an impossible number of axes")
+    numbers = (offset, *shape, *stride)
     if not all(isinstance(number, int) and 0 <= number < 1 << 48 for number in numbers):
         raise _Refused("a tensor with impossible sizes")
-    return TensorRecord(storage, offset, tuple(shape), tuple(stride))
+    return TensorRecord(storage, offset, shape, stride)
+
+
+def _dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """Empty: the items follow as opcodes. One that is made from items could copy the same million again and again."""
+    if arguments:
+        raise _Refused("a dict made from items")
+    return {}
 
 
 _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "collections.OrderedDict": lambda arguments: dict(*arguments),
+    "collections.OrderedDict": _dict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda arguments: arguments[0],
 }
@@ -117,12 +127,14 @@ class _Machine:
                 return found
         raise _Refused("a mark is missing")
 
-    def name(self, module: str, attribute: str) -> _Name:
+    def name(self, module: Any, attribute: Any) -> _Name:
+        if not isinstance(module, str) or not isinstance(attribute, str):
+            raise _Refused("a name that is no text")
         full = f"{module}.{attribute}"
         if full in _CALLS or (module in ("torch", "torch.storage") and attribute in STORAGES):
             return _Name(full)
         raise MossError(
-            f"mentions {full}, which is no tensor. A checkpoint that wants to run code is not read: "
+            f"mentions {full[:200]!r}, which is no tensor. A checkpoint that wants to run code is not read: "
             "get the model from a source you trust."
         )
 
@@ -154,10 +166,10 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def persistent(self) -> None:
-        kind, storage, key, _location, elements = self.stack.pop()
-        if kind != "storage" or not isinstance(storage, _Name) or not isinstance(elements, int):
+        kind, storage, key, _location, _elements = self.stack.pop()
+        if kind != "storage" or not isinstance(storage, _Name) or not isinstance(key, str):
             raise _Refused("a reference that is no storage")
-        self.stack.append(Storage(STORAGES[storage.text.rsplit(".", 1)[1]], str(key), elements))
+        self.stack.append(Storage(STORAGES[storage.text.rsplit(".", 1)[1]], key))
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -170,6 +182,8 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise _Refused("an item for something that is no dict")
+        if not all(isinstance(key, str | int) for key in pairs[::2]):
+            raise _Refused("a key that is neither text nor number")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def extend(self, values: list[Any]) -> None:
@@ -212,16 +226,14 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"h": lambda m: m.get(m.number("B")),
     b"j": lambda m: m.get(m.number("I")),
     b"c": lambda m: m.stack.append(m.name(m.line(), m.line())),
-    b"\x93": lambda m: m.stack.append(m.name(*map(str, m.pop_items(2)))),
+    b"\x93": lambda m: m.stack.append(m.name(*m.pop_items(2))),
     b"Q": lambda m: m.persistent(),
     b"R": lambda m: m.reduce(),
     b"s": lambda m: m.set_items(m.pop_items(2)),
     b"u": lambda m: m.set_items(m.items()),
     b"a": lambda m: m.extend(m.pop_items(1)),
     b"e": lambda m: m.extend(m.items()),
-    b"b": lambda m: m.pop_items(
-        1
-    ),  # BUILD: a state dict's _metadata attribute, which says nothing about tensors
+    b"b": lambda m: m.pop_items(1),  # BUILD: a state dict's _metadata, which says nothing about tensors
 }
 
 

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "U8": np.dtype("u1")
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
 MAX_HEADER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
+MAX_AXES, MAX_LENGTH = 16, 1 << 48
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,9 @@ def _spec(path: Path, name: str, entry: Any, data_offset: int) -> TensorSpec:
         begin, end = entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise MossError(f"{path}: the header's entry of {name} is not understood.") from error
-    whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-    if not whole or end - begin != math.prod(shape) * dtype.itemsize:
+    numbers = (*shape[: MAX_AXES + 1], begin, end)
+    whole = all(isinstance(number, int) and 0 <= number < MAX_LENGTH for number in numbers)
+    if not whole or len(shape) > MAX_AXES or end - begin != math.prod(shape) * dtype.itemsize:
         raise MossError(f"{path}: the header's sizes of {name} contradict each other.")
     return TensorSpec(name, dtype, shape, data_offset + begin, end - begin)
 

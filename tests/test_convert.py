@@ -276,6 +276,42 @@ def test_damaged_pickles_are_one_error(data: bytes) -> None:
         read_pickle(data, "somewhere")
 
 
+def doubled(empty: bytes, double: bytes) -> bytes:
+    """Pickle of a list or tuple that holds the one before it twice, 60 times over; left on the stack and in the memo at 0."""
+    return b"\x80\x02" + empty + b"q\x00" + (double + b"q\x00") * 60
+
+
+LISTS = doubled(b"]", b"]h\x00ah\x00a")
+TUPLES = doubled(b")", b"h\x00h\x00\x86")
+HALF = b"ctorch\nHalfStorage\n"
+MILLION = b"\x80\x02](" + b"K\x01K\x02\x86" * 300_000 + b"eq\x00"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("printed as a name", LISTS + b"h\x00\x93."),
+        ("printed as a storage", LISTS + b"(X\x07\x00\x00\x00storage" + HALF + b"h\x00NK\x01tQ."),
+        ("hashed as a key", TUPLES + b"}h\x00Ns."),
+        ("hashed as one of several", TUPLES + b"}(K\x01Nh\x00Nu."),
+        (
+            "copied into dicts",
+            MILLION + b"ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R" * 200_000 + b".",
+        ),
+        (
+            "taken as a shape",
+            MILLION
+            + b"ctorch._utils\n_rebuild_tensor_v2\nq\x01"
+            + b"h\x01(NK\x00h\x00h\x00tR" * 100_000
+            + b".",
+        ),
+    ],
+)
+def test_small_pickles_that_are_endless_to_look_at_end_at_once(name: str, data: bytes) -> None:
+    with pytest.raises(MossError, match="somewhere"):
+        read_pickle(data, "somewhere")
+
+
 def test_random_damage_to_a_pickle_never_escapes_the_machine() -> None:
     with zipfile.ZipFile(tiny_checkpoint() / "pytorch_model-00002-of-00002.bin") as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -300,6 +336,7 @@ def test_hostile_safetensors_headers_are_refused(tmp_path: Path) -> None:
         json.dumps({"a": {**entry, "shape": [5]}}).encode(),
         json.dumps({"a": {**entry, "data_offsets": [0, 10**15], "shape": [5 * 10**14]}}).encode(),
         json.dumps({"a": {**entry, "shape": [-4]}}).encode(),
+        json.dumps({"a": {**entry, "shape": [1 << 40] * 100_000}}).encode(),
         json.dumps({"a": [1, 2]}).encode(),
         b"[]",
     ):
