@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from moss_jt.commands.options import model_folder
+from moss_jt.commands.progress import token_bar
 from moss_jt.errors import MossError
 from moss_jt.machine import memory_budget
 from moss_jt.moss import Moss
@@ -57,10 +57,10 @@ def command(
     with ExitStack() as stack:
         loaded = [stack.enter_context(moss).model for moss in _load(stores, context, memory)]
         predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
-        with tqdm(total=predicted, desc=file.name, unit="tok", disable=None) as bar:
+        with token_bar(predicted, file.name) as advance:
             step = min(PASS_TOKENS, *(one.pass_tokens for one in loaded))
             other = None if against is None else loaded[1]
-            result = evaluate(token_ids, loaded[0], other, context, step, bar.update)
+            result = evaluate(token_ids, loaded[0], other, context, step, advance)
     click.echo(json.dumps(_fields(result, context)) if as_json else _table(result, model, against, context))
 
 

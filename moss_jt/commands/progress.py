@@ -7,6 +7,9 @@ from tqdm import tqdm
 
 Notice = Callable[[str], None]
 
+# No thread that watches the bars: Jittor forks its compilers, and a fork may inherit a lock that a thread holds.
+tqdm.monitor_interval = 0
+
 
 class Status:
     """A few words about what is going on, shown beside the bar that was made with it."""
@@ -38,5 +41,19 @@ def byte_bar(
 
     try:
         yield advance, say
+    finally:
+        bar.close()
+
+
+@contextmanager
+def token_bar(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A function to call with tokens done."""
+    bar = tqdm(total=total, desc=label, unit="tok", mininterval=0.5, disable=None)
+
+    def advance(count: int) -> None:
+        bar.update(count)
+
+    try:
+        yield advance
     finally:
         bar.close()
