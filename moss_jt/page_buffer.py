@@ -10,8 +10,7 @@ from moss_jt.sizes import whole_pages
 def page_buffer(n_bytes: int) -> np.ndarray:
     """Zeroed memory of ``n_bytes``, rounded up to whole pages, as uint8. It is freed with its last view.
 
-    Huge pages where the system has them: a matrix of 450 MB touches a hundred thousand small ones.
+    Huge pages are not asked for: they make decoding 5 % faster, but where the page cache has fragmented the memory the
+    system gathered them at 0.4 GB/s, against 2 GB/s of small ones.
     """
-    memory = mmap.mmap(-1, whole_pages(n_bytes))
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)
+    return np.frombuffer(mmap.mmap(-1, whole_pages(n_bytes)), dtype=np.uint8)
