@@ -9,36 +9,28 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Item, Source
+from moss_jt.plugins.text_files import read_text, text_files
 
-SUFFIXES = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".html",
-    ".htm",
-    ".py",
-    ".c",
-    ".cpp",
-    ".h",
-    ".java",
-    ".log",
-    ".tex",
-}
-MAX_FILES = 20_000
-MAX_FILE_BYTES = 8 << 20
+# (files done, files in all)
+Progress = Callable[[int, int], None]
+
+VERSION = 2  # of the index; another one is made anew
+LOCK_S = 5.0  # another program may be writing the same index
+REFRESH_S = 8.0  # of a search's own time
+
 PASSAGE_CHARACTERS = 300
 MAX_TERMS = 40
 ENCODINGS = ("utf-8-sig", "gb18030")
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{CHINESE}]+|[^\W{CHINESE}]+")
+CHINESE_RUN = re.compile(f"[{CHINESE}]+")
+SINGLE = re.compile(f"[{CHINESE}]")
 SENTENCE_END = re.compile(r"(?<=[。！？!?\n])|(?<=\. )")
 
 
@@ -51,6 +43,11 @@ def terms(text: str) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def indexed(text: str) -> list[str]:
+    """The terms of a text, and the last character of every Chinese run, so that single characters are found too."""
+    return [*terms(text), *(run[-1] for run in CHINESE_RUN.findall(text) if len(run) > 1)]
 
 
 def passages(text: str) -> Iterator[str]:
@@ -67,22 +64,6 @@ def passages(text: str) -> Iterator[str]:
         yield piece.strip()
 
 
-def read_text(path: Path) -> str | None:
-    """A file's text in one of ENCODINGS; None for a binary file, or one that cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    if b"\0" in data[:4096]:
-        return None
-    for encoding in ENCODINGS:
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return None
-
-
 class FolderSearch:
     """Search in the text files below a folder. Symbolic links are not followed; hidden files are passed over.
 
@@ -90,54 +71,68 @@ class FolderSearch:
         MossError: the folder is not there, or its index cannot be written.
     """
 
-    def __init__(self, folder: Path, index_folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, index_folder: Path | None = None, progress: Progress | None = None
+    ) -> None:
         if not folder.is_dir():
             raise MossError(f"--search-folder {folder} is no folder.")
         self.folder = folder.resolve()
         self._lock = threading.Lock()
         try:
             self._open(index_folder or cache_folder())
-            self.refresh()
+            self.refresh(progress=progress)
         except (sqlite3.Error, OSError) as error:
             raise MossError(f"the index of {folder} cannot be written: {error}.") from error
 
     def _open(self, index_folder: Path) -> None:
-        index_folder.mkdir(parents=True, exist_ok=True)
+        index_folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the user's files
         name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
         self.path = index_folder / f"{name}.sqlite3"
-        self._db = sqlite3.connect(self.path, check_same_thread=False, timeout=30)
-        self._db.executescript(
-            "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER);"
-            "CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, path TEXT, text TEXT);"
-            "CREATE INDEX IF NOT EXISTS by_path ON passages (path);"
-            "CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(terms);"
-        )
+        try:
+            self._db = self._connected()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, or not to be written: not damaged
+                raise
+            self.path.unlink()
+            self._db = self._connected()
 
-    def refresh(self) -> None:
-        """Index what is new or changed, forget what is gone."""
-        with self._lock, self._db:
-            known = {path: (size, mtime) for path, size, mtime in self._db.execute("SELECT * FROM files")}
-            seen = dict(self._files())
-            for path in known.keys() - seen.keys():
-                self._forget(path)
-            for path, state in seen.items():
-                if known.get(path) != state:
+    def _connected(self) -> sqlite3.Connection:
+        """The index, made anew where it is missing or was written by another version."""
+        database = sqlite3.connect(self.path, check_same_thread=False, timeout=LOCK_S)
+        try:
+            if database.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                database.executescript(
+                    "DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS passages; DROP TABLE IF EXISTS words;"
+                    "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER);"
+                    "CREATE TABLE passages (id INTEGER PRIMARY KEY, path TEXT, text TEXT);"
+                    "CREATE INDEX by_path ON passages (path);"
+                    "CREATE VIRTUAL TABLE words USING fts5(terms, tokenize='porter unicode61 remove_diacritics 2');"
+                    f"PRAGMA user_version = {VERSION};"
+                )
+        except sqlite3.Error:
+            database.close()
+            raise
+        return database
+
+    def refresh(self, limit_s: float | None = None, progress: Progress | None = None) -> None:
+        """Index what is new or changed, forget what is gone; after ``limit_s`` the rest is left for the next time."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        with self._lock:
+            known = {path: (size, at) for path, size, at in self._db.execute("SELECT * FROM files")}
+            seen = dict(text_files(self.folder))
+            changed = [path for path in known.keys() - seen.keys()]
+            changed += [path for path, state in seen.items() if known.get(path) != state]
+            for done, path in enumerate(changed):
+                if end is not None and time.monotonic() > end:
+                    return
+                if progress is not None:
+                    progress(done, len(changed))
+                with self._db:  # file by file, so that an interruption loses nothing
                     self._forget(path)
-                    self._add(path, state)
-
-    def _files(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(path, (size, time)) of every text file, at most MAX_FILES."""
-        count = 0
-        for root, folders, files in os.walk(self.folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                path = Path(root) / name
-                if name.startswith(".") or path.suffix.lower() not in SUFFIXES or path.is_symlink():
-                    continue
-                state = path.stat()
-                if state.st_size <= MAX_FILE_BYTES and count < MAX_FILES:
-                    count += 1
-                    yield str(path), (state.st_size, state.st_mtime_ns)
+                    if path in seen:
+                        self._add(path, seen[path])
+            if progress is not None and changed:
+                progress(len(changed), len(changed))
 
     def _forget(self, path: str) -> None:
         for (number,) in self._db.execute("SELECT id FROM passages WHERE path = ?", (path,)).fetchall():
@@ -151,17 +146,23 @@ class FolderSearch:
             row = self._db.execute(
                 "INSERT INTO passages (path, text) VALUES (?, ?)", (path, passage)
             ).lastrowid
-            words = " ".join(terms(f"{Path(path).stem} {passage}"))
+            words = " ".join(indexed(f"{Path(path).stem} {passage}"))
             self._db.execute("INSERT INTO words (rowid, terms) VALUES (?, ?)", (row, words))
         self._db.execute("INSERT INTO files VALUES (?, ?, ?)", (path, *state))
 
     def search(self, query: str, wanted: int) -> list[Item]:
         """The passages that share the most and the rarest words with the query (BM25), one per file at first."""
-        self.refresh()
+        try:
+            self.refresh(REFRESH_S)
+        except (
+            sqlite3.OperationalError
+        ):  # another program is writing the index: what is there can be searched
+            self._db.rollback()
         words = list(dict.fromkeys(terms(query)))[:MAX_TERMS]
         if not words:
             return []
-        match = " OR ".join(f'"{word}"' for word in words)
+        # A single Chinese character stands in the index as the first one of a pair, or alone at a run's end.
+        match = " OR ".join(f'"{word}"*' if SINGLE.fullmatch(word) else f'"{word}"' for word in words)
         with self._lock:
             rows = self._db.execute(
                 "SELECT p.path, p.text FROM words JOIN passages p ON p.id = words.rowid WHERE words MATCH ? ORDER BY rank LIMIT 50",

@@ -19,18 +19,20 @@ class PluginSettings:
     search_url      address of a SearXNG server
     image_url       address of an OpenAI-compatible or Automatic1111 server that draws
     picture_folder  where pictures are saved
+    progress        called with (files done, files in all) while a folder is read
     """
 
     search_folder: Path | None = None
     search_url: str | None = None
     image_url: str | None = None
     picture_folder: Path | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 def _search(settings: PluginSettings) -> Plugin:
     from moss_jt.plugins.search import make_search
 
-    return make_search(settings.search_folder, settings.search_url)
+    return make_search(settings.search_folder, settings.search_url, settings.progress)
 
 
 def _calculator(settings: PluginSettings) -> Plugin:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -40,7 +41,9 @@ class Search:
         return Outcome(items=tuple(item for item in items if item.text))
 
 
-def make_search(folder: Path | None, address: str | None) -> Search:
+def make_search(
+    folder: Path | None, address: str | None, progress: Callable[[int, int], None] | None = None
+) -> Search:
     """Search in a folder of text files, at a SearXNG address, by Serper where its key is set, else by ddgs.
 
     Raises:
@@ -49,7 +52,7 @@ def make_search(folder: Path | None, address: str | None) -> Search:
     if folder is not None:
         from moss_jt.plugins.folder_search import FolderSearch
 
-        return Search(FolderSearch(folder))
+        return Search(FolderSearch(folder, progress=progress))
     from moss_jt.plugins.web_search import Ddgs, SearXNG, Serper, ddgs_installed
 
     if address is not None:
