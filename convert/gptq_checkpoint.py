@@ -5,16 +5,15 @@ along the outputs and hold the zero point minus one, which is masked before one 
 to group g_idx[k]; where that is not monotonic (act-order) the inputs are permuted so that groups become runs.
 """
 
-import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.layout import (
-    MP_NUM,
     QKV,
     QUANTISED_PARTS,
     FilePlan,
@@ -27,8 +26,10 @@ from moss_jt.convert.layout import (
 )
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
-from moss_jt.quant import BITS, pack, working_group_sizes
+from moss_jt.quant import BITS, pack, row_slabs, working_group_sizes
 from moss_jt.store import block_tensors, embedding_tensors, head_tensors, matrix_shape
+
+Runs = list[tuple[int, int]]
 
 DTYPES_OF_PARTS = {"qweight": "I32", "qzeros": "I32", "scales": "F16", "g_idx": "I32"}
 
@@ -63,6 +64,16 @@ def quantised_files(checkpoint: Checkpoint) -> tuple[list[FilePlan], int, int]:
     return [plan(file, names) for file, names in files.items()], bits, group_size
 
 
+def format_notes(fields: dict[str, Any], bits: int, group_size: int) -> tuple[str, ...]:
+    """What a user should hear where config.json says otherwise than the tensors, which are what counts."""
+    found = {"wbits": bits, "groupsize": group_size}
+    return tuple(
+        f"config.json says {name} {fields[name]!r}, but the tensors have {value}; they are converted as they are."
+        for name, value in found.items()
+        if fields.get(name, -1) not in (-1, value)  # -1: one group per matrix, or no word on it
+    )
+
+
 def _first_format(checkpoint: Checkpoint) -> tuple[int, int]:
     """Bits and group size of the first block's first matrix, which all others must share."""
     stem = f"transformer.h.0.{QKV}"
@@ -86,12 +97,11 @@ def _format_of(stem: str, parts: dict[str, SourceTensor], inputs: int) -> tuple[
             f"{stem}.qweight has {parts['qweight'].shape[0]} rows for {length} inputs: neither 4 nor 8 bits."
         )
     groups = parts["scales"].shape[0]
-    group_size = math.ceil(length / groups) if groups else 0
-    if not groups or length % groups or group_size not in working_group_sizes(length):
+    if not groups or length % groups or length // groups not in working_group_sizes(length):
         raise MossError(
             f"{stem}.scales has {groups} groups for {length} inputs; groups must be equal and of a multiple of 32 inputs."
         )
-    return bits, group_size
+    return bits, length // groups
 
 
 def _matrix_targets(
@@ -104,8 +114,9 @@ def _matrix_targets(
         raise MossError(
             f"{stem}.qweight has {found[0]} bits, the first matrix {bits}: a mixture of checkpoints."
         )
-    # A matrix with one group over all inputs has another group size than its neighbours, and that is right.
-    if found[1] != group_size and not (found[1] == columns and group_size == config.n_embd):
+    # Where every matrix has one group (groupsize -1), that of fc_out is longer: it is stored as several alike.
+    repeat, rest = divmod(found[1], group_size)
+    if rest or (repeat > 1 and not (found[1] == columns and group_size == config.n_embd)):
         raise MossError(f"{stem}.scales has groups of {found[1]} inputs, the first matrix of {group_size}.")
     groups = columns // found[1]
     wanted = {
@@ -117,37 +128,31 @@ def _matrix_targets(
         if parts[part].shape != shape:
             raise MossError(f"{stem}.{part} has shape {parts[part].shape}; this model needs {shape}.")
     order = _input_order(f"{stem}.g_idx", parts["g_idx"].whole(), groups, found[1])
+    runs = head_runs(config) if local == QKV else [(0, rows)]
 
-    def lone(make: np.ndarray) -> Iterator[np.ndarray]:
-        yield make
+    def per_group(values: np.ndarray) -> Iterator[np.ndarray]:  # (G, N) -> (N, G), the outputs in our order
+        for first, count in runs:
+            yield np.repeat(values[:, first : first + count].T, repeat, axis=1)
 
-    outputs = _output_order(config) if local == QKV else None
+    shape = (rows, columns // group_size)
     targets = [
         Target(
-            f"{stem}.packed",
-            "U8",
-            (rows, columns * bits // 8),
-            lambda: lone(_packed(parts, bits, outputs, order)),
+            f"{stem}.packed", "U8", (rows, columns * bits // 8), lambda: _packed(parts, bits, runs, order)
         ),
-        Target(f"{stem}.scales", "F16", (rows, groups), lambda: lone(_scales(stem, parts, outputs))),
-        Target(f"{stem}.zeros", "U8", (rows, groups), lambda: lone(_zeros(parts, bits, outputs))),
+        Target(f"{stem}.scales", "F16", shape, lambda: per_group(_scales(stem, parts))),
+        Target(f"{stem}.zeros", "U8", shape, lambda: per_group(_fields(parts["qzeros"].whole(), bits))),
     ]
     if order is not None:
-        targets.append(Target(f"{stem}.input_order", "I32", (columns,), lambda: lone(order)))
+        targets.append(Target(f"{stem}.input_order", "I32", (columns,), lambda: iter([order])))
     return targets
-
-
-def _output_order(config: MossConfig) -> np.ndarray:
-    runs = head_runs(config)
-    assert len(runs) == 3 * MP_NUM
-    return np.concatenate([np.arange(first, first + count) for first, count in runs])
 
 
 def _input_order(name: str, g_idx: np.ndarray, groups: int, group_size: int) -> np.ndarray | None:
     """Input of each stored column, or None where columns are stored in the inputs' own order."""
-    if g_idx.min() < 0 or g_idx.max() >= groups:
+    beyond = g_idx[(g_idx < 0) | (g_idx >= groups)]
+    if len(beyond):
         raise MossError(
-            f"{name} names group {int(g_idx.max())} of {groups}: the tensor is damaged or of another matrix."
+            f"{name} names group {beyond[0]} of {groups}: the tensor is damaged or of another matrix."
         )
     if (np.bincount(g_idx, minlength=groups) != group_size).any():
         raise MossError(f"{name} does not give every group {group_size} inputs: the tensor is damaged.")
@@ -156,35 +161,32 @@ def _input_order(name: str, g_idx: np.ndarray, groups: int, group_size: int) -> 
 
 
 def _fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """Words (R, S) int32 to fields (R * 32 / bits, S) uint8; consecutive rows lie in one word, the first lowest."""
-    unsigned, mask = words.view(np.uint32), np.uint32((1 << bits) - 1)
-    per_word = 32 // bits
-    out = np.empty((words.shape[0] * per_word, words.shape[1]), np.uint8)
-    for place in range(per_word):
-        out[place::per_word] = (unsigned >> np.uint32(bits * place)) & mask
+    """Words (R, S) int32 to fields (R, S * 32 / bits) uint8, the lowest bits of a word first."""
+    octets = words.view(np.uint8)  # little-endian, as stored
+    if bits == 8:
+        return octets
+    out = np.empty((octets.shape[0], 2 * octets.shape[1]), np.uint8)
+    out[:, 0::2] = octets & 15
+    out[:, 1::2] = octets >> 4
     return out
 
 
 def _packed(
-    parts: dict[str, SourceTensor], bits: int, outputs: np.ndarray | None, order: np.ndarray | None
-) -> np.ndarray:
-    fields = _fields(parts["qweight"].whole(), bits)  # (K, N)
-    if order is not None:
-        fields = fields[order]
-    stored = np.ascontiguousarray(fields.T)
-    return pack(stored if outputs is None else stored[outputs], bits)
+    parts: dict[str, SourceTensor], bits: int, runs: Runs, order: np.ndarray | None
+) -> Iterator[np.ndarray]:
+    """Rows of the packed matrix, a few million weights at a time, so that transposing stays in the cache."""
+    words = parts["qweight"].whole()  # (K * bits / 32, N)
+    for first, count in runs:
+        for slab in row_slabs(count, len(words) * 32 // bits):
+            outputs = words[:, first + slab.start : first + slab.stop]
+            fields = _fields(np.ascontiguousarray(outputs.T), bits)  # (n, K)
+            yield pack(fields if order is None else fields[:, order], bits)
 
 
-def _zeros(parts: dict[str, SourceTensor], bits: int, outputs: np.ndarray | None) -> np.ndarray:
-    zeros = _fields(np.ascontiguousarray(parts["qzeros"].whole().T), bits)  # (N, G), already minus one
-    return np.ascontiguousarray(zeros if outputs is None else zeros[outputs])
-
-
-def _scales(stem: str, parts: dict[str, SourceTensor], outputs: np.ndarray | None) -> np.ndarray:
+def _scales(stem: str, parts: dict[str, SourceTensor]) -> np.ndarray:
     scales = parts["scales"].whole()
     if not np.isfinite(scales).all() or (scales <= 0).any():
         raise MossError(
             f"{stem}.scales holds a scale that is zero, negative, infinite or NaN: the checkpoint is damaged."
         )
-    stored = np.ascontiguousarray(scales.T)
-    return np.ascontiguousarray(stored if outputs is None else stored[outputs])
+    return scales

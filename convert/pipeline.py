@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
-from moss_jt.convert.gptq_checkpoint import quantised_files
+from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
 from moss_jt.convert.journal import Journal, write_json
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
 from moss_jt.convert.writer import Progress, write_file
@@ -23,7 +23,10 @@ SCRATCH = ".scratch"  # ending of files beside the model's that making them need
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model folder will be: its files in order, their total size, and what they are made of."""
+    """What a model folder will be: its files in order, their total size, and what they are made of.
+
+    ``notes`` are sentences for the user about the source.
+    """
 
     identity: dict[str, Any]
     source: str
@@ -31,6 +34,7 @@ class Recipe:
     group_size: int
     files: list[FilePlan]
     total_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -61,12 +65,14 @@ def weight_bytes(config: MossConfig, bits: int, group_size: int) -> int:
 
 def recipe_for(checkpoint: Checkpoint) -> Recipe:
     """How to convert a checkpoint as it is: float16 stays float16, GPTQ stays int4 or int8."""
+    notes: tuple[str, ...] = ()
     if is_quantised(checkpoint):
         files, bits, group_size = quantised_files(checkpoint)
+        notes = format_notes(checkpoint.fields, bits, group_size)
     else:
         files, bits, group_size = dense_files(checkpoint), 16, 0
     total = weight_bytes(checkpoint.config, bits, group_size)
-    return Recipe(checkpoint.identity, checkpoint.source, bits, group_size, files, total)
+    return Recipe(checkpoint.identity, checkpoint.source, bits, group_size, files, total, notes)
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -111,6 +117,8 @@ def convert(
         return False
     if out.exists() and any(out.iterdir()) and not (out / "journal.json").exists():
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
+    for note in recipe.notes:
+        notice(note)
     tokenizer = source.tokenizer_text()
     journal = Journal(out, json.loads(json.dumps(recipe.identity)))
     if journal.restarted:

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "U8": np.dtype("u1")
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
 MAX_HEADER_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
+Wanted = dict[str, tuple[str, tuple[int, ...]]]  # local name -> (safetensors dtype, shape)
 MAX_AXES, MAX_LENGTH = 16, 1 << 48
 
 
@@ -92,10 +93,10 @@ def matrix_shape(config: MossConfig, layer: str) -> tuple[int, int]:
     }[layer]
 
 
-def block_tensors(config: MossConfig, bits: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def block_tensors(config: MossConfig, bits: int, group_size: int) -> Wanted:
     """Local name -> (safetensors dtype, shape) of the tensors that every block has."""
     width, inner = config.n_embd, config.n_inner
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: Wanted = {}
     for layer in MATRICES:
         rows, columns = matrix_shape(config, layer)
         if bits == 16:
@@ -115,11 +116,18 @@ def block_tensors(config: MossConfig, bits: int, group_size: int) -> dict[str, t
     return found
 
 
-def embedding_tensors(config: MossConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def order_tensors(config: MossConfig, bits: int) -> Wanted:
+    """The same for those that a quantised block may have: where act-order permuted a matrix's inputs."""
+    if bits == 16:
+        return {}
+    return {f"{layer}.input_order": ("I32", (matrix_shape(config, layer)[1],)) for layer in MATRICES}
+
+
+def embedding_tensors(config: MossConfig) -> Wanted:
     return {"wte.weight": ("F16", (config.vocab_size, config.n_embd))}
 
 
-def head_tensors(config: MossConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def head_tensors(config: MossConfig) -> Wanted:
     width, vocabulary = config.n_embd, config.vocab_size
     return {
         "lm_head.weight": ("F16", (vocabulary, width)),
@@ -171,11 +179,11 @@ def open_store(path: str | Path) -> Store:
     if not isinstance(listed, Mapping):
         raise MossError(f"{path / MANIFEST}: the list of files is missing.")
 
-    def file(name: str, wanted: dict[str, tuple[str, tuple[int, ...]]]) -> StoreFile:
+    def file(name: str, wanted: Wanted, optional: Wanted | None = None) -> StoreFile:
         entry = listed.get(name)
         if not isinstance(entry, Mapping):
             raise MossError(f"{path / MANIFEST} does not list {name}. Convert the checkpoint again.")
-        return _open_file(path / name, entry.get("bytes"), wanted)
+        return _open_file(path / name, entry.get("bytes"), wanted, optional or {})
 
     return Store(
         path=path,
@@ -184,7 +192,7 @@ def open_store(path: str | Path) -> Store:
         group_size=group_size,
         embedding=file(EMBEDDING, embedding_tensors(config)),
         blocks=[
-            file(block_file_name(layer), block_tensors(config, bits, group_size))
+            file(block_file_name(layer), block_tensors(config, bits, group_size), order_tensors(config, bits))
             for layer in range(config.n_layer)
         ],
         head=file(HEAD, head_tensors(config)),
@@ -250,7 +258,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-def _open_file(path: Path, listed_bytes: Any, wanted: dict[str, tuple[str, tuple[int, ...]]]) -> StoreFile:
+def _open_file(path: Path, listed_bytes: Any, wanted: Wanted, optional: Wanted) -> StoreFile:
     specs, data_offset, size = read_header(path)
     if size != listed_bytes:
         raise MossError(
@@ -259,19 +267,31 @@ def _open_file(path: Path, listed_bytes: Any, wanted: dict[str, tuple[str, tuple
     tensors = {local_name(name): spec for name, spec in specs.items()}
     if len(tensors) != len(specs):
         raise MossError(f"{path} holds two tensors of one name.")
-    for name, (dtype, shape) in wanted.items():
+    for name in wanted:
         if name not in tensors:
             raise MossError(f"{path} lacks {name}. Convert the checkpoint again.")
-        if tensors[name].shape != shape or tensors[name].dtype != DTYPES[dtype]:
-            raise MossError(
-                f"{path}: {name} is {tensors[name].shape} {tensors[name].dtype}; {shape} {dtype} is needed."
-            )
-    for name in tensors.keys() - wanted.keys():
-        layer = name.removesuffix(".input_order")
-        packed = wanted.get(f"{layer}.packed")
-        if layer == name or packed is None or tensors[name].dtype != DTYPES["I32"]:
+    known = {**optional, **wanted}
+    for name, spec in tensors.items():
+        if name not in known:
             raise MossError(f"{path} holds a tensor that does not belong there: {name}.")
-    return StoreFile(path, size, data_offset, tensors)
+        dtype, shape = known[name]
+        if spec.shape != shape or spec.dtype != DTYPES[dtype]:
+            raise MossError(f"{path}: {name} is {spec.shape} {spec.dtype}; {shape} {dtype} is needed.")
+    file = StoreFile(path, size, data_offset, tensors)
+    for name in optional.keys() & tensors.keys():
+        _check_order(file, name)
+    return file
+
+
+def _check_order(file: StoreFile, name: str) -> None:
+    """Kernels read the inputs that these numbers say, unchecked: every input must come once."""
+    order = map_tensor(file, name)
+    seen = np.zeros(len(order), bool)
+    seen[order[(order >= 0) & (order < len(order))]] = True
+    if not seen.all():
+        raise MossError(
+            f"{file.path}: {name} is no order of {len(order)} inputs. Convert the checkpoint again."
+        )
 
 
 def _why_no_store(path: Path) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moss_jt.convert.checkpoint import open_local
+from moss_jt.convert.gptq_checkpoint import format_notes
+from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.quant import PackedArrays, dequantize_float16, pack
 from moss_jt.store import MANIFEST, matrix_shape, open_store
@@ -39,8 +42,13 @@ def random_matrix(
     )
 
 
-def published(bits: int, group_size: int, act_order: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """config.json's fields and tensors as a published checkpoint holds them, buffers and all; its wbits is wrong."""
+def published(
+    bits: int, group_size: int | None, act_order: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """config.json's fields and tensors as a published checkpoint holds them, buffers and all; its wbits is wrong.
+
+    group_size  None: one group per matrix
+    """
     fields = small_config(**GEOMETRY, wbits=8 if bits == 4 else 4, groupsize=128)
     tensors: dict[str, np.ndarray] = {}
     for number, (name, values) in enumerate(random_tensors(fields).items()):
@@ -49,7 +57,7 @@ def published(bits: int, group_size: int, act_order: bool) -> tuple[dict[str, An
             tensors[name] = values
             continue
         rows, columns = values.shape
-        matrix = random_matrix(rows, columns, bits, group_size, act_order, number)
+        matrix = random_matrix(rows, columns, bits, group_size or columns, act_order, number)
         tensors.update({f"{found[1]}.{part}": array for part, array in to_published(matrix).items()})
     mask = np.ones((1, 1, 8, 8), np.uint8)
     tensors.update({f"transformer.h.{layer}.attn.causal_mask": mask for layer in range(2)})
@@ -57,15 +65,16 @@ def published(bits: int, group_size: int, act_order: bool) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "act_order"), [(4, 32, False), (4, 32, True), (8, 32, True), (8, 64, False)]
+    ("bits", "group_size", "act_order"),
+    [(4, 32, False), (4, 32, True), (8, 32, True), (8, 64, False), (4, None, False)],
 )
 def test_weights_equal_the_reference_formula_exactly(
-    tmp_path: Path, bits: int, group_size: int, act_order: bool
+    tmp_path: Path, bits: int, group_size: int | None, act_order: bool
 ) -> None:
     fields, tensors = published(bits, group_size, act_order)
     out = convert_checkpoint(write_checkpoint(tmp_path / "source", fields, [tensors]), tmp_path / "out")
     store = open_store(out)
-    assert (store.bits, store.group_size) == (bits, group_size)
+    assert (store.bits, store.group_size) == (bits, group_size or 64)
     width, quarter = 64, 16
     for layer in range(2):
         for name in ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"):
@@ -89,6 +98,34 @@ def test_weights_equal_the_reference_formula_exactly(
             else:
                 np.testing.assert_array_equal(ours, expected)
         assert ("attn.out_proj.input_order" in store.blocks[layer].tensors) == act_order
+
+
+def test_a_config_that_says_otherwise_is_told(tmp_path: Path) -> None:
+    """A published config.json has wbits 4 beside int8 tensors."""
+    fields, tensors = published(8, 32, False)
+    checkpoint = open_local(write_checkpoint(tmp_path / "source", fields, [tensors]))
+    said: list[str] = []
+    convert(checkpoint, recipe_for(checkpoint), tmp_path / "out", notice=said.append)
+    assert len(said) == 2
+    assert "wbits 4, but the tensors have 8" in said[0]
+    assert "groupsize 128, but the tensors have 32" in said[1]
+    assert not format_notes({"wbits": 4, "groupsize": 32}, 4, 32)
+    assert not format_notes({"groupsize": -1}, 4, 64)
+
+
+@pytest.mark.parametrize("value", [64, -1, 1])
+def test_an_input_order_that_kernels_must_not_follow_is_refused(tmp_path: Path, value: int) -> None:
+    """Beyond the inputs, before them, or one twice: act-order's numbers are read as addresses."""
+    fields, tensors = published(4, 32, True)
+    out = convert_checkpoint(write_checkpoint(tmp_path / "source", fields, [tensors]), tmp_path / "out")
+    block = open_store(out).blocks[1]
+    spec = block.tensors["attn.out_proj.input_order"]
+    data = bytearray(block.path.read_bytes())
+    order = np.frombuffer(data, np.int32, 64, spec.offset)
+    order[np.flatnonzero(order == 0)] = value
+    block.path.write_bytes(data)
+    with pytest.raises(MossError, match=r"block-01.*attn\.out_proj\.input_order"):
+        open_store(out)
 
 
 def damaged(tmp_path: Path, **changes: Any) -> str:
@@ -120,6 +157,7 @@ def put(index: Any, value: Any) -> Any:
         ("mlp__fc_in__scales", put((0, 0), np.inf), "zero, negative, infinite"),
         ("mlp__fc_in__scales", put((0, 5), np.nan), "zero, negative, infinite"),
         ("mlp__fc_in__g_idx", put(5, 9), "group 9 of 2"),
+        ("mlp__fc_in__g_idx", put(5, -1), "group -1 of 2"),
         ("mlp__fc_in__g_idx", put(5, 1), "every group 32 inputs"),
         ("mlp__fc_in__g_idx", lambda array: array[:40], "40 entries"),
         ("mlp__fc_in__qweight", lambda array: np.concatenate([array, array]), "8 bits, the first matrix 4"),
