@@ -1,0 +1,117 @@
+"""``make demo``: the small MOSS that comes with the program is converted, then talks, calculates, searches and draws.
+
+Nothing is downloaded, and nothing leaves this machine: search reads a folder of text files that is made here, and the
+pictures come from a drawing server of our own. Ends in a chat where there is a terminal.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+from moss_jt import Moss
+from moss_jt.chat import Chat
+from moss_jt.commands.options import model_folder
+from moss_jt.demos.drawing_server import drawing_server
+from moss_jt.demos.line_input import make_reader
+from moss_jt.demos.pictures import make_shower
+from moss_jt.demos.screen import Screen
+from moss_jt.demos.terminal import PROMPT, Terminal, TurnView
+from moss_jt.events import Event, Text
+from moss_jt.folders import TINY, model_home
+from moss_jt.plugins.registry import PluginSettings
+
+PLUGINS = ("calculator", "solver", "search", "image")
+
+# What is asked, and what the answer must contain: the first two come from plugins, to the letter.
+SCRIPT = (
+    ("37*48等于多少？", "1776"),
+    ("Solve 3*x+5=20", "x = 5"),
+    ("你好", ""),
+    ("请介绍一下长城", ""),
+    ("Draw a robot drinking tea", ""),
+    ("Thank you", ""),
+)
+
+TEXTS = {
+    "great-wall.txt": "长城是中国北方的古老城墙，蜿蜒在山脉之间。",
+    "moon.txt": "the Moon is a quiet world of old stone, and it is bright at night.",
+    "tea.txt": "茶是一种著名的饮料，历史悠久。\nTea is a drink with a long history.",
+}
+
+
+class Stopwatch:
+    """Passes events on, and notes the answer and its times."""
+
+    def __init__(self) -> None:
+        self.answer = ""
+        self.first_s = 0.0
+        self.total_s = 0.0
+
+    def over(self, events: Generator[Event]) -> Generator[Event]:
+        begin = time.monotonic()
+        for event in events:
+            if not self.first_s:
+                self.first_s = time.monotonic() - begin
+            if isinstance(event, Text):
+                self.answer += event.text
+            yield event
+        self.total_s = time.monotonic() - begin
+
+
+def ask(screen: Screen, chat: Chat, message: str) -> str:
+    """Send a message, show what comes, and how long it took; returns the answer."""
+    watch = Stopwatch()
+    screen.line(f"{PROMPT}{message}", "bold")
+    TurnView(screen, chat, True, make_shower()).show(watch.over(chat.send(message)))
+    screen.line(
+        f"  {watch.first_s:.2f} s to the first word, {watch.total_s:.2f} s in all; "
+        f"{chat.stats.read_tokens} tokens read, {chat.stats.new_tokens} written",
+        "dim",
+    )
+    screen.line()
+    return watch.answer
+
+
+def run_script(screen: Screen, chat: Chat) -> list[str]:
+    """The scripted conversation; returns what its answers lack."""
+    missing = []
+    for message, wanted in SCRIPT:
+        answer = ask(screen, chat, message)
+        if wanted not in answer:
+            missing.append(f"{message}: {wanted!r} is not in {answer!r}")
+    return missing
+
+
+def main() -> int:
+    """Exit code 1 where an answer lacks its plugin's result."""
+    screen = Screen()
+    with tempfile.TemporaryDirectory(prefix="moss-jt-demo-") as scratch, drawing_server() as address:
+        texts = Path(scratch, "texts")
+        texts.mkdir()
+        for name, text in TEXTS.items():
+            (texts / name).write_text(text, encoding="utf-8")
+        settings = PluginSettings(
+            search_folder=texts, image_url=address, picture_folder=model_home() / "pictures"
+        )
+        begin = time.monotonic()
+        folder = model_folder(TINY)
+        screen.line(f"{folder} is converted ({time.monotonic() - begin:.1f} s).", "dim")
+        with Moss.load(folder) as moss:
+            screen.line(
+                f"Loaded ({moss.load_s:.1f} s). A short conversation, greedy, with all four plugins:\n", "dim"
+            )
+            chat = moss.chat(plugins=PLUGINS, settings=settings, temperature=0)
+            missing = run_script(screen, chat)
+            if missing:
+                screen.line("The demonstration failed:\n" + "\n".join(missing), "warning")
+                return 1
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                screen.line("Your turn: the same conversation goes on.\n", "dim")
+                Terminal(chat, TINY, screen, make_reader(PROMPT), make_shower()).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
