@@ -11,6 +11,7 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.folders import TINY, folder_for, resolve_model, tiny_checkpoint
+from moss_jt.store import MANIFEST
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -98,9 +99,10 @@ def model_folder(model: str | None) -> Path:
         MossError: there is no such model; the message says how to get one.
     """
     if model == TINY and not Path(TINY).is_dir():
-        checkpoint = open_local(tiny_checkpoint())
         folder = folder_for(TINY)
-        convert(checkpoint, recipe_for(checkpoint), folder)
+        if not (folder / MANIFEST).exists():
+            checkpoint = open_local(tiny_checkpoint())
+            convert(checkpoint, recipe_for(checkpoint), folder)
         return folder
     return resolve_model(model)
 
