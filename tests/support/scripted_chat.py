@@ -62,7 +62,8 @@ class ScriptedModel:
         """The token at ``position``; a field that runs out repeats its last one."""
         token = self._writing[min(position - self._start, len(self._writing) - 1)]
         if isinstance(token, threading.Event):
-            token.wait()
+            while not token.wait(0.05):  # in short waits: a signal just before a long one would not end it
+                pass
             return self._writing[-1] if isinstance(self._writing[-1], int) else 0
         if isinstance(token, int):
             return token
