@@ -1,11 +1,14 @@
 """A Hugging Face checkpoint: its configuration, which shard holds which tensor, and shards opened when they are needed."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moss_jt.config import MossConfig
+from moss_jt.convert.disk import Download
 from moss_jt.convert.tensors import DTYPES, SourceTensor
 from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.torch_file import read_torch_file
@@ -16,24 +19,37 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 Fetch = Callable[[str], Path]
-Release = Callable[[str], None]
+HASHED_BYTES = (
+    64 << 20
+)  # shards up to this size are told apart by their contents, larger ones by size and time
 
 
 @dataclass
 class Checkpoint:
     """A checkpoint whose shards are fetched and opened one after the other.
 
-    ``weight_map`` says which shard holds a tensor; it is complete even where there is no index, by reading the one shard.
+    Args:
+        identify: what tells this checkpoint from others, and from itself after a change; JSON values.
+        read_weight_map: which shard holds a tensor; where there is no index, this fetches the only shard.
+        fetch: the path of a file by name.
+        download: None where the files are local.
     """
 
     source: str
-    identity: dict[str, Any]
     config: MossConfig
     fields: dict[str, Any]
-    weight_map: dict[str, str]
+    identify: Callable[[], dict[str, Any]]
+    read_weight_map: Callable[[], dict[str, str]]
     fetch: Fetch
-    release: Release = lambda shard: None
+    download: Download | None = None
     _opened: dict[str, dict[str, SourceTensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.identity = self.identify()
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        return self.read_weight_map()
 
     def tensor(self, name: str) -> SourceTensor:
         """Where a tensor lies; fetches its shard if it is not there yet."""
@@ -54,12 +70,22 @@ class Checkpoint:
             self._opened[shard] = read_shard(self.fetch(shard))
         return self._opened[shard]
 
+    def shards_of(self, names: Iterable[str]) -> set[str]:
+        return {self.weight_map[name] for name in names}
+
     def close_shards(self, still_needed: Iterable[str]) -> None:
-        """Give back every opened shard that holds none of the tensors that are still needed."""
-        needed = {self.weight_map[name] for name in still_needed}
-        for shard in [name for name in self._opened if name not in needed]:
-            del self._opened[shard]
-            self.release(shard)
+        """Give back every shard that holds none of the tensors that are still needed."""
+        for shard in set(self.weight_map.values()) - self.shards_of(still_needed):
+            self._opened.pop(shard, None)
+            if self.download is not None:
+                self.download.release(shard)
+
+    def check_unchanged(self) -> None:
+        """Raises MossError where the files are not those that were opened."""
+        if self.identify() != self.identity:
+            raise MossError(
+                f"{self.source} was changed while it was being converted. Run the same command again: it starts anew."
+            )
 
 
 def read_shard(path: Path) -> dict[str, SourceTensor]:
@@ -126,12 +152,26 @@ def open_local(folder: Path) -> Checkpoint:
         assert single is not None
         weight_map = dict.fromkeys(read_shard(folder / single), single)
     shards = sorted(set(weight_map.values()))
-    stats = {shard: (folder / shard).stat() for shard in shards}
-    identity = {
-        "folder": folder.name,
-        "shards": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-    }
-    return Checkpoint(str(folder), identity, config, fields, weight_map, lambda shard: folder / shard)
+
+    def identify() -> dict[str, Any]:
+        return {
+            "folder": folder.resolve().name,
+            "config": config.to_json(),
+            "shards": {shard: _shard_identity(folder / shard) for shard in shards},
+        }
+
+    return Checkpoint(str(folder), config, fields, identify, lambda: weight_map, lambda name: folder / name)
+
+
+def _shard_identity(path: Path) -> str:
+    """A copy, or the same files installed again, are the same checkpoint where that costs little to find out."""
+    try:
+        stat = path.stat()
+        if stat.st_size > HASHED_BYTES:
+            return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise MossError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def checkpoint_config(fields: dict[str, Any], where: str) -> MossConfig:

@@ -1,8 +1,7 @@
 """A checkpoint on the Hugging Face hub, fetched shard by shard: each is removed once everything in it is converted."""
 
 import contextlib
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,23 @@ from moss_jt.convert.checkpoint import (
     read_shard,
     read_weight_map,
 )
+from moss_jt.convert.disk import FULL, Download, check_disk, folder_bytes
+from moss_jt.convert.tokenizer import REQUIRED_FILES
 from moss_jt.errors import MossError
 from moss_jt.store import read_json
 
 
 def open_hub(
-    repo: str, download: Path, keep: bool, notice: Callable[[str], None] = lambda text: None
+    repo: str, folder: Path, keep: bool, out: Path, notice: Callable[[str], None] = lambda text: None
 ) -> Checkpoint:
-    """A checkpoint by its hub id, such as ``fnlp/moss-moon-003-sft``.
+    """A checkpoint by its hub id, such as ``fnlp/moss-moon-003-sft``. Only small files are fetched at once.
 
     huggingface_hub does the transfers, so HF_ENDPOINT, HF_TOKEN and proxies work, and a broken download goes on.
 
     Args:
-        download: folder for the shards while they are needed.
+        folder: where shards lie while they are needed.
         keep: leave them there.
+        out: the model folder to be, whose disk must hold it beside a checkpoint of one file.
 
     Raises:
         MossError: no such repository, no access, no network, or no MOSS or CodeGen checkpoint in it.
@@ -34,40 +36,41 @@ def open_hub(
     from huggingface_hub import HfApi, hf_hub_download
 
     with hub_errors(repo):
-        info = HfApi().model_info(repo)
-    revision = str(info.sha)
-    names = [sibling.rfilename for sibling in info.siblings or []]
+        info = HfApi().model_info(repo, files_metadata=True)
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    identity: dict[str, Any] = {"repo": repo, "revision": str(info.sha)}
 
     def fetch(name: str) -> Path:
-        if name not in names:
+        if name not in sizes:
             raise MossError(f"{repo} on the hub has no file {name}.")
         with hub_errors(repo):
-            return Path(hf_hub_download(repo, name, revision=revision, local_dir=download))
-
-    def release(name: str) -> None:
-        if not keep:
-            (download / name).unlink(missing_ok=True)
+            return Path(hf_hub_download(repo, name, revision=identity["revision"], local_dir=folder))
 
     fields = read_json(fetch("config.json"))
     config = checkpoint_config(fields, f"{repo}: config.json")
-    index, single = choose_index(names)
-    if index is not None:
-        weight_map = read_weight_map(fetch(index), names)
-    else:
+    index, single = choose_index(sizes)
+    for name in REQUIRED_FILES:  # before gigabytes come
+        fetch(name)
+
+    def read_map() -> dict[str, str]:
+        if index is not None:
+            return read_weight_map(fetch(index), sizes)
         assert single is not None
-        notice(f"{repo} is one file; it is downloaded whole before it is converted.")
-        weight_map = dict.fromkeys(read_shard(fetch(single)), single)
-    identity: dict[str, Any] = {"repo": repo, "revision": revision}
-    return Checkpoint(repo, identity, config, fields, weight_map, fetch, release)
+        missing = max(0, sizes[single] - folder_bytes(folder))
+        if missing:
+            notice(
+                f"{repo} is one file of {sizes[single] / 2**30:.1f} GiB, downloaded whole before it is converted."
+            )
+        # Whatever the weights' format, the model folder has about the checkpoint's size.
+        check_disk(out, [max(0, sizes[single] - folder_bytes(out))], folder, [missing])
+        return dict.fromkeys(read_shard(fetch(single)), single)
 
-
-def remove_download(download: Path) -> None:
-    """Remove what is left of a finished download: small files and huggingface_hub's own notes."""
-    shutil.rmtree(download, ignore_errors=True)
+    download = Download(folder, sizes, keep)
+    return Checkpoint(repo, config, fields, lambda: identity, read_map, fetch, download)
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str) -> Any:
+def hub_errors(repo: str) -> Iterator[None]:
     """huggingface_hub's errors as one clear line."""
     from huggingface_hub import errors
 
@@ -83,16 +86,25 @@ def hub_errors(repo: str) -> Any:
         raise MossError(
             f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN)."
         ) from error
-    except errors.HfHubHTTPError as error:
-        raise MossError(
-            f"downloading from {repo} failed: {_first_line(error)} Run it again to go on."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:
-        raise MossError(
-            f"the hub cannot be reached for {repo}: {_first_line(error)} "
-            "Check the network, or set HF_ENDPOINT to a mirror; what is downloaded already is kept."
-        ) from error
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:
+        raise MossError(_why_no_download(repo, error)) from error
+
+
+def _why_no_download(repo: str, error: BaseException) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _why_no_download(repo, error.__cause__)  # it says no more than that something went wrong
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"downloading from {repo} failed: {_first_line(error)} Run it again to go on."
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"the disk is full: {repo} could not be downloaded. Free some space and run it again to go on."
+    return (
+        f"the hub cannot be reached for {repo}: {_first_line(error)} "
+        "Check the network, or set HF_ENDPOINT to a mirror; what is downloaded already is kept."
+    )
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith(".") else f"{line}."

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moss_jt.convert.disk import write_text
 from moss_jt.errors import MossError
 from moss_jt.store import read_json
 
@@ -11,10 +12,7 @@ JOURNAL = "journal.json"
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Replace a JSON file in one step: a reader sees the old one or the new one, never half of it."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
 
 
 class Journal:

@@ -33,8 +33,18 @@ class ModelFolder:
                 f"{self.store.tokenizer_path} cannot be read: {error}. Convert the checkpoint again."
             ) from error
 
+    @property
+    def download(self) -> None:
+        return None
+
+    def shards_of(self, names: Iterable[str]) -> set[str]:
+        return set()
+
     def close_shards(self, still_needed: Iterable[str]) -> None:
         """Files are mapped while they are read: there is nothing to give back."""
+
+    def check_unchanged(self) -> None:
+        """A finished model folder is never written again."""
 
 
 def folder_recipe(path: Path) -> tuple[ModelFolder, Recipe]:

@@ -1,23 +1,40 @@
 """A checkpoint to a model folder: file after file, resumable, the manifest last."""
 
-import dataclasses
+import contextlib
+import fcntl
 import json
-import shutil
-from collections.abc import Callable, Iterable
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
+from moss_jt.convert.disk import Download, check_disk, write_text, writing
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
-from moss_jt.convert.journal import Journal, write_json
+from moss_jt.convert.journal import JOURNAL, Journal, write_json
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
-from moss_jt.store import CONFIG, FORMAT, MANIFEST, TOKENIZER, VERSION, open_store, read_json
+from moss_jt.store import (
+    CONFIG,
+    DTYPES,
+    EMBEDDING,
+    FORMAT,
+    HEAD,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    block_file_name,
+    block_tensors,
+    embedding_tensors,
+    head_tensors,
+    open_store,
+    read_json,
+)
 
-SPARE_BYTES = 256 << 20
 SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 
 
@@ -47,20 +64,36 @@ class Source(Protocol):
         """The text of tokenizer.json."""
         ...
 
+    @property
+    def download(self) -> Download | None: ...
+
+    def shards_of(self, names: Iterable[str]) -> set[str]:
+        """The shards that hold these tensors."""
+        ...
+
     def close_shards(self, still_needed: Iterable[str]) -> None:
         """Give back what holds none of the tensors that are still needed."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raises MossError where the source is no longer what it was when it was opened."""
+        ...
+
+
+def file_bytes(config: MossConfig, bits: int, group_size: int) -> dict[str, int]:
+    """Bytes of the tensors in each file of the model folder, headers and input orders apart."""
+    block = _bytes(block_tensors(config, bits, group_size))
+    blocks = {block_file_name(layer): block for layer in range(config.n_layer)}
+    return {EMBEDDING: _bytes(embedding_tensors(config)), **blocks, HEAD: _bytes(head_tensors(config))}
+
 
 def weight_bytes(config: MossConfig, bits: int, group_size: int) -> int:
-    """Bytes of all tensors of the model folder, headers apart."""
-    matrices = 4 * config.n_embd**2 + 2 * config.n_embd * config.n_inner
-    per_block = matrices * 2
-    if bits != 16:
-        per_block = matrices * bits // 8 + 3 * matrices // group_size
-    per_block += 2 * (3 * config.n_embd + config.n_inner)
-    outside = 2 * (2 * config.vocab_size * config.n_embd + config.vocab_size + 2 * config.n_embd)
-    return config.n_layer * per_block + outside
+    """Bytes of all tensors of the model folder, headers and input orders apart."""
+    return sum(file_bytes(config, bits, group_size).values())
+
+
+def _bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
+    return sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values())
 
 
 def recipe_for(checkpoint: Checkpoint) -> Recipe:
@@ -73,17 +106,6 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
         files, bits, group_size = dense_files(checkpoint), 16, 0
     total = weight_bytes(checkpoint.config, bits, group_size)
     return Recipe(checkpoint.identity, checkpoint.source, bits, group_size, files, total, notes)
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises MossError where the disk that will hold ``folder`` has less than ``needed`` bytes free."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise MossError(
-            f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
-            "Free some space, or put the model elsewhere with --out."
-        )
 
 
 def already_converted(out: Path, identity: dict[str, Any]) -> bool:
@@ -115,30 +137,66 @@ def convert(
     """
     if already_converted(out, recipe.identity):
         return False
-    if out.exists() and any(out.iterdir()) and not (out / "journal.json").exists():
-        raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
     for note in recipe.notes:
         notice(note)
     tokenizer = source.tokenizer_text()
-    journal = Journal(out, json.loads(json.dumps(recipe.identity)))
-    if journal.restarted:
-        notice(f"{out} was begun from another version of the source; it is written anew.")
-    done = sum(entry["bytes"] for entry in journal.files.values())
-    check_disk(out, max(0, recipe.total_bytes - done) + SPARE_BYTES)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(journal.path, {"identity": journal.identity, "files": journal.files})
-    if journal.files:
-        notice(f"Going on after {len(journal.files)} of {len(recipe.files)} files.")
-        progress(done)
-    for number, plan in enumerate(recipe.files):
-        if plan.name not in journal.files:
-            journal.add(plan.name, write_file(out / plan.name, plan.build(), progress))
-        later = recipe.files[number + 1 :]
-        source.close_shards({name for next_plan in later for name in next_plan.sources})
-    write_json(out / CONFIG, dataclasses.asdict(source.config))
-    (out / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-    _finish(out, recipe, journal)
+    with writing(out):
+        _check_ours(out)
+        journal = Journal(out, json.loads(json.dumps(recipe.identity)))
+        left = [plan for plan in recipe.files if plan.name not in journal.files]
+        _check_room(source, recipe, left, out)
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            if journal.restarted:
+                notice(f"{out} was begun from another version of the source; it is written anew.")
+                for path in (*out.glob("*.safetensors"), *out.glob(f"*{SCRATCH}")):
+                    path.unlink()
+            write_json(journal.path, {"identity": journal.identity, "files": journal.files})
+            if journal.files:
+                notice(f"Going on after {len(journal.files)} of {len(recipe.files)} files.")
+                progress(sum(entry["bytes"] for entry in journal.files.values()))
+            source.close_shards(name for plan in left for name in plan.sources)
+            for number, plan in enumerate(left):
+                journal.add(plan.name, write_file(out / plan.name, plan.build(), progress))
+                source.close_shards(name for later in left[number + 1 :] for name in later.sources)
+            source.check_unchanged()
+            write_json(out / CONFIG, source.config.to_json())
+            write_text(out / TOKENIZER, tokenizer)
+            _finish(out, recipe, journal)
     return True
+
+
+def _check_ours(out: Path) -> None:
+    """Raises MossError unless ``out`` is empty, begun by a conversion, or not there."""
+    if not out.exists() or (out / JOURNAL).exists():
+        return
+    if any(
+        not path.name.startswith(JOURNAL) for path in out.iterdir()
+    ):  # a kill can leave the first, half-written one
+        raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
+
+
+def _check_room(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
+    sizes = file_bytes(source.config, recipe.bits, recipe.group_size)
+    if source.download is None:
+        check_disk(out, [sizes[plan.name] for plan in left])
+    else:
+        growth = source.download.growth([source.shards_of(plan.sources) for plan in left])
+        check_disk(out, [sizes[plan.name] for plan in left], source.download.folder, growth)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two conversions into one folder would write over each other's files."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MossError(f"another moss-jt is writing {out} just now. Wait for it, or stop it.") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _finish(out: Path, recipe: Recipe, journal: Journal) -> None:

@@ -16,6 +16,7 @@ from moss_jt.store import read_json
 
 # The five ends of MOSS's fields, and the end of a text.
 SPECIAL_TOKENS = ("<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>", "<|endoftext|>")
+REQUIRED_FILES = ("vocab.json", "merges.txt")
 MAX_MERGES_BYTES = 64 << 20
 
 

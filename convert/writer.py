@@ -1,6 +1,5 @@
 """Writes one safetensors file so that it is either whole or absent, with a checksum of each tensor."""
 
-import errno
 import hashlib
 import json
 import math
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from moss_jt.convert.disk import replace, writing
 from moss_jt.convert.layout import Target
-from moss_jt.errors import MossError
 from moss_jt.store import DTYPES
 
 ALIGNMENT = 4096
@@ -51,7 +50,7 @@ def write_file(path: Path, targets: list[Target], progress: Progress) -> dict[st
     part = path.with_name(path.name + ".part")
     tensors = {}
     try:
-        with part.open("wb") as file:
+        with writing(path), part.open("wb") as file:
             file.write(file_header(targets))
             for target in targets:
                 checksum = _write_tensor(file, target, progress)
@@ -63,14 +62,7 @@ def write_file(path: Path, targets: list[Target], progress: Progress) -> dict[st
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MossError(
-                f"the disk is full: {path} could not be written. Free some space and run it again to go on."
-            ) from error
-        raise MossError(f"writing {path} failed: {error.strerror or error}.") from error
+            replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

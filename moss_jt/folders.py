@@ -36,10 +36,16 @@ def model_names() -> list[str]:
 def remember_last(path: Path) -> None:
     """Note which folder was converted last: the one that commands take when none is named."""
     note = model_home() / "last.json"
-    note.parent.mkdir(parents=True, exist_ok=True)
-    fresh = note.with_suffix(".new")
-    fresh.write_text(json.dumps({"model": str(path.resolve())}), encoding="utf-8")
-    fresh.replace(note)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        fresh = note.with_suffix(".new")
+        fresh.write_text(json.dumps({"model": str(path.resolve())}), encoding="utf-8")
+        fresh.replace(note)
+    except OSError as error:
+        raise MossError(
+            f"{path} is ready, but {note} could not be written ({error.strerror}): name the model in each command, "
+            "or set MOSS_JT_HOME to a folder that can be written."
+        ) from error
 
 
 def last_model() -> Path | None:

@@ -1,6 +1,7 @@
 """Conversion: every source format to the same model folder, every damaged source refused by name, every kill survived."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 
 from moss_jt.cli import main
-from moss_jt.convert import pipeline, writer
+from moss_jt.convert import disk, writer
 from moss_jt.convert.checkpoint import open_local
+from moss_jt.convert.disk import Download
 from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.verify import verify_store
@@ -352,21 +354,23 @@ def test_too_little_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
     message = refused(random_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert "disk" in message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("call", [1, 3, 7, 15])
 def test_a_disk_that_fills_up_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
+    """At the journal, the first file, a later one and the last small files: each file or note is two calls of fsync."""
     source, out = random_checkpoint(tmp_path / "source"), tmp_path / "out"
     real, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -374,6 +378,43 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
     assert "disk is full" in refused(source, out)
     monkeypatch.undo()
     assert_holds(convert_checkpoint(source, out), small_config(), random_tensors(small_config()))
+
+
+def test_downloads_count_where_they_share_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three files of 100 from shards of 50, 60 and 70; the second file straddles two. 30 bytes have come already."""
+    folder = tmp_path / "download"
+    folder.mkdir()
+    (folder / "a").write_bytes(bytes(30))
+    sizes = {"a": 50, "b": 60, "c": 70}
+    steps = [{"a"}, {"a", "b"}, {"c"}]
+    assert Download(folder, sizes, keep=False).growth(steps) == [20, 80, 40]
+    assert Download(folder, sizes, keep=True).growth(steps) == [20, 80, 150]
+    gib = 1 << 30
+    usage = shutil.disk_usage(tmp_path)._replace(free=5 * gib)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    disk.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, gib, gib])
+    with pytest.raises(MossError, match=r"out needs 5\.2 GiB of disk and 5\.0 GiB are free"):
+        disk.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, 3 * gib, gib])
+    with pytest.raises(MossError, match=r"out needs 6\.2 GiB"):
+        disk.check_disk(tmp_path / "out", [3 * gib, 3 * gib])
+
+
+def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "Not a directory" in refused(random_checkpoint(tmp_path / "source"), tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letters.txt").write_text("x")
+    assert "no unfinished model folder" in refused(tmp_path / "source", tmp_path / "mine")
+
+
+def test_two_conversions_never_write_into_one_folder(tmp_path: Path) -> None:
+    source, out = random_checkpoint(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "another moss-jt is writing" in refused(source, out)
+    os.close(descriptor)
+    convert_checkpoint(source, out)
 
 
 def test_interrupted_anywhere_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
@@ -450,6 +491,35 @@ def test_a_changed_source_is_converted_anew_and_a_finished_folder_is_never_overw
     checkpoint = open_local(source)
     with pytest.raises(MossError, match="--out"):
         convert(checkpoint, recipe_for(checkpoint), out)
+
+
+def test_the_same_files_elsewhere_are_the_same_checkpoint(tmp_path: Path) -> None:
+    """moss-tiny installed again, or in a second clone, has other times; chat moss-tiny must not call it another model."""
+    out = convert_checkpoint(tiny_copy(tmp_path / "one" / "moss-tiny"), tmp_path / "out")
+    copy = open_local(tiny_copy(tmp_path / "two" / "moss-tiny"))
+    for path in (tmp_path / "two" / "moss-tiny").iterdir():
+        os.utime(path, (1, 1))
+    assert not convert(copy, recipe_for(copy), out)
+
+
+def test_a_source_that_changes_meanwhile_is_noticed_and_begun_anew(tmp_path: Path) -> None:
+    source, out = random_checkpoint(tmp_path / "source", n_layer=3), tmp_path / "out"
+    checkpoint = open_local(source)
+    changed = False
+
+    def change(count: int) -> None:
+        nonlocal changed
+        if not changed:
+            random_checkpoint(source, seed=1, n_layer=3)
+            changed = True
+
+    with pytest.raises(MossError, match="changed while it was being converted"):
+        convert(checkpoint, recipe_for(checkpoint), out, change)
+    assert not (out / MANIFEST).exists()
+    random_checkpoint(source, seed=2)  # a block less: the third one's file must not stay
+    convert_checkpoint(source, out)
+    assert_holds(out, small_config(), random_tensors(small_config(), seed=2))
+    assert not (out / "block-02.safetensors").exists()
 
 
 def test_verify_names_the_tensor_with_a_flipped_byte(tmp_path: Path) -> None:
@@ -562,3 +632,53 @@ def test_from_the_hub_shard_by_shard(tmp_path: Path) -> None:
     done = from_hub(tmp_path / "dead", "http://127.0.0.1:9", "convert", "fnlp/moss-small")
     assert done.returncode == 1
     assert "HF_ENDPOINT" in done.stderr
+
+
+def gets(requests: list[str], name: str) -> int:
+    return sum(line.startswith("GET") and line.endswith(name) for line in requests)
+
+
+def test_a_hub_that_breaks_off_is_gone_on_with(tmp_path: Path) -> None:
+    """A broken transfer is tried again; after an error the next run fetches only what is not converted yet."""
+    source = random_checkpoint(tmp_path / "source", n_layer=4)
+    tensors = random_tensors(small_config(n_layer=4))
+    early = {name: values for name, values in tensors.items() if ".wte." in name or ".h.0." in name}
+    late = {name: values for name, values in tensors.items() if name not in early}
+    (source / "model.safetensors").unlink()
+    write_checkpoint(source, small_config(n_layer=4), [early, late])
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    forbidden = {names[1]}
+    with serve_hub(source, "a/small", forbidden, cut={names[0]}) as (address, requests):
+        done = from_hub(tmp_path / "home", address, "convert", "a/small")
+        assert done.returncode == 1
+        assert "downloading from a/small failed" in done.stderr
+        assert "403" in done.stderr
+        assert gets(requests, names[0]) == 2
+        out = tmp_path / "home" / "models" / "small"
+        assert {path.name for path in out.glob("*.safetensors")} == {
+            "block-00.safetensors",
+            "embedding.safetensors",
+        }
+        assert not (tmp_path / "home" / "downloads" / "a--small" / names[0]).exists()
+        forbidden.clear()
+        requests.clear()
+        done = from_hub(tmp_path / "home", address, "convert", "a/small")
+        assert done.returncode == 0, done.stderr
+        assert "Going on after 2 of 6 files" in done.stderr
+        assert (gets(requests, names[0]), gets(requests, names[1])) == (0, 1)
+    assert_holds(out, small_config(n_layer=4), tensors)
+
+
+def test_a_checkpoint_of_one_file_is_fetched_once_and_only_if_it_can_be_converted(tmp_path: Path) -> None:
+    source = random_checkpoint(tmp_path / "source")
+    with serve_hub(source, "a/small") as (address, requests):
+        for words in ("is ready", "converted already"):
+            done = from_hub(tmp_path / "home", address, "convert", "a/small")
+            assert done.returncode == 0, done.stderr
+            assert words in done.stdout
+            assert not (tmp_path / "home" / "downloads" / "a--small").exists()
+        assert gets(requests, "model.safetensors") == 1
+        (source / "merges.txt").unlink()
+        done = from_hub(tmp_path / "other", address, "convert", "a/small")
+        assert (done.returncode, "no file merges.txt" in done.stderr) == (1, True)
+        assert gets(requests, "model.safetensors") == 1

@@ -11,9 +11,10 @@ import click
 from moss_jt.commands.progress import Status, byte_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
-from moss_jt.convert.hub import open_hub, remove_download
+from moss_jt.convert.disk import folder_bytes
+from moss_jt.convert.hub import open_hub
 from moss_jt.convert.model_folder import ModelFolder, folder_recipe
-from moss_jt.convert.pipeline import Recipe, convert, recipe_for
+from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.folders import TINY, folder_for, model_home, remember_last, tiny_checkpoint
 from moss_jt.store import MANIFEST
@@ -74,15 +75,17 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
     options = QuantOptions(**quantization)
     out = out or options.folder(folder_for(source))
     folder = float16_folder(source) if options.quantizes else None
-    made_from: Checkpoint | ModelFolder
-    with terminated_as_interrupted():
+    with terminated_as_interrupted(), resumable(out):
         if folder is not None:
-            made_from, recipe = folder_recipe(folder)
+            fresh = run_conversion(*folder_recipe(folder), options, out)
         else:
-            made_from = open_source(source, keep_download)
-            recipe = recipe_for(made_from)
-        status = Status()
-        run_conversion(made_from, options.apply(made_from, recipe, out, status.show), out, status)
+            fresh = convert_source(open_source(source, keep_download, out), options, out)
+    remember_last(out)
+    size = folder_bytes(out) / 2**30
+    click.echo(
+        f"{out} is ready ({size:.2f} GiB)." if fresh else f"{out} was converted already; nothing to do."
+    )
+    click.echo(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 
 
 def float16_folder(source: str) -> Path | None:
@@ -91,7 +94,7 @@ def float16_folder(source: str) -> Path | None:
     return folder if (folder / MANIFEST).exists() else None
 
 
-def open_source(source: str, keep_download: bool) -> Checkpoint:
+def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
     """The checkpoint that a user means by SOURCE."""
     if (Path(source) / MANIFEST).exists():
         raise MossError(f"{source} is a model folder already. Add --bits 4 or --bits 8 to quantize it.")
@@ -101,32 +104,41 @@ def open_source(source: str, keep_download: bool) -> Checkpoint:
         return open_local(tiny_checkpoint())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.")
-    return open_hub(source, download_folder(source), keep_download, lambda text: click.echo(text, err=True))
+    folder = model_home() / "downloads" / source.replace("/", "--")
+    return open_hub(source, folder, keep_download, out, lambda text: click.echo(text, err=True))
 
 
-def download_folder(source: str) -> Path:
-    return model_home() / "downloads" / source.replace("/", "--")
+def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> bool:
+    """Convert, and clear away what was downloaded for it; False where ``out`` is finished already."""
+    # That is asked first: a checkpoint of one file must be there, whole, to plan its conversion.
+    done = options.bits is None and already_converted(out, checkpoint.identity)
+    fresh = not done and run_conversion(checkpoint, recipe_for(checkpoint), options, out)
+    if checkpoint.download is not None:
+        checkpoint.download.remove()
+        if checkpoint.download.keep:
+            click.echo(f"The download stays in {checkpoint.download.folder}.", err=True)
+    return fresh
 
 
-def run_conversion(source: Checkpoint | ModelFolder, recipe: Recipe, out: Path, status: Status) -> None:
-    """Convert with a progress bar, remember the folder, and say what to do next."""
+def run_conversion(
+    source: Checkpoint | ModelFolder, recipe: Recipe, options: QuantOptions, out: Path
+) -> bool:
+    """Convert with a progress bar; False where ``out`` is finished already."""
+    status = Status()
+    recipe = options.apply(source, recipe, out, status.show)
+    with byte_bar(recipe.total_bytes, out.name, status) as (progress, notice):
+        return convert(source, recipe, out, progress, notice)
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Ctrl-C, while downloading too, is one line that says how to go on."""
     try:
-        with byte_bar(recipe.total_bytes, out.name, status) as (progress, notice):
-            fresh = convert(source, recipe, out, progress, notice)
+        yield
     except KeyboardInterrupt:
         raise MossError(
-            f"stopped. What is converted so far stays in {out}; run the same command to go on."
+            f"stopped. What is done so far is kept for {out}; run the same command to go on."
         ) from None
-    remember_last(out)
-    if "repo" in recipe.identity and fresh:
-        download = download_folder(recipe.source)
-        if not any(download.glob("*.bin")) and not any(download.glob("*.safetensors")):
-            remove_download(download)
-    size = sum(path.stat().st_size for path in out.iterdir()) / 2**30
-    click.echo(
-        f"{out} is ready ({size:.2f} GiB)." if fresh else f"{out} was converted already; nothing to do."
-    )
-    click.echo(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Progress bars with bytes and time left, on stderr, quiet where nobody watches."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,7 +38,7 @@ def byte_bar(
         bar.update(count)
 
     def say(text: str) -> None:
-        bar.write(text)
+        bar.write(text, file=sys.stderr)
 
     try:
         yield advance, say

@@ -1,4 +1,7 @@
-"""A hub on loopback: one repository served from a folder, with what huggingface_hub asks of a hub and no more."""
+"""A hub on loopback: one repository served from a folder, with what huggingface_hub asks of a hub and no more.
+
+Files named in ``forbidden`` are refused; the first transfer of those in ``cut`` breaks in the middle.
+"""
 
 import hashlib
 import json
@@ -16,6 +19,8 @@ class HubHandler(BaseHTTPRequestHandler):
     folder: Path
     repo: str
     requests: list[str]
+    forbidden: set[str]
+    cut: set[str]
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -27,43 +32,54 @@ class HubHandler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.requests.append(f"{self.command} {path}")
         if path.startswith(f"/api/models/{self.repo}"):
-            names = sorted(file.name for file in self.folder.iterdir())
-            fields = {"id": self.repo, "sha": REVISION, "siblings": [{"rfilename": name} for name in names]}
+            files = sorted(self.folder.iterdir())
+            siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in files]
+            fields = {"id": self.repo, "sha": REVISION, "siblings": siblings}
             return self.send(200, json.dumps(fields).encode(), {"Content-Type": "application/json"}, body)
         prefix = f"/{self.repo}/resolve/{REVISION}/"
         file = self.folder / path.removeprefix(prefix)
         if not path.startswith(prefix) or not file.is_file():
             code = "EntryNotFound" if path.startswith(prefix) else "RepoNotFound"
             return self.send(404, b"", {"X-Error-Code": code}, body)
+        if file.name in self.forbidden:
+            return self.send(403, b"", {}, body)
         data = file.read_bytes()
-        headers = {
-            "X-Repo-Commit": REVISION,
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "Accept-Ranges": "bytes",
-        }
-        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        if begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
-        return self.send(206 if begin else 200, data[begin:], headers, body)
+        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if body and file.name in self.cut:
+            self.cut.remove(file.name)
+            self.close_connection = True
+            return self.send(200, data, headers, body, sent=len(data) // 2)
+        return self.send(200, data, headers, body)
 
-    def send(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+    def send(
+        self, status: int, data: bytes, headers: dict[str, str], body: bool, sent: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(data[:sent])
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @contextmanager
-def serve_hub(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
+def serve_hub(
+    folder: Path, repo: str, forbidden: set[str] | None = None, cut: set[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """(address, log of requests) of a hub that has this one repository."""
     requests: list[str] = []
-    handler = type("Handler", (HubHandler,), {"folder": folder, "repo": repo, "requests": requests})
+    fields = {
+        "folder": folder,
+        "repo": repo,
+        "requests": requests,
+        "forbidden": set() if forbidden is None else forbidden,
+        "cut": set() if cut is None else cut,
+    }
+    handler = type("Handler", (HubHandler,), fields)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,0 +1,118 @@
+"""Room on the disk: asked for before anything is written, and one clear line when it runs out all the same."""
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moss_jt.errors import MossError
+
+SPARE_BYTES = 256 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Download:
+    """The shards that a hub sends: they lie in ``folder`` while they are needed, or stay there with ``keep``."""
+
+    folder: Path
+    shard_bytes: dict[str, int]
+    keep: bool
+
+    def release(self, shard: str) -> None:
+        if not self.keep:
+            (self.folder / shard).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove what a finished conversion leaves: small files, broken transfers, huggingface_hub's own notes."""
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def growth(self, steps: Sequence[set[str]]) -> list[int]:
+        """How much more than now the folder holds in each step, each of which needs some shards (may be negative)."""
+        there = folder_bytes(self.folder)
+        last = {shard: number for number, shards in enumerate(steps) for shard in shards}
+        needed: set[str] = set()
+        found = []
+        for number, shards in enumerate(steps):
+            needed |= shards
+            found.append(sum(self.shard_bytes[shard] for shard in needed) - there)
+            if not self.keep:
+                needed = {shard for shard in needed if last[shard] > number}
+        return found
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_disk(
+    out: Path, sizes: Sequence[int], download: Path | None = None, growth: Sequence[int] = ()
+) -> None:
+    """Check that files of these sizes fit into ``out``, one after the other, beside what is downloaded for them.
+
+    Args:
+        growth: for each file, how much more than now the ``download`` folder holds while it is written.
+
+    Raises:
+        MossError: they do not; it says how much is needed and how much is free.
+    """
+    downloaded = growth or [0] * len(sizes)
+    for written, arrived in zip(itertools.accumulate(sizes), downloaded, strict=True):
+        demands = [(out, written + SPARE_BYTES)]
+        if download is not None and _device(download) == _device(out):
+            demands = [(out, written + arrived + SPARE_BYTES)]
+        elif download is not None:
+            demands.append((download, arrived + SPARE_BYTES))
+        for folder, needed in demands:
+            free = shutil.disk_usage(_nearest(folder)).free
+            if free < needed:
+                raise MossError(
+                    f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
+                    "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
+                )
+
+
+def _nearest(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def _device(folder: Path) -> int:
+    return os.stat(_nearest(folder)).st_dev
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's errors about what is written into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise MossError(
+                f"the disk is full: {path} could not be written. Free some space and run it again to go on."
+            ) from error
+        raise MossError(f"writing {path} failed: {error.strerror or error}.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step that survives a power cut: a reader sees the old one or the new one."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    replace(fresh, path)
+
+
+def replace(fresh: Path, path: Path) -> None:
+    """Rename, and make the rename last."""
+    fresh.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
