@@ -60,6 +60,7 @@ class WeightStream:
         self._head_bias = {
             u.index: _var(bias[u.first_row : u.last_row]) for u in plan.units if u.kind == "head"
         }
+        self._head: HeadSlab | None = None
         self._made: dict[object, BlockWeights | Var] = {}  # Vars by where they lie
         self._resident: dict[int, np.ndarray] = {}  # memory by unit number
         self._pieces: dict[int, int] = {}  # number of a piece in the ring by unit number
@@ -109,16 +110,28 @@ class WeightStream:
         self._hand_back()
 
     def head_slabs(self) -> Iterator[HeadSlab]:
-        """The head's rows, slab after slab, in order.
+        """The head's rows, slab after slab, in order; all of them as one slab where everything is resident.
 
         Raises:
             MossError: a slab cannot be read.
         """
+        if not self.streams:
+            yield self._whole_head()
+            return
         for number, unit in enumerate(self.plan.units):
             if unit.kind == "head":
                 weight = self._vars_of(number, unit)
                 yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
         self._hand_back()
+
+    def _whole_head(self) -> HeadSlab:
+        if not self._closing.alive:
+            raise MossError("the model is closed.")
+        if self._head is None:
+            weight = map_tensor(self.store.head, HEAD_WEIGHT).view(np.ndarray)
+            bias = np.array(map_tensor(self.store.head, "lm_head.bias"))
+            self._head = HeadSlab(0, len(weight), _var(weight), _var(bias))
+        return self._head
 
     def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
         """(T, C) float16, newly allocated.
@@ -131,6 +144,7 @@ class WeightStream:
     def close(self) -> None:
         """Stop reading ahead and let the weights go; no Var that was handed out may be used after this."""
         self._closing()
+        self._head = None
         self._made.clear()
         self._resident.clear()
 
