@@ -16,7 +16,7 @@
 
 namespace moss {
 
-constexpr int kPrefetchBytes = 512;
+constexpr int kPrefetchBytes = 1024;
 
 inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetchBytes, 0, 3); }
 
