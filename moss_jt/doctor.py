@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,14 @@ from typing import Literal
 from moss_jt.errors import MossError
 from moss_jt.folders import model_home, models_folder
 from moss_jt.jittor_build import check_compiler
-from moss_jt.jittor_home import cache_folder, has_onednn_wheels
+from moss_jt.jittor_home import (
+    ONEDNN_WHEELS,
+    cache_folder,
+    has_onednn_wheels,
+    onednn_folder,
+    onednn_is_linked,
+    wheel_folder,
+)
 from moss_jt.machine import default_budget, process_memory
 from moss_jt.store import MANIFEST, open_store
 
@@ -23,6 +31,8 @@ GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
 CONVERSION_BYTES = 45 * 10**9
+# Where Jittor looks for nvcc beside the PATH.
+NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc", "/opt/cuda/bin/nvcc")
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -39,19 +49,23 @@ class Finding:
 
 def examine() -> Iterator[Finding]:
     """Every finding, the needed ones first. Starts no Jittor and downloads nothing."""
-    probes: tuple[Callable[[], Finding], ...] = (
-        python,
-        compiler,
-        jittor,
-        onednn,
-        processor,
-        memory,
-        disk,
-        gpu,
-        cupy,
+    probes: tuple[tuple[str, Callable[[], Finding]], ...] = (
+        ("Python", python),
+        ("C++ compiler", compiler),
+        ("Jittor", jittor),
+        ("oneDNN", onednn),
+        ("Processor", processor),
+        ("Memory", memory),
+        ("Disk", disk),
+        ("GPU", gpu),
+        ("CUDA libraries", cuda_libraries),
+        ("CuPy", cupy),
     )
-    for probe in probes:
-        yield probe()
+    for what, probe in probes:
+        try:
+            yield probe()
+        except MossError as error:
+            yield Finding(what, "problem", "cannot be told", str(error))
     yield from models()
 
 
@@ -68,10 +82,11 @@ def compiler() -> Finding:
     except MossError as error:
         return Finding("C++ compiler", "problem", "missing", str(error))
     name = os.environ.get("cc_path") or "g++"
-    first = subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout.split(
-        "\n"
-    )[0]
-    return Finding("C++ compiler", "ok", first)
+    done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        advice = f"{name} --version fails. Install the compiler again, or name another one in cc_path."
+        return Finding("C++ compiler", "problem", f"{name} does not run", advice)
+    return Finding("C++ compiler", "ok", done.stdout.split("\n")[0])
 
 
 def installed(package: str) -> str | None:
@@ -85,7 +100,9 @@ def jittor() -> Finding:
     found = installed("jittor")
     if found is None:
         return Finding("Jittor", "problem", "not installed", "pip install jittor==1.3.11.0")
-    if any(cache_folder().glob("**/jittor_core*.so")):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    release = ".".join(found.split(".")[:3])
+    if any(cache_folder().glob(f"jt{release}/**/jittor_core{suffix}")):
         return Finding("Jittor", "ok", f"{found}, compiled in {cache_folder()}")
     return Finding(
         "Jittor", "note", f"{found}, not compiled yet", "The first start compiles it, once: 2 to 5 minutes."
@@ -93,10 +110,14 @@ def jittor() -> Finding:
 
 
 def onednn() -> Finding:
-    if has_onednn_wheels():
-        return Finding("oneDNN", "ok", f"{installed('onednn-cpu-gomp')}: fast products for long prompts")
-    advice = "pip install onednn-cpu-gomp==2021.4.0 onednn-devel-cpu-gomp==2021.4.0 (Linux on x86-64)"
-    return Finding("oneDNN", "note", "not installed: long prompts are read slowly", advice)
+    if not has_onednn_wheels():
+        text = "only for Linux on x86-64: long prompts are read slowly here"
+        return Finding("oneDNN", "note", text)
+    if onednn_is_linked():
+        return Finding("oneDNN", "ok", f"in {onednn_folder()}")
+    for wheel, needed in ONEDNN_WHEELS.values():
+        wheel_folder(wheel, needed)  # what is missing is said by its error
+    return Finding("oneDNN", "ok", "installed; the first start links it to where Jittor looks")
 
 
 def processor() -> Finding:
@@ -137,18 +158,30 @@ def gpu() -> Finding:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return Finding(
-            "GPU", "note", "no NVIDIA driver (libcuda.so.1)", "Nothing to do: this version runs on the CPU."
-        )
-    count = ctypes.c_int()
+        advice = "Nothing to do: this version runs on the CPU."
+        return Finding("GPU", "note", "no NVIDIA driver (libcuda.so.1)", advice)
+    count, supported = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return Finding("GPU", "note", "a driver, but no card that it can use", "nvidia-smi tells more.")
-    return Finding(
-        "GPU",
-        "note",
-        f"{count.value} card(s)",
-        "This version runs on the CPU; its CUDA kernels are not wired in.",
-    )
+    name = ctypes.create_string_buffer(100)
+    driver.cuDeviceGetName(name, 100, 0)
+    driver.cuDriverGetVersion(ctypes.byref(supported))
+    cuda = f"{supported.value // 1000}.{supported.value % 1000 // 10}"
+    text = f"{count.value}: {name.value.decode(errors='replace')}; the driver knows CUDA up to {cuda}"
+    return Finding("GPU", "note", text, "This version runs on the CPU; its CUDA kernels are not wired in.")
+
+
+def cuda_libraries() -> Finding:
+    """The toolkit that Jittor would compile with: nvcc, and the runtime library beside it."""
+    nvcc = shutil.which("nvcc") or next(filter(os.path.exists, NVCC_PLACES), None)
+    if nvcc is None:
+        advice = "Nothing to do: only a GPU needs them."
+        return Finding("CUDA libraries", "note", "no nvcc", advice)
+    runtime = Path(nvcc).resolve().parents[1] / "lib64" / "libcudart.so"
+    if not runtime.exists():
+        text = f"{nvcc} without its runtime library ({runtime})"
+        return Finding("CUDA libraries", "note", text, "Nothing to do: moss-jt keeps Jittor from using it.")
+    return Finding("CUDA libraries", "ok", f"{nvcc} with {runtime}")
 
 
 def cupy() -> Finding:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ def test_every_part_has_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -
         "Memory",
         "Disk",
         "GPU",
+        "CUDA libraries",
         "CuPy",
         "Models",
     ):
@@ -59,13 +61,84 @@ def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "installed", lambda package: None)
     monkeypatch.setattr(doctor, "has_onednn_wheels", lambda: False)
     assert doctor.jittor().verdict == "problem"
-    assert doctor.onednn().advice.startswith("pip install onednn")
+    assert "long prompts are read slowly" in doctor.onednn().text
     assert doctor.cupy().text == "not installed"
     usage = shutil.disk_usage(home)._replace(free=10**9)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert "45 GB" in doctor.disk().advice
     monkeypatch.setattr(doctor.ctypes, "CDLL", no_library)
     assert "no NVIDIA driver" in doctor.gpu().text
+
+
+def test_a_missing_onednn_is_a_problem_with_its_remedy(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "has_onednn_wheels", lambda: True)
+    monkeypatch.setattr(doctor, "onednn_is_linked", lambda: False)
+    monkeypatch.setattr(doctor, "ONEDNN_WHEELS", {"lib": ("no-such-wheel-of-moss-jt", "libmkldnn.so")})
+    code, text = run(capsys)
+    assert code == 1
+    assert "no-such-wheel-of-moss-jt is not installed" in text and "pip install" in text
+
+
+def test_jittor_that_is_not_compiled_yet_is_no_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JITTOR_HOME", str(home))
+    found = doctor.jittor()
+    assert found.verdict == "note" and "not compiled yet" in found.text and "2 to 5 minutes" in found.advice
+
+
+def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = home / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("cc_path", str(broken))
+    assert doctor.compiler().verdict == "problem"
+
+
+def test_an_nvcc_without_its_runtime_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = home / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(nvcc))
+    assert "without its runtime library" in doctor.cuda_libraries().text
+    (home / "cuda" / "lib64").mkdir()
+    (home / "cuda" / "lib64" / "libcudart.so").touch()
+    assert doctor.cuda_libraries().verdict == "ok"
+
+
+def test_a_card_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        """libcuda with one card."""
+
+        def cuInit(self, flags: int) -> int:  # noqa: N802  CUDA's own names
+            return 0
+
+        def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+            count._obj.value = 1
+            return 0
+
+        def cuDeviceGetName(self, name: Any, size: int, card: int) -> int:  # noqa: N802
+            name.value = b"Card 9000"
+            return 0
+
+        def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+            version._obj.value = 12090
+            return 0
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Driver())
+    assert doctor.gpu().text == "1: Card 9000; the driver knows CUDA up to 12.9"
+
+
+def test_what_cannot_be_told_does_not_end_the_examination(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable() -> None:
+        raise MossError("cannot read /proc/meminfo")
+
+    monkeypatch.setattr(doctor, "process_memory", unreadable)
+    code, text = run(capsys)
+    assert code == 1
+    assert "cannot read /proc/meminfo" in text and " Models " in text
 
 
 def no_library(name: str) -> None:

@@ -11,7 +11,7 @@ MARKS = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "r
 
 @click.command()
 def command() -> None:
-    """Check this machine: compiler, Jittor, oneDNN, processor, memory, disk, GPU, models.
+    """Check this machine: compiler, Jittor, oneDNN, processor, memory, disk, GPU, CUDA, models.
 
     Each line has a verdict and, where something is to be done, says what. Exit code 1 when there is a problem.
     """
