@@ -123,6 +123,7 @@ class Generation:
                 yield piece
             if self._stops.found:
                 return
+        self.stats.stop_reason = self._session.stop_reason
         rest = self._stops.push(self._decoder.finish())
         if self._stops.found:
             self.stats.stop_reason = "stop"
