@@ -76,9 +76,10 @@ def resolve_model(model: str | Path | None) -> Path:
     if (named / MANIFEST).exists() or named.is_dir():
         return named
     known = ", ".join(model_names()) or "none"
+    source = model if "/" in str(model) else "fnlp/moss-moon-003-sft"
     raise MossError(
         f"there is no model called {str(model)!r} (converted so far: {known}). "
-        f"Make one with: moss-jt convert {model} , or name a model folder by its path."
+        f"Make one with, for example: moss-jt convert {source}"
     )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -575,7 +576,9 @@ def test_the_command_converts_by_name_and_remembers(home: Path, capsys: pytest.C
     with pytest.raises(MossError, match="moss-jt chat moss-tiny"):
         resolve_model(None)
     assert run_cli("convert", "moss-tiny") == 0
-    assert "moss-jt chat moss-tiny" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "moss-jt chat moss-tiny" in said
+    assert re.search(r"is ready \([45]\.\d MiB\)", said)
     assert resolve_model(None) == home / "models" / "moss-tiny"
     assert resolve_model("moss-tiny") == home / "models" / "moss-tiny"
     assert run_cli("verify") == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moss_jt.commands.progress import Status, byte_bar
+from moss_jt.commands.progress import Status, byte_bar, size_text
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.disk import folder_bytes
@@ -81,9 +81,10 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
         else:
             fresh = convert_source(open_source(source, keep_download, out), options, out)
     remember_last(out)
-    size = folder_bytes(out) / 2**30
     click.echo(
-        f"{out} is ready ({size:.2f} GiB)." if fresh else f"{out} was converted already; nothing to do."
+        f"{out} is ready ({size_text(folder_bytes(out))})."
+        if fresh
+        else f"{out} was converted already; nothing to do."
     )
     click.echo(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 

@@ -12,6 +12,12 @@ Notice = Callable[[str], None]
 tqdm.monitor_interval = 0
 
 
+def size_text(size_bytes: int) -> str:
+    """A size as people read it: GiB, or MiB where that would be nearly nothing."""
+    gib = size_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{size_bytes / 2**20:.1f} MiB"
+
+
 class Status:
     """A few words about what is going on, shown beside the bar that was made with it."""
 

@@ -2,7 +2,7 @@
 
 import click
 
-from moss_jt.commands.progress import byte_bar
+from moss_jt.commands.progress import byte_bar, size_text
 from moss_jt.convert.verify import verify_store
 from moss_jt.folders import resolve_model
 from moss_jt.store import open_store
@@ -20,5 +20,5 @@ def command(model: str | None) -> None:
     with byte_bar(total, store.path.name) as (progress, _):
         verify_store(store, progress)
     click.echo(
-        f"{store.path} is whole: {total / 2**30:.2f} GiB in {len(store.files)} files, every checksum right."
+        f"{store.path} is whole: {size_text(total)} in {len(store.files)} files, every checksum right."
     )
