@@ -285,11 +285,13 @@ def test_items_are_quoted_as_python_does_and_cut() -> None:
 
 
 def test_failures_are_the_no_result_that_the_model_knows() -> None:
+    release = threading.Event()
+
     def broken(argument: str, wanted: int) -> Outcome:
         raise SystemError("boom")
 
     def endless(argument: str, wanted: int) -> Outcome:
-        threading.Event().wait(20)
+        release.wait(20)
         return results(1)
 
     assert body_of(run_commands('A("x")', [Fake("A", "value", broken)])) == "A(\"x\") => 'No result.'"
@@ -303,6 +305,7 @@ def test_failures_are_the_no_result_that_the_model_knows() -> None:
     begin = time.monotonic()
     assert call_with_limit(Fake("A", "lines", endless), "x", 1) == Outcome()
     assert time.monotonic() - begin < 10
+    release.set()
     assert body_of([]) == "None"
 
 
