@@ -38,8 +38,10 @@ def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str
         added_path = None
     added = read_json(added_path) if added_path is not None and added_path.exists() else {}
     ids = [*vocabulary.values(), *added.values()]
-    if not all(isinstance(number, int) and 0 <= number < fields["vocab_size"] for number in ids):
+    if not all(type(number) is int and 0 <= number < fields["vocab_size"] for number in ids):
         raise MossError("vocab.json or added_tokens.json holds an id that the model has no row for.")
+    if len({*vocabulary.values()}) < len(vocabulary):
+        raise MossError("vocab.json gives one id to two tokens.")
     try:
         tokenizer = Tokenizer(BPE(vocabulary, merges))
     except Exception as error:  # noqa: BLE001  the package raises no narrower type for an unknown token
@@ -56,6 +58,8 @@ def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str
 
 
 def _add(tokenizer: Tokenizer, token: str, wanted: int) -> None:
+    if not token or not token.isprintable() and not token.isspace():
+        raise MossError(f"added_tokens.json holds {token!r}, which is no token.")
     entry = AddedToken(token, single_word=False, lstrip=False, rstrip=False, normalized=False)
     if token in SPECIAL_TOKENS:
         tokenizer.add_special_tokens([entry])
@@ -72,8 +76,12 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         raise MossError(f"{path} is missing: without merges.txt there is no tokenizer.")
     if path.stat().st_size > MAX_MERGES_BYTES:
         raise MossError(f"{path} is larger than {MAX_MERGES_BYTES >> 20} MiB; that is no list of merges.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise MossError(f"{path} cannot be read: {error}") from error
     merges = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text.split("\n"):
         parts = line.split(" ")
         if line.startswith("#version") or not line:
             continue

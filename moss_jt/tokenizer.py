@@ -46,12 +46,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of our own text: ``<eoh>`` and the other special tokens in it become their ids."""
-        ids: list[int] = self._rust.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._rust.encode(_whole(text), add_special_tokens=False).ids
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of foreign text (a user's, a file's, the network's): what looks like a special token stays plain characters."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._plain.encode(_whole(text), add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -73,6 +73,11 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
+
+
+def _whole(text: str) -> str:
+    """The text with ``?`` for each half of a surrogate pair: terminals give those for bytes that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class IncrementalDecoder:
