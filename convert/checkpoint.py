@@ -186,6 +186,11 @@ def checkpoint_config(fields: dict[str, Any], where: str) -> MossConfig:
             f"{where} says model_type {kind!r} but describes another architecture (hidden_size instead of n_embd), "
             "as fnlp/moss-base-7b does. moss-jt converts the moss-moon-003 models and CodeGen."
         )
+    if kind == "codegen" and "auto_map" in fields:
+        raise MossError(
+            f"{where} brings model code of its own (auto_map), as CodeGen2 does: its qkv rows may lie in another order than "
+            "CodeGen's, and the model would talk nonsense. moss-jt converts the first CodeGen models only."
+        )
     activation = fields.get("activation_function", "gelu_new")
     if activation != "gelu_new":
         raise MossError(f"{where}: activation_function is {activation!r}; only gelu_new is known.")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -61,20 +62,20 @@ def check_disk(
     Raises:
         MossError: they do not; it says how much is needed and how much is free.
     """
-    downloaded = growth or [0] * len(sizes)
-    for written, arrived in zip(itertools.accumulate(sizes), downloaded, strict=True):
-        demands = [(out, written + SPARE_BYTES)]
-        if download is not None and _device(download) == _device(out):
-            demands = [(out, written + arrived + SPARE_BYTES)]
-        elif download is not None:
-            demands.append((download, arrived + SPARE_BYTES))
-        for folder, needed in demands:
-            free = shutil.disk_usage(_nearest(folder)).free
-            if free < needed:
-                raise MossError(
-                    f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
-                    "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
-                )
+    written = list(itertools.accumulate(sizes))
+    if download is None:
+        peaks = {out: max(written, default=0)}
+    elif _device(download) == _device(out):
+        peaks = {out: max(map(operator.add, written, growth), default=0)}
+    else:
+        peaks = {out: max(written, default=0), download: max(growth, default=0)}
+    for folder, peak in peaks.items():
+        needed, free = peak + SPARE_BYTES, shutil.disk_usage(_nearest(folder)).free
+        if free < needed:
+            raise MossError(
+                f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
+                "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
+            )
 
 
 def _nearest(folder: Path) -> Path:

@@ -53,7 +53,7 @@ def head_runs(config: MossConfig) -> list[tuple[int, int]]:
     if config.n_head % MP_NUM:
         raise MossError(
             f"the model has {config.n_head} heads; MOSS and CodeGen store them in {MP_NUM} equal parts, so their number must "
-            f"be a multiple of {MP_NUM}. (CodeGen2 has another layout and is not supported.)"
+            f"be a multiple of {MP_NUM}."
         )
     part = config.n_embd // MP_NUM
     query, value, key = 0, 1, 2

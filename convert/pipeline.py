@@ -170,9 +170,8 @@ def _check_ours(out: Path) -> None:
     """Raises MossError unless ``out`` is empty, begun by a conversion, or not there."""
     if not out.exists() or (out / JOURNAL).exists():
         return
-    if any(
-        not path.name.startswith(JOURNAL) for path in out.iterdir()
-    ):  # a kill can leave the first, half-written one
+    # A kill can leave nothing but the first journal, half written.
+    if any(not path.name.startswith(JOURNAL) for path in out.iterdir()):
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
 
 

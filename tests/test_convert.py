@@ -192,6 +192,7 @@ def test_known_buffers_are_left_out(tmp_path: Path) -> None:
         ({"n_embd": None, "hidden_size": 64}, "n_embd"),
         ({"n_head": 6, "n_embd": 66, "rotary_dim": 2}, "multiple of 4"),
         ({"activation_function": "relu"}, "relu"),
+        ({"model_type": "codegen", "auto_map": {"AutoModel": "modeling_codegen.CodeGenModel"}}, "CodeGen2"),
         ({"n_layer": "2"}, "n_layer"),
     ],
 )
