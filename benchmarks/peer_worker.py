@@ -66,9 +66,9 @@ def time_ctranslate2(
     compute = {"fp32": "float32", "int8": "int8"}[kind]
     converted = folder.with_name(f"{folder.name}-ct2-{compute}")
     if not (converted / "model.bin").exists():
-        ctranslate2.converters.TransformersConverter(str(folder)).convert(
-            str(converted), quantization=compute, force=True
-        )
+        ctranslate2.converters.TransformersConverter(
+            str(folder), load_as_float16=True, low_cpu_mem_usage=True
+        ).convert(str(converted), quantization=compute, force=True)
     vocabulary = json.loads((converted / "vocabulary.json").read_text())
     begin = time.perf_counter()
     generator = ctranslate2.Generator(
