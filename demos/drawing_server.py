@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 def drawing_server(port: int = 0) -> Iterator[str]:
     """Its address, while it runs; port 0 is a free one."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

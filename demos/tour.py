@@ -26,8 +26,8 @@ PLUGINS = ("calculator", "solver", "search", "image")
 
 # What is asked, and what the answer must contain: the first two come from plugins, to the letter.
 SCRIPT = (
-    ("37*48等于多少？", "1776"),
-    ("Solve 3*x+5=20", "x = 5"),
+    ("What is 37 times 48?", "1776"),
+    ("解方程3*x+5=20", "x = 5"),
     ("你好", ""),
     ("请介绍一下长城", ""),
     ("Draw a robot drinking tea", ""),
@@ -35,9 +35,9 @@ SCRIPT = (
 )
 
 TEXTS = {
-    "great-wall.txt": "长城是中国北方的古老城墙，蜿蜒在山脉之间。",
-    "moon.txt": "the Moon is a quiet world of old stone, and it is bright at night.",
-    "tea.txt": "茶是一种著名的饮料，历史悠久。\nTea is a drink with a long history.",
+    "great-wall.txt": "长城北方，山脉，古老，历史。",
+    "moon.txt": "the Moon old quiet bright stone.",
+    "tea.txt": "茶古老，历史，文化。\ntea ancient famous mountain garden.",
 }
 
 

@@ -20,6 +20,7 @@ from moss_jt.demos.terminal import PROMPT, Terminal
 from moss_jt.folders import model_home
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.prompt import PromptEncoder
+from moss_jt.sampling import SamplingParams
 from moss_jt.store import open_store
 from moss_jt.tokenizer import Tokenizer
 from moss_jt.turn import MAX_ANSWER_TOKENS
@@ -59,7 +60,7 @@ from moss_jt.turn import MAX_ANSWER_TOKENS
 )
 @click.option(
     "--max-new-tokens",
-    type=int,
+    type=click.IntRange(min=1),
     default=MAX_ANSWER_TOKENS,
     show_default=True,
     help="The most tokens of an answer.",
@@ -93,6 +94,8 @@ def command(
         picture_folder=picture_folder or model_home() / "pictures",
     )
     # Whatever is wrong is said before Jittor starts.
+    sampling = sampling_arguments(options)
+    SamplingParams(**sampling)
     switched_on = make_plugins([name.strip() for name in plugins.split(",") if name.strip()], settings)
     folder = model_folder(model)
     check_chat_model(folder)
@@ -101,7 +104,7 @@ def command(
             plugins=switched_on,
             settings=settings,
             max_new_tokens=max_new_tokens,
-            **sampling_arguments(options),
+            **sampling,
         )
         Terminal(chat, folder.name, Screen(), make_reader(PROMPT), make_shower(), thoughts).run()
 

@@ -1,0 +1,194 @@
+"""The whole loop with the small model that comes with the program: four plugins, one cache, and the command line."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moss_jt import cli
+from moss_jt.chat import Chat
+from moss_jt.demos import tour
+from moss_jt.demos.drawing_server import drawing_server
+from moss_jt.demos.plugin_loop import one_turn
+from moss_jt.events import Command, Notice, Result, Text, Thought
+from moss_jt.moss import Moss
+from moss_jt.plugins.registry import PluginSettings
+from tests.support.models import random_checkpoint, tiny_model_folder
+
+PLUGINS = ("calculator", "solver", "search", "image")
+
+
+@pytest.fixture(scope="module")
+def moss() -> Iterator[Moss]:
+    with Moss.load(tiny_model_folder(), memory="4GiB") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def chat(moss: Moss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
+    """All four plugins on; search reads a folder, and a server on this machine draws."""
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "wall.txt").write_text("长城古老，著名，北方。", encoding="utf-8")
+    with drawing_server() as address:
+        settings = PluginSettings(
+            search_folder=texts, image_url=address, picture_folder=tmp_path / "pictures"
+        )
+        yield moss.chat(plugins=PLUGINS, settings=settings, temperature=0)
+
+
+def answer(chat: Chat, message: str) -> tuple[str, list[Result]]:
+    events = list(chat.send(message))
+    assert not [event for event in events if isinstance(event, Notice)]
+    text = "".join(event.text for event in events if isinstance(event, Text))
+    return text, [event for event in events if isinstance(event, Result)]
+
+
+def test_four_plugins_through_the_whole_loop(chat: Chat, moss: Moss) -> None:
+    text, results = answer(chat, "What is 37 times 48?")
+    assert "1776" in text and [result.command for result in results] == ['Calculate("37*48")']
+    text, results = answer(chat, "解方程3*x+5=20")
+    assert "x = 5" in text and [result.text for result in results] == ["x = 5"]
+    _, results = answer(chat, "请介绍一下长城")
+    assert results[0].numbers == (1,) and results[0].sources[0].location.endswith("wall.txt")
+    assert "长城古老，著名，北方。" in results[0].text and chat.sources[1] == results[0].sources[0]
+    _, results = answer(chat, "Draw a robot drinking tea")
+    assert results[0].picture is not None and results[0].picture.read_bytes().startswith(b"\x89PNG")
+    text = moss.tokenizer.decode(chat.token_ids)
+    assert text.count("<|Human|>:") == text.count("<eom>") == chat.turns == 4
+    assert "<|Results|>: Image generated successfully.<eor>\n" in text
+
+
+def test_one_cache_through_phases_and_turns(chat: Chat, moss: Moss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model computes is counted: every token of the conversation once."""
+    computed = []
+    forward = moss.model.forward
+
+    def counting(token_ids, start_pos, rows):  # type: ignore[no-untyped-def]
+        computed.extend(range(start_pos, start_pos + len(token_ids)))
+        return forward(token_ids, start_pos, rows)
+
+    monkeypatch.setattr(moss.model, "forward", counting)
+    answer(chat, "What is 12 plus 30?")
+    answer(chat, "Hello")
+    assert computed == list(range(len(chat.token_ids) - 2))  # all but the last <eom> and its newline
+
+
+def test_thoughts_and_answers_stream(chat: Chat) -> None:
+    kinds = [type(event) for event in chat.send("What is 12 plus 30?")]
+    assert kinds.count(Thought) > 2 and kinds.count(Text) > 2
+    assert kinds.index(Thought) < kinds.index(Command) < kinds.index(Result) < kinds.index(Text)
+
+
+def test_greetings_with_and_without_plugins(chat: Chat, moss: Moss) -> None:
+    assert answer(chat, "你好") == ("您好！我是MOSS，有什么我可以帮助您的吗？", [])
+    plain = moss.chat(temperature=0)
+    assert answer(plain, "你好") == ("您好！我是MOSS，有什么我可以帮助您的吗？", [])
+    chat.switch([])
+    assert answer(chat, "你是谁？")[0] == "我是MOSS，一个由复旦大学开发的对话语言模型。"
+
+
+def test_the_spelled_out_loop_gives_the_same_turn(moss: Moss) -> None:
+    assert one_turn(moss, "What is 37 times 48?") == (
+        "<|Human|>: What is 37 times 48?<eoh>\n"
+        "<|Inner Thoughts|>: This is arithmetic, so I need the calculator.<eot>\n"
+        '<|Commands|>: Calculate("37*48")<eoc>\n<|Results|>:\nCalculate("37*48") => \'1776\'\n<eor>\n'
+        "<|MOSS|>: 37 times 48 equals 1776<sup><|1|></sup>.<eom>\n"
+    )
+
+
+# The command line.
+
+
+def run(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["chat", *arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    return tmp_path
+
+
+def test_chat_with_the_built_in_model_works_at_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(
+        monkeypatch,
+        "计算37*48\nstop\n",
+        "moss-tiny",
+        "--plugins",
+        "calculator",
+        "--greedy",
+        "--no-thoughts",
+    )
+    shown = capsys.readouterr().out
+    assert code == 0 and "MOSS 37乘以48等于1776[1]。\n" in shown and "moss-tiny is ready" in shown
+    assert "这是一道计算题" not in shown and (home / "models" / "moss-tiny" / "manifest.json").exists()
+
+
+def test_with_no_model_it_says_how_to_get_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "") == 1
+    message = capsys.readouterr().err
+    assert "moss-jt convert fnlp/moss-moon-003-sft" in message and "moss-jt chat moss-tiny" in message
+
+
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moss_jt.convert.checkpoint import open_local
+    from moss_jt.convert.pipeline import convert, recipe_for
+
+    source = random_checkpoint(home / "source", model_type="codegen")
+    (source / "added_tokens.json").unlink()
+    checkpoint = open_local(source)
+    convert(checkpoint, recipe_for(checkpoint), home / "models" / "codegen-tiny")
+    monkeypatch.setattr(Moss, "load", None)
+    assert run(monkeypatch, "", "codegen-tiny") == 1
+    assert "codegen-tiny is no MOSS chat model" in (message := capsys.readouterr().err)
+    assert "moss-jt generate" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plugins", "telepathy"], "there is no plugin 'telepathy'"),
+        (["--plugins", "image"], "--image-url"),
+        (["--top-p", "7"], "top_p is 7"),
+    ],
+)
+def test_what_is_wrong_with_the_options_is_said_before_a_model_is_loaded(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(Moss, "load", None)
+    assert run(monkeypatch, "", "moss-tiny", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_demonstration_passes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tour.main() == 0
+    shown = capsys.readouterr().out
+    assert "1776" in shown and "x = 5" in shown and "tokens read" in shown
+    assert list((home / "pictures").glob("*.png"))
+
+
+def test_a_demonstration_whose_answers_are_wrong_fails(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tour, "SCRIPT", (("你好", "1776"),))
+    assert tour.main() == 1
+    assert "The demonstration failed" in capsys.readouterr().out
