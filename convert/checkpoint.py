@@ -19,9 +19,8 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 Fetch = Callable[[str], Path]
-HASHED_BYTES = (
-    64 << 20
-)  # shards up to this size are told apart by their contents, larger ones by size and time
+# Shards up to this size are told apart by their contents, larger ones by size and time.
+HASHED_BYTES = 64 << 20
 
 
 @dataclass
