@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moss_jt.citations import CitationReader
 from moss_jt.context import ConversationContext
 from moss_jt.errors import MossError
-from moss_jt.events import Command, Event, Result, Text, Thought
+from moss_jt.events import Command, Event, Text, Thought
 from moss_jt.field_reader import FieldReader
 from moss_jt.language import Language
 from moss_jt.notices import notice
@@ -24,13 +24,11 @@ from moss_jt.prompt import (
     THOUGHTS,
     Piece,
     PromptEncoder,
-    neutral,
     no_plugins,
     opening,
-    picture_results,
     question,
-    results,
 )
+from moss_jt.results_field import results_field, shortened, shown_result
 from moss_jt.sampling import SamplingParams
 
 MAX_ANSWER_TOKENS = 1024
@@ -263,45 +261,3 @@ class Turn:
         else:
             self._context.abandon_turn()
             self._settled = True
-
-
-def shown_result(result: CallResult) -> Result:
-    """A result as an event: its answer without the call, and without the quotes of a value."""
-    text = result.text.removeprefix(f"{result.call.text} =>").strip()
-    if len(text) > 1 and text[0] == text[-1] == "'":
-        text = text[1:-1]
-    return Result(
-        result.call.text,
-        text,
-        result.found,
-        result.numbers,
-        result.sources,
-        result.picture,
-        result.failure,
-    )
-
-
-def results_field(found: Sequence[CallResult]) -> list[Piece]:
-    """The Results field of what was found, as trained: pictures alone are told on one line."""
-    if found and all(result.picture is not None for result in found):
-        return picture_results(neutral(found[0].text))
-    return results("\n".join(neutral_result(result) for result in found) or NONE)
-
-
-def neutral_result(result: CallResult) -> str:
-    """A result's text in which nothing but our own marks before the items reads as a mark."""
-    lines = result.text.split("\n")
-    first_item = len(lines) - len(result.numbers)
-    items = [
-        f"<|{number}|>: {neutral(line.removeprefix(f'<|{number}|>: '))}"
-        for number, line in zip(result.numbers, lines[first_item:], strict=True)
-    ]
-    return "\n".join([neutral("\n".join(lines[:first_item])), *items])
-
-
-def shortened(found: Sequence[CallResult], encoder: PromptEncoder, most: int) -> list[Piece]:
-    """The Results field with as many of its lines as fit into ``most`` tokens."""
-    lines = "\n".join(neutral_result(result) for result in found).split("\n")
-    while lines and len(encoder.encode(results("\n".join(lines)))) > most:
-        lines.pop()
-    return results("\n".join(lines) or NONE)
