@@ -43,7 +43,8 @@ struct Workspace {
         inner = take(inner_width);
         const bool few = !many(b.tokens);
         qkv_x = rearranged(b.qkv, few) ? take(width) : normed;
-        fc_in_x = rearranged(b.fc_in, few) ? take(width) : normed;
+        const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.shuffled() == b.fc_in.shuffled();
+        fc_in_x = as_qkv ? qkv_x : rearranged(b.fc_in, few) ? take(width) : normed;
         out_x = rearranged(b.out_proj, few) ? take(width) : attended;
         fc_out_x = rearranged(b.fc_out, few) ? take(inner_width) : inner;
         partial = free;
@@ -120,31 +121,34 @@ inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& qu
     }
 }
 
-// Inputs of one product into its matrix's order; columns of x and result are the matrix's inputs.
-template <class M>
-inline void rearrange_all(const M& m, int64_t tokens, const float* x, float* result) {
-    if (x == result) return;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++) rearrange(m, !many(tokens), x + t * m.k, result + t * m.k);
-}
-
 template <class M>
 inline void run_block(const Block<M>& b) {
     const Workspace<M> w(b);
     const Attention attention{w.q,      b.keys,      b.values, w.attended, w.partial,
                               b.tokens, b.start_pos, b.heads,  b.head_dim};
     Queues<M> queues(b);
+    const int64_t tokens = b.tokens, width = b.width(), inner = b.fc_in.n;
+    const bool few = !many(tokens);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < b.tokens; t++)
-            layer_norm(b.h + t * b.width(), b.norm_weight, b.norm_bias, b.epsilon, b.width(), w.normed + t * b.width());
-        rearrange_all(b.qkv, b.tokens, w.normed, w.qkv_x);
-        rearrange_all(b.fc_in, b.tokens, w.normed, w.fc_in_x);
+        for (int64_t t = 0; t < tokens; t++) {
+            float* row = w.normed + t * width;
+            layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, row);
+            if (w.qkv_x != w.normed) rearrange(b.qkv, few, row, w.qkv_x + t * width);
+            if (w.fc_in_x != w.normed && w.fc_in_x != w.qkv_x) rearrange(b.fc_in, few, row, w.fc_in_x + t * width);
+        }
         block_input(b, w, queues);
+        if (w.fc_out_x != w.inner) {
+#pragma omp for schedule(static) nowait
+            for (int64_t t = 0; t < tokens; t++) rearrange(b.fc_out, few, w.inner + t * inner, w.fc_out_x + t * inner);
+        }
         attend(attention);
-        rearrange_all(b.out_proj, b.tokens, w.attended, w.out_x);
-        rearrange_all(b.fc_out, b.tokens, w.inner, w.fc_out_x);
+        if (w.out_x != w.attended) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++)
+                rearrange(b.out_proj, few, w.attended + t * width, w.out_x + t * width);
+        }
         block_output(b, w, queues);
     }
 }

@@ -105,7 +105,7 @@ inline void product(const M& m, int64_t first, int64_t end, const float* x, int6
 // Work for all threads: rows of a product with this many bytes in each, in pieces that suit the pass.
 inline RowQueue row_queue(int64_t rows, int64_t row_bytes, int64_t tokens) {
     if (many(tokens)) return RowQueue(rows, 1, kTileRows, kTileRows);
-    return RowQueue(rows, row_bytes, 64 << 10, 1 << 20);
+    return RowQueue(rows, row_bytes, 128 << 10, 4 << 20);
 }
 
 }  // namespace moss
