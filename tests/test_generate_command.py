@@ -14,6 +14,14 @@ from tests.support.models import tiny_model_folder
 PROMPT = "<|Human|>: Calculate 37*48<eoh>\n<|Inner Thoughts|>:"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """What is compiled once for each machine is announced on stderr: here it is done before anyone looks."""
+    from moss_jt.warm_up import warm_up
+
+    warm_up(16)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command and returns (exit code, stdout, stderr)."""
