@@ -6,6 +6,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Mapping
+from io import TextIOWrapper
 from typing import TextIO
 
 # Control characters (escape sequences begin with one, 7-bit or 8-bit), but for tab and newline; and marks that
@@ -35,6 +36,8 @@ class Screen:
 
     def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
         self.stream = sys.stdout if stream is None else stream
+        if isinstance(self.stream, TextIOWrapper):
+            self.stream.reconfigure(errors="replace")  # where the encoding is no UTF-8
         self.terminal = self.stream.isatty() and environment.get("TERM", "dumb") != "dumb"
         self.styled = self.terminal and not environment.get("NO_COLOR")
         self._column_0 = True

@@ -42,10 +42,21 @@ TEXTS: dict[str, tuple[str, str]] = {
     "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 结束。"),
     "bye": ("Goodbye!", "再见！"),
     "stopped": ("Stopped.", "已停止。"),
-    "sources": ("Sources", "来源"),
     "no_result": ("no result", "没有结果"),
     "picture": ("picture: {path}", "图片：{path}"),
-    "waiting": ("...", "……"),
+    "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
+    "loaded": (
+        "Loaded ({seconds} s). A short conversation, greedy, with all four plugins. This MOSS has two million parameters: "
+        "it calls plugins well, and repeats badly what a search finds.",
+        "已加载（{seconds} 秒）。下面是一段简短的对话（贪心解码，四个插件全开）。"
+        "这个 MOSS 只有两百万参数：会调用插件，但复述搜索结果很差。",
+    ),
+    "times": (
+        "{first} s to the first word, {total} s in all; {read} tokens read, {new} written",
+        "首字 {first} 秒，共 {total} 秒；读入 {read} 个词元，写出 {new} 个",
+    ),
+    "failed": ("The demonstration failed:", "演示失败："),
+    "your_turn": ("Your turn: the same conversation goes on.", "轮到您了：对话继续。"),
 }
 
 

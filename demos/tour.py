@@ -18,8 +18,10 @@ from moss_jt.demos.line_input import make_reader
 from moss_jt.demos.pictures import make_shower
 from moss_jt.demos.screen import Screen
 from moss_jt.demos.terminal import PROMPT, Terminal, TurnView
+from moss_jt.demos.texts import say
 from moss_jt.events import Event, Text
 from moss_jt.folders import TINY, model_home
+from moss_jt.language import user_language
 from moss_jt.plugins.registry import PluginSettings
 
 PLUGINS = ("calculator", "solver", "search", "image")
@@ -65,12 +67,13 @@ def ask(screen: Screen, chat: Chat, message: str) -> str:
     watch = Stopwatch()
     screen.line(f"{PROMPT}{message}", "bold")
     TurnView(screen, chat, True, make_shower()).show(watch.over(chat.send(message)))
-    screen.line(
-        f"  {watch.first_s:.2f} s to the first word, {watch.total_s:.2f} s in all; "
-        f"{chat.stats.read_tokens} tokens read, {chat.stats.new_tokens} written",
-        "dim",
-    )
-    screen.line()
+    times = {
+        "first": f"{watch.first_s:.2f}",
+        "total": f"{watch.total_s:.2f}",
+        "read": str(chat.stats.read_tokens),
+        "new": str(chat.stats.new_tokens),
+    }
+    screen.line(f"  {say('times', user_language(), **times)}\n", "dim")
     return watch.answer
 
 
@@ -86,7 +89,7 @@ def run_script(screen: Screen, chat: Chat) -> list[str]:
 
 def main() -> int:
     """Exit code 1 where an answer lacks its plugin's result."""
-    screen = Screen()
+    screen, language = Screen(), user_language()
     with tempfile.TemporaryDirectory(prefix="moss-jt-demo-") as scratch, drawing_server() as address:
         texts = Path(scratch, "texts")
         texts.mkdir()
@@ -97,18 +100,18 @@ def main() -> int:
         )
         begin = time.monotonic()
         folder = model_folder(TINY)
-        screen.line(f"{folder} is converted ({time.monotonic() - begin:.1f} s).", "dim")
+        seconds = f"{time.monotonic() - begin:.1f}"
+        screen.line(say("converted", language, path=str(folder), seconds=seconds), "dim")
         with Moss.load(folder) as moss:
-            screen.line(
-                f"Loaded ({moss.load_s:.1f} s). A short conversation, greedy, with all four plugins:\n", "dim"
-            )
+            screen.line(say("loaded", language, seconds=f"{moss.load_s:.1f}") + "\n", "dim")
             chat = moss.chat(plugins=PLUGINS, settings=settings, temperature=0)
             missing = run_script(screen, chat)
             if missing:
-                screen.line("The demonstration failed:\n" + "\n".join(missing), "warning")
+                screen.line("\n".join([say("failed", language), *missing]), "warning")
                 return 1
             if sys.stdin.isatty() and sys.stdout.isatty():
-                screen.line("Your turn: the same conversation goes on.\n", "dim")
+                screen.line(say("your_turn", language) + "\n", "dim")
+                chat.language = language
                 Terminal(chat, TINY, screen, make_reader(PROMPT), make_shower()).run()
     return 0
 

@@ -94,6 +94,7 @@ class Turn:
         """
         asked = self._encoder.encode(question(text))
         self._check_length(len(asked))
+        self._context.abandon_turn()  # what a turn may have left that was interrupted while it settled
         try:
             yield from self._make_room(len(asked) + self._fixed)
             self._append_ids(asked)

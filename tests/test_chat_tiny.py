@@ -192,3 +192,11 @@ def test_a_demonstration_whose_answers_are_wrong_fails(
     monkeypatch.setattr(tour, "SCRIPT", (("你好", "1776"),))
     assert tour.main() == 1
     assert "The demonstration failed" in capsys.readouterr().out
+
+
+def test_drafts_change_nothing(chat: Chat) -> None:
+    with Moss.load(tiny_model_folder(), memory="4GiB", draft="lookup") as drafting:
+        drafted = drafting.chat(plugins=chat.plugins, temperature=0)
+        for message in ("What is 37 times 48?", "计算37*48", "推荐五部科幻电影"):
+            assert answer(drafted, message) == answer(chat, message)
+    assert drafted.token_ids == chat.token_ids
