@@ -13,13 +13,31 @@ Var = Any  # a jittor.Var: only moss_jt.backend imports Jittor
 
 
 @dataclass(frozen=True)
+class Region:
+    """A tensor that lies within a larger Var, as all of a unit's weights do on a GPU: one Var is one copy over the link.
+
+    memory  (n,) uint8
+    offset  where the tensor begins, in bytes
+    dtype   NumPy's name of it
+    """
+
+    memory: Var
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Weight = Any  # a Var, or a Region of one: operators say which they take
+
+
+@dataclass(frozen=True)
 class DenseMatrix:
     """A float16 matrix in nn.Linear's orientation: ``y = x @ weight.T``.
 
     weight  (N, K) float16
     """
 
-    weight: Var
+    weight: Weight
 
 
 @dataclass(frozen=True)
@@ -36,12 +54,12 @@ class PackedMatrix:
                  as for token ids, and every index in [0, K).
     """
 
-    packed: Var
-    scales: Var
-    zeros: Var
+    packed: Weight
+    scales: Weight
+    zeros: Weight
     bits: int
     group_size: int
-    input_order: Var | None = None
+    input_order: Weight | None = None
 
 
 Matrix = DenseMatrix | PackedMatrix
@@ -60,14 +78,14 @@ class BlockWeights:
     fc_out, fc_out_bias     (C, I), (C,) float16
     """
 
-    ln_1_weight: Var
-    ln_1_bias: Var
+    ln_1_weight: Weight
+    ln_1_bias: Weight
     qkv: Matrix
     out: Matrix
     fc_in: Matrix
-    fc_in_bias: Var
+    fc_in_bias: Weight
     fc_out: Matrix
-    fc_out_bias: Var
+    fc_out_bias: Weight
 
 
 class Operators(Protocol):
@@ -101,7 +119,7 @@ class Operators(Protocol):
         """
         ...
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Weight, bias: Var) -> Var:
         """Final layer norm and the product with the head, or with a slab of its rows.
 
         h                       (R, C) float32, R rows of which logits are wanted

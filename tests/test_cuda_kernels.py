@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moss_jt.kernels.cuda import reference
-from moss_jt.kernels.cuda.launchers import DECODE_TOKENS, Launchers, source, split_parts
+from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers, source, split_parts
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
@@ -82,9 +82,26 @@ def test_dequantized_weights_are_the_reference_s_exactly(bits: int) -> None:
 
 
 def test_long_prompts_go_through_cublas() -> None:
-    x, matrix = normal((DECODE_TOKENS + 1, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
+    x, matrix = normal((FEW_TOKENS + 1, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
     ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, 4)
     np.testing.assert_allclose(ours, x @ dequantize(matrix).T, rtol=0, atol=2e-2)
+    large, weight = normal((FEW_TOKENS + 1, 64), scale=400), half((24, 64), scale=400)
+    assert np.abs(kernels().dense(large, weight)).max() > 65504, "float16 results would be infinite"
+
+
+@pytest.mark.parametrize("kind", ["dense", "int4"])
+def test_a_token_gets_the_same_bits_in_every_short_pass(kind: str) -> None:
+    """Drafts are verified in passes of up to FEW_TOKENS tokens, and must not change what one token gives."""
+    x, weight, matrix = normal((FEW_TOKENS, 1056)), half((20, 1056)), packed_matrix(20, 1056, 4, 32)
+
+    def product(some: np.ndarray) -> np.ndarray:
+        if kind == "dense":
+            return kernels().dense(some, weight)
+        return kernels().packed(some, matrix.packed, matrix.scales, matrix.zeros, 4)
+
+    alone = np.concatenate([product(aligned(x[i : i + 1])) for i in range(FEW_TOKENS)])
+    for tokens in (3, 16, 17, FEW_TOKENS):
+        np.testing.assert_array_equal(product(aligned(x[:tokens])), alone[:tokens])
 
 
 def test_gathered_inputs() -> None:
@@ -152,11 +169,16 @@ def test_elementwise_kernels() -> None:
         atol=1e-5,
     )
     np.testing.assert_allclose(run.bias_gelu(x, bias), reference.bias_gelu(x, bias), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(run.add_bias(x, bias), x + bias.astype(np.float32))
-    np.testing.assert_allclose(run.add_block(x, x, x, bias), 3 * x + bias.astype(np.float32), rtol=1e-6)
+    out = FakeCupy.empty(x.shape, np.float32)
+    run.add_bias(x, bias, out)
+    np.testing.assert_array_equal(out, x + bias.astype(np.float32))
+    run.add_block(x, x, x, bias, out)
+    np.testing.assert_allclose(out, 3 * x + bias.astype(np.float32), rtol=1e-6)
     ids = aligned(np.array([4, 0, 6], np.int32))
     table = half((7, 50))
-    np.testing.assert_array_equal(run.embed(ids, table), table[ids].astype(np.float32))
+    rows = FakeCupy.empty((3, 50), np.float32)
+    run.embed(ids, table, rows)
+    np.testing.assert_array_equal(rows, table[ids].astype(np.float32))
 
 
 def test_impossible_shapes_are_refused_before_a_launch() -> None:

@@ -1,5 +1,7 @@
 """The GPU's operators over Jittor Vars, with the emulation in CuPy's place: whole blocks against the float64 oracle."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,13 @@ from moss_jt.backend import jt
 from moss_jt.kernels.cuda.operators import CudaOperators
 from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry
-from tests.support.operator_weights import dense_block, index_var, packed_block
+from tests.support.operator_weights import (
+    dense_block,
+    head_in_one_piece,
+    in_one_piece,
+    index_var,
+    packed_block,
+)
 
 CONFIG = geometry(n_embd=64, n_head=4, rotary_dim=8, n_positions=32)
 
@@ -20,7 +28,7 @@ def test_blocks_agree_with_float64(kind: str) -> None:
         weights = dense_block(oracle)
     else:
         weights, oracle = packed_block(CONFIG, int(kind[3]), 32, 1, ordered="act-order" in kind)
-    operators = CudaOperators(CONFIG, FakeCupy())
+    operators, pieces = CudaOperators(CONFIG, FakeCupy()), in_one_piece(weights)
     shape = (CONFIG.n_layer, 32, CONFIG.n_head, CONFIG.head_dim)
     memory = [aligned(np.zeros(shape, np.float16)) for _ in range(2)]
     keys, values = (jt.reuse_np_array(array) for array in memory)
@@ -30,7 +38,7 @@ def test_blocks_agree_with_float64(kind: str) -> None:
     start, found = 0, []
     for tokens in (3, 1, 2):
         h = jt.array(states[start : start + tokens])
-        found.append(operators.block(h, weights, keys, values, 1, start).numpy())
+        found.append(operators.block(h, pieces, keys, values, 1, start).numpy())
         start += tokens
     assert np.abs(np.concatenate(found) - expected).max() <= 4e-3 * np.abs(expected).max()
     assert not memory[0][0].any(), "another layer's cache was written"
@@ -47,7 +55,8 @@ def test_embedding_and_head() -> None:
     norm_weight, norm_bias = draw.standard_normal((2, 64)).astype(np.float16)
     bias = draw.standard_normal(50).astype(np.float16)
     h = draw.standard_normal((2, 64)).astype(np.float32)
-    found = operators.head(*(jt.array(a) for a in (h, norm_weight, norm_bias, table, bias))).numpy()
+    norm = jt.array(norm_weight), jt.array(norm_bias)
+    found = operators.head(jt.array(h), *norm, head_in_one_piece(table), jt.array(bias)).numpy()
     normed = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5)
     expected = (normed * norm_weight + norm_bias) @ table.T.astype(np.float64) + bias
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -55,9 +64,13 @@ def test_embedding_and_head() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     operators = CudaOperators(CONFIG, FakeCupy())
-    weights = dense_block(BlockArrays.random(CONFIG, 1))
+    weights = in_one_piece(dense_block(BlockArrays.random(CONFIG, 1)))
     cache = jt.zeros((2, 4, CONFIG.n_head, CONFIG.head_dim), "float16")
     with pytest.raises(ValueError, match="do not fit"):
         operators.block(jt.zeros((3, 64)), weights, cache, cache, 0, 2)
     with pytest.raises(ValueError, match="h has shape"):
         operators.block(jt.zeros((1, 32)), weights, cache, cache, 0, 0)
+    with pytest.raises(ValueError, match="fc_in_bias"):
+        operators.block(
+            jt.zeros((1, 64)), replace(weights, fc_in_bias=weights.fc_out_bias), cache, cache, 0, 0
+        )

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-Array = Any  # cupy.ndarray
+from moss_jt.kernels.cuda.cublas import Array, multiply
 
 WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
 ROWS_PER_WARP = 2  # kRows in linear.cu
-DECODE_TOKENS = 16  # more go through cuBLAS
-TOKEN_VARIANTS = (1, 4, 16)
+TOKEN_VARIANTS = (1, 4, 16)  # of the kernels for few tokens
+# Passes of more tokens go through cuBLAS. Up to here a token's result is the same bits in any pass, as drafts need it.
+FEW_TOKENS = 23
 # Blocks that fill a card: K is split until a product has as many. Consumer cards have 10 to 170 multiprocessors.
 ENOUGH_BLOCKS = 256
 MAX_HEAD_DIM = 256
@@ -57,12 +58,10 @@ class Launchers:
         """One thread for each of ``count`` elements."""
         self.launch(module, kernel, (-(-count // THREADS),), *arguments)
 
-    def embed(self, token_ids: Array, table: Array) -> Array:
-        """token_ids (T,) int32, table (V, C) float16 -> (T, C) float32."""
+    def embed(self, token_ids: Array, table: Array, out: Array) -> None:
+        """token_ids (T,) int32, table (V, C) float16 -> out (T, C) float32."""
         tokens, width = token_ids.shape[0], table.shape[1]
-        out = self.cupy.empty((tokens, width), np.float32)
         self.each("elementwise.cu", "embed", tokens * width, token_ids, table, out, tokens, width)
-        return out
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
         """x (T, C) float32, weight and bias (C,) float16 -> (T, C) float32."""
@@ -78,17 +77,13 @@ class Launchers:
         self.each("elementwise.cu", "bias_gelu", x.size, x, bias, out, x.shape[0], x.shape[1])
         return out
 
-    def add_bias(self, x: Array, bias: Array) -> Array:
-        """x + bias; x (T, N) float32, bias (N,) float16."""
-        out = self.cupy.empty(x.shape, np.float32)
+    def add_bias(self, x: Array, bias: Array, out: Array) -> None:
+        """out = x + bias; x, out (T, N) float32, bias (N,) float16."""
         self.each("elementwise.cu", "add_bias", x.size, x, bias, out, x.shape[0], x.shape[1])
-        return out
 
-    def add_block(self, h: Array, attention: Array, mlp: Array, bias: Array) -> Array:
-        """h + attention + mlp + bias; all (T, C) float32, bias (C,) float16."""
-        out = self.cupy.empty(h.shape, np.float32)
+    def add_block(self, h: Array, attention: Array, mlp: Array, bias: Array, out: Array) -> None:
+        """out = h + attention + mlp + bias; all (T, C) float32, bias (C,) float16."""
         self.each("elementwise.cu", "add_block", h.size, h, attention, mlp, bias, out, h.shape[0], h.shape[1])
-        return out
 
     def rotary_cache(self, qkv: Array, rotary: Array, keys: Array, values: Array, start_pos: int) -> Array:
         """Rotate queries and keys and write keys and values into one layer's cache.
@@ -124,7 +119,7 @@ class Launchers:
 
     def dense(self, x: Array, weight: Array) -> Array:
         """x (T, K) float32 times weight (N, K) float16 -> (T, N) float32; K is a multiple of 8."""
-        if x.shape[0] > DECODE_TOKENS:
+        if x.shape[0] > FEW_TOKENS:
             return self._by_cublas(x, weight)
         return self._rows(x, "dense", weight.shape[0], 8, (weight,), ())
 
@@ -136,7 +131,7 @@ class Launchers:
             raise ValueError(
                 f"activations of {x.shape[1]} do not fit a matrix of {inputs} inputs in {groups} groups"
             )
-        if x.shape[0] > DECODE_TOKENS:
+        if x.shape[0] > FEW_TOKENS:
             return self._by_cublas(x, self.dequantize(packed, scales, zeros, bits))
         return self._rows(x, f"int{bits}", outputs, 128 // bits, (packed, scales, zeros), (groups,))
 
@@ -158,7 +153,9 @@ class Launchers:
         return out
 
     def _by_cublas(self, x: Array, weight: Array) -> Array:
-        return self.cupy.matmul(x.astype(np.float16), weight.T).astype(np.float32)
+        out = self.cupy.empty((x.shape[0], weight.shape[0]), np.float32)
+        multiply(self.cupy, x, weight, out)
+        return out
 
     def _rows(
         self,
@@ -171,26 +168,19 @@ class Launchers:
     ) -> Array:
         """A decode product: each warp does ROWS_PER_WARP rows, K in as many parts as fill the card."""
         tokens, inputs = x.shape
-        variant = next(count for count in TOKEN_VARIANTS if count >= tokens)
         blocks = -(-outputs // (ROWS_PER_WARP * WARPS_PER_BLOCK))
         parts = split_parts(blocks, inputs, lane_weights)
-        sums = self.cupy.empty((parts, tokens, outputs), np.float32)
-        self.launch(
-            "linear.cu",
-            f"{kernel}_{variant}",
-            (blocks, parts),
-            *matrix,
-            x,
-            sums,
-            tokens,
-            outputs,
-            inputs,
-            *more,
-        )
-        if parts == 1:
-            return sums.reshape(tokens, outputs)
         out = self.cupy.empty((tokens, outputs), np.float32)
-        self.each("linear.cu", "add_parts", tokens * outputs, sums, out, parts, tokens * outputs)
+        most = max(TOKEN_VARIANTS)
+        for first in range(0, tokens, most):
+            some, result = x[first : first + most], out[first : first + most]
+            count = some.shape[0]
+            variant = next(size for size in TOKEN_VARIANTS if size >= count)
+            sums = result if parts == 1 else self.cupy.empty((parts, count, outputs), np.float32)
+            sizes = (count, outputs, inputs, *more)
+            self.launch("linear.cu", f"{kernel}_{variant}", (blocks, parts), *matrix, some, sums, *sizes)
+            if parts > 1:
+                self.each("linear.cu", "add_parts", result.size, sums, result, parts, result.size)
         return out
 
 

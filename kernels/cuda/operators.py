@@ -1,22 +1,28 @@
-"""The GPU's operators: CuPy kernels over Jittor's own memory, through jt.numpy_code, which hands arrays over without a copy."""
+"""The GPU's operators: CuPy kernels over Jittor's own memory, through jt.numpy_code, which hands arrays over without a copy.
 
-from collections.abc import Callable
+Each operator is one operation for Jittor: launching costs the host more than the small kernels cost the card. A block's weights
+are regions of one Var, since jt.numpy_code takes at most ten inputs.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from moss_jt.backend import jt
 from moss_jt.config import MossConfig
-from moss_jt.kernels.checks import check_cache, check_dtype, check_shape
+from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
 from moss_jt.kernels.cuda.launchers import Array, Launchers
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Region, Var
 from moss_jt.kernels.rotary import rotary_table
 
-Work = Callable[[list[Array]], Array]
+Work = Callable[[Sequence[Array], Array], None]
+At = Callable[[Region], Array]
 
 
 class CudaOperators:
-    """See :class:`moss_jt.kernels.interface.Operators`.
+    """See :class:`moss_jt.kernels.interface.Operators`. Weights of blocks and head are Regions.
 
     Args:
         config: the model's geometry; head_dim a multiple of 8 and at most 256.
@@ -27,77 +33,96 @@ class CudaOperators:
         self.config = config
         self.kernels = Launchers(cupy)
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
+        self._checked = weakref.WeakSet[BlockWeights]()
 
     def embed(self, token_ids: Var, table: Var) -> Var:
         check_dtype("table", table, "float16")
-        shape = (token_ids.shape[0], table.shape[1])
-        return _code(shape, [token_ids, table], lambda a: self.kernels.embed(a[0].reshape(-1), a[1]))
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+        def work(a: Sequence[Array], out: Array) -> None:
+            self.kernels.embed(a[0].reshape(-1), a[1], out)
+
+        return _code((token_ids.shape[0], table.shape[1]), [token_ids, table], work)
+
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var) -> Var:
         check_shape("h", h, (h.shape[0], self.config.n_embd))
+        check_shape("weight", weight, (bias.shape[0], self.config.n_embd))
 
-        def work(a: list[Array]) -> Array:
+        def work(a: Sequence[Array], out: Array) -> None:
             normed = self.kernels.layer_norm(a[0], a[1], a[2], self.config.layer_norm_epsilon)
-            return self.kernels.add_bias(self.kernels.dense(normed, a[3]), a[4])
+            self.kernels.add_bias(self.kernels.dense(normed, _at(a[3], weight)), a[4], out)
 
-        return _code((h.shape[0], weight.shape[0]), [h, norm_weight, norm_bias, weight, bias], work)
+        inputs = [h, norm_weight, norm_bias, weight.memory, bias]
+        return _code((h.shape[0], weight.shape[0]), inputs, work)
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
-        config, tokens = self.config, h.shape[0]
-        check_shape("h", h, (tokens, config.n_embd))
-        check_cache(keys, values, config.n_head, config.head_dim, layer, start_pos, tokens)
-        kernels, epsilon = self.kernels, config.layer_norm_epsilon
-        norm = [weights.ln_1_weight, weights.ln_1_bias]
+        check_shape("h", h, (h.shape[0], self.config.n_embd))
+        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, h.shape[0])
+        self._check_weights(weights)
 
-        def attend(a: list[Array]) -> Array:
-            """a: h, norm weight and bias, rotary, keys, values, qkv."""
-            normed = kernels.layer_norm(a[0], a[1], a[2], epsilon)
-            keys_here, values_here = a[4][layer], a[5][layer]
-            qkv = _product(kernels, weights.qkv, a[6:], normed)
-            q = kernels.rotary_cache(qkv, a[3], keys_here, values_here, start_pos)
-            return kernels.attention(q, keys_here, values_here, start_pos)
+        def work(a: Sequence[Array], out: Array) -> None:
+            def at(region: Region) -> Array:
+                return _at(a[1], region)
 
-        def project(a: list[Array]) -> Array:
-            """a: context, out."""
-            return _product(kernels, weights.out, a[1:], a[0])
+            self._block(a[0], weights, at, (a[2], a[3][layer], a[4][layer]), start_pos, out)
 
-        def widen(a: list[Array]) -> Array:
-            """a: h, norm weight and bias, fc_in bias, fc_in."""
-            normed = kernels.layer_norm(a[0], a[1], a[2], epsilon)
-            return kernels.bias_gelu(_product(kernels, weights.fc_in, a[4:], normed), a[3])
+        return _code(h.shape, [h, weights.ln_1_weight.memory, self.rotary, keys, values], work)
 
-        def narrow(a: list[Array]) -> Array:
-            """a: h, attended, inner, fc_out bias, fc_out."""
-            return kernels.add_block(a[0], a[1], _product(kernels, weights.fc_out, a[4:], a[2]), a[3])
+    def _block(
+        self,
+        h: Array,
+        weights: BlockWeights,
+        at: At,
+        tables: tuple[Array, Array, Array],
+        start_pos: int,
+        out: Array,
+    ) -> None:
+        """The block over arrays on the device; tables: rotary, and the layer's keys and values."""
+        kernels = self.kernels
+        norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
+        normed = kernels.layer_norm(h, *norm, self.config.layer_norm_epsilon)
+        q = kernels.rotary_cache(_product(kernels, weights.qkv, at, normed), *tables, start_pos)
+        context = kernels.attention(q, *tables[1:], start_pos)
+        attended = _product(kernels, weights.out, at, context)
+        inner = kernels.bias_gelu(_product(kernels, weights.fc_in, at, normed), at(weights.fc_in_bias))
+        narrowed = _product(kernels, weights.fc_out, at, inner)
+        kernels.add_block(h, attended, narrowed, at(weights.fc_out_bias), out)
 
-        # Four operations and not one, because jt.numpy_code takes at most ten inputs.
-        context = _code(h.shape, [h, *norm, self.rotary, keys, values, *_arrays(weights.qkv)], attend)
-        attended = _code(h.shape, [context, *_arrays(weights.out)], project)
-        inner_inputs = [h, *norm, weights.fc_in_bias, *_arrays(weights.fc_in)]
-        inner = _code((tokens, config.n_inner), inner_inputs, widen)
-        return _code(h.shape, [h, attended, inner, weights.fc_out_bias, *_arrays(weights.fc_out)], narrow)
+    def _check_weights(self, weights: BlockWeights) -> None:
+        """Once for each object, for it goes with a piece of memory that native code will trust."""
+        if weights in self._checked:
+            return
+        width, inner = self.config.n_embd, self.config.n_inner
+        check_matrix("qkv", weights.qkv, 3 * width, width)
+        check_matrix("out", weights.out, width, width)
+        check_matrix("fc_in", weights.fc_in, inner, width)
+        check_matrix("fc_out", weights.fc_out, width, inner)
+        for name in ("ln_1_weight", "ln_1_bias", "fc_in_bias", "fc_out_bias"):
+            vector = getattr(weights, name)
+            check_shape(name, vector, (inner if name == "fc_in_bias" else width,))
+            check_dtype(name, vector, "float16")
+        self._checked.add(weights)
 
 
-def _arrays(matrix: Matrix) -> list[Var]:
+def _at(memory: Array, region: Region) -> Array:
+    """The region of a unit's memory, as an array over it."""
+    n_bytes = int(np.prod(region.shape)) * np.dtype(region.dtype).itemsize
+    piece = memory[region.offset : region.offset + n_bytes]
+    return piece.view(np.dtype(region.dtype)).reshape(region.shape)
+
+
+def _product(kernels: Launchers, matrix: Matrix, at: At, x: Array) -> Array:
+    """x times the matrix."""
     if isinstance(matrix, DenseMatrix):
-        return [matrix.weight]
-    order = [] if matrix.input_order is None else [matrix.input_order]
-    return [matrix.packed, matrix.scales, matrix.zeros, *order]
-
-
-def _product(kernels: Launchers, matrix: Matrix, arrays: list[Array], x: Array) -> Array:
-    """x times the matrix, over the matrix's arrays on the device."""
-    if isinstance(matrix, DenseMatrix):
-        return kernels.dense(x, arrays[0])
-    if len(arrays) == 4:
-        x = kernels.gather_inputs(x, arrays[3].reshape(-1))
-    return kernels.packed(x, arrays[0], arrays[1], arrays[2], matrix.bits)
+        return kernels.dense(x, at(matrix.weight))
+    if matrix.input_order is not None:
+        x = kernels.gather_inputs(x, at(matrix.input_order).reshape(-1))
+    return kernels.packed(x, at(matrix.packed), at(matrix.scales), at(matrix.zeros), matrix.bits)
 
 
 def _code(shape: tuple[int, ...], inputs: list[Var], work: Work) -> Var:
-    """One Jittor operation that calls ``work`` with its inputs' arrays and stores what it returns."""
+    """One Jittor operation that calls ``work`` with its inputs' arrays and the array for its result."""
 
     def run(_: Any, data: dict[str, list[Array]]) -> None:
-        data["outputs"][0][...] = work(list(data["inputs"]))
+        work(data["inputs"], data["outputs"][0])
 
     return jt.numpy_code(shape, np.float32, inputs, run)

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,23 +156,56 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+class DeviceArray(np.ndarray):
+    """NumPy's array with CuPy's way to tell where it lies."""
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+def matrix_at(pointer: int, dtype: type, rows: int, columns: int, leading: int) -> np.ndarray:
+    """A column-major matrix (rows, columns) as cuBLAS is told of it."""
+    assert leading >= rows
+    n_bytes = leading * columns * np.dtype(dtype).itemsize
+    memory = np.frombuffer((ctypes.c_char * n_bytes).from_address(pointer), dtype)
+    return memory.reshape(columns, leading).T[:rows]
+
+
+class FakeCublas:
+    """gemmEx as cuBLAS defines it, for float16 in and float32 out."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
+    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 68, -1
+
+    @staticmethod
+    def gemmEx(
+        handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _
+    ):  # noqa: ANN001, ANN205, N802
+        assert (handle, a_type, b_type, c_type, compute) == (FakeCupy.HANDLE, 2, 2, 0, 68)
+        left = matrix_at(a, np.float16, *((k, m) if op_a else (m, k)), lda)
+        right = matrix_at(b, np.float16, *((n, k) if op_b else (k, n)), ldb)
+        factors = [ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))[0] for pointer in (alpha, beta)]
+        assert factors == [1, 0]
+        wide = [side.astype(np.float32) for side in (left.T if op_a else left, right.T if op_b else right)]
+        matrix_at(c, np.float32, m, n, ldc)[...] = wide[0] @ wide[1]
+
+
 class FakeCupy:
     """The part of CuPy that moss_jt.kernels.cuda uses, over NumPy."""
 
     RawModule = RawModule
-    float16, float32, int32, uint8 = np.float16, np.float32, np.int32, np.uint8
+    HANDLE = 4711
+    cuda = SimpleNamespace(
+        cublas=FakeCublas, device=SimpleNamespace(get_cublas_handle=lambda: FakeCupy.HANDLE)
+    )
 
     @staticmethod
     def empty(shape: Any, dtype: Any) -> np.ndarray:
-        return aligned(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 77, dtype))
+        """As on a card, what lies in it is anything; here it is what shows."""
+        filled = np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 77, dtype)
+        return aligned(filled).view(DeviceArray)
 
     @staticmethod
-    def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        assert (
-            a.dtype == b.dtype == np.float16
-        )  # what cuBLAS multiplies with tensor cores, summing in float32
-        return (a.astype(np.float32) @ b.astype(np.float32)).astype(np.float16)
-
-    @staticmethod
-    def ascontiguousarray(a: np.ndarray) -> np.ndarray:
-        return aligned(np.ascontiguousarray(a))
+    def asarray(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+        return aligned(np.asarray(array, dtype)).view(DeviceArray)

@@ -1,5 +1,6 @@
 """An oracle's arrays as the Vars that operators take. Imports Jittor."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from moss_jt import quant
 from moss_jt.backend import jt
 from moss_jt.config import MossConfig
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix, Region
 from tests.support.block_oracle import BlockArrays
 
 MATRICES = ("qkv", "out", "fc_in", "fc_out")
@@ -79,3 +80,37 @@ def packed_block(
     oracle = BlockArrays(config, base.arrays | {name: widened(matrix) for name, matrix in packed.items()})
     vectors = {name: var(a) for name, a in base.arrays.items() if name not in MATRICES}
     return BlockWeights(**vectors, **{name: packed_matrix(m) for name, m in packed.items()}), oracle
+
+
+def in_one_piece(weights: BlockWeights) -> BlockWeights:
+    """The same weights as the GPU's operators take them: regions of one Var, each at a multiple of 256 bytes."""
+    arrays: list[np.ndarray] = []
+    offsets = [0]
+
+    def place(weight: Any) -> int:
+        arrays.append(weight.numpy())
+        offsets.append(offsets[-1] + -(-arrays[-1].nbytes // 256) * 256)
+        return len(arrays) - 1
+
+    def each(value: Any, change: Any) -> Any:
+        if isinstance(value, (BlockWeights, DenseMatrix, PackedMatrix)):
+            return replace(value, **{f.name: each(getattr(value, f.name), change) for f in fields(value)})
+        return value if value is None or isinstance(value, int) else change(value)
+
+    places = each(weights, lambda weight: np.array(place(weight)))
+    memory = np.zeros(offsets[-1] + 256, np.uint8)
+    memory = memory[-memory.ctypes.data % 256 :][: offsets[-1]]
+    for offset, array in zip(offsets, arrays, strict=False):
+        memory[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+    whole = jt.reuse_np_array(memory)
+
+    def region(index: np.ndarray) -> Region:
+        array = arrays[int(index)]
+        return Region(whole, offsets[int(index)], array.shape, array.dtype.name)
+
+    return each(places, region)
+
+
+def head_in_one_piece(weight: np.ndarray) -> Region:
+    memory = np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
+    return Region(var(memory), 0, weight.shape, weight.dtype.name)
