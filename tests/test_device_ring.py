@@ -1,0 +1,136 @@
+"""The order of copies, events and computations on a GPU, proven over a simulated device that works in adversarial orders."""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from moss_jt.device_ring import DeviceRing, Queue
+from moss_jt.errors import MossError
+from tests.support.simulated_device import ForgetfulDevice, SimulatedDevice, WrongOrder
+
+SIZE = 8
+SEEDS = range(60)
+
+
+class Pieces:
+    """Piece k is SIZE times k. Those in ``passing`` lie in two buffers; one is overwritten as soon as it is handed back."""
+
+    def __init__(self, count: int, passing: set[int], seed: int = 0) -> None:
+        self.pinned = {piece: np.full(SIZE, piece) for piece in range(count) if piece not in passing}
+        self.buffers = [np.full(SIZE, -1) for _ in range(2)]
+        self.passing = passing
+        self.fails_at: int | None = None
+        self._taken: int | None = None
+        self._random = random.Random(seed)
+
+    def is_passing(self, piece: int) -> bool:
+        return piece in self.passing
+
+    def is_ready(self, piece: int) -> bool:
+        if piece == self.fails_at:
+            return False
+        return piece not in self.passing or self._random.random() < 0.5
+
+    def take(self, piece: int) -> np.ndarray:
+        if piece not in self.passing:
+            return self.pinned[piece]
+        if self._taken is not None:
+            self.buffers[self._taken][:] = -7
+        if self.fails_at == piece:
+            self._taken, self.fails_at = None, None
+            raise MossError("the disk fails")
+        self._taken = 0 if self._taken is None else 1 - self._taken
+        self.buffers[self._taken][:] = piece
+        return self.buffers[self._taken]
+
+
+def compute(device: SimulatedDevice, ring: DeviceRing, piece: int) -> None:
+    """Take the piece, and queue what looks whether its buffer holds it."""
+    memory = ring.memories[ring.take(piece)]
+
+    def look(part: slice) -> None:
+        if not (memory[part] == piece).all():
+            raise WrongOrder(f"piece {piece} is computed with {memory[part]}")
+
+    device.compute(look, SIZE)
+
+
+def run(device: SimulatedDevice, pieces: int, buffers: int, passing: set[int], seed: int) -> None:
+    """Passes over all pieces, some without the last ones, some broken off."""
+    chance = random.Random(seed)
+    host = Pieces(pieces, passing, seed)
+    ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], pieces)
+    for _ in range(4):
+        last = chance.randrange(pieces) if chance.random() < 0.3 else pieces - 1
+        broken = chance.randrange(pieces) if chance.random() < 0.2 else pieces
+        if passing and chance.random() < 0.2:
+            host.fails_at = chance.choice(sorted(passing))
+        ring.end_cycle_after(last)
+        try:
+            for piece in range(min(last + 1, broken)):
+                compute(device, ring, piece)
+        except MossError:
+            continue
+        if broken == pieces:
+            ring.hand_back()
+    ring.close()
+    host.buffers[0][:] = host.buffers[1][:] = -9
+    device.finish()
+
+
+def cases() -> Iterator[tuple[int, int, set[int], int]]:
+    for seed in SEEDS:
+        chance = random.Random(seed)
+        pieces, buffers = chance.randint(1, 6), chance.randint(2, 3)
+        passing = {piece for piece in range(pieces) if chance.random() < chance.choice([0, 0.5, 1])}
+        yield pieces, buffers, passing, seed
+
+
+ORDERS = [(favour, eager) for favour in (None, *Queue) for eager in (0.0, 0.3, 0.9)]
+
+
+@pytest.mark.parametrize(("favour", "eager"), ORDERS)
+def test_every_computation_sees_its_piece_in_every_order(favour: Queue | None, eager: float) -> None:
+    for pieces, buffers, passing, seed in cases():
+        run(SimulatedDevice(seed, favour, eager), pieces, buffers, passing, seed)
+
+
+@pytest.mark.parametrize(
+    "forgotten", ["wait COMPUTE", "wait COPIES", "record COMPUTE", "record COPIES", "synchronize"]
+)
+def test_a_missing_event_is_found(forgotten: str) -> None:
+    with pytest.raises(WrongOrder):
+        for (favour, eager), case in itertools.product(ORDERS, cases()):
+            pieces, buffers, passing, seed = case
+            run(ForgetfulDevice(forgotten, seed, favour, eager), pieces, buffers, passing, seed)
+
+
+def test_the_next_copies_are_done_while_a_piece_is_computed() -> None:
+    """With the computation held back, the copies of the next piece run to their end: nothing that they wait for is later."""
+    device = SimulatedDevice(0, Queue.COPIES, eager=0.0)
+    ring = DeviceRing(device, Pieces(5, set()), [np.full(SIZE, -2) for _ in range(2)], 5)
+    compute(device, ring, 0)
+    assert device.calls.count("copy") == 2, "the second buffer is filled from the start"
+    compute(device, ring, 1)
+    assert device.calls.count("copy") == 3, "the first is filled anew as soon as its use has been queued"
+    while device.pending(Queue.COPIES) and device._step():
+        pass
+    assert device.pending(Queue.COPIES) == 0
+    assert device.pending(Queue.COMPUTE) > 0, "all copies ran before the last computation"
+
+
+def test_the_host_does_not_wait_for_the_device_where_all_is_pinned() -> None:
+    device = SimulatedDevice(0, eager=0.0)
+    ring = DeviceRing(device, Pieces(4, set()), [np.full(SIZE, -2) for _ in range(2)], 4)
+    for piece in (0, 1, 2, 3, 0, 1):
+        compute(device, ring, piece)
+    assert "synchronize" not in device.calls
+    device.finish()
+
+
+def test_a_ring_needs_two_buffers() -> None:
+    with pytest.raises(ValueError, match="two buffers"):
+        DeviceRing(SimulatedDevice(0), Pieces(2, set()), [np.zeros(SIZE)], 2)
