@@ -4,37 +4,58 @@ Importing this module takes a second, and minutes on the first time that a machi
 does the compiling and says so. Jittor's own output goes into logs, see moss_jt.jittor_home.log_path.
 """
 
+import ctypes
 import importlib
 import os
 import sys
 from typing import Any
 
+from moss_jt.device import chosen_device, swaps
 from moss_jt.errors import MossError
+from moss_jt.gpu import require_gpu
 from moss_jt.jittor_build import check_compiler, ensure_built, quiet_output
 from moss_jt.jittor_home import cache_folder, has_onednn_wheels, link_onednn, log_path
 from moss_jt.signals import keep_signals
 
 # Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
-HIDDEN = ("cupy", "torch")
+HIDDEN = {"cpu": ("cupy", "torch"), "gpu": ("torch",)}
+CACHES = {"cpu": "default", "gpu": "moss-jt-cuda"}
+SWAP_CACHES = {"cpu": "moss-jt-swap", "gpu": "moss-jt-cuda-swap"}
 
 
 def decide_environment() -> None:
     """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
-    # Without a GPU asked for, no nvcc: one without its runtime library would make the import crash.
-    os.environ["nvcc_path"] = ""
+    if chosen_device() == "gpu":
+        _decide_cuda()
+    else:
+        # No nvcc: one without its runtime library would make the import crash.
+        os.environ["nvcc_path"] = ""
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("gdb_path", "")
     os.environ.setdefault("log_silent", "1")
-    # Or else Jittor names its cache after the git branch that its own folder happens to be under. The build that swaps
-    # (moss_jt.swap) has a cache of its own: in one cache the two would compile each other's files anew.
-    swaps = os.environ.get("JT_SAVE_MEM", "0") != "0"
-    os.environ.setdefault("cache_name", "moss-jt-swap" if swaps else "default")
+    # Or else Jittor names its cache after the git branch that its own folder happens to be under. Builds with other
+    # switches have caches of their own: in one cache they would compile each other's files anew.
+    os.environ.setdefault("cache_name", (SWAP_CACHES if swaps() else CACHES)[chosen_device()])
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if has_onednn_wheels():
         link_onednn()
     else:
         os.environ.setdefault("use_mkl", "0")
+
+
+def _decide_cuda() -> None:
+    """Jittor compiles with the toolkit that was found, and so does CuPy.
+
+    Raises:
+        MossError: something that a GPU needs is missing.
+    """
+    _, toolkit = require_gpu()
+    os.environ["nvcc_path"] = str(toolkit.nvcc)
+    os.environ["CUDA_PATH"] = str(toolkit.home)
+    os.environ.setdefault("conv_opt", "1")  # without cuDNN and other libraries that no language model needs
+    # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
+    ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
 
 
 def prepare() -> None:
@@ -52,12 +73,12 @@ def prepare() -> None:
             f"cannot write to {cache_folder()} ({error.strerror}), where Jittor keeps what it compiles. "
             "Make it writable, or set JITTOR_HOME to a folder that is."
         ) from error
-    ensure_built(HIDDEN)
+    ensure_built(HIDDEN[chosen_device()])
 
 
 def _start() -> Any:
     prepare()
-    hidden = [name for name in HIDDEN if name not in sys.modules]
+    hidden = [name for name in HIDDEN[chosen_device()] if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
@@ -71,6 +92,8 @@ def _start() -> Any:
             del sys.modules[name]
     jittor.flags.log_file = str(log_path("operators"))
     jittor.flags.no_grad = 1  # or every block's workspace would be kept for a backward pass
+    if chosen_device() == "gpu":
+        jittor.flags.use_cuda = 1
     return jittor
 
 

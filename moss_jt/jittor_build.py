@@ -22,13 +22,13 @@ OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means somet
 PATIENCE_S = 3.0  # a start that is quicker than this is not worth a word
 ATTEMPTS = 3  # Jittor leaves, asking to be started again, when it has renewed its own compiling tool
 
-# Marks, by its last line, that the import went through: leaving early is no failure for Jittor.
+# Marks, by its last line, that the import went through (leaving early is no failure for Jittor), and where its core is.
 SCRIPT = """
 import pathlib, sys
 for name in sys.argv[2:]:
     sys.modules[name] = None
 import jittor
-pathlib.Path(sys.argv[1]).touch()
+pathlib.Path(sys.argv[1]).write_text(jittor.compiler.cache_path)
 """
 
 ANNOUNCEMENT = """\
@@ -83,9 +83,12 @@ def build_folder() -> Path:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether an import of Jittor went through before, and what it compiled is still there."""
-    core = folder / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return marker(folder).exists() and core.exists()
+    """Whether an import of Jittor went through before, and what it compiled is still there: for CUDA in a folder below."""
+    try:
+        place = folder / marker(folder).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return (place / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
 
 def marker(folder: Path) -> Path:
@@ -106,7 +109,7 @@ def ensure_built(hidden: Sequence[str]) -> None:
     marker(folder).unlink(missing_ok=True)
     for _ in range(ATTEMPTS):
         with open(log, "ab") as output:
-            code = watch(command, folder / "obj_files", output.fileno(), log)
+            code = watch(command, folder, output.fileno(), log)
         if code != 0 or marker(folder).exists():
             break
     if not marker(folder).exists():
@@ -116,7 +119,7 @@ def ensure_built(hidden: Sequence[str]) -> None:
         )
 
 
-def watch(command: list[str], objects: Path, output: int, log: Path) -> int:
+def watch(command: list[str], folder: Path, output: int, log: Path) -> int:
     """Run the compiling to its end, with an announcement once it takes its time, and progress on a terminal."""
     begin = time.monotonic()
     process = subprocess.Popen(
@@ -132,7 +135,7 @@ def watch(command: list[str], objects: Path, output: int, log: Path) -> int:
                 if not announced:
                     sys.stderr.write(ANNOUNCEMENT.format(log=log))
                     announced = True
-                show_progress(objects, time.monotonic() - begin)
+                show_progress(folder, time.monotonic() - begin)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
         process.wait()
@@ -143,9 +146,9 @@ def watch(command: list[str], objects: Path, output: int, log: Path) -> int:
     return code
 
 
-def show_progress(objects: Path, elapsed_s: float) -> None:
+def show_progress(folder: Path, elapsed_s: float) -> None:
     if sys.stderr.isatty():
-        count = len(list(objects.glob("*.o")))
+        count = len(list(folder.glob("**/obj_files/*.o")))
         sys.stderr.write(f"\rmoss-jt: {min(count, OBJECTS)} of {OBJECTS} files, {elapsed_s:.0f} s ")
         sys.stderr.flush()
 

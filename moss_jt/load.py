@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.causal_model import Rows
+from moss_jt.device import Device, Offload
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kv_cache import KVCache
 from moss_jt.model import Model
@@ -24,18 +25,22 @@ class SwappedModel(Model):
             return super().forward(token_ids, start_pos, rows)
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path, swap: bool = False) -> Model:
-    """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
+def load_model(store: Store, plan: ResidencyPlan, home: Path, device: Device, offload: Offload) -> Model:
+    """The store's model, its weights where the plan says, or in Jittor's care.
 
     Args:
         home: the folder where the disk's speed is remembered.
-        swap: Jittor was started to swap, see moss_jt.offload.
+        device, offload: what Jittor was started for, see moss_jt.device.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
+    if device == "gpu":
+        from moss_jt.gpu_load import load_gpu_model  # CuPy's kernels are no business of the CPU's
+
+        return load_gpu_model(store, plan, home, offload)
     warm_up(store.bits)
     operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
-    if swap:
+    if offload == "swap":
         return SwappedModel(store.config, operators, SwappedWeights(store, plan), cache, plan.pass_tokens)
     return Model(store.config, operators, open_weights(store, plan, home), cache, plan.pass_tokens)

@@ -14,8 +14,7 @@ from moss_jt.config import MossConfig
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, Operators, Var
 from moss_jt.kv_cache import KVCache
-
-HEAD_ROWS = 64  # rows of logits that are computed at once
+from moss_jt.sizes import HEAD_ROWS
 
 
 class HeadRows(Protocol):

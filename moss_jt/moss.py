@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from moss_jt.device import Device, Offload, check_choice, decide
 from moss_jt.draft import make_drafter
 from moss_jt.errors import MossError
 from moss_jt.folders import model_home, resolve_model
 from moss_jt.generate import Generation
-from moss_jt.offload import decide_offload
-from moss_jt.placement import plan_here
+from moss_jt.gpu import require_gpu
+from moss_jt.placement import plan_gpu_here, plan_here
 from moss_jt.residency import ResidencyPlan
 from moss_jt.sampling import SamplingParams
 from moss_jt.session import Session
-from moss_jt.store import open_store
+from moss_jt.store import Store, open_store
 from moss_jt.tokenizer import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Moss:
         *,
         device: str = "cpu",
         memory: str | int | None = None,
+        gpu_memory: str | int | None = None,
+        host_memory: str | int | None = None,
         context: int | None = None,
         draft: str | int = "auto",
         offload: str = "auto",
@@ -67,27 +70,34 @@ class Moss:
 
         Args:
             model: its path, or the name of a converted model; by default the one converted last.
-            device: "cpu".
-            memory: the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit streams from
-                disk. By default what is free, less a margin.
+            device: "cpu" or "gpu". A process keeps to the first that it loads for.
+            memory: on the CPU, the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit
+                streams from disk. By default what is free, less a margin.
+            gpu_memory: on the GPU, the same for the card's memory; what does not fit streams from the host's.
+            host_memory: on the GPU, the same for the host's memory; what does not fit there either streams from disk.
             context: tokens that prompt and answer may have together; by default all that the model has.
             draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
-            offload: "auto" or "stream": what does not fit streams. "swap": Jittor's own swapping, for comparison.
+            offload: "auto" or "stream": what does not fit streams. For comparison "swap", Jittor's own swapping, and on
+                the GPU "unified", CUDA's managed memory.
 
         Raises:
-            MossError: there is no such model, its folder is damaged, or the memory is too little for it.
+            MossError: there is no such model, its folder is damaged, the memory is too little for it, or something
+                that a GPU needs is missing.
         """
         begin = time.perf_counter()
-        if device != "cpu":
-            raise MossError(f"there is no device {device!r}. This version computes on the CPU: device='cpu'.")
+        way = check_choice(device, offload)
+        on_gpu = device == "gpu"
+        if on_gpu and memory is not None or not on_gpu and (gpu_memory, host_memory) != (None, None):
+            raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         store = open_store(resolve_model(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
-        placed = plan_here(store, memory, context)
+        if on_gpu:
+            card, _ = require_gpu()
+            placed = plan_gpu_here(store, card, gpu_memory, host_memory, context, way)
+        else:
+            placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
-        swap = decide_offload(offload)
-        from moss_jt.load import load_model
-
-        loaded = load_model(store, placed, model_home(), swap)
+        loaded = _load(store, placed, "gpu" if on_gpu else "cpu", way)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
     @property
@@ -181,3 +191,11 @@ class Moss:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload) -> "Model":
+    """Start Jittor for the device, unless it runs, and load the weights."""
+    decide(device, offload)
+    from moss_jt.load import load_model
+
+    return load_model(store, plan, model_home(), device, offload)

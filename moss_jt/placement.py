@@ -1,13 +1,18 @@
 """The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
 
+from moss_jt.device import Offload
+from moss_jt.errors import MossError
+from moss_jt.gpu import Card, gpu_budget
 from moss_jt.machine import memory_budget, process_memory, resident_memory_bytes
-from moss_jt.residency import ResidencyPlan, plan
+from moss_jt.residency import ResidencyPlan, gib_up, plan, plan_gpu
 from moss_jt.sizes import MIB, sizes_of_store
 from moss_jt.store import Store
 
 # What a process grows by after its tokenizer is there, beside weights, cache and workspace: Jittor, compiled operators,
 # oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and room for what differs between machines.
 LATER_BYTES = 120 * MIB
+# The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
+GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
 
 
 def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
@@ -24,6 +29,51 @@ def plan_here(store: Store, memory: str | int | None, context: int | None) -> Re
     context = store.config.n_positions if context is None else context
     footprint = resident_memory_bytes() + LATER_BYTES
     return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint)
+
+
+def plan_gpu_here(
+    store: Store,
+    card: Card,
+    gpu_memory: str | int | None,
+    host_memory: str | int | None,
+    context: int | None,
+    offload: Offload,
+) -> ResidencyPlan:
+    """The same on the machine's GPU.
+
+    Args:
+        gpu_memory: the limit of what the process may hold on the card; None for what is free there less a margin.
+        host_memory: the limit in RAM; None for what is free less a margin.
+
+    Raises:
+        MossError: a limit is none, or too small; the message names the smallest that works.
+    """
+    context = store.config.n_positions if context is None else context
+    footprint = resident_memory_bytes() + GPU_LATER_BYTES
+    placed = plan_gpu(
+        sizes_of_store(store),
+        context,
+        gpu_budget(gpu_memory, card),
+        memory_budget(host_memory),
+        host_footprint_bytes=footprint,
+    )
+    if offload != "stream":
+        _check_host(placed, offload)
+    return placed
+
+
+def _check_host(plan: ResidencyPlan, offload: Offload) -> None:
+    """Jittor's swapping and unified memory know no disk behind the host: it must hold all that the card does not.
+
+    Unified memory may have all of it on the host for a while: the driver decides.
+    """
+    units = plan.units if offload == "unified" else [unit for unit in plan.units if not unit.resident]
+    needed = plan.host_footprint_bytes + sum(unit.n_bytes for unit in units)
+    if needed > (plan.host_budget_bytes or 0):
+        raise MossError(
+            f"--offload {offload} keeps on the host what the card cannot hold, and needs {gib_up(needed)} of memory there. "
+            "Raise --host-memory, or use --offload stream: it streams from disk what the host cannot hold."
+        )
 
 
 def page_cache_bytes(plan: ResidencyPlan) -> int:

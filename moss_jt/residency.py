@@ -139,7 +139,9 @@ def plan(
     Raises:
         MossError: the budget is below the smallest that works; the message names that one.
     """
-    empty = _without_residents(sizes, context, budget_bytes, pass_tokens, footprint_bytes)
+    tokens = min(pass_tokens, context)
+    workspace = sizes.workspace_bytes(tokens, context)
+    empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace)
     return _place(empty, "--memory")
 
 
@@ -150,19 +152,30 @@ def plan_gpu(
     host_budget_bytes: int,
     *,
     pass_tokens: int = PASS_TOKENS,
+    host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
+
+    Args:
+        host_footprint_bytes: what the process holds on the host without weights.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
     """
-    empty = _without_residents(sizes, context, device_budget_bytes, pass_tokens, GPU_FOOTPRINT_BYTES)
-    empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=GPU_HOST_FOOTPRINT_BYTES)
+    tokens = min(pass_tokens, context)
+    workspace = sizes.gpu_workspace_bytes(tokens)
+    empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
+    empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))
 
 
 def _without_residents(
-    sizes: ModelSizes, context: int, budget_bytes: int, pass_tokens: int, footprint_bytes: int
+    sizes: ModelSizes,
+    context: int,
+    budget_bytes: int,
+    tokens: int,
+    footprint_bytes: int,
+    workspace_bytes: int,
 ) -> ResidencyPlan:
     """The plan of the smallest budget: everything streams."""
     if not 0 < context <= sizes.config.n_positions:
@@ -176,7 +189,6 @@ def _without_residents(
         for i, slab in enumerate(sizes.head_slabs())
     ]
     units = (*blocks, *slabs)
-    tokens = min(pass_tokens, context)
     return ResidencyPlan(
         sizes=sizes,
         context=context,
@@ -184,7 +196,7 @@ def _without_residents(
         budget_bytes=budget_bytes,
         footprint_bytes=footprint_bytes,
         kv_cache_bytes=sizes.kv_cache_bytes(context),
-        workspace_bytes=sizes.workspace_bytes(tokens, context),
+        workspace_bytes=workspace_bytes,
         units=units,
         ring_buffers=RING_BUFFERS,
         buffer_bytes=whole_pages(max(unit.n_bytes for unit in units)),

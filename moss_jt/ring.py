@@ -75,6 +75,11 @@ class Ring:
             self._taken = buffer
             return buffer
 
+    def is_ready(self, piece: int) -> bool:
+        """Whether taking ``piece`` next would not wait, and would not fail."""
+        with self._changed:
+            return bool(self._ready) and self._ready[0][0] == piece
+
     def hand_back(self) -> None:
         """Free the buffer taken last for the pieces to come."""
         with self._changed:

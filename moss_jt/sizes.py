@@ -21,8 +21,12 @@ FOOTPRINT_BYTES = 300 * MIB
 # The longest pass that the kernels take token by token, and the positions that share one of its partial results.
 FEW_TOKENS = 23
 ATTENTION_GROUP = 64
+# Rows of logits that are computed at once.
+HEAD_ROWS = 64
 # Tiles of the kernels' threads, oneDNN's buffers.
 THREADS_BYTES = 32 * MIB
+# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing.
+GPU_POOLS_BYTES = 64 * MIB
 
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
@@ -75,6 +79,18 @@ class ModelSizes:
         per_token = 12 * c.n_embd + 2 * c.n_inner
         few = min(tokens, FEW_TOKENS) * (partial + 2 * c.vocab_size)
         return (tokens * per_token + few) * FLOAT32 + THREADS_BYTES
+
+    def gpu_workspace_bytes(self, tokens: int) -> int:
+        """The same on a GPU, where attention has no partial results, and where passes of many tokens widen packed weights.
+
+        Per token: twelve results of width C and four of width I (before and after GELU, for act-order, as float16 for
+        cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
+        """
+        c = self.config
+        per_token = 12 * c.n_embd + 4 * c.n_inner
+        widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
+        logits = 2 * HEAD_ROWS * c.vocab_size
+        return (tokens * per_token + logits) * FLOAT32 + widened + GPU_POOLS_BYTES
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""

@@ -20,7 +20,7 @@ from moss_jt.residency import ResidencyPlan, Unit, gib
 from moss_jt.sizes import MIB
 from moss_jt.store import Store, map_tensor
 from moss_jt.unit_views import HEAD_WEIGHT, RowReader
-from moss_jt.weight_stream import HeadSlab, block_weights
+from moss_jt.weight_stream import HeadSlab, block_weights, indices_as_column
 
 NO_LIMIT = -1
 
@@ -129,7 +129,7 @@ def _slab(store: Store, unit: Unit) -> HeadSlab:
 
 def _taken(array: np.ndarray) -> Var:
     """A Var with a copy of its own, which Jittor may swap."""
-    var = jt.array(np.asarray(array))
+    var = jt.array(indices_as_column(np.asarray(array)))
     var.sync()
     return var
 

@@ -6,9 +6,10 @@ over buffers are made once. Weights are only ever read.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,14 @@ from moss_jt.backend import jt
 from moss_jt.disk_speed import disk_speed
 from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var, Weight
+from moss_jt.loading_progress import LoadingProgress
 from moss_jt.page_buffer import page_buffer
 from moss_jt.placement import page_cache_bytes
 from moss_jt.residency import ResidencyPlan, Unit, spread
 from moss_jt.ring import Reader, Ring
 from moss_jt.store import Store, map_tensor
-from moss_jt.unit_views import HEAD_WEIGHT, Arrays, RowReader, layout_of, map_unit, piece_of, views_of
+from moss_jt.unit_views import HEAD_WEIGHT, RowReader, layout_of, map_unit, piece_of, views_of
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ class WeightStream:
     def _load(self, reader: Reader, cache_bytes: int) -> None:
         """Map everything, or read the residents and start the ring, which fills while the prompt is prepared."""
         units = self.plan.units
+        progress = LoadingProgress(self.plan.bytes_on("device"))
         for number, unit in enumerate(units):
             if not self.streams:
                 self._resident[number] = map_unit(self.store, unit)
             elif unit.resident:
                 self._resident[number] = page_buffer(unit.n_bytes)
                 reader.read(piece_of(self.store, unit), self._resident[number], _never)
+                progress.advance(unit.n_bytes)
+        progress.close()
         if self.streams:
             streamed = [number for number in range(len(units)) if number not in self._resident]
             kept = _kept(units, streamed, cache_bytes)
@@ -201,8 +206,8 @@ def _kept(units: Sequence[Unit], streamed: Sequence[int], cache_bytes: int) -> s
     return set()
 
 
-def block_weights(store: Store, arrays: Arrays, var: Callable[[np.ndarray], Var]) -> BlockWeights:
-    """A block's weights from arrays by their names in the file, each made a Var by ``var``."""
+def block_weights(store: Store, arrays: Mapping[str, Any], var: Callable[[Any], Weight]) -> BlockWeights:
+    """A block's weights from arrays (or what stands for them) by their names in the file, each made a Var by ``var``."""
 
     def matrix(name: str) -> Matrix:
         if f"{name}.weight" in arrays:
@@ -215,7 +220,7 @@ def block_weights(store: Store, arrays: Arrays, var: Callable[[np.ndarray], Var]
             zeros=var(arrays[f"{name}.zeros"]),
             bits=store.bits,
             group_size=packed.shape[1] * 8 // store.bits if scales.shape[1] == 1 else store.group_size,
-            input_order=None if order is None else var(order.reshape(-1, 1)),
+            input_order=None if order is None else var(order),
         )
 
     return BlockWeights(
@@ -230,9 +235,14 @@ def block_weights(store: Store, arrays: Arrays, var: Callable[[np.ndarray], Var]
     )
 
 
+def indices_as_column(array: np.ndarray) -> np.ndarray:
+    """Act-order's indices have two axes for the operators; everything else stays as it is."""
+    return array.reshape(-1, 1) if array.dtype == np.int32 else array
+
+
 def _var(array: np.ndarray) -> Var:
     """A Var over the array's own memory."""
-    return jt.reuse_np_array(array)
+    return jt.reuse_np_array(indices_as_column(array))
 
 
 def _never() -> bool:

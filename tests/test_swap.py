@@ -9,9 +9,8 @@ import sys
 import pytest
 
 from moss_jt import Moss
-from moss_jt.errors import MossError
+from moss_jt.device import SWAP_SWITCH
 from moss_jt.jittor_build import build_folder, is_built
-from moss_jt.offload import SWITCH, decide_offload
 from moss_jt.residency import plan
 from moss_jt.sizes import MIB, sizes_of_store
 from moss_jt.store import open_store
@@ -43,22 +42,6 @@ print(json.dumps({"token_ids": answer.token_ids, "swapped": swapped, "message": 
 """
 
 
-def test_swap_has_to_be_decided_before_jittor_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SWITCH, raising=False)
-    monkeypatch.setitem(sys.modules, "moss_jt.backend", sys)
-    with pytest.raises(MossError, match="in a new process"):
-        decide_offload("swap")
-    assert not decide_offload("auto") and not decide_offload("stream") and SWITCH not in os.environ
-    monkeypatch.delitem(sys.modules, "moss_jt.backend")
-    monkeypatch.setenv(SWITCH, "0")
-    assert decide_offload("swap") and os.environ[SWITCH] == "1"
-
-
-def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(MossError, match="no offload 'magic' on the CPU: give auto, stream, swap"):
-        decide_offload("magic")
-
-
 def test_swapping_gives_the_same_answer_and_a_full_disk_is_told() -> None:
     built = build_folder().with_name("moss-jt-swap")
     if not is_built(built) and os.environ.get("MOSS_JT_TEST_SWAP") != "1":
@@ -70,7 +53,7 @@ def test_swapping_gives_the_same_answer_and_a_full_disk_is_told() -> None:
     sizes = sizes_of_store(open_store(folder))
     # Of 200 MB of weights 80 may be in memory; 170 MiB are the process with its libraries.
     budget = plan(sizes, 64, 1 << 40).workspace_bytes + sizes.kv_cache_bytes(64) + 80 * 10**6 + 170 * MIB
-    environment = {key: value for key, value in os.environ.items() if key not in ("cache_name", SWITCH)}
+    environment = {key: value for key, value in os.environ.items() if key not in ("cache_name", SWAP_SWITCH)}
     command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr

@@ -31,10 +31,23 @@ def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 model_argument = click.argument("model", required=False)
 
 memory_options = _all_of(
+    click.option("--gpu", is_flag=True, help="Compute on the GPU; what does not fit there streams to it."),
     click.option(
         "--memory",
         metavar="AMOUNT",
-        help="The most that this process may hold: 8GiB, 80%. What does not fit streams from disk. "
+        help="Without --gpu: the most that this process may hold, as 8GiB or 80%. What does not fit streams from disk. "
+        "[default: what is free, less a margin]",
+    ),
+    click.option(
+        "--gpu-memory",
+        metavar="AMOUNT",
+        help="With --gpu: the most that this process may hold on the card. What does not fit streams from the host. "
+        "[default: what is free there, less a margin]",
+    ),
+    click.option(
+        "--host-memory",
+        metavar="AMOUNT",
+        help="With --gpu: the most that this process may hold in RAM. What does not fit there either streams from disk. "
         "[default: what is free, less a margin]",
     ),
     click.option(
@@ -45,10 +58,11 @@ memory_options = _all_of(
     ),
     click.option(
         "--offload",
-        type=click.Choice(["auto", "stream", "swap"]),
+        type=click.Choice(["auto", "stream", "swap", "unified"]),
         default="auto",
         show_default=True,
-        help="What happens to weights that do not fit: they stream, or Jittor swaps them (for comparison).",
+        help="What happens to weights that do not fit. They stream; for comparison, Jittor swaps them, or (with --gpu) "
+        "they lie in CUDA's unified memory.",
     ),
 )
 loading_options = _all_of(
@@ -61,7 +75,7 @@ loading_options = _all_of(
         "off, or the longest guess. Changes the speed, never the text.",
     ),
 )
-LOADING = ("memory", "context", "draft", "offload")
+LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "offload")
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(
@@ -112,10 +126,29 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     """The model, loaded as the loading options among a command's say, and closed in the end."""
     from moss_jt.moss import Moss
 
-    with Moss.load(
-        model_folder(model), **{name: options[name] for name in LOADING if name in options}
-    ) as moss:
+    found = {name: options[name] for name in LOADING if name in options}
+    device = device_of(options)
+    with Moss.load(model_folder(model), device=device, **found) as moss:
         yield moss
+
+
+def device_of(options: dict[str, Any]) -> str:
+    """ "gpu" or "cpu", as the loading options among a command's say.
+
+    Raises:
+        UsageError: options of the one were given for the other.
+    """
+    if options["gpu"] and options["memory"] is not None:
+        raise click.UsageError(
+            "--memory is the limit without a GPU; with --gpu give --gpu-memory and --host-memory."
+        )
+    if not options["gpu"]:
+        for name in ("gpu_memory", "host_memory"):
+            if options[name] is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --gpu.")
+        if options["offload"] == "unified":
+            raise click.UsageError("--offload unified needs --gpu.")
+    return "gpu" if options["gpu"] else "cpu"
 
 
 def read_text(stream: Any) -> str:

@@ -1,0 +1,87 @@
+"""Device and way to offload are decided before Jittor starts, and wrong choices are told."""
+
+import os
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from moss_jt import Moss, device
+from moss_jt.commands.generate import command as generate
+from moss_jt.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH, check_choice, decide
+from moss_jt.errors import MossError
+
+SWITCHES = (DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process in which nothing was decided and Jittor does not run."""
+    for switch in SWITCHES:
+        monkeypatch.setenv(switch, "set, so that it is restored")
+        monkeypatch.delenv(switch)
+    monkeypatch.delitem(sys.modules, "moss_jt.backend", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("chosen", "offload", "wanted"),
+    [
+        ("cpu", "stream", ("cpu", None, None)),
+        ("cpu", "swap", ("cpu", "1", None)),
+        ("gpu", "stream", ("gpu", None, None)),
+        ("gpu", "swap", ("gpu", "1", None)),
+        ("gpu", "unified", ("gpu", None, "1")),
+    ],
+)
+def test_the_choice_travels_in_the_environment(
+    fresh: pytest.MonkeyPatch, chosen: device.Device, offload: device.Offload, wanted: tuple[str | None, ...]
+) -> None:
+    decide(chosen, offload)
+    assert tuple(os.environ.get(switch) for switch in SWITCHES) == wanted
+    fresh.setitem(sys.modules, "moss_jt.backend", sys)
+    decide(chosen, offload)  # once more, with Jittor running
+
+
+@pytest.mark.parametrize(
+    ("chosen", "offload"), [("gpu", "stream"), ("cpu", "swap"), ("gpu", "unified"), ("gpu", "swap")]
+)
+def test_a_running_jittor_keeps_its_choice(
+    fresh: pytest.MonkeyPatch, chosen: device.Device, offload: device.Offload
+) -> None:
+    decide("cpu", "stream")
+    fresh.setitem(sys.modules, "moss_jt.backend", sys)
+    with pytest.raises(MossError, match=r"runs in this process for the CPU without swapping.*new process"):
+        decide(chosen, offload)
+    assert device.chosen_device() == "cpu" and not device.swaps() and not device.managed()
+
+
+def test_auto_streams_and_unknown_choices_are_refused() -> None:
+    assert check_choice("cpu", "auto") == check_choice("gpu", "auto") == "stream"
+    with pytest.raises(MossError, match="no offload 'magic' on the GPU: give auto, stream, swap, unified"):
+        check_choice("gpu", "magic")
+    with pytest.raises(MossError, match="no offload 'unified' on the CPU: give auto, stream, swap"):
+        check_choice("cpu", "unified")
+    with pytest.raises(MossError, match="no device 'tpu'"):
+        Moss.load("anything", device="tpu")
+
+
+def test_limits_of_the_other_device_are_refused() -> None:
+    with pytest.raises(MossError, match="the GPU has two, gpu_memory and host_memory"):
+        Moss.load("anything", device="gpu", memory="8GiB")
+    with pytest.raises(MossError, match="the GPU has two"):
+        Moss.load("anything", gpu_memory="8GiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "--memory", "8GiB"], "with --gpu give --gpu-memory and --host-memory"),
+        (["--gpu-memory", "8GiB"], "--gpu-memory needs --gpu"),
+        (["--host-memory", "8GiB"], "--host-memory needs --gpu"),
+        (["--offload", "unified"], "--offload unified needs --gpu"),
+    ],
+)
+def test_the_command_line_says_which_limit_is_whose(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(generate, ["moss-tiny", "--prompt", "a", *options])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
