@@ -159,8 +159,8 @@ class UnifiedUnits:
 
     def place(self, number: int) -> Place:
         """The next unit that is not on the card is fetched while this one is computed with, but not earlier."""
-        following = next((other for other in self._moving if other > number), None)
-        if following is not None:
+        if self._moving:
+            following = next((other for other in self._moving if other > number), self._moving[0])
             self._engine.record(self._computed, Queue.COMPUTE)
             self._engine.wait(Queue.COPIES, self._computed)
             self._engine.prefetch(self._memories[following])

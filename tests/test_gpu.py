@@ -20,7 +20,15 @@ class Driver:
     """libcuda and libnvidia-ml with one card; ``changes`` replaces answers."""
 
     def __init__(self, **changes: Any) -> None:
-        self.answers = {"count": 1, "init": 0, "major": 8, "minor": 6, "driver": 12040, "free": 11 * GIB, **changes}
+        self.answers = {
+            "count": 1,
+            "init": 0,
+            "major": 8,
+            "minor": 6,
+            "driver": 12040,
+            "free": 11 * GIB,
+            **changes,
+        }
 
     def cuInit(self, flags: int) -> int:
         return int(self.answers["init"])
@@ -199,5 +207,3 @@ def test_the_installed_cupy_tells_its_cuda() -> None:
     else:
         assert gpu.find_cupy() == gpu.CUPY_WHEELS[names[0]]
     assert re.fullmatch(r"cupy(-cuda1\dx)?", names[0] if names else "cupy")
-
-

@@ -3,6 +3,7 @@
 //
 // Each thread is a fiber with its own stack. It runs until a barrier or a shuffle and then gives way to the next, in an order drawn anew each time.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -67,8 +68,11 @@ struct Error : std::runtime_error {
 
 enum class State { ready, barrier, shuffle, done };
 
+// A thread of the block. It goes from block to block: making one costs more than a small kernel does.
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it goes on: unlike swapcontext, longjmp asks nothing of the system
+    bool begun = false;
     std::unique_ptr<char[]> stack;
     dim3 thread;
     int number = 0;
@@ -82,9 +86,18 @@ struct SharedBase {
     virtual ~SharedBase() = default;
 };
 
+struct Fibers {
+    Fiber* first = nullptr;
+    size_t count = 0;
+    Fiber* begin() const { return first; }
+    Fiber* end() const { return first + count; }
+    size_t size() const { return count; }
+    Fiber& operator[](size_t i) const { return first[i]; }
+};
+
 struct Block {
     dim3 grid, size, index;
-    std::vector<Fiber> fibers;
+    Fibers fibers;
     std::map<std::string, std::unique_ptr<SharedBase>> shared;
     int epoch = 0;  // barriers passed
     std::string error;
@@ -92,24 +105,56 @@ struct Block {
 
 inline Block* block = nullptr;
 inline Fiber* current = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline const std::function<void()>* body = nullptr;
 constexpr size_t kStack = 96 << 10;
 
 inline void give_way(State state, const char* where) {
     current->state = state;
     current->where = where;
-    swapcontext(&current->context, &scheduler);
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+    current = &fiber;
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
 }
 
 inline void fiber_main() {
-    try {
-        (*body)();
-    } catch (const std::exception& error) {
-        if (block->error.empty()) block->error = error.what();
+    for (;;) {
+        try {
+            (*body)();
+        } catch (const std::exception& error) {
+            if (block->error.empty()) block->error = error.what();
+        }
+        give_way(State::done, "");
     }
-    current->state = State::done;
-    swapcontext(&current->context, &scheduler);
+}
+
+constexpr size_t kMostThreads = 1024;
+
+// ``count`` fibers that stand before the body. Those of a block that failed stand somewhere within it, and are never used again.
+inline Fibers fibers_for(size_t count, bool last_failed) {
+    static Fiber* pool = nullptr;
+    if (!pool || last_failed) pool = new Fiber[kMostThreads];
+    for (size_t i = 0; i < count; i++) {
+        Fiber& fiber = pool[i];
+        fiber.thread = {(unsigned)i, 0, 0};
+        fiber.number = (int)i;
+        fiber.state = State::ready;
+        fiber.shuffles = 0;
+        if (fiber.stack) continue;
+        fiber.stack.reset(new char[kStack]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStack;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    return {pool, count};
 }
 
 inline std::string place() {
@@ -149,8 +194,7 @@ inline void run_block(std::mt19937& random) {
         for (size_t i : order) {
             Fiber& fiber = block->fibers[i];
             if (fiber.state == State::ready) {
-                current = &fiber;
-                swapcontext(&scheduler, &fiber.context);
+                resume(fiber);
                 ran = true;
                 if (!block->error.empty()) return;
             }
@@ -169,6 +213,8 @@ inline void run_block(std::mt19937& random) {
 }
 
 inline std::string launch(dim3 grid, dim3 size, unsigned seed, const std::function<void()>& kernel) {
+    static bool failed = false;  // the last block of this module
+    if (size.x > kMostThreads) return "a block of " + std::to_string(size.x) + " threads";
     std::mt19937 random(seed);
     body = &kernel;
     for (unsigned y = 0; y < grid.y; y++)
@@ -177,21 +223,11 @@ inline std::string launch(dim3 grid, dim3 size, unsigned seed, const std::functi
             here.grid = grid;
             here.size = size;
             here.index = {x, y, 0};
-            here.fibers = std::vector<Fiber>(size.x);
+            here.fibers = fibers_for(size.x, failed);
             block = &here;
-            for (unsigned i = 0; i < size.x; i++) {
-                Fiber& fiber = here.fibers[i];
-                fiber.thread = {i, 0, 0};
-                fiber.number = (int)i;
-                fiber.stack.reset(new char[kStack]);
-                getcontext(&fiber.context);
-                fiber.context.uc_stack.ss_sp = fiber.stack.get();
-                fiber.context.uc_stack.ss_size = kStack;
-                fiber.context.uc_link = &scheduler;
-                makecontext(&fiber.context, fiber_main, 0);
-            }
             run_block(random);
-            if (!here.error.empty()) return here.error;
+            failed = !here.error.empty();
+            if (failed) return here.error;
         }
     return "";
 }

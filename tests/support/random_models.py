@@ -40,6 +40,6 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def random_folder(config: MossConfig, bits: int = 16) -> Path:
     """A finished model folder; do not change it, others read it too."""
-    folder = Path(_home().name) / f"{config.n_embd}-{bits}"
+    folder = Path(_home().name) / f"{config.n_embd}-{config.vocab_size}-{bits}"
     write_random_model(folder, config, bits)
     return folder

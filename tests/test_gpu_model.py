@@ -1,0 +1,225 @@
+"""A whole model as the GPU runs it, on the CPU: emulated kernels, weights through the device's ring, pinned memory and disk.
+
+Copies are done as late as CUDA's rules allow, so that a wait that is missing gives other logits. What only a real card or the
+simulated CUDA runtime (test_sim_gpu.py) can show is not shown here: Jittor's own CUDA code.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moss_jt import Moss, gpu_units
+from moss_jt.backend import jt
+from moss_jt.config import MossConfig
+from moss_jt.device_ring import Queue
+from moss_jt.errors import MossError
+from moss_jt.file_reader import FileReader
+from moss_jt.gpu_units import StreamedUnits, UnifiedUnits
+from moss_jt.gpu_weights import GpuWeights
+from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.interface import Var
+from moss_jt.kv_cache import KVCache
+from moss_jt.model import Model
+from moss_jt.page_buffer import page_buffer
+from moss_jt.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, plan_gpu
+from moss_jt.sizes import sizes_of_store
+from moss_jt.store import Store, open_store
+from moss_jt.unit_views import piece_of
+from tests.emulation.emulator import FakeCupy
+from tests.support.random_models import SMALL, random_folder
+
+TINY: MossConfig = replace(
+    SMALL, vocab_size=800, n_positions=64, n_embd=128, n_layer=4, n_head=2, rotary_dim=8, n_inner=128
+)
+PROMPT = [5, 9, 200]
+LONG = list(range(26))  # more tokens than go without cuBLAS
+HOST = 4000
+memories: dict[int, np.ndarray] = {}
+
+
+class LateEngine:
+    """Does a copy only when something waits for it, or for what was queued behind it."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Callable[[], None]] = deque()
+        self.recorded: dict[int, int] = {}
+        self.done: dict[int, int] = {}
+        self.pinned: set[int] = set()
+        self.prefetched: list[int] = []
+
+    def new_event(self) -> int:
+        self.recorded[len(self.recorded)] = 0
+        return len(self.recorded) - 1
+
+    def copy(self, memory: Var, offset: int, source: np.ndarray) -> None:
+        assert any(source.ctypes.data - start in range(1 << 28) for start in self.pinned), (
+            "a copy from unpinned memory"
+        )
+        target = memories[id(memory)][offset : offset + source.nbytes]
+        self.queue.append(lambda: target.__setitem__(slice(None), source))
+
+    def record(self, event: int, queue: Queue) -> None:
+        if queue is Queue.COPIES:
+            self.recorded[event] += 1
+            recording = self.recorded[event]
+            self.queue.append(lambda: self.done.__setitem__(event, recording))
+
+    def wait(self, queue: Queue, event: int) -> None:
+        if queue is Queue.COMPUTE:
+            self.synchronize(event)
+
+    def synchronize(self, event: int) -> None:
+        while self.done.get(event, 0) < self.recorded[event]:
+            self.queue.popleft()()
+
+    def pin(self, array: np.ndarray) -> None:
+        self.pinned.add(array.ctypes.data)
+
+    def unpin(self, array: np.ndarray) -> None:
+        self.pinned.remove(array.ctypes.data)
+
+    def read_mostly(self, memory: Var) -> None:
+        pass
+
+    def prefetch(self, memory: Var) -> None:
+        self.prefetched.append(memory.shape[0])
+
+
+engines: list[LateEngine] = []
+
+
+def late_engine() -> LateEngine:
+    engines.append(LateEngine())
+    return engines[-1]
+
+
+def host_memory(n_bytes: int) -> Var:
+    """Stands for memory on the card; full of what no weight is."""
+    array = page_buffer(n_bytes)[:n_bytes]
+    array[:] = 0x7F
+    var = jt.reuse_np_array(array)
+    memories[id(var)] = array
+    return var
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gpu_units, "CudaCopyEngine", late_engine)
+    monkeypatch.setattr(gpu_units, "device_memory", host_memory)
+    yield
+    assert all(not engine.pinned for engine in engines), "pinned memory was left behind"
+    memories.clear()
+    engines.clear()
+
+
+def plan_for(store: Store, resident: float, on_host: float) -> ResidencyPlan:
+    """A plan with about that share of the units on the card, and of the rest on the host."""
+    sizes = sizes_of_store(store)
+    room = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32)
+    fixed = GPU_FOOTPRINT_BYTES + room.workspace_bytes + room.kv_cache_bytes + sizes.small_bytes
+    total = sum(unit.n_bytes for unit in room.units)
+    buffers = 0 if resident == 1 else 2 * max(sizes.block_bytes)
+    budget = fixed + buffers + int(resident * total)
+    placed = plan_gpu(sizes, 48, budget, 1 << 40, pass_tokens=32)
+    host = HOST + 2 * placed.buffer_bytes + int(on_host * placed.bytes_on("host"))
+    return plan_gpu(sizes, 48, budget, host, pass_tokens=32, host_footprint_bytes=HOST)
+
+
+def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model:
+    reader = FileReader(False, 1e9)
+    units = UnifiedUnits(store, plan, reader) if unified else StreamedUnits(store, plan, reader)
+    cache = KVCache(store.config, plan.context)
+    operators = CudaOperators(store.config, FakeCupy())
+    return Model(store.config, operators, GpuWeights(store, plan, units), cache, plan.pass_tokens)
+
+
+def answers(model: Model) -> list[np.ndarray]:
+    """A prompt without logits, and some tokens after it."""
+    model.forward(PROMPT, 0, "none")
+    return [model.forward([7], len(PROMPT)), model.forward([11, 3], len(PROMPT) + 1, "all")]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
+    store = open_store(random_folder(TINY, bits))
+    resident = gpu_model(store, plan_for(store, 1, 1))
+    assert not resident.weights.streams
+    long = resident.forward(LONG, 0)[0]
+    with Moss.load(store.path, memory="2GiB", context=48) as moss:
+        reference = moss.logits(LONG)[-1]
+    assert np.abs(long - reference).max() < 2e-2 * np.abs(reference).max(), "the CPU's kernels say otherwise"
+    expected = answers(resident)
+    resident.close()
+    for on_card, on_host in ((0.5, 1.0), (0.0, 1.0), (0.3, 0.2), (0.0, 0.0)):
+        plan = plan_for(store, on_card, on_host)
+        tiers = {unit.tier for unit in plan.units}
+        assert ("device" in tiers) == (on_card > 0) and ("disk" in tiers) == (on_host < 1)
+        model = gpu_model(store, plan)
+        for found, wanted in zip(answers(model), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        model.close()
+        model.close()
+
+
+def test_unified_memory_gives_them_too_and_fetches_what_comes_next() -> None:
+    store = open_store(random_folder(TINY))
+    resident = gpu_model(store, plan_for(store, 1, 1))
+    expected = answers(resident)
+    resident.close()
+    plan = plan_for(store, 0.4, 1)
+    model = gpu_model(store, plan, unified=True)
+    for found, wanted in zip(answers(model), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
+    following = [next((m for m in moving if m > number), moving[0]) for number in range(len(plan.units))]
+    one_pass = [piece_of(store, plan.units[number]).n_bytes for number in following]
+    assert engines[-1].prefetched[-len(one_pass) :] == one_pass
+    model.close()
+
+
+@pytest.mark.parametrize("forgotten", ["wait", "copy"])
+def test_a_missing_wait_changes_the_logits(monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
+    store = open_store(random_folder(TINY))
+    resident = gpu_model(store, plan_for(store, 1, 1))
+    expected = answers(resident)
+    resident.close()
+    monkeypatch.setattr(LateEngine, forgotten, lambda *_: None)
+    model = gpu_model(store, plan_for(store, 0, 1))
+    found = answers(model)
+    assert any((a != b).any() for a, b in zip(found, expected, strict=True))
+    model.close()
+
+
+def test_a_file_that_vanishes_or_a_system_that_does_not_pin_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = open_store(random_folder(TINY))
+
+    def refuse(self: LateEngine, array: np.ndarray) -> None:
+        if len(self.pinned) > 2:
+            raise RuntimeError("pages of Jittor's words\nmoss-jt: cudaHostRegister: out of memory")
+        self.pinned.add(array.ctypes.data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LateEngine, "pin", refuse)
+        with pytest.raises(
+            MossError, match=r"does not pin more than .*cudaHostRegister: out of memory.*--host-memory"
+        ):
+            gpu_model(store, plan_for(store, 0.4, 1))
+    block = store.blocks[1]
+    broken = replace(
+        store, blocks=[*store.blocks[:1], replace(block, path=tmp_path / "gone"), *store.blocks[2:]]
+    )
+    with pytest.raises(MossError, match="gone"):
+        gpu_model(broken, plan_for(store, 0.4, 1))
+    model = gpu_model(broken, plan_for(store, 0, 0))
+    for _ in range(2):  # an error each time, and never a hang
+        with pytest.raises(MossError, match="gone"):
+            answers(model)
+    model.close()
+    with pytest.raises(MossError, match="closed"):
+        model.forward(PROMPT, 0)
