@@ -1,7 +1,5 @@
 """What this machine has and lacks for running MOSS: one finding after the other, each with a verdict and what to do."""
 
-import ctypes
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +13,7 @@ from typing import Literal
 
 from moss_jt.errors import MossError
 from moss_jt.folders import model_home, models_folder
+from moss_jt.gpu import find_card, find_cupy, find_toolkit, installed_cupy, require_gpu
 from moss_jt.jittor_build import check_compiler
 from moss_jt.jittor_home import (
     ONEDNN_WHEELS,
@@ -31,8 +30,6 @@ GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
 CONVERSION_BYTES = 45 * 10**9
-# Where Jittor looks for nvcc beside the PATH.
-NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc", "/opt/cuda/bin/nvcc")
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -57,16 +54,37 @@ def examine() -> Iterator[Finding]:
         ("Processor", processor),
         ("Memory", memory),
         ("Disk", disk),
-        ("GPU", gpu),
-        ("CUDA libraries", cuda_libraries),
-        ("CuPy", cupy),
     )
     for what, probe in probes:
         try:
             yield probe()
         except MossError as error:
             yield Finding(what, "problem", "cannot be told", str(error))
+    yield from gpu_findings()
     yield from models()
+
+
+def gpu_findings() -> Iterator[Finding]:
+    """The parts that only --gpu needs, and whether they suit each other: nothing that is missing is a problem."""
+    parts: tuple[tuple[str, Callable[[], Finding]], ...] = (
+        ("GPU", gpu),
+        ("CUDA toolkit", cuda_toolkit),
+        ("CuPy", cupy),
+    )
+    complete = True
+    for what, probe in parts:
+        try:
+            yield probe()
+        except MossError as error:
+            complete = False
+            yield Finding(what, "note", "not ready for --gpu", f"Only to compute on a GPU: {error}")
+    if complete:
+        try:
+            require_gpu()
+        except MossError as error:
+            yield Finding("moss-jt --gpu", "problem", "the parts do not suit each other", str(error))
+        else:
+            yield Finding("moss-jt --gpu", "ok", "all that it needs is there")
 
 
 def python() -> Finding:
@@ -154,41 +172,26 @@ def disk() -> Finding:
 
 
 def gpu() -> Finding:
-    """Whether a driver and a card are there: libcuda answers both without anything installed."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        advice = "Nothing to do: this version runs on the CPU."
-        return Finding("GPU", "note", "no NVIDIA driver (libcuda.so.1)", advice)
-    count, supported = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return Finding("GPU", "note", "a driver, but no card that it can use", "nvidia-smi tells more.")
-    name = ctypes.create_string_buffer(100)
-    driver.cuDeviceGetName(name, 100, 0)
-    driver.cuDriverGetVersion(ctypes.byref(supported))
-    cuda = f"{supported.value // 1000}.{supported.value % 1000 // 10}"
-    text = f"{count.value}: {name.value.decode(errors='replace')}; the driver knows CUDA up to {cuda}"
-    return Finding("GPU", "note", text, "This version runs on the CPU; its CUDA kernels are not wired in.")
+    """The driver and the card."""
+    card = find_card()
+    cuda = f"{card.driver_cuda[0]}.{card.driver_cuda[1]}"
+    text = (
+        f"{card.name}, sm_{card.compute[0]}{card.compute[1]}, {card.total_bytes / GIB:.1f} GiB, of which "
+        f"{card.free_bytes / GIB:.1f} are free; the driver knows CUDA up to {cuda}"
+    )
+    return Finding("GPU", "ok", text)
 
 
-def cuda_libraries() -> Finding:
-    """The toolkit that Jittor would compile with: nvcc, and the runtime library beside it."""
-    nvcc = shutil.which("nvcc") or next(filter(os.path.exists, NVCC_PLACES), None)
-    if nvcc is None:
-        advice = "Nothing to do: only a GPU needs them."
-        return Finding("CUDA libraries", "note", "no nvcc", advice)
-    runtime = Path(nvcc).resolve().parents[1] / "lib64" / "libcudart.so"
-    if not runtime.exists():
-        text = f"{nvcc} without its runtime library ({runtime})"
-        return Finding("CUDA libraries", "note", text, "Nothing to do: moss-jt keeps Jittor from using it.")
-    return Finding("CUDA libraries", "ok", f"{nvcc} with {runtime}")
+def cuda_toolkit() -> Finding:
+    """What Jittor and CuPy compile with."""
+    toolkit = find_toolkit()
+    return Finding("CUDA toolkit", "ok", f"{toolkit.version[0]}.{toolkit.version[1]}, {toolkit.nvcc}")
 
 
 def cupy() -> Finding:
-    found = next((name for name in ("cupy-cuda12x", "cupy-cuda11x", "cupy") if installed(name)), None)
-    if found is None or importlib.util.find_spec("cupy") is None:
-        return Finding("CuPy", "note", "not installed", "Nothing to do: only the CUDA kernels need it.")
-    return Finding("CuPy", "ok", f"{found} {installed(found)}")
+    find_cupy()
+    names = [f"{name} {installed(name)}" for name in installed_cupy()]
+    return Finding("CuPy", "ok", ", ".join(names) or "not installed by pip")
 
 
 def models() -> Iterator[Finding]:

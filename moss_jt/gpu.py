@@ -32,7 +32,7 @@ OLDEST_CARD = (6, 0)
 # CUDA's numbers of two attributes of a device.
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76
 
-INSTALL_TOOLKIT = "install CUDA Toolkit 12, from NVIDIA or with python -m jittor_utils.install_cuda, or name its compiler in nvcc_path"
+INSTALL_TOOLKIT = "install CUDA Toolkit 12, from NVIDIA or with python -m jittor_utils.install_cuda, or name its nvcc in nvcc_path"
 
 
 @dataclass(frozen=True)
@@ -163,29 +163,38 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     return n_bytes
 
 
-def find_nvcc() -> Path:
-    """CUDA's compiler: named by a variable, on the PATH, or in one of the usual places.
-
-    Raises:
-        MossError: it is nowhere.
-    """
-    named = os.environ.get("nvcc_path")
+def nvcc_places() -> list[Path]:
+    """Every nvcc there is: named by a variable, on the PATH, in one of the usual places, installed by Jittor."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [named, *(f"{home}/bin/nvcc" for home in homes if home), shutil.which("nvcc"), *NVCC_PLACES]
-    places += sorted(map(str, cache_folder().glob(JITTORS_CUDA)), reverse=True)
-    for place in places:
-        if place and Path(place).is_file():
-            return Path(place).absolute()
-    raise MossError(f"CUDA's compiler, nvcc, is missing: {INSTALL_TOOLKIT}.")
+    places = [
+        os.environ.get("nvcc_path"),
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        shutil.which("nvcc"),
+    ]
+    places += [*NVCC_PLACES, *sorted(map(str, cache_folder().glob(JITTORS_CUDA)), reverse=True)]
+    found = [Path(place) for place in places if place and Path(place).is_file()]
+    # What else belongs to it lies beside the file itself, not beside a link to it.
+    return list(dict.fromkeys(path if path == SYSTEM_NVCC else path.resolve() for path in found))
 
 
 def find_toolkit() -> Toolkit:
-    """The toolkit that nvcc belongs to.
+    """The first toolkit that is complete and of a version that Jittor knows.
 
     Raises:
-        MossError: there is none, it is of a version that Jittor does not know, or parts of it are missing.
+        MossError: there is none; the message is about the one that was found first.
     """
-    nvcc = find_nvcc()
+    errors = []
+    for nvcc in nvcc_places():
+        try:
+            return _toolkit_of(nvcc)
+        except MossError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    raise MossError(f"CUDA's compiler, nvcc, is missing: {INSTALL_TOOLKIT}.")
+
+
+def _toolkit_of(nvcc: Path) -> Toolkit:
     release = nvcc_version(nvcc)
     if release[0] not in TOOLKITS:
         raise MossError(

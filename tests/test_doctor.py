@@ -2,13 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moss_jt import doctor
 from moss_jt.cli import main
 from moss_jt.errors import MossError
+from moss_jt.gpu import Card, Toolkit
 from tests.support.models import tiny_model_folder
 
 
@@ -36,7 +36,7 @@ def test_every_part_has_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -
         "Memory",
         "Disk",
         "GPU",
-        "CUDA libraries",
+        "CUDA toolkit",
         "CuPy",
         "Models",
     ):
@@ -62,12 +62,9 @@ def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(doctor, "has_onednn_wheels", lambda: False)
     assert doctor.jittor().verdict == "problem"
     assert "long prompts are read slowly" in doctor.onednn().text
-    assert doctor.cupy().text == "not installed"
     usage = shutil.disk_usage(home)._replace(free=10**9)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
     assert "45 GB" in doctor.disk().advice
-    monkeypatch.setattr(doctor.ctypes, "CDLL", no_library)
-    assert "no NVIDIA driver" in doctor.gpu().text
 
 
 def test_a_missing_onednn_is_a_problem_with_its_remedy(
@@ -95,38 +92,34 @@ def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pyte
     assert doctor.compiler().verdict == "problem"
 
 
-def test_an_nvcc_without_its_runtime_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvcc = home / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    nvcc.touch()
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(nvcc))
-    assert "without its runtime library" in doctor.cuda_libraries().text
-    (home / "cuda" / "lib64").mkdir()
-    (home / "cuda" / "lib64" / "libcudart.so").touch()
-    assert doctor.cuda_libraries().verdict == "ok"
+def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (12, 9))
 
+    def missing() -> Toolkit:
+        raise MossError("nvcc is missing: install it.")
 
-def test_a_card_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Driver:
-        """libcuda with one card."""
+    monkeypatch.setattr(doctor, "find_card", lambda: card)
+    monkeypatch.setattr(doctor, "find_toolkit", missing)
+    monkeypatch.setattr(doctor, "find_cupy", lambda: 12)
+    found = {finding.what: finding for finding in doctor.gpu_findings()}
+    assert (
+        found["GPU"].text
+        == "Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 12.9"
+    )
+    assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
+    assert "moss-jt --gpu" not in found
+    monkeypatch.setattr(doctor, "find_toolkit", lambda: Toolkit(Path("/x/bin/nvcc"), (12, 4), {}))
+    monkeypatch.setattr(doctor, "require_gpu", lambda: None)
+    assert list(doctor.gpu_findings())[-1].text == "all that it needs is there"
 
-        def cuInit(self, flags: int) -> int:  # noqa: N802  CUDA's own names
-            return 0
+    def unsuitable() -> None:
+        raise MossError("update the driver.")
 
-        def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-            count._obj.value = 1
-            return 0
-
-        def cuDeviceGetName(self, name: Any, size: int, card: int) -> int:  # noqa: N802
-            name.value = b"Card 9000"
-            return 0
-
-        def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
-            version._obj.value = 12090
-            return 0
-
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Driver())
-    assert doctor.gpu().text == "1: Card 9000; the driver knows CUDA up to 12.9"
+    monkeypatch.setattr(doctor, "require_gpu", unsuitable)
+    last = list(doctor.gpu_findings())[-1]
+    assert (last.what, last.verdict, last.advice) == ("moss-jt --gpu", "problem", "update the driver.")
 
 
 def test_what_cannot_be_told_does_not_end_the_examination(
@@ -139,10 +132,6 @@ def test_what_cannot_be_told_does_not_end_the_examination(
     code, text = run(capsys)
     assert code == 1
     assert "cannot read /proc/meminfo" in text and " Models " in text
-
-
-def no_library(name: str) -> None:
-    raise OSError(name)
 
 
 def test_model_folders_are_judged(home: Path) -> None:

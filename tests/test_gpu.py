@@ -148,7 +148,6 @@ def test_the_toolkit_is_found(toolkit: Path, monkeypatch: pytest.MonkeyPatch, ho
         place = toolkit / "home" / ".cache" / "jittor" / "jtcuda"
         place.mkdir(parents=True)
         (place / "cuda12.2").symlink_to(toolkit)
-        compiler = place / "cuda12.2" / "bin" / "nvcc"
     else:
         value = {"nvcc_path": compiler, "PATH": f"{toolkit}/bin:/usr/bin:/bin"}.get(how, toolkit)
         monkeypatch.setenv(how, str(value))
