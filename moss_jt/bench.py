@@ -86,10 +86,10 @@ class Shares:
 
 
 def shares(times: Times, plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None) -> Shares:
-    """Prefill against sgemm. A token against reading weights and cache, and against the disk where weights stream."""
+    """Prefill against products. A token against reading weights and cache, and against disk and link where weights stream."""
     operations = prefill_operations(plan, times.context)
     cache_s = cache_bytes(plan, times.context) / limits.read
-    token_s = seconds_per_pass(plan, disk_speed or limits.read, limits.read) + cache_s
+    token_s = seconds_per_pass(plan, disk_speed or limits.read, limits.read, limits.link) + cache_s
     return Shares(operations / limits.sgemm / times.prefill_s, token_s / times.decode_s)
 
 
@@ -116,13 +116,18 @@ def report(
 ) -> tuple[str, dict[str, Any]]:
     """The text to print and the object of its last line."""
     sizes = plan.sizes
+    on_gpu = limits.link is not None
     disk = "" if disk_speed is None else f", disk {disk_speed / GB:.2f} GB/s"
+    link = f", link {limits.link / GB:.2f} GB/s" if limits.link is not None else ""
+    over = f", {plan.link_bytes_per_pass / GB:.3f} GB of them over the link" if on_gpu else ""
+    products = "products" if on_gpu else "sgemm"
     lines = [
-        f"{name}, {BITS_NAMES[sizes.bits]}: {plan.weight_bytes_per_pass / GB:.3f} GB of weights per token, "
+        f"{name}, {BITS_NAMES[sizes.bits]}: {plan.weight_bytes_per_pass / GB:.3f} GB of weights per token{over}, "
         f"{plan.disk_bytes_per_pass / GB:.3f} GB of them from disk",
-        f"This machine: memory {limits.read / GB:.1f} GB/s, sgemm {limits.sgemm / 1e9:.0f} GFLOP/s{disk}",
+        f"This {'card' if on_gpu else 'machine'}: memory {limits.read / GB:.1f} GB/s, {products} {limits.sgemm / 1e9:.0f} "
+        f"GFLOP/s{link}{disk}",
         "",
-        "context  first token   prefill tokens/s  of sgemm   decode tokens/s  of the limit",
+        f"context  first token   prefill tokens/s  of {products[:5]}   decode tokens/s  of the limit",
     ]
     rows = []
     for entry in times:
@@ -134,13 +139,14 @@ def report(
         )
         speeds = {"prefill_tok_s": prefill, "decode_tok_s": decode}
         rows.append({**asdict(entry), **speeds, "prefill_share": share.prefill, "decode_share": share.decode})
-    lines += ["", f"Peak memory: {peak_bytes / GIB:.2f} GiB"]
+    lines += ["", f"Peak memory{' on the host' if on_gpu else ''}: {peak_bytes / GIB:.2f} GiB"]
     summary = {
         "model": name,
         "bits": sizes.bits,
         "read_gb_s": limits.read / GB,
         "sgemm_gflop_s": limits.sgemm / 1e9,
         "disk_gb_s": None if disk_speed is None else disk_speed / GB,
+        "link_gb_s": None if limits.link is None else limits.link / GB,
         "peak_gib": peak_bytes / GIB,
         "contexts": rows,
     }

@@ -1,4 +1,4 @@
-"""What this machine can do at most: read memory, and multiply float32 matrices. Measured, to judge our own speed by.
+"""What this processor can do at most: read memory, and multiply float32 matrices. Measured, to judge our own speed by.
 
 Imports Jittor: the reading is a small operation of our own over OpenMP's threads, the multiplying is oneDNN's sgemm.
 """
@@ -39,10 +39,13 @@ out0_p[0] = sum;
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """read: bytes per second from memory. sgemm: float32 operations per second."""
+    """read: bytes per second from the device's memory. sgemm: operations per second in products of float32 matrices,
+    or on a GPU of float16 ones. link: bytes per second from pinned host memory to a GPU.
+    """
 
     read: float
     sgemm: float
+    link: float | None = None
 
 
 def machine_limits(tokens: int, width: int, repeats: int = 5) -> MachineLimits:

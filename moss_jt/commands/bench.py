@@ -1,7 +1,7 @@
 """moss-jt bench."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from moss_jt.errors import MossError
 from moss_jt.folders import model_home, resolve_model
 from moss_jt.machine import peak_memory_bytes
 from moss_jt.store import open_store
+
+if TYPE_CHECKING:
+    from moss_jt.machine_limits import MachineLimits
 
 
 @click.command()
@@ -29,20 +32,30 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
     store = open_store(resolve_model(model))
     with loaded(model, options) as moss:
         from moss_jt.bench import measure, report
-        from moss_jt.machine_limits import machine_limits
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         peak = peak_memory_bytes()
         plan = moss.plan
     tokens = min(max(lengths), plan.pass_tokens)
-    limits = machine_limits(tokens, plan.sizes.config.n_embd)
+    limits = limits_of(options["gpu"], tokens, plan.sizes.config.n_embd)
     speed = None
-    if plan.streams:
+    if plan.disk_bytes_per_pass:
         largest = max(store.blocks, key=lambda file: file.nbytes)
         speed = disk_speed(largest.path, model_home() / "disk-speed.json").best
     text, summary = report(store.path.name, plan, times, limits, speed, peak)
     click.echo(text)
     click.echo(json.dumps(summary))
+
+
+def limits_of(gpu: bool, tokens: int, width: int) -> "MachineLimits":
+    """The limits of the device that was measured, now that the model is closed."""
+    if gpu:
+        from moss_jt.gpu_limits import gpu_limits
+
+        return gpu_limits(tokens, width)
+    from moss_jt.machine_limits import machine_limits
+
+    return machine_limits(tokens, width)
 
 
 def parse_contexts(text: str) -> list[int]:
