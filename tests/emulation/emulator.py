@@ -82,7 +82,17 @@ class RawModule:
             folder = Path(mkdtemp(prefix="moss-jt-emulation-"))
             (folder / "module.cpp").write_text(text)
             library = folder / "module.so"
-            flags = ["-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-shared", "-fPIC", "-w", "-mf16c", f"-I{HERE}", *includes]
+            flags = [
+                "-O1",
+                "-U_FORTIFY_SOURCE",
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-mf16c",
+                f"-I{HERE}",
+                *includes,
+            ]
             done = subprocess.run(
                 ["g++", *flags, str(folder / "module.cpp"), "-o", str(library)],
                 capture_output=True,
