@@ -27,6 +27,9 @@ class GpuWeights:
         self._units = units
         self._rows = RowReader(store.embedding, "wte.weight")
         self._closing = weakref.finalize(self, _close, self._rows, units)
+        self._closing.atexit = (
+            False  # closing needs Jittor, which may be gone by then; the process's end frees all of it
+        )
         self._made: dict[Hashable, BlockWeights] = {}  # by memory and layout
         self.norm_weight = _small(map_tensor(store.head, "ln_f.weight"))
         self.norm_bias = _small(map_tensor(store.head, "ln_f.bias"))

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from moss_jt.config import MossConfig
 from moss_jt.device_ring import Queue
 from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
+from moss_jt.gpu_model import GpuModel
 from moss_jt.gpu_units import StreamedUnits, UnifiedUnits
 from moss_jt.gpu_weights import GpuWeights
+from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import Var
 from moss_jt.kv_cache import KVCache
@@ -134,7 +137,7 @@ def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model
     units = UnifiedUnits(store, plan, reader) if unified else StreamedUnits(store, plan, reader)
     cache = KVCache(store.config, plan.context)
     operators = CudaOperators(store.config, FakeCupy())
-    return Model(store.config, operators, GpuWeights(store, plan, units), cache, plan.pass_tokens)
+    return GpuModel(store.config, operators, GpuWeights(store, plan, units), cache, plan)
 
 
 def answers(model: Model) -> list[np.ndarray]:
@@ -223,3 +226,38 @@ def test_a_file_that_vanishes_or_a_system_that_does_not_pin_is_told(
     model.close()
     with pytest.raises(MossError, match="closed"):
         model.forward(PROMPT, 0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
+        (
+            MemoryError("cupy.cuda.memory.OutOfMemoryError: Out of memory allocating 5 bytes"),
+            MossError,
+            "GPU's memory is full",
+        ),
+        (ZeroDivisionError("a fault of ours"), ZeroDivisionError, "a fault of ours"),
+    ],
+)
+def test_what_comes_in_the_midst_of_a_pass_is_what_it_was(
+    monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException], message: str
+) -> None:
+    """An operation is Python that Jittor calls: what it raises comes through, a full card is told, and the next pass works."""
+    store = open_store(random_folder(TINY))
+    model = gpu_model(store, plan_for(store, 0.3, 1))
+    wanted = answers(model)
+    attention, calls = Launchers.attention, iter(range(100))
+
+    def fail_at_the_third(self: Launchers, *arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise raised
+        return attention(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Launchers, "attention", fail_at_the_third)
+        with pytest.raises(expected, match=message):
+            model.forward(PROMPT, 0)
+    for found, before in zip(answers(model), wanted, strict=True):
+        np.testing.assert_array_equal(found, before)
+    model.close()

@@ -35,6 +35,10 @@ class CudaOperators:
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self._checked = weakref.WeakSet[BlockWeights]()
 
+    def free(self) -> None:
+        """Give back to the card what CuPy keeps of the memory of intermediate results."""
+        self.kernels.cupy.get_default_memory_pool().free_all_blocks()
+
     def embed(self, token_ids: Var, table: Var) -> Var:
         check_dtype("table", table, "float16")
 

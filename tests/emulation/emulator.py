@@ -211,6 +211,10 @@ class FakeCupy:
     )
 
     @staticmethod
+    def get_default_memory_pool() -> Any:
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
+    @staticmethod
     def empty(shape: Any, dtype: Any) -> np.ndarray:
         """As on a card, what lies in it is anything; here it is what shows."""
         filled = np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 77, dtype)
