@@ -151,6 +151,41 @@ def test_group_sizes_and_input_order(kind: str, group_size: int, ordered: bool) 
     check_passes(Run(CpuOperators(config), weights, config, 64), oracle, (1, 3, 24, 2))
 
 
+@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+@pytest.mark.parametrize(("group_size", "ordered"), [(128, False), (128, True), (0, False)])
+def test_groups_of_whole_spans(kind: str, group_size: int, ordered: bool, simd: int) -> None:
+    """128 inputs at a time are multiplied as integers where the processor can; a token stays what it is alone."""
+    config = geometry(256, 4, 32, n_inner=2304)  # more spans than a vector has lanes
+    weights, oracle = make_block(kind, config, group_size, ordered)
+    check_passes(Run(CpuOperators(config, simd), weights, config, 64), oracle, (1, 3, 24, 2))
+    states = random_states(config, 7)
+    alone, together = (Run(CpuOperators(config, simd), weights, config, 7) for _ in range(2))
+    rows = [alone.step(states[t : t + 1], t) for t in range(7)]
+    assert np.array_equal(np.concatenate(rows), together.step(states, 0))
+
+
+@pytest.mark.parametrize("kind", ("int8", "int4"))
+def test_inputs_of_very_different_sizes(kind: str) -> None:
+    """Tokens of 1e-30 to 1e4 times the usual, and one input far above its neighbours: the norm evens out the first, not the
+    second. A token that is not finite stays so, and changes none of the others."""
+    config = geometry(256, 4, 32, n_inner=512)
+    weights, oracle = make_block(kind, config, 128)
+    states = random_states(config, 4) * np.array([[1e-30], [1.0], [1e4], [1.0]], np.float32)
+    states[3, 70] = 3e4
+    check_run = Run(CpuOperators(config), weights, config, 8)
+    found = check_run.step(states, 0)
+    keys, values = check_run.cache()
+    expected = block_oracle.block_over_cache(states, oracle, keys, values, 0)
+    for t in range(4):
+        assert_close(found[t], expected[t], f"token {t}")
+    broken = states.copy()
+    broken[3, 5] = np.inf
+    again = Run(CpuOperators(config), weights, config, 8).step(broken, 0)
+    assert np.array_equal(again[:3], found[:3])
+    assert not np.isfinite(again[3]).any()
+
+
 @pytest.mark.parametrize("bits", (4, 8))
 def test_every_field_and_zero_point_is_widened_exactly(bits: int) -> None:
     """The portable dequantization bit for bit; the kernels' products are tested with the same kind of matrix."""

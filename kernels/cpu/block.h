@@ -43,7 +43,7 @@ struct Workspace {
         inner = take(inner_width);
         const bool few = !many(b.tokens);
         qkv_x = rearranged(b.qkv, few) ? take(width) : normed;
-        const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.shuffled() == b.fc_in.shuffled();
+        const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.arranged() == b.fc_in.arranged();
         fc_in_x = as_qkv ? qkv_x : rearranged(b.fc_in, few) ? take(width) : normed;
         out_x = rearranged(b.out_proj, few) ? take(width) : attended;
         fc_out_x = rearranged(b.fc_out, few) ? take(inner_width) : inner;

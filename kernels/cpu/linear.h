@@ -4,14 +4,14 @@
 // variants below. So the number of tokens in a pass changes no bit of any token's result.
 #pragma once
 
-#include "matrix.h"
+#include "digits.h"
 
 namespace moss {
 
-// y[t * ldy + r * gap] (+)= rows[r] . x[t] for kRows rows and kTokens tokens.
+// y[t * ldy + r * gap] (+)= rows[r] . x[t] for kRows rows and kTokens tokens, each weight widened to a float.
 template <class Row, class M, int kRows, int kTokens>
-inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
-                          int64_t gap, bool add) {
+inline void float_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
+                        int64_t gap, bool add) {
     Row row[kRows];
     F sum[kRows][kTokens];
     MOSS_UNROLL
@@ -67,6 +67,16 @@ inline void product_block(const M& m, const int64_t* rows, const float* x, int64
         }
 }
 
+template <class Row, class M, int kRows, int kTokens>
+inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
+                          int64_t gap, bool add) {
+#if MOSS_SIMD == 512
+    if constexpr (Row::kInDigits) digit_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
+    else
+#endif
+        float_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
+}
+
 template <class Row, int kRows, class M>
 inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
                            int64_t ldy, int64_t gap, bool add) {
@@ -92,6 +102,7 @@ template <class Row, int kRows, class M>
 inline int64_t product_streams(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
                                float* y, int64_t ldy, bool add) {
     const int64_t length = (end - first) / kRows;
+    for (int r = 0; r < kRows; r++) m.prefetch_scales(first + r * length, length);
     for (int64_t i = 0; i < length; i++) {
         int64_t rows[kRows];
         for (int r = 0; r < kRows; r++) rows[r] = first + r * length + i;
@@ -113,7 +124,7 @@ inline void product_rows(const M& m, int64_t first, int64_t end, const float* x,
 template <class M>
 inline void product_few(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
                         int64_t ldy, bool add) {
-    if (m.shuffled()) product_rows<typename M::FewRow>(m, first, end, x, ldx, tokens, y, ldy, add);
+    if (m.arranged()) product_rows<typename M::FewRow>(m, first, end, x, ldx, tokens, y, ldy, add);
     else product_rows<typename M::Row>(m, first, end, x, ldx, tokens, y, ldy, add);
 }
 

@@ -2,12 +2,14 @@
 //
 // A matrix type M has its sizes n, k, group_size() (inputs between two changes of scale), row_bytes(), and
 //   order      which input belongs to column k, or nullptr
+//   prefetch_scales(row, rows)   what reading these rows one after another does not prefetch itself
 //   M::Row     reads one row: start(matrix, row), prepare(g) at every kLanes-th group, group(g) at the first input of each
 //              group, then step(k) for every kStep inputs, which prefetches what comes later in memory, and
 //              weights(v) for the kVectors vectors of the step
 //   Row::kPartial   whether a group may end within a step; then partial(k, count) gives one short vector
 //   Row::kStreams   rows to read at once for a single token
-//   M::FewRow  the same, for passes over few tokens if shuffled(): its inputs stand in the order of shuffled_input
+//   M::FewRow  for passes over few tokens, if arranged(): the same, or a row in digits (see digits.h); its inputs are
+//              what FewRow::arrange(matrix, x, result) makes of a token's, in the same memory of k floats
 #pragma once
 
 #include <algorithm>
@@ -18,6 +20,12 @@ namespace moss {
 
 constexpr int kPrefetchBytes = 1024;
 
+// Of `bytes` that are read from p on, those that prefetch() comes too late for.
+inline void prefetch_start(const void* p, int64_t bytes) {
+    for (int64_t at = 0; at < std::min<int64_t>(bytes, kPrefetchBytes); at += 64)
+        __builtin_prefetch((const char*)p + at, 0, 3);
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetchBytes, 0, 3); }
 
 struct Dense {
@@ -27,9 +35,12 @@ struct Dense {
 
     int64_t group_size() const { return k; }
     int64_t row_bytes() const { return k * 2; }
-    static constexpr bool shuffled() { return false; }
+    static constexpr bool kArranges = false;
+    static constexpr bool arranged() { return false; }
+    void prefetch_scales(int64_t, int64_t) const {}
 
     struct Row {
+        static constexpr bool kInDigits = false;
         static constexpr int kStep = 32, kVectors = kStep / kLanes, kStreams = 4;
         static constexpr bool kPartial = true;
         const uint16_t *p, *now;
@@ -46,34 +57,25 @@ struct Dense {
     using FewRow = Row;
 };
 
-// Of each step of kShuffle shuffled inputs, which one stands at place i: 16 bytes of int4 hold 32 inputs, low nibbles
-// first, and vector i / kLanes takes one nibble of one byte of each of the kLanes 32-bit lanes of the step's bytes.
-constexpr int kShuffle = 8 * kLanes;
-
-constexpr int shuffled_input(int i) {
-    const int nibble = i / kLanes, byte = i % kLanes * 4 + nibble / 2;
-    return byte / 16 * 32 + nibble % 2 * 16 + byte % 16;
+// What a matrix multiplies with its column. An index out of range, which only a damaged model folder holds, reads the last
+// input and nothing beyond it.
+template <class M>
+inline float input_of(const M& m, const float* x, int64_t column) {
+    return x[m.order ? std::min<uint32_t>((uint32_t)m.order[column], (uint32_t)m.k - 1) : column];
 }
 
-// Whether a pass must copy the inputs of a matrix into another order.
+// Whether a pass must copy the inputs of a matrix into another form or order.
 template <class M>
 inline bool rearranged(const M& m, bool few) {
-    return m.order || (few && m.shuffled());
+    return m.order || (few && m.arranged());
 }
 
-// One token's inputs in the matrix's order. An index out of range, which only a damaged model folder holds, reads the
-// last input and nothing beyond it.
+// One token's inputs in the matrix's own form, or only in its order.
 template <class M>
 inline void rearrange(const M& m, bool few, const float* x, float* result) {
-    const int32_t* order = m.order;
-    auto input = [&](int64_t column) {
-        return x[order ? std::min<uint32_t>((uint32_t)order[column], (uint32_t)m.k - 1) : column];
-    };
-    if (few && m.shuffled())
-        for (int64_t step = 0; step < m.k; step += kShuffle)
-            for (int i = 0; i < kShuffle; i++) result[step + i] = input(step + shuffled_input(i));
-    else
-        for (int64_t i = 0; i < m.k; i++) result[i] = input(i);
+    if constexpr (M::kArranges)
+        if (few && m.arranged()) return M::FewRow::arrange(m, x, result);
+    for (int64_t i = 0; i < m.k; i++) result[i] = input_of(m, x, i);
 }
 
 }  // namespace moss

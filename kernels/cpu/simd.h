@@ -24,8 +24,10 @@ namespace moss {
 struct Simd {
     static constexpr int kLanes = 16, kRegisters = 32;
     using F = __m512;
+    using I = __m512i;
     // Keeps the compiler from reading x from memory again for each use.
     static void in_register(F& x) { asm("" : "+v"(x)); }
+    static void in_register(I& x) { asm("" : "+v"(x)); }
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -69,17 +71,6 @@ struct Simd {
         w[0] = _mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
         w[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4));
     }
-    using I = __m512i;
-    static I load_ints(const uint8_t* p) { return _mm512_loadu_si512(p); }
-    // All sixteen weights that a group can have stand in one register, and a nibble picks one.
-    struct NibbleWeights {
-        F table;
-        void set(F scale, F offset) {
-            table = fma(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), scale, offset);
-        }
-        // Looks at the lowest four bits of each lane only.
-        F weights(I lanes, int shift) const { return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table); }
-    };
     static void store_half(uint16_t* p, F x) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -152,14 +143,10 @@ struct Simd {
     }
     using I = __m256i;
     static I load_ints(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-    struct NibbleWeights {
-        F scale, offset;
-        void set(F group_scale, F group_offset) { scale = group_scale, offset = group_offset; }
-        F weights(I lanes, int shift) const {
-            const I field = _mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15));
-            return fma(_mm256_cvtepi32_ps(field), scale, offset);
-        }
-    };
+    // The numbers in four bits of each lane.
+    static F nibbles(I lanes, int shift) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15)));
+    }
     static void store_half(uint16_t* p, F x) {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
@@ -244,13 +231,7 @@ struct Simd {
         std::memcpy(&x, p, sizeof x);
         return x;
     }
-    struct NibbleWeights {
-        F scale, offset;
-        void set(F group_scale, F group_offset) { scale = group_scale, offset = group_offset; }
-        F weights(I lanes, int shift) const {
-            return fma(__builtin_convertvector((lanes >> shift) & 15, F), scale, offset);
-        }
-    };
+    static F nibbles(I lanes, int shift) { return __builtin_convertvector((lanes >> shift) & 15, F); }
     static void store_half(uint16_t* p, F x) {
         for (int i = 0; i < kLanes; i++) p[i] = to_half(x[i]);
     }
