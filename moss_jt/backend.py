@@ -53,7 +53,10 @@ def _decide_cuda() -> None:
     _, toolkit = require_gpu()
     os.environ["nvcc_path"] = str(toolkit.nvcc)
     os.environ["CUDA_PATH"] = str(toolkit.home)
-    os.environ.setdefault("conv_opt", "1")  # without cuDNN and other libraries that no language model needs
+    # Without cuDNN, and without what Jittor would download from elsewhere: no operation of ours is theirs.
+    os.environ.setdefault("conv_opt", "1")
+    for library in ("cutt", "cutlass", "nccl"):
+        os.environ.setdefault(f"use_{library}", "0")
     # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
     ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
 
