@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moss_jt.errors import MossError
 
-# What simd.h needs for each of its widths, in the words of /proc/cpuinfo; 0 is plain C++.
+# What simd.h and digits.h need for each of its widths, in the words of /proc/cpuinfo; 0 is plain C++.
 NEEDED = {
     512: {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"},
     256: {"avx2", "fma", "f16c"},
