@@ -120,14 +120,14 @@ def report(
     disk = "" if disk_speed is None else f", disk {disk_speed / GB:.2f} GB/s"
     link = f", link {limits.link / GB:.2f} GB/s" if limits.link is not None else ""
     over = f", {plan.link_bytes_per_pass / GB:.3f} GB of them over the link" if on_gpu else ""
-    products = "products" if on_gpu else "sgemm"
+    products = "gemm" if on_gpu else "sgemm"
     lines = [
         f"{name}, {BITS_NAMES[sizes.bits]}: {plan.weight_bytes_per_pass / GB:.3f} GB of weights per token{over}, "
         f"{plan.disk_bytes_per_pass / GB:.3f} GB of them from disk",
         f"This {'card' if on_gpu else 'machine'}: memory {limits.read / GB:.1f} GB/s, {products} {limits.sgemm / 1e9:.0f} "
         f"GFLOP/s{link}{disk}",
         "",
-        f"context  first token   prefill tokens/s  of {products[:5]}   decode tokens/s  of the limit",
+        f"context  first token   prefill tokens/s  of {products:5}   decode tokens/s  of the limit",
     ]
     rows = []
     for entry in times:

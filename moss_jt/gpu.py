@@ -32,6 +32,9 @@ OLDEST_CARD = (6, 0)
 # CUDA's numbers of two attributes of a device.
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76
 
+# What Jittor, CUDA and CuPy say where memory on the card ran out.
+OUT_OF_MEMORY = ("unable to alloc cuda", "cudaerrormemoryallocation", "out of memory", "outofmemory")
+
 INSTALL_TOOLKIT = "install CUDA Toolkit 12, from NVIDIA or with python -m jittor_utils.install_cuda, or name its nvcc in nvcc_path"
 
 
@@ -161,6 +164,12 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
             f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
         )
     return n_bytes
+
+
+def says_full(error: Exception) -> bool:
+    """Whether an error from Jittor or CuPy says that the card's memory is full."""
+    text = f"{type(error).__name__}: {error}".lower()
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def nvcc_places() -> list[Path]:

@@ -7,13 +7,11 @@ import numpy as np
 from moss_jt.causal_model import Rows
 from moss_jt.config import MossConfig
 from moss_jt.errors import MossError
+from moss_jt.gpu import says_full
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kv_cache import KVCache
 from moss_jt.model import Model, Weights
 from moss_jt.residency import ResidencyPlan, gib
-
-# What CUDA, Jittor and CuPy say where memory on the card ran out.
-OUT_OF_MEMORY = ("cudaerrormemoryallocation", "out of memory", "outofmemory")
 
 
 class GpuModel(Model):
@@ -46,7 +44,7 @@ class GpuModel(Model):
 
 def raise_if_full(error: Exception, plan: ResidencyPlan) -> None:
     """Raises MossError where the error says that the card's memory is full."""
-    if any(word in f"{type(error).__name__}: {error}".lower() for word in OUT_OF_MEMORY):
+    if says_full(error):
         raise MossError(
             f"the GPU's memory is full, although {gib(plan.budget_bytes)} were planned with: another program may use it "
             "(nvidia-smi shows them). Give --gpu-memory a smaller amount, or lower --context."

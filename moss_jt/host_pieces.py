@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moss_jt.errors import MossError, last_line
+from moss_jt.errors import MossError, reason_of
 from moss_jt.file_reader import Piece
 from moss_jt.page_buffer import page_buffer
 from moss_jt.residency import gib
@@ -80,7 +80,7 @@ class PinnedPieces:
         except RuntimeError as error:
             done = sum(array.nbytes for array in self._pinned)
             raise MossError(
-                f"the system does not pin more than {gib(done)} of memory for the GPU ({last_line(error)}). Give "
+                f"the system does not pin more than {gib(done)} of memory for the GPU ({reason_of(error)}). Give "
                 "--host-memory a smaller amount: the rest streams from disk."
             ) from error
         self._pinned.append(memory)

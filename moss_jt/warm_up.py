@@ -15,7 +15,8 @@ import numpy as np
 
 from moss_jt.backend import jt
 from moss_jt.config import MossConfig
-from moss_jt.errors import MossError, last_line
+from moss_jt.errors import MossError, reason_of
+from moss_jt.gpu import says_full
 from moss_jt.jittor_home import log_path
 from moss_jt.kernels.cpu import source
 from moss_jt.kernels.cpu.operators import CpuOperators
@@ -78,9 +79,11 @@ def _announced(run: Callable[[], None], fingerprint: str, target: str, duration:
     try:
         run()
     except RuntimeError as error:
+        if says_full(error):
+            raise
         log = log_path("operators")
         raise MossError(
-            f"the operators could not be compiled for {target} ({last_line(error)}). The compiler's output is in {log}; "
+            f"the operators could not be compiled for {target} ({reason_of(error)}). The compiler's output is in {log}; "
             f"{advice}"
         ) from error
     if not marker.exists():

@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from moss_jt.placement import GPU_LATER_BYTES
 from moss_jt.residency import plan_gpu
@@ -18,23 +22,24 @@ CONTEXT = 96
 # The process counts as empty on the host, or its size today would decide what goes to disk.
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import numpy as np
 from moss_jt import Moss, placement
 placement.resident_memory_bytes = lambda: 0
-folder, options, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-found = []
-with Moss.load(folder, device="gpu", **options) as moss:
-    for prompt in prompts:
-        answer = moss.generate(prompt, max_new_tokens=12, temperature=0)
-        for piece in answer:
-            pass
-        found.append(answer.token_ids)
-    logits = moss.logits(prompts[0])
-    import cupy
-    free, total = cupy.cuda.runtime.memGetInfo()
-    tiers = sorted({unit.tier for unit in moss.plan.units})
-np.save(sys.argv[4], logits)
-print(json.dumps({"token_ids": found, "tiers": tiers, "used": total - free, "budget": moss.plan.budget_bytes}))
+folder, cases, prompts, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
+for number, options in enumerate(cases):
+    with Moss.load(folder, device="gpu", **options) as moss:
+        tokens = []
+        for prompt in prompts:
+            answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
+            assert all(isinstance(piece, str) for piece in answer)
+            tokens.append(answer.token_ids)
+        np.save(out / f"{number}.npy", moss.logits(prompts[0]))
+        import cupy
+        free, total = cupy.cuda.runtime.memGetInfo()
+        tiers = sorted({unit.tier for unit in moss.plan.units})
+        used = {"used": total - free, "budget": moss.plan.budget_bytes}
+    print(json.dumps({"token_ids": tokens, "tiers": tiers, **used}))
 """
 
 
@@ -49,16 +54,16 @@ class Case:
     draft: str = "off"
 
 
-CASES = (
+STREAMED = (
     Case("resident", 1),
     Case("half streams", 0.5),
     Case("everything streams", 0),
     Case("with drafts", 0, draft="lookup"),
     Case("the host is short", 0.3, 0.3),
     Case("everything from disk", 0, 0),
-    Case("unified", 0.3, offload="unified"),
-    Case("swap", 0.5, offload="swap"),
 )
+UNIFIED = Case("unified", 0.3, offload="unified")
+SWAPPED = Case("swap", 0.5, offload="swap")
 
 
 def options_of(folder: Path, case: Case) -> dict[str, Any]:
@@ -83,30 +88,60 @@ def options_of(folder: Path, case: Case) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a model said in one case: greedy tokens after each prompt, and the logits (T, V) of the first prompt.
+
+    used: bytes of the card that were taken while it was loaded, by anybody.
+    """
+
+    case: Case
+    token_ids: list[list[int]]
+    logits: np.ndarray
+    tiers: list[str]
+    used: int
+    budget: int
+
+
 def run_on_gpu(
     folder: Path,
-    case: Case,
+    cases: Sequence[Case],
     prompts: list[list[int]],
-    logits: Path,
     environment: dict[str, str],
     timeout: float = 500,
-) -> dict[str, Any]:
-    """What the program says; ``environment`` is added to this process's own."""
+) -> list[Run]:
+    """The cases, of one way to offload, one after the other in a process; ``environment`` is added to this process's own."""
+    options = [options_of(folder, case) for case in cases]
+    with TemporaryDirectory() as out:
+        done = run_python(
+            PROGRAM, [str(folder), json.dumps(options), json.dumps(prompts), out], environment, timeout
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        runs = [
+            Run(case, logits=np.load(Path(out) / f"{number}.npy"), **result)
+            for number, (case, result) in enumerate(zip(cases, said, strict=True))
+        ]
+    for run in runs:
+        check_tiers(run.case, run.tiers)
+    return runs
+
+
+def run_python(
+    program: str, arguments: Sequence[str], environment: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """A program in a process that decides for itself where Jittor computes."""
     inherited = {
         key: value for key, value in os.environ.items() if key not in ("cache_name", "MOSS_JT_DEVICE")
     }
-    arguments = [str(folder), json.dumps(options_of(folder, case)), json.dumps(prompts), str(logits)]
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM, *arguments],
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
         env={**inherited, **environment},
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def check_tiers(case: Case, tiers: list[str]) -> None:

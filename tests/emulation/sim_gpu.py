@@ -1,0 +1,82 @@
+"""A GPU that is not there: a toolkit, a driver and a CuPy over a simulated CUDA runtime, so that Jittor's own CUDA build runs here.
+
+What runs for real: Jittor compiled with CUDA, its allocators, its copies, its jt.numpy_code into CuPy's arrays, our copy
+operation, the plan, the ring, the model. What stands in: the runtime (queues that work late and in adversarial orders), cuBLAS, and
+the kernels, which are the emulation's. What it cannot show: a real driver, a real compiler, a card's arithmetic and speed, managed
+memory's pages.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent / "simulated_gpu"
+ROOT = HERE.parents[2]
+# CUDA's headers that Jittor and our copies include; here they are one.
+HEADERS = (
+    "cuda_runtime.h",
+    "cuda_runtime_api.h",
+    "driver_types.h",
+    "cuda_fp16.h",
+    "cuda_bf16.h",
+    "library_types.h",
+)
+MEMORY = 10**9
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss-jt-simulated-gpu"
+
+
+def build() -> dict[str, str]:
+    """Make toolkit and driver, unless they are there, and return the environment of a process with that GPU.
+
+    Jittor's own build goes into a home beside them: it depends on the headers, not on the runtime's inside.
+    """
+    toolkit = cache() / fingerprint("stand_in_nvcc.py", "sim_cuda.h", "cublas_v2.h", "curand.h") / "toolkit"
+    driver = toolkit.parent / "driver"
+    for folder in (toolkit / "bin", toolkit / "include", toolkit / "lib64", driver):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in HEADERS:
+        (toolkit / "include" / name).write_text('#include "sim_cuda.h"\n')
+    (toolkit / "include" / "cublas.h").write_text('#include "cublas_v2.h"\n')
+    for name in ("sim_cuda.h", "cublas_v2.h", "curand.h"):
+        (toolkit / "include" / name).write_bytes((HERE / name).read_bytes())
+    compiler = toolkit / "bin" / "nvcc"
+    compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{HERE}/stand_in_nvcc.py" "$@"\n')
+    compiler.chmod(0o755)
+    runtime = library("cudart.cc", toolkit, toolkit / "lib64" / "libcudart.so")
+    for name in ("cublas", "curand", "nvrtc"):
+        library("libraries.cc", toolkit, toolkit / "lib64" / f"lib{name}.so")
+    for name in ("libcuda.so.1", "libcuda.so", "libnvidia-ml.so.1"):
+        library("driver.cc", toolkit, driver / name)
+    return {
+        "nvcc_path": str(compiler),
+        "LD_LIBRARY_PATH": str(driver),
+        "PYTHONPATH": f"{HERE}:{ROOT}",
+        "JITTOR_HOME": str(toolkit.parent / "home"),
+        "SIM_GPU_CUDART": str(runtime),
+        "SIM_GPU_MEMORY": str(MEMORY),
+    }
+
+
+def fingerprint(*names: str) -> str:
+    digest = hashlib.sha256(str(HERE).encode())
+    for name in names:
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def library(source: str, toolkit: Path, target: Path) -> Path:
+    """The source as a shared library, compiled when it changed."""
+    note = target.with_name(f".{target.name}.made-from")
+    made_from = fingerprint(source, "sim_cuda.h")
+    if not target.exists() or not note.exists() or note.read_text() != made_from:
+        fresh = target.with_name(f".{target.name}.{os.getpid()}")
+        command = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", f"-I{toolkit}/include", str(HERE / source)]
+        subprocess.run([*command, "-o", str(fresh)], check=True)
+        fresh.replace(target)
+        note.write_text(made_from)
+    return target

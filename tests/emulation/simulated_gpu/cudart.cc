@@ -1,0 +1,305 @@
+// A CUDA runtime without a card: what Jittor, our copies and the emulated kernels call, over this machine's memory.
+//
+// Work is queued and done late, in parts, and in any order that CUDA's rules allow: each stream in its own order, streams against each other
+// only through events. All streams but the default one are non-blocking; others are refused. The environment chooses:
+//   SIM_GPU_SEED, SIM_GPU_EAGER   the order, and the chance (0 to 1) of another step after each call
+//   SIM_GPU_MEMORY, SIM_GPU_TAKEN  bytes of the card, and those that other programs take; fresh memory is full of NaNs
+//   SIM_GPU_FORGET                a planted fault, on streams other than the default one: wait, record or copy does nothing
+#include <cuda_runtime.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Event {
+    long recorded = 0, happened = 0;
+};
+
+struct Work {
+    std::deque<std::function<void()>> steps;
+    Event* after = nullptr;  // waits for this recording of it
+    long recording = 0;
+};
+
+struct Stream {
+    std::deque<Work> queue;
+};
+
+double number(const char* name, double otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? atof(text) : otherwise;
+}
+
+struct Device {
+    Stream main;
+    std::vector<Stream*> streams{&main};
+    std::mt19937 random{(unsigned)number("SIM_GPU_SEED", 0)};
+    double eager = number("SIM_GPU_EAGER", 0.3);
+    const size_t limit = (size_t)number("SIM_GPU_MEMORY", 2e9), taken = (size_t)number("SIM_GPU_TAKEN", 0);
+    size_t used = 0;
+    std::string forget = getenv("SIM_GPU_FORGET") ? getenv("SIM_GPU_FORGET") : "";
+    std::map<char*, size_t> pinned, allocated;
+    cudaError_t last = cudaSuccess;
+    bool running = false;
+
+    static bool holds(const std::map<char*, size_t>& ranges, const void* at) {
+        auto found = ranges.upper_bound((char*)at);
+        return found != ranges.begin() && (--found, (char*)at < found->first + found->second);
+    }
+    // One part of some stream's first work; false where every stream is empty or waits.
+    bool step() {
+        std::vector<Stream*> able;
+        for (Stream* stream : streams)
+            if (!stream->queue.empty()) {
+                Work& work = stream->queue.front();
+                if (!work.after || work.after->happened >= work.recording) able.push_back(stream);
+            }
+        if (able.empty()) return false;
+        Stream* stream = able[random() % able.size()];
+        Work& work = stream->queue.front();
+        if (!work.steps.empty()) {
+            auto step = std::move(work.steps.front());
+            work.steps.pop_front();
+            running = true;  // a kernel may queue work itself: that its memory goes back
+            step();
+            running = false;
+        }
+        if (work.steps.empty()) stream->queue.pop_front();
+        return true;
+    }
+    void add(Stream* stream, Work work) {
+        stream->queue.push_back(std::move(work));
+        while (!running && std::uniform_real_distribution<>()(random) < eager && step()) {
+        }
+    }
+    void until(const std::function<bool()>& done) {
+        while (!done())
+            if (!step()) {
+                fprintf(stderr, "simulated GPU: the host waits for what never comes\n");
+                _exit(70);
+            }
+    }
+    void drain(Stream* stream) {
+        until([&] { return stream->queue.empty(); });
+    }
+    void drain() {
+        for (Stream* stream : streams) drain(stream);
+    }
+};
+
+Device& device() {
+    static Device* one = new Device;
+    return *one;
+}
+
+Stream* of(cudaStream_t stream) { return stream ? (Stream*)stream : &device().main; }
+cudaError_t answer(cudaError_t error) {
+    if (error != cudaSuccess) device().last = error;
+    return error;
+}
+
+Work copying(void* target, const void* source, size_t bytes) {
+    Work work;
+    const size_t part = bytes / 4 + 1;
+    for (size_t at = 0; at < bytes; at += part) {
+        const size_t count = std::min(part, bytes - at);
+        work.steps.push_back([=] { memcpy((char*)target + at, (const char*)source + at, count); });
+    }
+    return work;
+}
+
+void* room(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 512, bytes ? bytes : 1)) return nullptr;
+    return memory;
+}
+
+}  // namespace
+
+extern "C" {
+
+// For kernels that are run by somebody else: queue a call.
+void sim_gpu_enqueue(cudaStream_t stream, void (*call)(void*), void* data) {
+    Work work;
+    work.steps.push_back([=] { call(data); });
+    device().add(of(stream), std::move(work));
+}
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+    Device& d = device();
+    if (d.taken + d.used + bytes > d.limit || !(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
+    memset(*memory, 0xff, bytes);
+    d.allocated[(char*)*memory] = bytes;
+    d.used += bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaMallocManaged(void** memory, size_t bytes, unsigned) {
+    if (!(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
+    memset(*memory, 0xff, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+    Device& d = device();
+    d.drain();
+    auto found = d.allocated.find((char*)memory);
+    if (found != d.allocated.end()) {
+        d.used -= found->second;
+        d.allocated.erase(found);
+    }
+    free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+    if (!(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
+    device().pinned[(char*)*memory] = bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* memory) {
+    device().drain();
+    device().pinned.erase((char*)memory);
+    free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
+    if (Device::holds(device().pinned, memory)) return answer(cudaErrorHostMemoryAlreadyRegistered);
+    device().pinned[(char*)memory] = bytes;
+    return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* memory) {
+    device().drain();
+    return answer(device().pinned.erase((char*)memory) ? cudaSuccess : cudaErrorHostMemoryNotRegistered);
+}
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+    Device& d = device();
+    if (d.forget == "copy" && kind == cudaMemcpyHostToDevice && stream) return cudaSuccess;
+    d.add(of(stream), copying(target, source, bytes));
+    // Memory that is not pinned may be read before the call returns, and written only then.
+    const bool host_in = kind == cudaMemcpyHostToDevice && !Device::holds(d.pinned, source);
+    const bool host_out = kind == cudaMemcpyDeviceToHost && !Device::holds(d.pinned, target);
+    if (host_in || host_out) d.drain(of(stream));
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
+    device().add(&device().main, copying(target, source, bytes));
+    device().drain(&device().main);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+    Work work;
+    work.steps.push_back([=] { memset(memory, value, bytes); });
+    device().add(of(stream), std::move(work));
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return cudaMemsetAsync(memory, value, bytes, nullptr); }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    *total = device().limit;
+    *free = device().limit - device().taken - device().used;
+    return cudaSuccess;
+}
+cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, int) { return cudaSuccess; }
+cudaError_t cudaMemPrefetchAsync(const void*, size_t, int, cudaStream_t stream) {
+    device().add(of(stream), Work{});
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    if (flags != cudaStreamNonBlocking) return answer(cudaErrorNotSupported);
+    auto* made = new Stream;
+    device().streams.push_back(made);
+    *stream = (cudaStream_t)made;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    device().drain(of(stream));
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    device().drain(of(stream));
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    auto* known = (Event*)event;
+    if (device().forget == "wait" && stream) return cudaSuccess;
+    Work work;
+    work.after = known;
+    work.recording = known->recorded;
+    device().add(of(stream), std::move(work));
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = (cudaEvent_t) new Event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* time, cudaEvent_t, cudaEvent_t) { return *time = 1, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    auto* known = (Event*)event;
+    if (device().forget == "record" && stream) return cudaSuccess;
+    const long recording = ++known->recorded;
+    Work work;
+    work.steps.push_back([=] { known->happened = recording; });
+    device().add(of(stream), std::move(work));
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    auto* known = (Event*)event;
+    const long recording = known->recorded;
+    device().until([&] { return known->happened >= recording; });
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void* data) {
+    sim_gpu_enqueue(stream, call, data);
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+    device().drain();
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceReset() { return cudaDeviceSynchronize(); }
+cudaError_t cudaGetLastError() {
+    cudaError_t error = device().last;
+    device().last = cudaSuccess;
+    return error;
+}
+cudaError_t cudaPeekAtLastError() { return device().last; }
+const char* cudaGetErrorName(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the simulated GPU";
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* number) {
+    *number = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+    memset(properties, 0, sizeof *properties);
+    strcpy(properties->name, "simulated GPU");
+    properties->totalGlobalMem = device().limit;
+    properties->major = 8;
+    properties->minor = 6;
+    properties->multiProcessorCount = 1;
+    properties->clockRate = 1000000;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = 12040;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+
+}  // extern "C"

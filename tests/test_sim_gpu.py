@@ -1,0 +1,237 @@
+"""``--gpu`` from end to end on a simulated CUDA runtime: Jittor's own CUDA build, without a GPU. See tests/emulation/sim_gpu.py.
+
+The first run compiles Jittor for it (three minutes on two cores); MOSS_JT_TEST_SIM_GPU=0 leaves all of that out. Swapping needs yet
+another build and runs with MOSS_JT_TEST_SWAP=1.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt import Moss
+from tests.emulation import sim_gpu
+from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, run_on_gpu, run_python
+from tests.support.models import tiny_model_folder
+from tests.support.random_models import SMALL, random_folder
+
+PROMPTS = [list(range(3, 28)), [5, 9, 200]]
+ORDERS = [
+    {"SIM_GPU_SEED": str(seed), "SIM_GPU_EAGER": eager} for seed, eager in ((0, "0"), (1, "0.3"), (2, "0.9"))
+]
+with_jittor = pytest.mark.skipif(
+    os.environ.get("MOSS_JT_TEST_SIM_GPU") == "0", reason="MOSS_JT_TEST_SIM_GPU=0: no second build of Jittor"
+)
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return sim_gpu.build()
+
+
+# What the runtime itself allows, in a process each, for it is configured when it is first called.
+RULES = """
+import ctypes, os, sys
+cuda = ctypes.CDLL(os.environ["SIM_GPU_CUDART"])
+def made(function, *arguments):
+    handle = ctypes.c_void_p()
+    assert getattr(cuda, function)(ctypes.byref(handle), *arguments) == 0
+    return handle
+size = ctypes.c_size_t(64)
+device, host, other = made("cudaMalloc", size), made("cudaMallocHost", size), ctypes.create_string_buffer(64)
+stream, event = made("cudaStreamCreateWithFlags", 1), made("cudaEventCreateWithFlags", 2)
+IN, OUT = 1, 2
+def fill(value):
+    ctypes.memset(host, value, 64)
+def copy_in():
+    assert cuda.cudaMemcpyAsync(device, host, size, IN, stream) == 0
+def copy_out():
+    "To memory that is not pinned: this waits for the default stream, and for nothing else."
+    assert cuda.cudaMemcpyAsync(other, device, size, OUT, None) == 0
+    return set(other.raw)
+"""
+
+
+def rules(program: str, environment: dict[str, str], **more: str) -> str:
+    done = run_python(RULES + program, [], {**environment, "SIM_GPU_EAGER": "0", **more}, 60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_fresh_memory_is_no_number_and_limited(environment: dict[str, str]) -> None:
+    program = """
+print(copy_out() == {255}, cuda.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(10**9)),
+      cuda.cudaStreamCreateWithFlags(ctypes.byref(ctypes.c_void_p()), 0), cuda.cudaHostRegister(host, size, 0))
+"""
+    assert rules(program, environment) == "True 2 801 712"
+
+
+def test_a_copy_reads_its_source_when_it_runs_and_streams_wait_only_for_events(
+    environment: dict[str, str],
+) -> None:
+    program = """
+fill(1); copy_in(); fill(2)
+early = copy_out()
+cuda.cudaEventRecord(event, stream); cuda.cudaStreamWaitEvent(None, event, 0)
+fill(3)
+print([sorted(early), sorted(copy_out())])
+"""
+    seen = [json.loads(rules(program, environment, SIM_GPU_SEED=str(seed))) for seed in range(12)]
+    early, late = (set().union(*(pair[place] for pair in seen)) for place in (0, 1))
+    assert early == {255, 2}, "nobody has waited for the copy: it is done or not, or in part"
+    assert late == {2, 3}, (
+        "all of it is done, early or late, and never with what the memory held when it was queued"
+    )
+    late = set(json.loads(rules(program, environment, SIM_GPU_FORGET="copy"))[1])
+    assert late == {255}
+
+
+@pytest.fixture(scope="module")
+def resident(environment: dict[str, str]) -> Run:
+    return run_on_gpu(
+        tiny_model_folder(), STREAMED[:1], PROMPTS, {**environment, "SIM_GPU_EAGER": "1"}, 1200
+    )[0]
+
+
+@with_jittor
+def test_the_cpu_s_tokens_and_logits(resident: Run) -> None:
+    with Moss.load(tiny_model_folder(), memory="4GiB", context=96) as moss:
+        for prompt, found in zip(PROMPTS, resident.token_ids, strict=True):
+            answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
+            assert all(isinstance(piece, str) for piece in answer)
+            assert answer.token_ids == found
+        logits = moss.logits(PROMPTS[0])
+    # A prompt of 25 tokens goes through cuBLAS, which takes its inputs rounded to float16.
+    assert np.abs(resident.logits - logits).max() < 1e-3 * np.abs(logits).max()
+
+
+@with_jittor
+@pytest.mark.parametrize("order", ORDERS, ids=["late", "mixed", "early"])
+def test_every_plan_gives_the_resident_model_s_bits_in_any_order(
+    resident: Run, environment: dict[str, str], order: dict[str, str]
+) -> None:
+    for run in run_on_gpu(tiny_model_folder(), STREAMED, PROMPTS, {**environment, **order}):
+        assert run.token_ids == resident.token_ids, run.case
+        np.testing.assert_array_equal(run.logits, resident.logits, str(run.case))
+        assert run.used <= run.budget, run.case
+
+
+@with_jittor
+def test_unified_memory_gives_them_too(resident: Run, environment: dict[str, str]) -> None:
+    run = run_on_gpu(tiny_model_folder(), [UNIFIED], PROMPTS, {**environment, **ORDERS[0]})[0]
+    np.testing.assert_array_equal(run.logits, resident.logits)
+
+
+@with_jittor
+@pytest.mark.skipif(
+    os.environ.get("MOSS_JT_TEST_SWAP") != "1", reason="MOSS_JT_TEST_SWAP=1 builds Jittor for swapping"
+)
+def test_jittor_s_swapping_gives_them_too(resident: Run, environment: dict[str, str]) -> None:
+    run = run_on_gpu(tiny_model_folder(), [SWAPPED], PROMPTS, {**environment, **ORDERS[1]}, 1200)[0]
+    np.testing.assert_array_equal(run.logits, resident.logits)
+
+
+@with_jittor
+@pytest.mark.parametrize("forgotten", ["wait", "copy", "record"])
+def test_what_our_copies_forget_is_seen(resident: Run, environment: dict[str, str], forgotten: str) -> None:
+    """A planted fault in the runtime gives another answer, or none, in some order."""
+    for seed, eager, case in itertools.product(range(3), ("0", "0.5"), (STREAMED[5], STREAMED[2])):
+        order = {"SIM_GPU_SEED": str(seed), "SIM_GPU_EAGER": eager, "SIM_GPU_FORGET": forgotten}
+        try:
+            run = run_on_gpu(tiny_model_folder(), [case], PROMPTS, {**environment, **order})[0]
+        except AssertionError as error:
+            assert "is no number" in str(error)
+            return
+        if (run.logits != resident.logits).any():
+            return
+    pytest.fail("nobody noticed")
+
+
+@with_jittor
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_models_stream_to_the_same_bits(
+    resident: Run, environment: dict[str, str], bits: int
+) -> None:
+    runs = run_on_gpu(random_folder(SMALL, bits), [STREAMED[0], STREAMED[4]], [list(range(26))], environment)
+    np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
+    assert runs[0].token_ids == runs[1].token_ids
+
+
+def command(arguments: list[str], environment: dict[str, str], **more: Any) -> subprocess.Popen[str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "cache_name"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "moss_jt", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**inherited, **environment},
+        **more,
+    )
+
+
+@with_jittor
+def test_the_command_line_generates_and_measures(resident: Run, environment: dict[str, str]) -> None:
+    folder = str(tiny_model_folder())
+    options = ["--gpu", "--gpu-memory", "670MiB", "--host-memory", "4GiB", "--context", "64"]
+    process = command(
+        ["generate", folder, "--prompt", "1 + 1 =", "--max-new-tokens", "4", "--json", *options], environment
+    )
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert json.loads(out)["new_tokens"] == 4
+    process = command(
+        ["bench", folder, "--contexts", "8", "--new-tokens", "2", "--repeats", "1", *options], environment
+    )
+    out, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    assert "This card: memory" in out and json.loads(out.splitlines()[-1])["link_gb_s"] > 0
+
+
+@with_jittor
+def test_a_full_card_is_told(resident: Run, environment: dict[str, str]) -> None:
+    """Another program has taken what was free when the plan was made."""
+    full = {**environment, "SIM_GPU_TAKEN": str(sim_gpu.MEMORY - (1 << 20))}
+    process = command(["generate", str(tiny_model_folder()), "--prompt", "a", "--gpu"], full)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "the GPU's memory is full" in error and "nvidia-smi" in error and "Traceback" not in error
+
+
+@with_jittor
+def test_ctrl_c_ends_a_streamed_answer_at_once(resident: Run, environment: dict[str, str]) -> None:
+    options = ["--gpu", "--gpu-memory", "685MiB", "--context", "512", "--draft", "off", "--greedy"]
+    prompt = "<|Human|>: Hello<eoh>"
+    process = command(
+        ["generate", str(tiny_model_folder()), "--prompt", prompt, "--max-new-tokens", "400", *options],
+        environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    assert process.returncode == 130 and "Traceback" not in error, error
+
+
+def test_the_stand_in_compiler_leaves_out_kernels(tmp_path: Path, environment: dict[str, str]) -> None:
+    source = tmp_path / "a.cu"
+    source.write_text(
+        "__global__ void k(int* p) { if (p) { p[threadIdx.x] = warp_of_nobody(); } }\n"
+        'extern "C" int f(int x) { if (x < 0) k<<<1, 2>>>(nullptr); return x + 1; }\n'
+    )
+    target = tmp_path / "a.so"
+    flags = ["-Xcompiler", "-fPIC", "-x", "cu", "-arch=compute_86", "--use_fast_math", "-shared"]
+    include = f"-I{Path(environment['nvcc_path']).parents[1]}/include"
+    subprocess.run([environment["nvcc_path"], str(source), *flags, include, "-o", str(target)], check=True)
+    assert ctypes.CDLL(str(target)).f(41) == 42
