@@ -20,13 +20,15 @@ import pytest
 
 from moss_jt import Moss
 from tests.emulation import sim_gpu
-from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, run_on_gpu, run_python
+from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, environment_with, run_on_gpu, run_python
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
 PROMPTS = [list(range(3, 28)), [5, 9, 200]]
 ORDERS = [
-    {"SIM_GPU_SEED": str(seed), "SIM_GPU_EAGER": eager} for seed, eager in ((0, "0"), (1, "0.3"), (2, "0.9"))
+    {"SIM_GPU_SEED": "0", "SIM_GPU_EAGER": "0", "SIM_GPU_FAVOUR": "default"},
+    {"SIM_GPU_SEED": "1", "SIM_GPU_EAGER": "0.3"},
+    {"SIM_GPU_SEED": "2", "SIM_GPU_EAGER": "0.5", "SIM_GPU_FAVOUR": "others"},
 ]
 with_jittor = pytest.mark.skipif(
     os.environ.get("MOSS_JT_TEST_SIM_GPU") == "0", reason="MOSS_JT_TEST_SIM_GPU=0: no second build of Jittor"
@@ -75,6 +77,25 @@ print(copy_out() == {255}, cuda.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctyp
     assert rules(program, environment) == "True 2 801 712"
 
 
+def test_wrong_memory_ends_the_program(environment: dict[str, str]) -> None:
+    for program, message in (
+        ("cuda.cudaMemcpy(host, other, size, IN)", "none of its memory"),
+        ("cuda.cudaMemcpy(device, other, ctypes.c_size_t(65), IN)", "none of its memory"),
+        (
+            "cuda.cudaHostRegister(other, size, 0)\ncuda.cudaMemcpyAsync(device, other, size, IN, stream)\n"
+            "cuda.cudaHostUnregister(other)",
+            "while a copy reads it",
+        ),
+        (
+            "cuda.cudaStreamWaitEvent(stream, event, 0)\ncuda.cudaEventRecord(event, stream)\n"
+            "cuda.cudaDeviceSynchronize()\nprint('fine', file=sys.stderr)\nsys.exit(70)",
+            "fine",
+        ),
+    ):
+        done = run_python(RULES + program, [], {**environment, "SIM_GPU_EAGER": "0"}, 60)
+        assert done.returncode == 70 and message in done.stderr, (program, done)
+
+
 def test_a_copy_reads_its_source_when_it_runs_and_streams_wait_only_for_events(
     environment: dict[str, str],
 ) -> None:
@@ -115,7 +136,7 @@ def test_the_cpu_s_tokens_and_logits(resident: Run) -> None:
 
 
 @with_jittor
-@pytest.mark.parametrize("order", ORDERS, ids=["late", "mixed", "early"])
+@pytest.mark.parametrize("order", ORDERS, ids=["computation first", "either", "copies first"])
 def test_every_plan_gives_the_resident_model_s_bits_in_any_order(
     resident: Run, environment: dict[str, str], order: dict[str, str]
 ) -> None:
@@ -141,15 +162,15 @@ def test_jittor_s_swapping_gives_them_too(resident: Run, environment: dict[str, 
 
 
 @with_jittor
-@pytest.mark.parametrize("forgotten", ["wait", "copy", "record"])
+@pytest.mark.parametrize("forgotten", ["wait", "copy", "record", "default wait", "default record"])
 def test_what_our_copies_forget_is_seen(resident: Run, environment: dict[str, str], forgotten: str) -> None:
     """A planted fault in the runtime gives another answer, or none, in some order."""
-    for seed, eager, case in itertools.product(range(3), ("0", "0.5"), (STREAMED[5], STREAMED[2])):
-        order = {"SIM_GPU_SEED": str(seed), "SIM_GPU_EAGER": eager, "SIM_GPU_FORGET": forgotten}
+    for order, case in itertools.product(ORDERS, (STREAMED[5], STREAMED[2])):
         try:
-            run = run_on_gpu(tiny_model_folder(), [case], PROMPTS, {**environment, **order})[0]
+            faulty = {**environment, **order, "SIM_GPU_FORGET": forgotten}
+            run = run_on_gpu(tiny_model_folder(), [case], PROMPTS, faulty)[0]
         except AssertionError as error:
-            assert "is no number" in str(error)
+            assert "is no number" in str(error) or "simulated GPU: " in str(error)
             return
         if (run.logits != resident.logits).any():
             return
@@ -167,13 +188,12 @@ def test_quantised_models_stream_to_the_same_bits(
 
 
 def command(arguments: list[str], environment: dict[str, str], **more: Any) -> subprocess.Popen[str]:
-    inherited = {key: value for key, value in os.environ.items() if key != "cache_name"}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "moss_jt", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**inherited, **environment},
+        env=environment_with(environment),
         **more,
     )
 

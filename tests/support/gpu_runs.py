@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moss_jt.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
 from moss_jt.placement import GPU_LATER_BYTES
 from moss_jt.residency import plan_gpu
 from moss_jt.sizes import sizes_of_store
@@ -131,17 +132,20 @@ def run_python(
     program: str, arguments: Sequence[str], environment: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """A program in a process that decides for itself where Jittor computes."""
-    inherited = {
-        key: value for key, value in os.environ.items() if key not in ("cache_name", "MOSS_JT_DEVICE")
-    }
     return subprocess.run(
         [sys.executable, "-P", "-c", program, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**inherited, **environment},
+        env=environment_with(environment),
         check=False,
     )
+
+
+def environment_with(more: dict[str, str]) -> dict[str, str]:
+    """This process's environment, without what Jittor was started with here."""
+    decided = ("cache_name", "nvcc_path", "JITTOR_HOME", DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
+    return {**{key: value for key, value in os.environ.items() if key not in decided}, **more}
 
 
 def check_tiers(case: Case, tiers: list[str]) -> None:

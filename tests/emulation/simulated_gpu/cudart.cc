@@ -3,8 +3,11 @@
 // Work is queued and done late, in parts, and in any order that CUDA's rules allow: each stream in its own order, streams against each other
 // only through events. All streams but the default one are non-blocking; others are refused. The environment chooses:
 //   SIM_GPU_SEED, SIM_GPU_EAGER   the order, and the chance (0 to 1) of another step after each call
+//   SIM_GPU_FAVOUR                the streams that mostly go first whenever they can: default, or others
 //   SIM_GPU_MEMORY, SIM_GPU_TAKEN  bytes of the card, and those that other programs take; fresh memory is full of NaNs
-//   SIM_GPU_FORGET                a planted fault, on streams other than the default one: wait, record or copy does nothing
+//   SIM_GPU_FORGET                a planted fault: calls of one kind do nothing on streams other than the default one (wait, record,
+//                                 copy) or on that (default wait, default record)
+// What a card would take ill in silence ends the program: device memory that is none, and pinned memory that is let go under a copy.
 #include <cuda_runtime.h>
 #include <unistd.h>
 
@@ -39,22 +42,43 @@ double number(const char* name, double otherwise) {
     return text && *text ? atof(text) : otherwise;
 }
 
+std::string word(const char* name) {
+    const char* text = getenv(name);
+    return text ? text : "";
+}
+
+[[noreturn]] void wrong(const char* what) {
+    fprintf(stderr, "simulated GPU: %s\n", what);
+    _exit(70);
+}
+
+struct Range {
+    size_t bytes;
+    bool counts = false;  // towards the card's memory
+    int reads = 0;        // copies out of it that are queued
+};
+using Ranges = std::map<char*, Range>;
+
+// The range that holds all of these bytes, if there is one.
+Range* holding(Ranges& ranges, const void* at, size_t bytes) {
+    auto found = ranges.upper_bound((char*)at);
+    if (found == ranges.begin()) return nullptr;
+    --found;
+    return (char*)at + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
+}
+
 struct Device {
     Stream main;
     std::vector<Stream*> streams{&main};
     std::mt19937 random{(unsigned)number("SIM_GPU_SEED", 0)};
     double eager = number("SIM_GPU_EAGER", 0.3);
     const size_t limit = (size_t)number("SIM_GPU_MEMORY", 2e9), taken = (size_t)number("SIM_GPU_TAKEN", 0);
+    const std::string favour = word("SIM_GPU_FAVOUR"), forget = word("SIM_GPU_FORGET");
     size_t used = 0;
-    std::string forget = getenv("SIM_GPU_FORGET") ? getenv("SIM_GPU_FORGET") : "";
-    std::map<char*, size_t> pinned, allocated;
+    Ranges pinned, allocated;
     cudaError_t last = cudaSuccess;
     bool running = false;
 
-    static bool holds(const std::map<char*, size_t>& ranges, const void* at) {
-        auto found = ranges.upper_bound((char*)at);
-        return found != ranges.begin() && (--found, (char*)at < found->first + found->second);
-    }
     // One part of some stream's first work; false where every stream is empty or waits.
     bool step() {
         std::vector<Stream*> able;
@@ -65,6 +89,7 @@ struct Device {
             }
         if (able.empty()) return false;
         Stream* stream = able[random() % able.size()];
+        if (!favour.empty() && random() % 16) stream = favour == "default" ? able.front() : able.back();
         Work& work = stream->queue.front();
         if (!work.steps.empty()) {
             auto step = std::move(work.steps.front());
@@ -83,10 +108,7 @@ struct Device {
     }
     void until(const std::function<bool()>& done) {
         while (!done())
-            if (!step()) {
-                fprintf(stderr, "simulated GPU: the host waits for what never comes\n");
-                _exit(70);
-            }
+            if (!step()) wrong("the host waits for what never comes");
     }
     void drain(Stream* stream) {
         until([&] { return stream->queue.empty(); });
@@ -102,30 +124,58 @@ Device& device() {
 }
 
 Stream* of(cudaStream_t stream) { return stream ? (Stream*)stream : &device().main; }
+bool forgotten(const char* kind, cudaStream_t stream) {
+    return device().forget == (stream ? std::string(kind) : std::string("default ") + kind);
+}
 cudaError_t answer(cudaError_t error) {
     if (error != cudaSuccess) device().last = error;
     return error;
 }
 
-Work copying(void* target, const void* source, size_t bytes) {
+// A copy, of which each end is where its kind says; it reads pinned memory until it is done.
+Work copying(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
+    Device& d = device();
+    if ((kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) && !holding(d.allocated, target, bytes))
+        wrong("a copy to the device, to what is none of its memory");
+    if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && !holding(d.allocated, source, bytes))
+        wrong("a copy from the device, from what is none of its memory");
     Work work;
     const size_t part = bytes / 4 + 1;
     for (size_t at = 0; at < bytes; at += part) {
         const size_t count = std::min(part, bytes - at);
         work.steps.push_back([=] { memcpy((char*)target + at, (const char*)source + at, count); });
     }
+    if (Range* pinned = holding(d.pinned, source, bytes)) {
+        pinned->reads++;
+        work.steps.push_back([=] { pinned->reads--; });
+    }
     return work;
 }
 
-void* room(size_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 512, bytes ? bytes : 1)) return nullptr;
-    return memory;
+// Fresh memory, full of NaNs.
+cudaError_t allocate(void** memory, Range range, Ranges& into) {
+    if (posix_memalign(memory, 512, range.bytes ? range.bytes : 1)) return answer(cudaErrorMemoryAllocation);
+    memset(*memory, 0xff, range.bytes);
+    into[(char*)*memory] = range;
+    return cudaSuccess;
 }
 
 }  // namespace
 
 extern "C" {
+
+// For a pool that gives its memory back in the order of the default stream: freeing waits for nobody.
+void sim_gpu_free(void* memory) {
+    Device& d = device();
+    auto found = d.allocated.find((char*)memory);
+    if (found->second.counts) d.used -= found->second.bytes;
+    memset(memory, 0xff, found->second.bytes);
+    d.allocated.erase(found);
+    free(memory);
+}
+
+// Whether an address is the device's, for those who hand out arrays over it.
+int sim_gpu_is_device(const void* at, size_t bytes) { return holding(device().allocated, at, bytes) != nullptr; }
 
 // For kernels that are run by somebody else: queue a call.
 void sim_gpu_enqueue(cudaStream_t stream, void (*call)(void*), void* data) {
@@ -136,31 +186,17 @@ void sim_gpu_enqueue(cudaStream_t stream, void (*call)(void*), void* data) {
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
     Device& d = device();
-    if (d.taken + d.used + bytes > d.limit || !(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
-    memset(*memory, 0xff, bytes);
-    d.allocated[(char*)*memory] = bytes;
+    if (d.taken + d.used + bytes > d.limit) return answer(cudaErrorMemoryAllocation);
     d.used += bytes;
-    return cudaSuccess;
+    return allocate(memory, {bytes, true}, d.allocated);
 }
-cudaError_t cudaMallocManaged(void** memory, size_t bytes, unsigned) {
-    if (!(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
-    memset(*memory, 0xff, bytes);
-    return cudaSuccess;
-}
+cudaError_t cudaMallocManaged(void** memory, size_t bytes, unsigned) { return allocate(memory, {bytes}, device().allocated); }
+cudaError_t cudaMallocHost(void** memory, size_t bytes) { return allocate(memory, {bytes}, device().pinned); }
 cudaError_t cudaFree(void* memory) {
-    Device& d = device();
-    d.drain();
-    auto found = d.allocated.find((char*)memory);
-    if (found != d.allocated.end()) {
-        d.used -= found->second;
-        d.allocated.erase(found);
-    }
-    free(memory);
-    return cudaSuccess;
-}
-cudaError_t cudaMallocHost(void** memory, size_t bytes) {
-    if (!(*memory = room(bytes))) return answer(cudaErrorMemoryAllocation);
-    device().pinned[(char*)*memory] = bytes;
+    device().drain();
+    if (!memory) return cudaSuccess;
+    if (!holding(device().allocated, memory, 1)) return answer(cudaErrorInvalidValue);
+    sim_gpu_free(memory);
     return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* memory) {
@@ -170,30 +206,34 @@ cudaError_t cudaFreeHost(void* memory) {
     return cudaSuccess;
 }
 cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned) {
-    if (Device::holds(device().pinned, memory)) return answer(cudaErrorHostMemoryAlreadyRegistered);
-    device().pinned[(char*)memory] = bytes;
+    if (holding(device().pinned, memory, 1)) return answer(cudaErrorHostMemoryAlreadyRegistered);
+    device().pinned[(char*)memory] = {bytes};
     return cudaSuccess;
 }
 cudaError_t cudaHostUnregister(void* memory) {
-    device().drain();
-    return answer(device().pinned.erase((char*)memory) ? cudaSuccess : cudaErrorHostMemoryNotRegistered);
+    auto found = device().pinned.find((char*)memory);
+    if (found == device().pinned.end()) return answer(cudaErrorHostMemoryNotRegistered);
+    if (found->second.reads) wrong("pinned memory is let go while a copy reads it");
+    device().pinned.erase(found);
+    return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     Device& d = device();
-    if (d.forget == "copy" && kind == cudaMemcpyHostToDevice && stream) return cudaSuccess;
-    d.add(of(stream), copying(target, source, bytes));
+    if (kind == cudaMemcpyHostToDevice && forgotten("copy", stream)) return cudaSuccess;
+    d.add(of(stream), copying(target, source, bytes, kind));
     // Memory that is not pinned may be read before the call returns, and written only then.
-    const bool host_in = kind == cudaMemcpyHostToDevice && !Device::holds(d.pinned, source);
-    const bool host_out = kind == cudaMemcpyDeviceToHost && !Device::holds(d.pinned, target);
+    const bool host_in = kind == cudaMemcpyHostToDevice && !holding(d.pinned, source, bytes);
+    const bool host_out = kind == cudaMemcpyDeviceToHost && !holding(d.pinned, target, bytes);
     if (host_in || host_out) d.drain(of(stream));
     return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind) {
-    device().add(&device().main, copying(target, source, bytes));
+cudaError_t cudaMemcpy(void* target, const void* source, size_t bytes, cudaMemcpyKind kind) {
+    device().add(&device().main, copying(target, source, bytes, kind));
     device().drain(&device().main);
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+    if (!holding(device().allocated, memory, bytes)) wrong("memory is set that is none of the device's");
     Work work;
     work.steps.push_back([=] { memset(memory, value, bytes); });
     device().add(of(stream), std::move(work));
@@ -228,7 +268,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     auto* known = (Event*)event;
-    if (device().forget == "wait" && stream) return cudaSuccess;
+    if (forgotten("wait", stream)) return cudaSuccess;
     Work work;
     work.after = known;
     work.recording = known->recorded;
@@ -243,7 +283,7 @@ cudaError_t cudaEventElapsedTime(float* time, cudaEvent_t, cudaEvent_t) { return
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     auto* known = (Event*)event;
-    if (device().forget == "record" && stream) return cudaSuccess;
+    if (forgotten("record", stream)) return cudaSuccess;
     const long recording = ++known->recorded;
     Work work;
     work.steps.push_back([=] { known->happened = recording; });

@@ -23,10 +23,8 @@ from tests.emulation import emulator
 __version__ = "simulated"
 
 _runtime = ctypes.CDLL(os.environ["SIM_GPU_CUDART"], ctypes.RTLD_GLOBAL)
-_libc = ctypes.CDLL(None)
 _calls: dict[int, Callable[[], None]] = {}
 _numbers = iter(range(1, sys.maxsize))
-ALIGNMENT = 512
 
 
 def _run_call(number: int) -> None:
@@ -75,18 +73,23 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     """Full of what is no number; freed after what was queued while it lived."""
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     pointer = ctypes.c_void_p()
-    if _libc.posix_memalign(ctypes.byref(pointer), ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(max(size, 1))):
-        raise MemoryError("out of memory")
+    if _runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(max(size, 1))):
+        raise MemoryError(f"Out of memory allocating {size} bytes")
     address = int(pointer.value or 0)
-    ctypes.memset(address, 0xFF, size)
 
     def free() -> None:
-        _libc.free(ctypes.c_void_p(address))
+        _runtime.sim_gpu_free(ctypes.c_void_p(address))
 
     return _over(address, shape, dtype, lambda memory: weakref.finalize(memory, _enqueue, free))
 
 
 def ndarray(shape: Any, dtype: Any, memptr: Any) -> np.ndarray:
+    """Jittor's init_cupy makes one over each Var of a jt.numpy_code."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if not _runtime.sim_gpu_is_device(ctypes.c_void_p(memptr.ptr), ctypes.c_size_t(size)):
+        raise RuntimeError(
+            f"a {np.dtype(dtype)} array of shape {shape} is over memory that is not the device's"
+        )
     return _over(memptr.ptr, shape, dtype)
 
 
