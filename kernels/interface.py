@@ -7,9 +7,17 @@ Operators are made for one model's geometry: ``PortableOperators(config)``, ``Cp
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 Var = Any  # a jittor.Var: only moss_jt.backend imports Jittor
+
+
+class Queue(IntEnum):
+    """What a device works off in order, each by itself. The numbers are copy_engine.h's."""
+
+    COMPUTE = 0
+    COPIES = 1
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,28 @@ from moss_jt.signals import keep_signals
 
 # Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
 HIDDEN = {"cpu": ("cupy", "torch"), "gpu": ("torch",)}
-CACHES = {"cpu": "default", "gpu": "moss-jt-cuda"}
-SWAP_CACHES = {"cpu": "moss-jt-swap", "gpu": "moss-jt-cuda-swap"}
 
 
 def decide_environment() -> None:
     """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
     if chosen_device() == "gpu":
-        _decide_cuda()
+        cache = _decide_cuda()
     else:
         # No nvcc: one without its runtime library would make the import crash.
         os.environ["nvcc_path"] = ""
+        cache = "default"
+    if swaps():
+        cache = "moss-jt-swap" if cache == "default" else f"{cache}-swap"
     os.environ.setdefault("use_mpi", "0")
     os.environ.setdefault("gdb_path", "")
     os.environ.setdefault("log_silent", "1")
     # Or else Jittor names its cache after the git branch that its own folder happens to be under. Builds with other
     # switches have caches of their own: in one cache they would compile each other's files anew.
-    os.environ.setdefault("cache_name", (SWAP_CACHES if swaps() else CACHES)[chosen_device()])
+    given = os.environ.get("cache_name", "default")
+    if given == "default" or given.startswith(
+        "moss-jt-"
+    ):  # ours, perhaps of a load that failed or of a parent process
+        os.environ["cache_name"] = cache
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if has_onednn_wheels():
@@ -44,13 +49,13 @@ def decide_environment() -> None:
         os.environ.setdefault("use_mkl", "0")
 
 
-def _decide_cuda() -> None:
-    """Jittor compiles with the toolkit that was found, and so does CuPy.
+def _decide_cuda() -> str:
+    """Jittor compiles with the toolkit that was found, and so does CuPy. Returns a name for the cache of that toolkit and card.
 
     Raises:
         MossError: something that a GPU needs is missing.
     """
-    _, toolkit = require_gpu()
+    card, toolkit = require_gpu()
     os.environ["nvcc_path"] = str(toolkit.nvcc)
     os.environ["CUDA_PATH"] = str(toolkit.home)
     # Without cuDNN, and without what Jittor would download from elsewhere: no operation of ours is theirs.
@@ -59,6 +64,9 @@ def _decide_cuda() -> None:
         os.environ.setdefault(f"use_{library}", "0")
     # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
     ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # only what is used takes the card's memory
+    release, compute = (f"{pair[0]}.{pair[1]}" for pair in (toolkit.version, card.compute))
+    return f"moss-jt-cuda{release}-sm{compute}"
 
 
 def prepare() -> None:
@@ -86,6 +94,11 @@ def _start() -> Any:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
         with keep_signals(), quiet_output(log_path("import")):
+            installer: Any = importlib.import_module("jittor_utils.install_cuda")
+            installer.has_installation = bool  # no toolkit but the one that was decided on: see jittor_build.SCRIPT
+            importlib.import_module(
+                "jittor_utils.install_cuda"
+            ).has_installation = bool  # see jittor_build.SCRIPT
             jittor = importlib.import_module("jittor")
     except SystemExit as stop:
         # Jittor found that a part of itself had to be compiled anew, and did so.

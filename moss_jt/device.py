@@ -62,6 +62,8 @@ def decide(device: Device, offload: Offload) -> None:
     for name, value in wanted.items():
         if value is not None:
             os.environ[name] = value
+        else:
+            os.environ.pop(name, None)  # of a load that failed, for example
 
 
 def chosen_device() -> Device:

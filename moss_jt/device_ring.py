@@ -8,17 +8,11 @@ Knows neither CUDA nor models: tests run it over a simulated device.
 
 from collections import deque
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
 
-
-class Queue(IntEnum):
-    """What the device works off in order, each by itself. The numbers are copy_engine.h's."""
-
-    COMPUTE = 0
-    COPIES = 1
+from moss_jt.kernels.interface import Queue
 
 
 class CopyEngine(Protocol):
@@ -79,7 +73,10 @@ class DeviceRing:
         self._passing: int | None = None  # the buffer whose copy reads host memory that will be filled anew
         self._next = 0
         self._last = pieces - 1
+        self._whole = False  # whether what is noted here is what was queued
+        self._begin_anew()
         self._fill(None)
+        self._whole = True
 
     def end_cycle_after(self, piece: int) -> None:
         """Passes that leave out the last pieces say so, so that these are not copied in vain."""
@@ -91,6 +88,9 @@ class DeviceRing:
         Raises:
             MossError: the piece could not be read from disk. Taking again tries again.
         """
+        if not self._whole:
+            self._begin_anew()
+        self._whole = False
         self._release()
         while self._queued and self._queued[0][0] != piece:
             self._free.append(self._queued.popleft()[1])
@@ -100,17 +100,32 @@ class DeviceRing:
         _, buffer = self._queued.popleft()
         self._engine.wait(Queue.COMPUTE, self._filled[buffer])
         self._taken = buffer
+        self._whole = True
         return buffer
 
     def hand_back(self) -> None:
         """All that reads the buffer taken last has been queued."""
+        if not self._whole:
+            return
+        self._whole = False
         self._release()
         self._fill(None)
+        self._whole = True
 
     def close(self) -> None:
         """Wait until no copy reads or writes any memory."""
-        for event in self._filled:
-            self._engine.synchronize(event)
+        self._engine.record(self._filled[0], Queue.COPIES)
+        self._engine.synchronize(self._filled[0])
+
+    def _begin_anew(self) -> None:
+        """All buffers are free once everything that was queued is done: at first (the memory may have been something else's), and
+        after an error or a Ctrl-C in the midst of what follows.
+        """
+        for used in self._used:
+            self._engine.record(used, Queue.COMPUTE)
+        self._free = deque(range(len(self.memories)))
+        self._queued.clear()
+        self._taken = None
 
     def _release(self) -> None:
         if self._taken is not None:

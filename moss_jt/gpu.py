@@ -28,11 +28,14 @@ LIBRARIES = ("cudart", "cublas", "curand", "nvrtc")
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "curand.h", "cuda_fp16.h")
 CUPY_WHEELS = {"cupy-cuda12x": 12, "cupy-cuda11x": 11, "cupy": None}
 OLDEST_CARD = (6, 0)
+# The first CUDA that compiles for cards up to this generation: Ampere, Hopper, Blackwell.
+FIRST_TOOLKITS = (((11, 1), 8), ((11, 8), 9), ((12, 8), 12))
 
 # CUDA's numbers of two attributes of a device.
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76
 
 # What Jittor, CUDA and CuPy say where memory on the card ran out.
+HOST_CALLS = ("cudahostregister", "cudamallochost", "cuda_host_allocator")
 OUT_OF_MEMORY = ("unable to alloc cuda", "cudaerrormemoryallocation", "out of memory", "outofmemory")
 
 INSTALL_TOOLKIT = "install CUDA Toolkit 12, from NVIDIA or with python -m jittor_utils.install_cuda, or name its nvcc in nvcc_path"
@@ -117,7 +120,9 @@ def find_card() -> Card:
         )
     free = _free_bytes(bus.value)
     driver_cuda = (known.value // 1000, known.value % 1000 // 10)
-    return Card(text, total.value, total.value if free is None else free, compute, driver_cuda)
+    return Card(
+        text, total.value, total.value if free is None else min(free, total.value), compute, driver_cuda
+    )
 
 
 def _attribute(driver: ctypes.CDLL, number: int, device: ctypes.c_int) -> int:
@@ -166,10 +171,10 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     return n_bytes
 
 
-def says_full(error: Exception) -> bool:
-    """Whether an error from Jittor or CuPy says that the card's memory is full."""
+def says_full(error: BaseException) -> bool:
+    """Whether an error from Jittor or CuPy says that the card's memory is full (and not that the host's is)."""
     text = f"{type(error).__name__}: {error}".lower()
-    return any(words in text for words in OUT_OF_MEMORY)
+    return any(words in text for words in OUT_OF_MEMORY) and not any(words in text for words in HOST_CALLS)
 
 
 def nvcc_places() -> list[Path]:
@@ -269,6 +274,12 @@ def _mismatches(card: Card, toolkit: Toolkit, cupy: int | None) -> Iterator[str]
     release = toolkit.version[0]
     if cupy is not None and cupy != release:
         yield f"CuPy is for CUDA {cupy} and {toolkit.nvcc} for CUDA {release}: pip install 'cupy-cuda{release}x>=13,<14'."
+    oldest = next((first for first, newest in FIRST_TOOLKITS if card.compute[0] <= newest), None)
+    if oldest is not None and toolkit.version < oldest:
+        yield (
+            f"{card.name} (compute capability {card.compute[0]}.{card.compute[1]}) needs CUDA {oldest[0]}.{oldest[1]} or newer, "
+            f"and {toolkit.nvcc} is of CUDA {toolkit.version[0]}.{toolkit.version[1]}: install a newer 12."
+        )
     if card.driver_cuda[0] < release:
         known = f"{card.driver_cuda[0]}.{card.driver_cuda[1]}"
         yield f"the driver knows CUDA up to {known} and {toolkit.nvcc} is of CUDA {release}: update the driver."

@@ -6,9 +6,9 @@ Imports Jittor and CuPy. See moss_jt.machine_limits for the processor's.
 import cupy
 import numpy as np
 
-from moss_jt.device_ring import Queue
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
 from moss_jt.kernels.cuda.cublas import multiply
+from moss_jt.kernels.interface import Queue
 from moss_jt.machine_limits import MachineLimits, best_time
 from moss_jt.page_buffer import page_buffer
 from moss_jt.sizes import MIB

@@ -1,11 +1,12 @@
 """A model folder becomes a model that computes on the GPU. Importing this starts Jittor and CuPy."""
 
 from pathlib import Path
+from types import ModuleType
 
-import cupy
-
+from moss_jt.backend import jt
 from moss_jt.device import Offload
 from moss_jt.disk_speed import disk_speed
+from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
 from moss_jt.gpu_model import GpuModel, raise_if_full
 from moss_jt.gpu_units import GpuUnits, StreamedUnits, SwappedUnits, UnifiedUnits
@@ -20,16 +21,35 @@ from moss_jt.warm_up import warm_up_gpu
 
 def load_gpu_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
     """See :func:`moss_jt.load.load_model`."""
+    cupy = import_cupy()
     try:
         warm_up_gpu(cupy, store.bits)
-        # CuPy keeps freed memory for reuse: no more than the plan has for all results of a pass.
-        cupy.get_default_memory_pool().set_limit(size=plan.workspace_bytes)
+        # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
+        cupy.get_default_memory_pool().set_limit(size=plan.sizes.gpu_results_bytes(plan.pass_tokens))
         cache = KVCache(store.config, plan.context, device_room)
         weights = GpuWeights(store, plan, _units(store, plan, home, offload))
-    except (RuntimeError, MemoryError) as error:
+        return GpuModel(store.config, CudaOperators(store.config, cupy), weights, cache, plan)
+    except BaseException as error:
+        jt.gc()  # a second try finds the memory free
         raise_if_full(error, plan)
         raise
-    return GpuModel(store.config, CudaOperators(store.config, cupy), weights, cache, plan)
+
+
+def import_cupy() -> ModuleType:
+    """CuPy itself: that its package is there does not mean that it works.
+
+    Raises:
+        MossError: it does not; the message says why.
+    """
+    try:
+        import cupy
+        import cupy.cuda.cublas  # noqa: F401  its library is opened now
+    except (ImportError, OSError, AttributeError) as error:
+        raise MossError(
+            f"CuPy is installed and does not start ({error}). Its version must suit the CUDA toolkit: see moss-jt doctor."
+        ) from error
+    module: ModuleType = cupy
+    return module
 
 
 def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> GpuUnits:

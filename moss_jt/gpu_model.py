@@ -42,7 +42,7 @@ class GpuModel(Model):
         self.operators.free()
 
 
-def raise_if_full(error: Exception, plan: ResidencyPlan) -> None:
+def raise_if_full(error: BaseException, plan: ResidencyPlan) -> None:
     """Raises MossError where the error says that the card's memory is full."""
     if says_full(error):
         raise MossError(

@@ -10,11 +10,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from moss_jt.backend import jt
-from moss_jt.device_ring import DeviceRing, Queue
+from moss_jt.device_ring import DeviceRing
+from moss_jt.errors import MossError
 from moss_jt.file_reader import Piece
 from moss_jt.host_pieces import PinnedPieces
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
-from moss_jt.kernels.interface import Var
+from moss_jt.kernels.interface import Queue, Var
 from moss_jt.loading_progress import LoadingProgress
 from moss_jt.page_buffer import page_buffer
 from moss_jt.residency import ResidencyPlan
@@ -121,14 +122,13 @@ class StreamedUnits:
 
     def close(self) -> None:
         """No copy is under way after this, and no thread."""
-        if self._ring is not None:
-            self._ring.close()
-        if self._host is not None:
-            self._host.close()
-        else:
-            self._reader.close()
-        self._ring = self._host = None
-        self._resident.clear()
+        try:
+            if self._ring is not None:
+                self._ring.close()
+        finally:
+            (self._host or self._reader).close()
+            self._ring = self._host = None
+            self._resident.clear()
 
 
 class UnifiedUnits:
@@ -183,12 +183,19 @@ class SwappedUnits:
         jt.flags.device_mem_limit = plan.budget_bytes - plan.footprint_bytes - plan.workspace_bytes
         progress = LoadingProgress(sum(unit.n_bytes for unit in plan.units))
         self._memories: list[Var] = []
-        for unit in plan.units:
-            memory = jt.array(np.asarray(map_unit(store, unit)))
-            memory.sync()
-            self._memories.append(memory)
-            progress.advance(unit.n_bytes)
-        progress.close()
+        try:
+            for unit in plan.units:
+                memory = jt.array(np.asarray(map_unit(store, unit)))
+                memory.sync()
+                self._memories.append(memory)
+                progress.advance(unit.n_bytes)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise MossError(f"cannot read {error.filename}: {error.strerror}.") from error
+            raise
+        finally:
+            progress.close()
 
     def begin(self, last: int) -> None:
         pass
@@ -214,11 +221,15 @@ def staged(
     """
     buffers = [page_buffer(STAGING_BYTES) for _ in range(2)]
     copied = [engine.new_event() for _ in buffers]
+    computed = engine.new_event()
     progress = LoadingProgress(total_bytes)
     turn = 0
 
     def fill(memory: Var, piece: Piece) -> None:
         nonlocal turn
+        # The memory may have been something else's, which is still computed with.
+        engine.record(computed, Queue.COMPUTE)
+        engine.wait(Queue.COPIES, computed)
         for start in range(0, piece.n_bytes, STAGING_BYTES):
             count = min(STAGING_BYTES, piece.n_bytes - start)
             engine.synchronize(copied[turn])
@@ -235,8 +246,8 @@ def staged(
             pinned.append(buffer)
         yield fill
     finally:
-        for event in copied:
-            engine.synchronize(event)
+        engine.record(copied[0], Queue.COPIES)  # once more: an interruption may have come before the last one
+        engine.synchronize(copied[0])
         for buffer in pinned:
             engine.unpin(buffer)
         progress.close()

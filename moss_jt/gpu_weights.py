@@ -25,7 +25,11 @@ class GpuWeights:
         self.plan = plan
         self.streams = units.streams
         self._units = units
-        self._rows = RowReader(store.embedding, "wte.weight")
+        try:
+            self._rows = RowReader(store.embedding, "wte.weight")
+        except OSError as error:
+            units.close()
+            raise MossError(f"cannot read {store.embedding.path}: {error.strerror}.") from error
         self._closing = weakref.finalize(self, _close, self._rows, units)
         self._closing.atexit = (
             False  # closing needs Jittor, which may be gone by then; the process's end frees all of it

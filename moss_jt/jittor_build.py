@@ -23,8 +23,12 @@ PATIENCE_S = 3.0  # a start that is quicker than this is not worth a word
 ATTEMPTS = 3  # Jittor leaves, asking to be started again, when it has renewed its own compiling tool
 
 # Marks, by its last line, that the import went through (leaving early is no failure for Jittor), and where its core is.
+# A toolkit that Jittor installed itself would make it look for another one, download that, or start this program anew: which
+# toolkit it uses is decided by nvcc_path, so that it is told that there is none.
 SCRIPT = """
 import pathlib, sys
+import jittor_utils.install_cuda
+jittor_utils.install_cuda.has_installation = bool
 for name in sys.argv[2:]:
     sys.modules[name] = None
 import jittor

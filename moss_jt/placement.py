@@ -65,10 +65,11 @@ def plan_gpu_here(
 def _check_host(plan: ResidencyPlan, offload: Offload) -> None:
     """Jittor's swapping and unified memory know no disk behind the host: it must hold all that the card does not.
 
-    Unified memory may have all of it on the host for a while: the driver decides.
+    Unified memory may have all of it on the host for a while: the driver decides. Jittor takes a unit over in two copies.
     """
     units = plan.units if offload == "unified" else [unit for unit in plan.units if not unit.resident]
-    needed = plan.host_footprint_bytes + sum(unit.n_bytes for unit in units)
+    copies = 0 if offload == "unified" else 2 * max(unit.n_bytes for unit in plan.units)
+    needed = plan.host_footprint_bytes + copies + sum(unit.n_bytes for unit in units)
     if needed > (plan.host_budget_bytes or 0):
         raise MossError(
             f"--offload {offload} keeps on the host what the card cannot hold, and needs {gib_up(needed)} of memory there. "

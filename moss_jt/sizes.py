@@ -27,6 +27,7 @@ HEAD_ROWS = 64
 THREADS_BYTES = 32 * MIB
 # What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing.
 GPU_POOLS_BYTES = 64 * MIB
+GPU_GRANULE_BYTES = 2 * MIB
 
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
@@ -80,8 +81,8 @@ class ModelSizes:
         few = min(tokens, FEW_TOKENS) * (partial + 2 * c.vocab_size)
         return (tokens * per_token + few) * FLOAT32 + THREADS_BYTES
 
-    def gpu_workspace_bytes(self, tokens: int) -> int:
-        """The same on a GPU, where attention has no partial results, and where passes of many tokens widen packed weights.
+    def gpu_results_bytes(self, tokens: int) -> int:
+        """Results within one pass of ``tokens`` new tokens on a GPU, where passes of many tokens widen packed weights.
 
         Per token: twelve results of width C and four of width I (before and after GELU, for act-order, as float16 for
         cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
@@ -90,7 +91,12 @@ class ModelSizes:
         per_token = 12 * c.n_embd + 4 * c.n_inner
         widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
         logits = 2 * HEAD_ROWS * c.vocab_size
-        return (tokens * per_token + logits) * FLOAT32 + widened + GPU_POOLS_BYTES
+        return (tokens * per_token + logits) * FLOAT32 + widened
+
+    def gpu_workspace_bytes(self, tokens: int) -> int:
+        """These, and what the two allocators on the card add: Jittor's gives each unit whole GPU_GRANULE_BYTES."""
+        units = len(self.block_bytes) + len(self.head_slabs())
+        return self.gpu_results_bytes(tokens) + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""

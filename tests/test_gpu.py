@@ -198,6 +198,29 @@ def test_parts_that_do_not_fit_together_are_told(monkeypatch: pytest.MonkeyPatch
     assert gpu.require_gpu()[0] == CARD
 
 
+@pytest.mark.parametrize(
+    ("compute", "release", "wanted"),
+    [
+        ((8, 6), (11, 0), "11.1"),
+        ((9, 0), (11, 4), "11.8"),
+        ((12, 0), (12, 4), "12.8"),
+        ((12, 0), (12, 8), None),
+        ((6, 1), (12, 2), None),
+    ],
+)
+def test_a_card_that_is_newer_than_the_toolkit_is_told(
+    monkeypatch: pytest.MonkeyPatch, compute: tuple[int, int], release: tuple[int, int], wanted: str | None
+) -> None:
+    monkeypatch.setattr(gpu, "find_card", lambda: Card("a card", GIB, GIB, compute, (12, 9)))
+    monkeypatch.setattr(gpu, "find_toolkit", lambda: Toolkit(Path("/x/bin/nvcc"), release, {}))
+    monkeypatch.setattr(gpu, "find_cupy", lambda: None)
+    if wanted is None:
+        gpu.require_gpu()
+    else:
+        with pytest.raises(MossError, match=f"needs CUDA {wanted} or newer"):
+            gpu.require_gpu()
+
+
 def test_the_installed_cupy_tells_its_cuda() -> None:
     names = list(gpu.installed_cupy())
     if not names:

@@ -16,7 +16,6 @@ import pytest
 from moss_jt import Moss, gpu_units
 from moss_jt.backend import jt
 from moss_jt.config import MossConfig
-from moss_jt.device_ring import Queue
 from moss_jt.errors import MossError
 from moss_jt.file_reader import FileReader
 from moss_jt.gpu_model import GpuModel
@@ -24,7 +23,7 @@ from moss_jt.gpu_units import StreamedUnits, UnifiedUnits
 from moss_jt.gpu_weights import GpuWeights
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
-from moss_jt.kernels.interface import Var
+from moss_jt.kernels.interface import Queue, Var
 from moss_jt.kv_cache import KVCache
 from moss_jt.model import Model
 from moss_jt.page_buffer import page_buffer

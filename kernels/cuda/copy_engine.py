@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.backend import jt
-from moss_jt.device_ring import Queue
-from moss_jt.kernels.interface import Var
+from moss_jt.kernels.interface import Queue, Var
 
 FOLDER = Path(__file__).parent
 SOURCE = """

@@ -4,6 +4,8 @@ Letters as in moss_jt.kernels.interface. ``cupy`` is handed in, so that this mod
 and the tests can launch the same code on the CPU.
 """
 
+import hashlib
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -31,6 +33,17 @@ def source(name: str) -> str:
     return (files("moss_jt.kernels.cuda") / name).read_text(encoding="utf-8")
 
 
+@cache
+def fingerprint() -> str:
+    """Of all sources in this folder, 8 hexadecimal digits."""
+    names = sorted(
+        entry.name
+        for entry in files("moss_jt.kernels.cuda").iterdir()
+        if entry.name.endswith((".cu", ".cuh"))
+    )
+    return hashlib.sha256("".join(map(source, names)).encode()).hexdigest()[:8]
+
+
 class Launchers:
     """The kernels of one device.
 
@@ -48,7 +61,8 @@ class Launchers:
         key = (module, kernel)
         if key not in self._functions:
             if module not in self._modules:
-                options = ("--std=c++17", f"-I{folder()}")
+                # CuPy keeps what it compiled by source and options; what the source includes must be among them.
+                options = ("--std=c++17", f"-I{folder()}", f"-DMOSS_SOURCES=0x{fingerprint()}")
                 self._modules[module] = self.cupy.RawModule(code=source(module), options=options)
             self._functions[key] = self._modules[module].get_function(kernel)
         typed = tuple(_typed(argument) for argument in arguments)

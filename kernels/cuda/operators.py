@@ -37,7 +37,9 @@ class CudaOperators:
 
     def free(self) -> None:
         """Give back to the card what CuPy keeps of the memory of intermediate results."""
-        self.kernels.cupy.get_default_memory_pool().free_all_blocks()
+        pool = self.kernels.cupy.get_default_memory_pool()
+        pool.free_all_blocks()
+        pool.set_limit(size=0)  # none
 
     def embed(self, token_ids: Var, table: Var) -> Var:
         check_dtype("table", table, "float16")

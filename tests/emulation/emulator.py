@@ -212,7 +212,7 @@ class FakeCupy:
 
     @staticmethod
     def get_default_memory_pool() -> Any:
-        return SimpleNamespace(free_all_blocks=lambda: None)
+        return SimpleNamespace(free_all_blocks=lambda: None, set_limit=lambda size: None)
 
     @staticmethod
     def empty(shape: Any, dtype: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.device_ring import Queue
+from moss_jt.kernels.interface import Queue
 
 Step = Callable[[], None]
 PARTS = 4
