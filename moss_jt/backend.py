@@ -95,10 +95,9 @@ def _start() -> Any:
     try:
         with keep_signals(), quiet_output(log_path("import")):
             installer: Any = importlib.import_module("jittor_utils.install_cuda")
-            installer.has_installation = bool  # no toolkit but the one that was decided on: see jittor_build.SCRIPT
-            importlib.import_module(
-                "jittor_utils.install_cuda"
-            ).has_installation = bool  # see jittor_build.SCRIPT
+            installer.has_installation = (
+                bool  # no toolkit but the one that was decided on: see jittor_build.SCRIPT
+            )
             jittor = importlib.import_module("jittor")
     except SystemExit as stop:
         # Jittor found that a part of itself had to be compiled anew, and did so.

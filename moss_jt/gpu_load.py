@@ -43,8 +43,9 @@ def import_cupy() -> ModuleType:
     """
     try:
         import cupy
-        import cupy.cuda.cublas  # noqa: F401  its library is opened now
-    except (ImportError, OSError, AttributeError) as error:
+
+        cupy.cuda.device.get_cublas_handle()  # its library is opened only now
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
         raise MossError(
             f"CuPy is installed and does not start ({error}). Its version must suit the CUDA toolkit: see moss-jt doctor."
         ) from error
