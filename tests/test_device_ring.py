@@ -10,7 +10,7 @@ import pytest
 from moss_jt.device_ring import DeviceRing
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import Queue
-from tests.support.simulated_device import ForgetfulDevice, SimulatedDevice, WrongOrder
+from tests.support.simulated_device import ForgetfulDevice, SimulatedDevice, Work, WrongOrder
 
 SIZE = 8
 SEEDS = range(60)
@@ -97,6 +97,38 @@ ORDERS = [(favour, eager) for favour in (None, *Queue) for eager in (0.0, 0.3, 0
 def test_every_computation_sees_its_piece_in_every_order(favour: Queue | None, eager: float) -> None:
     for pieces, buffers, passing, seed in cases():
         run(SimulatedDevice(seed, favour, eager), pieces, buffers, passing, seed)
+
+
+class InterruptedDevice(SimulatedDevice):
+    """Now and then Ctrl-C comes right after a call has been queued, before anybody could note it."""
+
+    chance = 0.0
+
+    def _add(self, queue: Queue, work: Work, call: str) -> None:
+        super()._add(queue, work, call)
+        if self._random.random() < self.chance:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("favour", "eager"), ORDERS)
+def test_an_interruption_anywhere_spoils_nothing_that_comes_after(favour: Queue | None, eager: float) -> None:
+    interrupted = 0
+    for pieces, buffers, passing, seed in cases():
+        device = InterruptedDevice(seed, favour, eager)
+        host = Pieces(pieces, passing, seed)
+        ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], pieces)
+        for chance in (0.1, 0.1, 0.1, 0.0):
+            device.chance = chance
+            try:
+                for piece in range(pieces):
+                    compute(device, ring, piece)
+                ring.hand_back()
+            except KeyboardInterrupt:
+                interrupted += 1
+        ring.close()
+        host.buffers[0][:] = host.buffers[1][:] = -9
+        device.finish()
+    assert interrupted > len(SEEDS)
 
 
 @pytest.mark.parametrize(
