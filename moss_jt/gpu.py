@@ -31,8 +31,8 @@ OLDEST_CARD = (6, 0)
 # The first CUDA that compiles for cards up to this generation: Ampere, Hopper, Blackwell.
 FIRST_TOOLKITS = (((11, 1), 8), ((11, 8), 9), ((12, 8), 12))
 
-# CUDA's numbers of two attributes of a device.
-COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76
+# CUDA's numbers of three attributes of a device.
+COMPUTE_MAJOR, COMPUTE_MINOR, CONCURRENT_MANAGED = 75, 76, 89
 
 # What Jittor, CUDA and CuPy say where memory on the card ran out.
 HOST_CALLS = ("cudahostregister", "cudamallochost", "cuda_host_allocator")
@@ -48,6 +48,7 @@ class Card:
     free_bytes   as the driver's management library (NVML) tells, or all where there is none
     compute      compute capability, (8, 6) for sm_86
     driver_cuda  the newest CUDA that the driver knows, (12, 4)
+    unified      whether host and card may use managed memory at the same time, as prefetching it needs
     """
 
     name: str
@@ -55,6 +56,7 @@ class Card:
     free_bytes: int
     compute: tuple[int, int]
     driver_cuda: tuple[int, int]
+    unified: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ def find_card() -> Card:
         )
     free = _free_bytes(bus.value)
     driver_cuda = (known.value // 1000, known.value % 1000 // 10)
-    return Card(
-        text, total.value, total.value if free is None else min(free, total.value), compute, driver_cuda
-    )
+    free = total.value if free is None else min(free, total.value)
+    unified = _attribute(driver, CONCURRENT_MANAGED, device) != 0
+    return Card(text, total.value, free, compute, driver_cuda, unified)
 
 
 def _attribute(driver: ctypes.CDLL, number: int, device: ctypes.c_int) -> int:

@@ -48,6 +48,10 @@ def plan_gpu_here(
     Raises:
         MossError: a limit is none, or too small; the message names the smallest that works.
     """
+    if offload == "unified" and not card.unified:
+        raise MossError(
+            f"{card.name} cannot share managed memory with the host here (WSL and Windows' drivers do not). Use --offload stream."
+        )
     context = store.config.n_positions if context is None else context
     footprint = resident_memory_bytes() + GPU_LATER_BYTES
     placed = plan_gpu(

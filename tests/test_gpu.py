@@ -11,6 +11,9 @@ import pytest
 from moss_jt import gpu
 from moss_jt.errors import MossError
 from moss_jt.gpu import Card, Toolkit
+from moss_jt.placement import plan_gpu_here
+from moss_jt.store import open_store
+from tests.support.models import tiny_model_folder
 
 GIB = 1 << 30
 CARD = Card("RTX 3060", 12 * GIB, 11 * GIB, (8, 6), (12, 4))
@@ -26,6 +29,7 @@ class Driver:
             "major": 8,
             "minor": 6,
             "driver": 12040,
+            "managed": 1,
             "free": 11 * GIB,
             **changes,
         }
@@ -57,7 +61,7 @@ class Driver:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, number: int, device: Any) -> int:
-        value._obj.value = self.answers["major" if number == 75 else "minor"]
+        value._obj.value = self.answers[{75: "major", 76: "minor", 89: "managed"}[number]]
         return 0
 
     def nvmlInit_v2(self) -> int:
@@ -94,6 +98,14 @@ def test_the_card_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpu.find_card() == CARD
     monkeypatch.setattr(ctypes, "CDLL", libraries("libcuda.so.1"))
     assert gpu.find_card().free_bytes == 12 * GIB
+
+
+def test_a_card_without_shared_managed_memory_is_refused_for_unified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", libraries(*BOTH, driver=Driver(managed=0)))
+    store = open_store(tiny_model_folder())
+    with pytest.raises(MossError, match="cannot share managed memory.*--offload stream"):
+        plan_gpu_here(store, gpu.find_card(), None, None, None, "unified")
+    assert not plan_gpu_here(store, gpu.find_card(), None, None, None, "stream").streams
 
 
 @pytest.mark.parametrize(
