@@ -37,9 +37,8 @@ def decide_environment() -> None:
     # Or else Jittor names its cache after the git branch that its own folder happens to be under. Builds with other
     # switches have caches of their own: in one cache they would compile each other's files anew.
     given = os.environ.get("cache_name", "default")
-    if given == "default" or given.startswith(
-        "moss-jt-"
-    ):  # ours, perhaps of a load that failed or of a parent process
+    # A name of ours may be that of a load that failed, or of a parent process.
+    if given == "default" or given.startswith("moss-jt-"):
         os.environ["cache_name"] = cache
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -95,9 +94,8 @@ def _start() -> Any:
     try:
         with keep_signals(), quiet_output(log_path("import")):
             installer: Any = importlib.import_module("jittor_utils.install_cuda")
-            installer.has_installation = (
-                bool  # no toolkit but the one that was decided on: see jittor_build.SCRIPT
-            )
+            # No toolkit but the one that was decided on: see jittor_build.SCRIPT.
+            installer.has_installation = bool
             jittor = importlib.import_module("jittor")
     except SystemExit as stop:
         # Jittor found that a part of itself had to be compiled anew, and did so.

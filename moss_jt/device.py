@@ -6,7 +6,7 @@ must make the same choice.
 
 import os
 import sys
-from typing import Literal
+from typing import Literal, cast
 
 from moss_jt.errors import MossError
 
@@ -33,7 +33,7 @@ def check_choice(device: str, offload: str) -> Offload:
         raise MossError(
             f"there is no offload {offload!r} on the {device.upper()}: give {', '.join(WAYS[device])}."
         )
-    return "stream" if offload == "auto" else offload  # type: ignore[return-value]
+    return "stream" if offload == "auto" else cast(Offload, offload)
 
 
 def decide(device: Device, offload: Offload) -> None:
