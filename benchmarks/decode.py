@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from moss_jt import Moss
-from moss_jt.machine_limits import read_speed
+from moss_jt.measure.cpu_limits import read_speed
 
 
 def prompt_ids(length: int) -> list[int]:

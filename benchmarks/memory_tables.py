@@ -1,11 +1,11 @@
 """The computed tables of docs/memory.md: python benchmarks/memory_tables.py prints them."""
 
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
-from moss_jt.config import MOSS_MOON_003
 from moss_jt.errors import MossError
-from moss_jt.plan_report import BITS_NAMES, GB, Speed, Speeds
-from moss_jt.residency import ResidencyPlan, plan, plan_gpu
-from moss_jt.sizes import GIB, sizes_of_geometry
+from moss_jt.plan.report import BITS_NAMES, GB, Speed, Speeds
+from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
+from moss_jt.store.config import MOSS_MOON_003
+from moss_jt.store.sizes import GIB, sizes_of_geometry
 
 CONTEXT = MOSS_MOON_003.n_positions
 CARDS = (6, 8, 12, 16, 24)

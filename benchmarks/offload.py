@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from checkpoint import GEOMETRIES, write_checkpoint
 from memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
 
-from moss_jt.file_reader import FileReader, Piece
-from moss_jt.machine import parse_memory
-from moss_jt.page_buffer import page_buffer
+from moss_jt.plan.machine import parse_memory
+from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.page_buffer import page_buffer
 
 HERE = Path(__file__).resolve().parent
 OURS = ("stream", "swap", "mmap")

@@ -5,8 +5,9 @@ import json
 import time
 from pathlib import Path
 
-from moss_jt import Moss, placement
-from moss_jt.sampling import SamplingParams
+from moss_jt import Moss
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.plan import placement
 
 PROMPT = [17 + (7919 * position) % 1900 for position in range(16)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt import Moss
-from moss_jt.machine_limits import MachineLimits, machine_limits
+from moss_jt.measure.cpu_limits import MachineLimits, machine_limits
 
 
 def prompt_ids(length: int) -> list[int]:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jt.config import MOSS_MOON_003, MossConfig
 from moss_jt.convert.tokenizer import build_tokenizer
-from moss_jt.folders import tiny_checkpoint
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.locations import tiny_checkpoint
 
 GEOMETRIES = {
     "moss-moon-003": MOSS_MOON_003,

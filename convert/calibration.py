@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.gptq_quantizer import Hessian, quantize_gptq
-from moss_jt.quant import PackedArrays, dequantize_rows, row_slabs
+from moss_jt.store.config import MossConfig
+from moss_jt.store.quant import PackedArrays, dequantize_rows, row_slabs
 
 Matrix = np.ndarray | PackedArrays
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as RustTokenizer
 
+from moss_jt.chat.prompt import META
 from moss_jt.errors import MossError
-from moss_jt.prompt import META
-from moss_jt.tokenizer import Tokenizer
+from moss_jt.store.tokenizer import Tokenizer
 
 MAX_TOKENS = 16384  # more takes longer and changes little
 MIN_TOKENS = 256

@@ -7,13 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.disk import Download
 from moss_jt.convert.tensors import DTYPES, SourceTensor
 from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.torch_file import read_torch_file
 from moss_jt.errors import MossError
-from moss_jt.store import SAFETENSORS_DTYPES, read_header, read_json
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import SAFETENSORS_DTYPES, read_header, read_json
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")

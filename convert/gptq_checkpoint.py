@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.layout import (
     QKV,
@@ -26,8 +25,9 @@ from moss_jt.convert.layout import (
 )
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
-from moss_jt.quant import BITS, pack, row_slabs, working_group_sizes
-from moss_jt.store import block_tensors, embedding_tensors, head_tensors, matrix_shape
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import block_tensors, embedding_tensors, head_tensors, matrix_shape
+from moss_jt.store.quant import BITS, pack, row_slabs, working_group_sizes
 
 Runs = list[tuple[int, int]]
 

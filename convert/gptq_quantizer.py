@@ -10,7 +10,7 @@ Cholesky factorisation in the Hessian's own memory, and the rows of a matrix are
 import numpy as np
 
 from moss_jt.errors import MossError
-from moss_jt.quant import PackedArrays, fit_groups, nearest_fields, pack
+from moss_jt.store.quant import PackedArrays, fit_groups, nearest_fields, pack
 
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to it: few tokens leave directions that no input took
 _PANEL = 1024  # columns worked on at once, so that temporary arrays are a small part of the Hessian

@@ -15,7 +15,7 @@ from moss_jt.convert.checkpoint import (
 from moss_jt.convert.disk import FULL, Download, check_disk, folder_bytes
 from moss_jt.convert.tokenizer import REQUIRED_FILES
 from moss_jt.errors import MossError
-from moss_jt.store import read_json
+from moss_jt.store.model_folder import read_json
 
 
 def open_hub(

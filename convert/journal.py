@@ -6,7 +6,7 @@ from typing import Any
 
 from moss_jt.convert.disk import write_text
 from moss_jt.errors import MossError
-from moss_jt.store import read_json
+from moss_jt.store.model_folder import read_json
 
 JOURNAL = "journal.json"
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.tensors import SourceTensor, to_float16
 from moss_jt.errors import MossError
-from moss_jt.store import (
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import (
     EMBEDDING,
     HEAD,
     MATRICES,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.disk import Download, check_disk, write_text, writing
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
@@ -18,7 +17,8 @@ from moss_jt.convert.journal import JOURNAL, Journal, write_json
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
-from moss_jt.store import (
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import (
     CONFIG,
     DTYPES,
     EMBEDDING,

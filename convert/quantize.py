@@ -13,13 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.calibration import FC_OUT, Calibration, GptqSettings
 from moss_jt.convert.layout import FilePlan, Target
 from moss_jt.convert.pipeline import SCRATCH, Recipe, weight_bytes
 from moss_jt.errors import MossError
-from moss_jt.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
-from moss_jt.store import DTYPES, EMBEDDING, MATRICES, block_file_name, local_name, read_header
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import DTYPES, EMBEDDING, MATRICES, block_file_name, local_name, read_header
+from moss_jt.store.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
 
 DEFAULT_GROUP_SIZE = 128
 SEQUENCE_TOKENS = 1024  # calibration tokens that see each other, at most

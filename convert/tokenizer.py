@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from moss_jt.errors import MossError
-from moss_jt.store import read_json
+from moss_jt.store.model_folder import read_json
 
 # The five ends of MOSS's fields, and the end of a text.
 SPECIAL_TOKENS = ("<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>", "<|endoftext|>")

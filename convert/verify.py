@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.store import MANIFEST, Store, TensorSpec, local_name, read_json
+from moss_jt.store.model_folder import MANIFEST, Store, TensorSpec, local_name, read_json
 
 PIECE_BYTES = 16 << 20
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from moss_jt.convert.disk import replace, writing
 from moss_jt.convert.layout import Target
-from moss_jt.store import DTYPES
+from moss_jt.store.model_folder import DTYPES
 
 ALIGNMENT = 4096
 Progress = Callable[[int], None]

@@ -7,7 +7,7 @@ how to install one, so that `moss-jt chat --plugins NAME` knows it.
 """
 
 from moss_jt import Moss
-from moss_jt.commands.options import model_folder
+from moss_jt.convert.named import model_folder
 from moss_jt.plugins.interface import Item, Outcome, Source, Style
 
 

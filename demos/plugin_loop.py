@@ -2,16 +2,13 @@
 
     python -P -m moss_jt.demos.plugin_loop "What is 37 times 48?"
 
-moss_jt.turn does the same, and also what a program for users needs: streaming, repairs, cancelling, a full context.
+moss_jt.chat.turn does the same, and also what a program for users needs: streaming, repairs, cancelling, a full context.
 """
 
 import sys
 
 from moss_jt import Moss
-from moss_jt.commands.options import model_folder
-from moss_jt.plugins import execute
-from moss_jt.plugins.registry import make_plugins
-from moss_jt.prompt import (
+from moss_jt.chat.prompt import (
     COMMANDS,
     MOSS,
     THOUGHTS,
@@ -22,7 +19,10 @@ from moss_jt.prompt import (
     question,
     results,
 )
-from moss_jt.sampling import SamplingParams
+from moss_jt.convert.named import model_folder
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.plugins import execute
+from moss_jt.plugins.registry import make_plugins
 
 PLUGINS = ["calculator", "solver"]
 GREEDY = SamplingParams(temperature=0)
@@ -34,7 +34,7 @@ def one_turn(moss: Moss, message: str) -> str:
     session = moss.session()
 
     def give(pieces: list[Piece]) -> None:
-        """Text that the model will read. Only fixed parts may hold special tokens; see moss_jt.prompt."""
+        """Text that the model will read. Only fixed parts may hold special tokens; see moss_jt.chat.prompt."""
         session.extend(encoder.encode(pieces))
 
     def write(role: str) -> str:

@@ -11,18 +11,18 @@ from collections.abc import Generator
 from pathlib import Path
 
 from moss_jt import Moss
-from moss_jt.chat import Chat
-from moss_jt.commands.options import model_folder
+from moss_jt.chat.chat import Chat
+from moss_jt.chat.events import Event, Text
+from moss_jt.chat.language import user_language
+from moss_jt.convert.named import model_folder
 from moss_jt.demos.drawing_server import drawing_server
-from moss_jt.demos.line_input import make_reader
-from moss_jt.demos.pictures import make_shower
-from moss_jt.demos.screen import Screen
-from moss_jt.demos.terminal import PROMPT, Terminal, TurnView
-from moss_jt.demos.texts import say
-from moss_jt.events import Event, Text
-from moss_jt.folders import TINY, model_home
-from moss_jt.language import user_language
 from moss_jt.plugins.registry import PluginSettings
+from moss_jt.store.locations import TINY, model_home
+from moss_jt.terminal.line_input import make_reader
+from moss_jt.terminal.loop import PROMPT, Terminal, TurnView
+from moss_jt.terminal.pictures import make_shower
+from moss_jt.terminal.screen import Screen
+from moss_jt.terminal.texts import say
 
 PLUGINS = ("calculator", "solver", "search", "image")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
 
-Var = Any  # a jittor.Var: only moss_jt.backend imports Jittor
+Var = Any  # a jittor.Var: only moss_jt.backend.jittor imports Jittor
 
 
 class Queue(IntEnum):

@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_cache, check_matrix
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
 from moss_jt.kernels.rotary import spread_rotary_table
+from moss_jt.store.config import MossConfig
 
 
 def dequantize(matrix: PackedMatrix) -> Var:

@@ -1,6 +1,6 @@
 """``python -m moss_jt`` is ``moss-jt``."""
 
-from moss_jt.cli import main
+from moss_jt.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.device import Device, Offload, check_choice, decide
-from moss_jt.draft import make_drafter
+from moss_jt.backend.device import Device, Offload, check_choice, decide
+from moss_jt.backend.gpu import require_gpu
+from moss_jt.engine.draft import make_drafter
+from moss_jt.engine.generate import Generation
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.folders import model_home, resolve_model
-from moss_jt.generate import Generation
-from moss_jt.gpu import require_gpu
-from moss_jt.placement import plan_gpu_here, plan_here
-from moss_jt.residency import ResidencyPlan
-from moss_jt.sampling import SamplingParams
-from moss_jt.session import Session
-from moss_jt.store import Store, open_store
-from moss_jt.tokenizer import IncrementalDecoder, Tokenizer
+from moss_jt.plan.placement import plan_gpu_here, plan_here
+from moss_jt.plan.residency import ResidencyPlan
+from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
-    from moss_jt.model import Model
+    from moss_jt.engine.model import Model
 
 END_TOKEN = "<eom>"
 
@@ -142,7 +142,7 @@ class Moss:
         Args:
             prompt: text (special tokens in it count as such), or token ids.
             max_new_tokens: the most tokens of the answer.
-            temperature: 0 is greedy. For this and what follows see moss_jt.sampling.SamplingParams.
+            temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
             stop: a string, or several, that end the answer; they are not part of its text.
 
         Returns:
@@ -172,8 +172,8 @@ class Moss:
             raise MossError(f"token ids must be from 0 to {self.config.vocab_size - 1}.")
 
     def chat(self, **options: Any) -> Any:
-        """A conversation in MOSS's format: moss_jt.chat.Chat with these options."""
-        from moss_jt.chat import Chat
+        """A conversation in MOSS's format: moss_jt.chat.chat.Chat with these options."""
+        from moss_jt.chat.chat import Chat
 
         return Chat(self, **options)
 
@@ -196,6 +196,6 @@ class Moss:
 def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload) -> "Model":
     """Start Jittor for the device, unless it runs, and load the weights."""
     decide(device, offload)
-    from moss_jt.load import load_model
+    from moss_jt.engine.load import load_model
 
     return load_model(store, plan, model_home(), device, offload)

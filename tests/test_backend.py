@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt import jittor_build, jittor_home
+from moss_jt.backend import build as jittor_build
+from moss_jt.backend import home as jittor_home
+from moss_jt.backend.signals import keep_signals
 from moss_jt.errors import MossError
-from moss_jt.signals import keep_signals
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "code",
     [
-        "import moss_jt.cli",
-        "from moss_jt.cli import main\ntry: main(['--help'])\nexcept SystemExit as stop: assert not stop.code",
+        "import moss_jt.commands.cli",
+        "from moss_jt.commands.cli import main\ntry: main(['--help'])\nexcept SystemExit as stop: assert not stop.code",
     ],
 )
 def test_the_command_line_starts_without_jittor(code: str) -> None:
@@ -167,7 +168,7 @@ def test_signal_handlers_outlive_a_library_that_replaces_them() -> None:
 
 
 def test_ctrl_c_stays_pythons_after_jittor_has_come() -> None:
-    from moss_jt.backend import jt
+    from moss_jt.backend.jittor import jt
 
     assert float(jt.ones((2,)).sum().item()) == 2
     with pytest.raises(KeyboardInterrupt):
@@ -178,7 +179,7 @@ def test_jittors_words_go_to_a_log_and_not_to_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A source that does not compile makes Jittor write the compiler's whole output to stderr."""
-    from moss_jt.backend import jt
+    from moss_jt.backend.jittor import jt
 
     assert jt.flags.log_file == str(jittor_home.log_path("operators"))
     jt.flags.log_file = str(tmp_path / "log")  # the usual one belongs to every process of this user

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from moss_jt.config import MossConfig
 from moss_jt.convert.calibration import Calibration, GptqSettings
-from moss_jt.quant import PackedArrays, dequantize
+from moss_jt.store.config import MossConfig
+from moss_jt.store.quant import PackedArrays, dequantize
 from tests.support import block_oracle
 
 NAMES = {

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from moss_jt.chat import Chat
+from moss_jt.chat.chat import Chat
+from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
+from moss_jt.chat.language import language_of, user_language
+from moss_jt.chat.prompt import meta_instruction
 from moss_jt.errors import MossError
-from moss_jt.events import Command, Event, Notice, Result, Text, Thought
-from moss_jt.language import language_of, user_language
 from moss_jt.plugins.interface import Source
-from moss_jt.prompt import meta_instruction
 from tests.support.own_plugins import Echo, Painter, Shelf, Stuck
 from tests.support.scripted_chat import ScriptedMoss
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt import cli
-from moss_jt.chat import Chat
+from moss_jt.chat.chat import Chat
+from moss_jt.chat.events import Command, Notice, Result, Text, Thought
+from moss_jt.commands import cli
 from moss_jt.demos import tour
 from moss_jt.demos.drawing_server import drawing_server
 from moss_jt.demos.plugin_loop import one_turn
-from moss_jt.events import Command, Notice, Result, Text, Thought
 from moss_jt.moss import Moss
 from moss_jt.plugins.registry import PluginSettings
 from tests.support.models import random_checkpoint, tiny_model_folder

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moss_jt.cli import main
+from moss_jt.commands.cli import main
 from moss_jt.convert import disk, writer
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.disk import Download
@@ -26,8 +26,8 @@ from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.verify import verify_store
 from moss_jt.errors import MossError
-from moss_jt.folders import resolve_model, tiny_checkpoint
-from moss_jt.store import MANIFEST, map_tensor, open_store, read_header
+from moss_jt.store.locations import resolve_model, tiny_checkpoint
+from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store, read_header
 from tests.support.hub_server import serve_hub
 from tests.support.models import (
     convert_checkpoint,
@@ -596,7 +596,7 @@ def test_a_source_that_is_nothing_is_one_line(
     assert error.count("\n") == 1
 
 
-HUB_PROGRAM = "import sys; from moss_jt.cli import main; main(sys.argv[1:])"
+HUB_PROGRAM = "import sys; from moss_jt.commands.cli import main; main(sys.argv[1:])"
 
 
 def from_hub(home: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:

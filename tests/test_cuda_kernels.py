@@ -9,7 +9,7 @@ import pytest
 from moss_jt.kernels.cuda import reference
 from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers, source, split_parts
 from moss_jt.kernels.rotary import rotary_table
-from moss_jt.quant import PackedArrays, dequantize, dequantize_float16, pack
+from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moss_jt.backend import jt
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.cuda.operators import CudaOperators
 from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry

@@ -6,9 +6,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from moss_jt import Moss, device
+from moss_jt import Moss
+from moss_jt.backend import device
+from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH, check_choice, decide
 from moss_jt.commands.generate import command as generate
-from moss_jt.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH, check_choice, decide
 from moss_jt.errors import MossError
 
 SWITCHES = (DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
@@ -20,7 +21,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for switch in SWITCHES:
         monkeypatch.setenv(switch, "set, so that it is restored")
         monkeypatch.delenv(switch)
-    monkeypatch.delitem(sys.modules, "moss_jt.backend", raising=False)
+    monkeypatch.delitem(sys.modules, "moss_jt.backend.jittor", raising=False)
     return monkeypatch
 
 
@@ -39,7 +40,7 @@ def test_the_choice_travels_in_the_environment(
 ) -> None:
     decide(chosen, offload)
     assert tuple(os.environ.get(switch) for switch in SWITCHES) == wanted
-    fresh.setitem(sys.modules, "moss_jt.backend", sys)
+    fresh.setitem(sys.modules, "moss_jt.backend.jittor", sys)
     decide(chosen, offload)  # once more, with Jittor running
 
 
@@ -50,7 +51,7 @@ def test_a_running_jittor_keeps_its_choice(
     fresh: pytest.MonkeyPatch, chosen: device.Device, offload: device.Offload
 ) -> None:
     decide("cpu", "stream")
-    fresh.setitem(sys.modules, "moss_jt.backend", sys)
+    fresh.setitem(sys.modules, "moss_jt.backend.jittor", sys)
     with pytest.raises(MossError, match=r"runs in this process for the CPU without swapping.*new process"):
         decide(chosen, offload)
     assert device.chosen_device() == "cpu" and not device.swaps() and not device.managed()

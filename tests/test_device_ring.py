@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from moss_jt.device_ring import DeviceRing
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import Queue
+from moss_jt.weights.device_ring import DeviceRing
 from tests.support.simulated_device import ForgetfulDevice, SimulatedDevice, Work, WrongOrder
 
 SIZE = 8

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt import disk_speed as module
-from moss_jt.disk_speed import DiskSpeed, disk_speed
 from moss_jt.errors import MossError
-from moss_jt.file_reader import Piece
+from moss_jt.weights import disk_speed as module
+from moss_jt.weights.disk_speed import DiskSpeed, disk_speed
+from moss_jt.weights.file_reader import Piece
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt import doctor
-from moss_jt.cli import main
+from moss_jt.backend.gpu import Card, Toolkit
+from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
-from moss_jt.gpu import Card, Toolkit
+from moss_jt.measure import doctor
 from tests.support.models import tiny_model_folder
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moss_jt.draft import (
+from moss_jt.engine.draft import (
     DEFAULT_LONGEST,
     LONGEST_DRAFT,
     RESIDENT_TOKEN_COST,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt.cli import main
+from moss_jt.commands.cli import main
 from tests.support.dialogues import dialogues
 from tests.support.models import convert_checkpoint, random_checkpoint, tiny_model_folder
 

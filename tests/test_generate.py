@@ -2,10 +2,10 @@
 
 import pytest
 
+from moss_jt.engine.generate import Generation, StopStrings
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.generate import Generation, StopStrings
-from moss_jt.sampling import SamplingParams
-from moss_jt.session import Session
 from tests.support.scripted_model import ScriptedModel, ScriptedText
 
 GREEDY = SamplingParams(temperature=0)

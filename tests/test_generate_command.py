@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moss_jt.cli import main
+from moss_jt.commands.cli import main
 from tests.support.models import tiny_model_folder
 
 PROMPT = "<|Human|>: Calculate 37*48<eoh>\n<|Inner Thoughts|>:"
@@ -17,7 +17,7 @@ PROMPT = "<|Human|>: Calculate 37*48<eoh>\n<|Inner Thoughts|>:"
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """What is compiled once for each machine is announced on stderr: here it is done before anyone looks."""
-    from moss_jt.warm_up import warm_up
+    from moss_jt.engine.warm_up import warm_up
 
     warm_up(16)
 

@@ -6,7 +6,7 @@ import pytest
 from moss_jt.convert import gptq_quantizer
 from moss_jt.convert.gptq_quantizer import DAMPING, Hessian, quantize_gptq
 from moss_jt.errors import MossError
-from moss_jt.quant import PackedArrays, dequantize, fit_groups, nearest_fields, quantize_rtn, unpack
+from moss_jt.store.quant import PackedArrays, dequantize, fit_groups, nearest_fields, quantize_rtn, unpack
 
 
 def correlated_inputs(tokens: int, inputs: int, seed: int) -> np.ndarray:

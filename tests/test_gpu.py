@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from moss_jt import gpu
+from moss_jt.backend import gpu
+from moss_jt.backend.gpu import Card, Toolkit
 from moss_jt.errors import MossError
-from moss_jt.gpu import Card, Toolkit
-from moss_jt.placement import plan_gpu_here
-from moss_jt.store import open_store
+from moss_jt.plan.placement import gpu_budget, plan_gpu_here
+from moss_jt.store.model_folder import open_store
 from tests.support.models import tiny_model_folder
 
 GIB = 1 << 30
@@ -126,10 +126,10 @@ def test_a_missing_card_is_told(
 
 
 def test_the_default_limit_leaves_a_margin_and_too_much_is_refused() -> None:
-    assert gpu.gpu_budget(None, CARD) == 11 * GIB - 11 * GIB // 20
-    assert gpu.gpu_budget("50%", CARD) == 6 * GIB and gpu.gpu_budget("8GiB", CARD) == 8 * GIB
+    assert gpu_budget(None, CARD) == 11 * GIB - 11 * GIB // 20
+    assert gpu_budget("50%", CARD) == 6 * GIB and gpu.gpu_budget("8GiB", CARD) == 8 * GIB
     with pytest.raises(MossError, match="more than RTX 3060 has, 12.00 GiB"):
-        gpu.gpu_budget("13GiB", CARD)
+        gpu_budget("13GiB", CARD)
 
 
 @pytest.fixture

@@ -13,24 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moss_jt import Moss, gpu_units
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt import Moss
+from moss_jt.backend.jittor import jt
+from moss_jt.engine.gpu_model import GpuModel
+from moss_jt.engine.kv_cache import KVCache
+from moss_jt.engine.model import Model
 from moss_jt.errors import MossError
-from moss_jt.file_reader import FileReader
-from moss_jt.gpu_model import GpuModel
-from moss_jt.gpu_units import StreamedUnits, UnifiedUnits
-from moss_jt.gpu_weights import GpuWeights
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import Queue, Var
-from moss_jt.kv_cache import KVCache
-from moss_jt.model import Model
-from moss_jt.page_buffer import page_buffer
-from moss_jt.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, plan_gpu
-from moss_jt.sizes import sizes_of_store
-from moss_jt.store import Store, open_store
-from moss_jt.unit_views import piece_of
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, plan_gpu
+from moss_jt.store.config import MossConfig
+from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.sizes import sizes_of_store
+from moss_jt.weights import gpu_units
+from moss_jt.weights.file_reader import FileReader
+from moss_jt.weights.gpu_units import StreamedUnits, UnifiedUnits
+from moss_jt.weights.gpu_weights import GpuWeights
+from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.unit_views import piece_of
 from tests.emulation.emulator import FakeCupy
 from tests.support.random_models import SMALL, random_folder
 

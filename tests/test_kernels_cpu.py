@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moss_jt import quant
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.interface import BlockWeights
 from moss_jt.kernels.portable import PortableOperators, dequantize
+from moss_jt.store import quant
+from moss_jt.store.config import MossConfig
 from tests.support import block_oracle
 from tests.support.block_oracle import BlockArrays, geometry
 from tests.support.operator_weights import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.machine import (
+from moss_jt.plan.machine import (
     Memory,
     default_budget,
     memory_budget,
@@ -13,7 +13,7 @@ from moss_jt.machine import (
     peak_memory_bytes,
     process_memory,
 )
-from moss_jt.sizes import GIB, MIB
+from moss_jt.store.sizes import GIB, MIB
 
 
 @pytest.mark.parametrize(

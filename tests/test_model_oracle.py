@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
-from moss_jt.backend import jt
-from moss_jt.folders import tiny_checkpoint
+from moss_jt.backend.jittor import jt
+from moss_jt.engine.kv_cache import KVCache
+from moss_jt.engine.model import Model
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.session import Session
 from moss_jt.kernels.interface import DenseMatrix
 from moss_jt.kernels.portable import PortableOperators
-from moss_jt.kv_cache import KVCache
-from moss_jt.model import Model
-from moss_jt.sampling import SamplingParams
-from moss_jt.session import Session
+from moss_jt.store.locations import tiny_checkpoint
 from tests.support.models import convert_checkpoint
 
 ORACLE = Path(__file__).parent / "oracle" / "codegen.py"

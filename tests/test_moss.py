@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
-from moss_jt.backend import jt
+from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
-from moss_jt.machine import resident_memory_bytes
-from moss_jt.sizes import MIB
+from moss_jt.plan.machine import resident_memory_bytes
+from moss_jt.store.sizes import MIB
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import WIDE, random_folder
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from moss_jt import perplexity
 from moss_jt.errors import MossError
-from moss_jt.perplexity import evaluate, log_probabilities
+from moss_jt.measure import perplexity
+from moss_jt.measure.perplexity import evaluate, log_probabilities
 
 
 class Scripted:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moss_jt.demos import pictures
 from moss_jt.demos.drawing_server import draw
-from moss_jt.demos.pictures import (
+from moss_jt.terminal import pictures
+from moss_jt.terminal.pictures import (
     ask_terminal,
     escape_sequence,
     has_sixel,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from moss_jt.cli import main
+from moss_jt.commands.cli import main
 from moss_jt.commands.plan import command
 from tests.support.random_models import SMALL, random_folder
 
@@ -72,7 +72,7 @@ def test_options_that_contradict_are_usage_errors(arguments: list[str]) -> None:
 
 def test_planning_starts_no_jittor() -> None:
     code = (
-        "import sys; from moss_jt.cli import main\n"
+        "import sys; from moss_jt.commands.cli import main\n"
         "try: main(['plan', 'moss-moon-003', '--memory', '8GiB'])\n"
         "finally: print(sorted(name for name in sys.modules if name.startswith(('jittor', 'torch'))))"
     )

@@ -20,7 +20,7 @@ import pytest
 from moss_jt.errors import MossError
 from moss_jt.plugins import execute
 from moss_jt.plugins.calculator import CalculationError, calculate
-from moss_jt.plugins.commands import Call, parse_commands
+from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.folder_search import FolderSearch, passages, terms
 from moss_jt.plugins.image import ImagePlugin, file_stem
 from moss_jt.plugins.interface import Item, Outcome, Source, Style

@@ -18,7 +18,7 @@ import pytest
 
 from moss_jt.plugins import solver
 from moss_jt.plugins.calculator import CalculationError, calculate
-from moss_jt.plugins.commands import parse_commands
+from moss_jt.plugins.calls import parse_commands
 from moss_jt.plugins.folder_search import FolderSearch
 from moss_jt.plugins.http import fetch
 from moss_jt.plugins.image import OPENAI_ADDRESS, ImagePlugin

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moss_jt.errors import MossError
-from moss_jt.prompt import (
+from moss_jt.chat.prompt import (
     COMMANDS,
     HUMAN,
     META,
@@ -26,6 +25,7 @@ from moss_jt.prompt import (
     results,
     text_of,
 )
+from moss_jt.errors import MossError
 from tests.support.shared import shared
 from tests.support.tokenizers import moss_tokenizer, tiny_tokenizer
 

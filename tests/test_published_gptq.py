@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moss_jt.quant import PackedArrays, dequantize_float16, pack
+from moss_jt.store.quant import PackedArrays, dequantize_float16, pack
 from tests.support.published_gptq import reference_weight, to_published
 
 

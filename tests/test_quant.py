@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.quant import (
+from moss_jt.store.quant import (
     PackedArrays,
     check_group_size,
     dequantize,
@@ -77,7 +77,7 @@ def test_work_in_slabs_gives_the_same_as_one_piece(monkeypatch: pytest.MonkeyPat
     weight = np.random.default_rng(2).standard_normal((37, 96)).astype(np.float16)
     whole = quantize_rtn(weight, 4, 32)
     whole_weights = dequantize(whole)
-    monkeypatch.setattr("moss_jt.quant._SLAB_WEIGHTS", 5 * 96)
+    monkeypatch.setattr("moss_jt.store.quant._SLAB_WEIGHTS", 5 * 96)
     slabs = quantize_rtn(weight, 4, 32)
     assert (slabs.packed == whole.packed).all() and (slabs.scales == whole.scales).all()
     assert (slabs.zeros == whole.zeros).all() and (dequantize(whole) == whole_weights).all()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from moss_jt.convert.calibration_text import calibration_tokens
-from moss_jt.convert.model_folder import folder_recipe
+from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.pipeline import convert
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
+from moss_jt.measure.perplexity import evaluate
 from moss_jt.moss import Moss
-from moss_jt.perplexity import evaluate
-from moss_jt.quant import PackedArrays, dequantize, dequantize_float16, pack
+from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.support.dialogues import dialogues
 from tests.support.models import (
     convert_checkpoint,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt.cli import COMMANDS
+from moss_jt.commands.cli import COMMANDS
 from tests.support.models import tiny_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]

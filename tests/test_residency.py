@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from moss_jt.config import MOSS_MOON_003, MossConfig
 from moss_jt.errors import MossError
-from moss_jt.residency import plan, plan_gpu, seconds_per_pass, spread
-from moss_jt.sizes import GIB, MIB, ModelSizes, geometry_of_name, sizes_of_geometry
+from moss_jt.plan.residency import plan, plan_gpu, seconds_per_pass, spread
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.sizes import GIB, MIB, ModelSizes, geometry_of_name, sizes_of_geometry
 
 SMALL = MossConfig("moss", 5000, 256, 256, 7, 4, 32, 1024, 1e-5, 0, 1)
 WIDE_HEAD = MossConfig("moss", 50000, 256, 64, 3, 4, 16, 256, 1e-5, 0, 1)  # head of many slabs, tiny blocks

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.file_reader import FileReader, Piece
-from moss_jt.page_buffer import page_buffer
-from moss_jt.ring import Ring
-from moss_jt.sizes import PAGE
+from moss_jt.store.sizes import PAGE
+from moss_jt.weights.disk_ring import Ring
+from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.page_buffer import page_buffer
 
 PIECES = [Piece(Path("weights"), i * PAGE, PAGE) for i in range(7)]
 

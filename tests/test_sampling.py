@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from moss_jt.engine.sampling import Sampler, SamplingParams, candidates, penalized
 from moss_jt.errors import MossError
-from moss_jt.sampling import Sampler, SamplingParams, candidates, penalized
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from moss_jt.draft import PromptLookup
+from moss_jt.engine.draft import PromptLookup
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.sampling import SamplingParams
-from moss_jt.session import Session
 from tests.support.scripted_model import VOCABULARY, ScriptedModel, count_up, dice, one_hot
 
 GREEDY = SamplingParams(temperature=0)

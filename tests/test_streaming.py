@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from benchmarks.memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
-from moss_jt import Moss, placement
-from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt import Moss
+from moss_jt.engine.warm_up import warm_up
 from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
-from moss_jt.placement import LATER_BYTES
-from moss_jt.residency import plan
-from moss_jt.sizes import MIB, sizes_of_geometry, sizes_of_store
-from moss_jt.store import open_store
-from moss_jt.warm_up import warm_up
+from moss_jt.plan import placement
+from moss_jt.plan.placement import LATER_BYTES
+from moss_jt.plan.residency import plan
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import MIB, sizes_of_geometry, sizes_of_store
 from tests.support.random_models import SMALL, WIDE, random_folder
 
 PROMPT = [5, 9, 200, 31, 5, 9, 200, 77, 8, 5, 9]
@@ -93,10 +94,11 @@ def test_the_planned_workspace_covers_what_the_operators_take(config: MossConfig
 
 PROGRAM = """
 import json, sys
-from moss_jt import Moss, placement
-from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt import Moss
+from moss_jt.plan import placement
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
-from moss_jt.placement import LATER_BYTES
+from moss_jt.plan.placement import LATER_BYTES
 folder, memory, draft = sys.argv[1:]
 with Moss.load(folder, memory=int(memory), context=256, draft=draft) as moss:
     answer = moss.generate(list(range(200)), max_new_tokens=6, temperature=0)

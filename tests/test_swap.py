@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from moss_jt import Moss
-from moss_jt.device import SWAP_SWITCH
-from moss_jt.jittor_build import build_folder, is_built
-from moss_jt.residency import plan
-from moss_jt.sizes import MIB, sizes_of_store
-from moss_jt.store import open_store
+from moss_jt.backend.build import build_folder, is_built
+from moss_jt.backend.device import SWAP_SWITCH
+from moss_jt.plan.residency import plan
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.support.random_models import WIDE, random_folder
 
 # After the answer, no file may grow any more: the disk is full, as Jittor sees it.
@@ -26,7 +26,7 @@ moss = Moss.load(folder, memory=int(memory), context=64, draft="off", offload="s
 answer = moss.generate([3, 4, 5], max_new_tokens=4, temperature=0)
 for piece in answer:
     pass
-from moss_jt.swap import swap_folder
+from moss_jt.weights.swap import swap_folder
 def files():
     return len(list(swap_folder().glob(f"{os.getpid()}-*.bin")))
 import os

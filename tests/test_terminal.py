@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from moss_jt.chat import Chat
-from moss_jt.demos.line_input import PipeReader, history_path, writable
-from moss_jt.demos.screen import Screen, harmless, shortened
-from moss_jt.demos.terminal import Terminal
+from moss_jt.chat.chat import Chat
 from moss_jt.plugins.interface import Plugin
+from moss_jt.terminal.line_input import PipeReader, history_path, writable
+from moss_jt.terminal.loop import Terminal
+from moss_jt.terminal.screen import Screen, harmless, shortened
 from tests.support.own_plugins import Echo, Painter, Shelf
 from tests.support.scripted_chat import ScriptedMoss
 

@@ -11,8 +11,8 @@ from tokenizers.models import BPE
 
 from moss_jt.convert.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from moss_jt.errors import MossError
-from moss_jt.store import TOKENIZER
-from moss_jt.tokenizer import IncrementalDecoder, Tokenizer
+from moss_jt.store.model_folder import TOKENIZER
+from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
 from tests.support.models import tiny_model_folder
 from tests.support.shared import shared
 

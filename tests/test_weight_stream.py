@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.file_reader import FileReader, Piece
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix
-from moss_jt.placement import plan_here
-from moss_jt.residency import ResidencyPlan, plan
-from moss_jt.sizes import GIB, sizes_of_store
-from moss_jt.store import Store, StoreFile, map_tensor, open_store
-from moss_jt.weight_stream import WeightStream, open_weights
+from moss_jt.plan.placement import plan_here
+from moss_jt.plan.residency import ResidencyPlan, plan
+from moss_jt.store.model_folder import Store, StoreFile, map_tensor, open_store
+from moss_jt.store.sizes import GIB, sizes_of_store
+from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.stream import WeightStream, open_weights
 from tests.support.random_models import SMALL, random_folder
 
 

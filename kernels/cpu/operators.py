@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import run
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary import rotary_table
+from moss_jt.store.config import MossConfig
 
 GROUP = 64  # attention.h: positions per group
 FEW_IN_ATTENTION = 23  # attention.h: tokens that it cuts into groups

@@ -4,8 +4,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from moss_jt.backend import jt
-from moss_jt.jittor_home import cache_folder
+from moss_jt.backend.home import cache_folder
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import Var
 
 FOLDER = Path(__file__).parent

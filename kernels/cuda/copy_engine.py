@@ -1,6 +1,7 @@
 """Copies from the host that run beside the computation: one custom Jittor operation over the CUDA runtime.
 
-Every command is carried out, which mostly means queued, before its method returns. See moss_jt.device_ring for the use of it.
+Every command is carried out, which mostly means queued, before its method returns. moss_jt.weights.device_ring
+uses it.
 """
 
 import itertools
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jt.backend import jt
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import Queue, Var
 
 FOLDER = Path(__file__).parent
@@ -35,7 +36,7 @@ class Command(IntEnum):
 
 
 class CudaCopyEngine:
-    """See :class:`moss_jt.device_ring.CopyEngine`; beside that, pinned and unified memory.
+    """See :class:`moss_jt.weights.device_ring.CopyEngine`; beside that, pinned and unified memory.
 
     All methods raise RuntimeError, with CUDA's own words, where CUDA refuses.
     """

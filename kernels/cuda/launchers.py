@@ -138,7 +138,7 @@ class Launchers:
         return self._rows(x, "dense", weight.shape[0], 8, (weight,), ())
 
     def packed(self, x: Array, packed: Array, scales: Array, zeros: Array, bits: int) -> Array:
-        """x (T, K) float32 times a packed matrix (see moss_jt.quant) -> (T, N) float32; groups of a multiple of 32 inputs."""
+        """x (T, K) float32 times a packed matrix (see moss_jt.store.quant) -> (T, N) float32; groups of a multiple of 32 inputs."""
         outputs, groups = scales.shape
         inputs = packed.shape[1] * 8 // bits
         if x.shape[1] != inputs or inputs % groups or inputs // groups % 32:

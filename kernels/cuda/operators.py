@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
 from moss_jt.kernels.cuda.launchers import Array, Launchers
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Region, Var
 from moss_jt.kernels.rotary import rotary_table
+from moss_jt.store.config import MossConfig
 
 Work = Callable[[Sequence[Array], Array], None]
 At = Callable[[Region], Array]

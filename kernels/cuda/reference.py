@@ -5,7 +5,7 @@ Written from the formulas, in float64 where the kernels sum; arrays as in moss_j
 
 import numpy as np
 
-from moss_jt.quant import PackedArrays, dequantize, dequantize_float16
+from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16
 
 
 def dense(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

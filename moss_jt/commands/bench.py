@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moss_jt.commands.options import loaded, memory_options, model_argument
-from moss_jt.disk_speed import disk_speed
 from moss_jt.errors import MossError
-from moss_jt.folders import model_home, resolve_model
-from moss_jt.machine import peak_memory_bytes
-from moss_jt.store import open_store
+from moss_jt.plan.machine import peak_memory_bytes
+from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.model_folder import open_store
+from moss_jt.weights.disk_speed import disk_speed
 
 if TYPE_CHECKING:
-    from moss_jt.machine_limits import MachineLimits
+    from moss_jt.measure.cpu_limits import MachineLimits
 
 
 @click.command()
@@ -31,7 +31,7 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
     lengths = parse_contexts(contexts)
     store = open_store(resolve_model(model))
     with loaded(model, options) as moss:
-        from moss_jt.bench import measure, report
+        from moss_jt.measure.bench import measure, report
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         peak = peak_memory_bytes()
@@ -50,10 +50,10 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
 def limits_of(gpu: bool, tokens: int, width: int) -> "MachineLimits":
     """The limits of the device that was measured, now that the model is closed."""
     if gpu:
-        from moss_jt.gpu_limits import gpu_limits
+        from moss_jt.measure.gpu_limits import gpu_limits
 
         return gpu_limits(tokens, width)
-    from moss_jt.machine_limits import machine_limits
+    from moss_jt.measure.cpu_limits import machine_limits
 
     return machine_limits(tokens, width)
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from moss_jt.chat.prompt import PromptEncoder
+from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.commands.options import (
     loaded,
     loading_options,
@@ -13,17 +15,15 @@ from moss_jt.commands.options import (
     sampling_arguments,
     sampling_options,
 )
-from moss_jt.demos.line_input import make_reader
-from moss_jt.demos.pictures import make_shower
-from moss_jt.demos.screen import Screen
-from moss_jt.demos.terminal import PROMPT, Terminal
-from moss_jt.folders import model_home
+from moss_jt.engine.sampling import SamplingParams
 from moss_jt.plugins.registry import PluginSettings, make_plugins
-from moss_jt.prompt import PromptEncoder
-from moss_jt.sampling import SamplingParams
-from moss_jt.store import open_store
-from moss_jt.tokenizer import Tokenizer
-from moss_jt.turn import MAX_ANSWER_TOKENS
+from moss_jt.store.locations import model_home
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.terminal.line_input import make_reader
+from moss_jt.terminal.loop import PROMPT, Terminal
+from moss_jt.terminal.pictures import make_shower
+from moss_jt.terminal.screen import Screen
 
 
 @click.command()

@@ -12,12 +12,12 @@ from moss_jt.commands.progress import Status, byte_bar, size_text
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.disk import folder_bytes
+from moss_jt.convert.folder_source import ModelFolder, folder_recipe
 from moss_jt.convert.hub import open_hub
-from moss_jt.convert.model_folder import ModelFolder, folder_recipe
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
-from moss_jt.folders import TINY, folder_for, model_home, remember_last, tiny_checkpoint
-from moss_jt.store import MANIFEST
+from moss_jt.store.locations import TINY, folder_for, model_home, remember_last, tiny_checkpoint
+from moss_jt.store.model_folder import MANIFEST
 
 
 @click.command()

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from moss_jt.doctor import examine
+from moss_jt.measure.doctor import examine
 
 MARKS = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "red")}
 

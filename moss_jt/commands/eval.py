@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from moss_jt.commands.options import model_folder
 from moss_jt.commands.progress import token_bar
+from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
-from moss_jt.machine import memory_budget
+from moss_jt.measure.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
 from moss_jt.moss import Moss
-from moss_jt.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
-from moss_jt.store import Store, open_store
-from moss_jt.tokenizer import Tokenizer
+from moss_jt.plan.machine import memory_budget
+from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 1024
 MAX_CHARACTERS = 64 << 20

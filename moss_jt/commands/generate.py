@@ -14,7 +14,7 @@ from moss_jt.commands.options import (
     sampling_arguments,
     sampling_options,
 )
-from moss_jt.generate import Generation
+from moss_jt.engine.generate import Generation
 
 
 @click.command()

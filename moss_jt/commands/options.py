@@ -2,16 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from moss_jt.convert.checkpoint import open_local
-from moss_jt.convert.pipeline import convert, recipe_for
+from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
-from moss_jt.folders import TINY, folder_for, resolve_model, tiny_checkpoint
-from moss_jt.store import MANIFEST
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -104,21 +100,6 @@ def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The sampling options among a command's, as parameters of Moss.generate and Moss.chat."""
     found = {name: options[name] for name in SAMPLING}
     return {**found, "temperature": 0.0} if options["greedy"] else found
-
-
-def model_folder(model: str | None) -> Path:
-    """The model folder that a command's MODEL means; moss-tiny, which comes with the program, is converted if need be.
-
-    Raises:
-        MossError: there is no such model; the message says how to get one.
-    """
-    if model == TINY and not Path(TINY).is_dir():
-        folder = folder_for(TINY)
-        if not (folder / MANIFEST).exists():
-            checkpoint = open_local(tiny_checkpoint())
-            convert(checkpoint, recipe_for(checkpoint), folder)
-        return folder
-    return resolve_model(model)
 
 
 @contextlib.contextmanager

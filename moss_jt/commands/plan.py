@@ -2,14 +2,14 @@
 
 import click
 
-from moss_jt.disk_speed import disk_speed
 from moss_jt.errors import MossError
-from moss_jt.folders import model_home, resolve_model
-from moss_jt.machine import default_budget, parse_memory, process_memory
-from moss_jt.plan_report import GB, Speed, Speeds, report
-from moss_jt.residency import ResidencyPlan, plan, plan_gpu
-from moss_jt.sizes import ModelSizes, geometry_of_name, sizes_of_store
-from moss_jt.store import Store, open_store
+from moss_jt.plan.machine import default_budget, parse_memory, process_memory
+from moss_jt.plan.report import GB, Speed, Speeds, report
+from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
+from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
+from moss_jt.weights.disk_speed import disk_speed
 
 # What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
 # PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.

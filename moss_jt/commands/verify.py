@@ -4,8 +4,8 @@ import click
 
 from moss_jt.commands.progress import byte_bar, size_text
 from moss_jt.convert.verify import verify_store
-from moss_jt.folders import resolve_model
-from moss_jt.store import open_store
+from moss_jt.store.locations import resolve_model
+from moss_jt.store.model_folder import open_store
 
 
 @click.command()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moss_jt.plugins.commands import Call, parse_commands
+from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.interface import NO_RESULT, Item, Outcome, Plugin, Source
 
 # The most calls in a recorded turn.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moss_jt.config import MossConfig
+from moss_jt.store.config import MossConfig
 
 
 def geometry(

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
-from moss_jt.placement import GPU_LATER_BYTES
-from moss_jt.residency import plan_gpu
-from moss_jt.sizes import sizes_of_store
-from moss_jt.store import open_store
+from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
+from moss_jt.plan.placement import GPU_LATER_BYTES
+from moss_jt.plan.residency import plan_gpu
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import sizes_of_store
 
 CONTEXT = 96
 
@@ -25,7 +25,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from moss_jt import Moss, placement
+from moss_jt import Moss
+from moss_jt.plan import placement
 placement.resident_memory_bytes = lambda: 0
 folder, cases, prompts, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
 for number, options in enumerate(cases):

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
-from moss_jt.folders import tiny_checkpoint
-from moss_jt.quant import PackedArrays
-from moss_jt.store import Store, map_tensor
+from moss_jt.store.locations import tiny_checkpoint
+from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.quant import PackedArrays
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt import quant
-from moss_jt.backend import jt
-from moss_jt.config import MossConfig
+from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix, Region
+from moss_jt.store import quant
+from moss_jt.store.config import MossConfig
 from tests.support.block_oracle import BlockArrays
 
 MATRICES = ("qkv", "out", "fc_in", "fc_out")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moss_jt.quant import PackedArrays, unpack
+from moss_jt.store.quant import PackedArrays, unpack
 
 
 def to_published(matrix: PackedArrays) -> dict[str, np.ndarray]:

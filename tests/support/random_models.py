@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.random_model import write_random_model
-from moss_jt.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
 
 # 14 blocks of 14 MB: what streams is a multiple of what a process's size varies by.
 WIDE = replace(

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from moss_jt.causal_model import Rows
-from moss_jt.sampling import SamplingParams
-from moss_jt.session import Session
-from moss_jt.tokenizer import Tokenizer
+from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.session import Session
+from moss_jt.store.tokenizer import Tokenizer
 from tests.support.tokenizers import tiny_tokenizer
 
 VOCABULARY = 2176
@@ -19,7 +19,7 @@ Written = str | type[BaseException] | threading.Event
 
 
 class ScriptedModel:
-    """moss_jt.causal_model.CausalModel; ``fields`` is what it writes, one entry per field, a list for several parts.
+    """moss_jt.engine.causal_model.CausalModel; ``fields`` is what it writes, one entry per field, a list for several parts.
 
     read  tokens of all passes
     """
@@ -81,7 +81,7 @@ class ScriptedSession(Session):
 
 
 class ScriptedMoss:
-    """moss_jt.chat.ChatModel."""
+    """moss_jt.chat.chat.ChatModel."""
 
     def __init__(self, *fields: Written | list[Written], capacity: int = 1024) -> None:
         self.tokenizer = tiny_tokenizer()

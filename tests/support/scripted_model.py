@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moss_jt.causal_model import Rows
+from moss_jt.engine.causal_model import Rows
 
 VOCABULARY = 50
 
@@ -26,7 +26,7 @@ def count_up(text: tuple[int, ...]) -> np.ndarray:
 
 
 class ScriptedModel:
-    """moss_jt.causal_model.CausalModel over ``follow``: text so far -> logits of the next token.
+    """moss_jt.engine.causal_model.CausalModel over ``follow``: text so far -> logits of the next token.
 
     passes  (start_pos, tokens, rows) of each pass
     """

@@ -5,10 +5,10 @@ import sys
 import termios
 import threading
 
-from moss_jt.chat import Chat
-from moss_jt.demos.line_input import make_reader
-from moss_jt.demos.screen import Screen
-from moss_jt.demos.terminal import PROMPT, Terminal
+from moss_jt.chat.chat import Chat
+from moss_jt.terminal.line_input import make_reader
+from moss_jt.terminal.loop import PROMPT, Terminal
+from moss_jt.terminal.screen import Screen
 from tests.support.scripted_chat import ScriptedMoss
 
 

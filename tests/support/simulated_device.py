@@ -32,7 +32,7 @@ class Work:
 
 
 class SimulatedDevice:
-    """moss_jt.device_ring.CopyEngine over NumPy arrays, worked off as ``favour`` and the random numbers of ``seed`` say.
+    """moss_jt.weights.device_ring.CopyEngine over NumPy arrays, worked off as ``favour`` and the random numbers of ``seed`` say.
 
     favour: the queue that goes first whenever it can; None for either.
     eager: the chance of another step after each call; 0 does nothing before somebody waits.

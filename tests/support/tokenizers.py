@@ -5,8 +5,8 @@ from functools import cache
 from tokenizers import Tokenizer as RustTokenizer
 
 from moss_jt.convert.tokenizer import build_tokenizer
-from moss_jt.folders import tiny_checkpoint
-from moss_jt.tokenizer import Tokenizer
+from moss_jt.store.locations import tiny_checkpoint
+from moss_jt.store.tokenizer import Tokenizer
 from tests.support.shared import shared
 
 

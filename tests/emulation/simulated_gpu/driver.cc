@@ -1,4 +1,4 @@
-// libcuda.so.1 and libnvidia-ml.so.1 with one card: what moss_jt.gpu and Jittor ask before any work starts.
+// libcuda.so.1 and libnvidia-ml.so.1 with one card: what moss_jt.backend.gpu and Jittor ask before any work starts.
 #include <cstdlib>
 #include <cstring>
 

@@ -1,0 +1,185 @@
+"""Jittor's first start on a machine: it compiles itself, for minutes. Here this is announced, watched and logged.
+
+The compiling runs in a process of its own, so that its output, its signal handlers and its failures stay out of ours.
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moss_jt.backend.home import log_path
+from moss_jt.errors import MossError
+
+OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means something
+PATIENCE_S = 3.0  # a start that is quicker than this is not worth a word
+ATTEMPTS = 3  # Jittor leaves, asking to be started again, when it has renewed its own compiling tool
+
+# Marks, by its last line, that the import went through (leaving early is no failure for Jittor), and where its core is.
+# A toolkit that Jittor installed itself would make it look for another one, download that, or start this program anew: which
+# toolkit it uses is decided by nvcc_path, so that it is told that there is none.
+SCRIPT = """
+import pathlib, sys
+import jittor_utils.install_cuda
+jittor_utils.install_cuda.has_installation = bool
+for name in sys.argv[2:]:
+    sys.modules[name] = None
+import jittor
+pathlib.Path(sys.argv[1]).write_text(jittor.compiler.cache_path)
+"""
+
+ANNOUNCEMENT = """\
+moss-jt: Jittor compiles itself for this machine. That is done once and takes 2 to 5 minutes on two cores.
+         Ctrl-C stops it; the next start goes on from there. Its output goes to {log}
+"""
+
+
+def check_compiler() -> None:
+    """See that there is what Jittor compiles with.
+
+    Raises:
+        MossError: there is no C++ compiler, or Python's own headers are missing.
+    """
+    compiler = os.environ.get("cc_path") or "g++"
+    if shutil.which(compiler) is None:
+        raise MossError(
+            f"{compiler} is missing: Jittor compiles its operators for this machine. Install it, for example with: "
+            "sudo apt install g++ (Debian, Ubuntu) or sudo dnf install gcc-c++ (Fedora)."
+        )
+    config = python_config()
+    if config is None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise MossError(
+            f"python{version}-config is missing: Jittor compiles with Python's headers. Install them, for example "
+            f"with: sudo apt install python{version}-dev (Debian, Ubuntu)."
+        )
+    if config.parent == Path(sys.base_prefix) / "bin":
+        os.environ.setdefault("python_config_path", str(config))
+
+
+def python_config() -> Path | None:
+    """The script that tells how to compile for this Python: where Jittor looks, or else beside the base Python."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}-config"
+    beside = Path(sys.executable).parent
+    places = [
+        beside / name,
+        Path(f"{sys.executable}-config"),
+        Path("/usr/bin", name),
+        Path("/usr/local/bin", name),
+        beside / "python3-config",
+        Path(sys.base_prefix) / "bin" / name,
+    ]
+    if given := os.environ.get("python_config_path"):
+        places.insert(0, Path(given))
+    return next((place for place in places if place.is_file()), None)
+
+
+def build_folder() -> Path:
+    """Jittor's folder for this machine, compiler and Python. Starts Jittor's small front part (0.1 s)."""
+    return Path(importlib.import_module("jittor_utils").cache_path)
+
+
+def is_built(folder: Path) -> bool:
+    """Whether an import of Jittor went through before, and what it compiled is still there: for CUDA in a folder below."""
+    try:
+        place = folder / marker(folder).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return (place / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+
+
+def marker(folder: Path) -> Path:
+    return folder / "moss-jt-built"
+
+
+def ensure_built(hidden: Sequence[str]) -> None:
+    """Compile Jittor unless that is done. ``hidden``: modules that it shall not find.
+
+    Raises:
+        MossError: the compiling failed; the message names the log.
+    """
+    folder = build_folder()
+    if is_built(folder):
+        return
+    log = log_path("build")
+    command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), *hidden]
+    marker(folder).unlink(missing_ok=True)
+    for _ in range(ATTEMPTS):
+        with open(log, "ab") as output:
+            code = watch(command, folder, output.fileno(), log)
+        if code != 0 or marker(folder).exists():
+            break
+    if not marker(folder).exists():
+        raise MossError(
+            f"Jittor could not be compiled: {last_line(log)}\n"
+            f"  The whole output is in {log}. moss-jt doctor checks what is needed; free disk space is one cause."
+        )
+
+
+def watch(command: list[str], folder: Path, output: int, log: Path) -> int:
+    """Run the compiling to its end, with an announcement once it takes its time, and progress on a terminal."""
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+    )
+    announced = False
+    try:
+        while True:
+            try:
+                code = process.wait(1.0 if announced else PATIENCE_S)
+                break
+            except subprocess.TimeoutExpired:
+                if not announced:
+                    sys.stderr.write(ANNOUNCEMENT.format(log=log))
+                    announced = True
+                show_progress(folder, time.monotonic() - begin)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # the compilers that it started, too
+        process.wait()
+        raise
+    if announced:
+        end = "\r" if sys.stderr.isatty() else ""
+        sys.stderr.write(f"{end}moss-jt: Jittor ended after {time.monotonic() - begin:.0f} s.{' ' * 20}\n")
+    return code
+
+
+def show_progress(folder: Path, elapsed_s: float) -> None:
+    if sys.stderr.isatty():
+        count = len(list(folder.glob("**/obj_files/*.o")))
+        sys.stderr.write(f"\rmoss-jt: {min(count, OBJECTS)} of {OBJECTS} files, {elapsed_s:.0f} s ")
+        sys.stderr.flush()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, at most 200 characters."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    return next((line[:200] for line in reversed(lines) if line), "it said nothing")
+
+
+@contextlib.contextmanager
+def quiet_output(log: Path) -> Iterator[None]:
+    """Send what this process and its children write to stdout and stderr into a file, below Python's own streams."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(target)

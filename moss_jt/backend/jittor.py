@@ -1,0 +1,113 @@
+"""The one place that imports Jittor, after deciding everything that Jittor decides at import.
+
+Importing this module takes a second, and minutes on the first time that a machine runs Jittor: moss_jt.backend.build
+does the compiling and says so. Jittor's own output goes into logs, see moss_jt.backend.home.log_path.
+"""
+
+import ctypes
+import importlib
+import os
+import sys
+from typing import Any
+
+from moss_jt.backend.build import check_compiler, ensure_built, quiet_output
+from moss_jt.backend.device import chosen_device, swaps
+from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.home import cache_folder, has_onednn_wheels, link_onednn, log_path
+from moss_jt.backend.signals import keep_signals
+from moss_jt.errors import MossError
+
+# Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
+HIDDEN = {"cpu": ("cupy", "torch"), "gpu": ("torch",)}
+
+
+def decide_environment() -> None:
+    """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
+    if chosen_device() == "gpu":
+        cache = _decide_cuda()
+    else:
+        # No nvcc: one without its runtime library would make the import crash.
+        os.environ["nvcc_path"] = ""
+        cache = "default"
+    if swaps():
+        cache = "moss-jt-swap" if cache == "default" else f"{cache}-swap"
+    os.environ.setdefault("use_mpi", "0")
+    os.environ.setdefault("gdb_path", "")
+    os.environ.setdefault("log_silent", "1")
+    # Or else Jittor names its cache after the git branch that its own folder happens to be under. Builds with other
+    # switches have caches of their own: in one cache they would compile each other's files anew.
+    given = os.environ.get("cache_name", "default")
+    # A name of ours may be that of a load that failed, or of a parent process.
+    if given == "default" or given.startswith("moss-jt-"):
+        os.environ["cache_name"] = cache
+    # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if has_onednn_wheels():
+        link_onednn()
+    else:
+        os.environ.setdefault("use_mkl", "0")
+
+
+def _decide_cuda() -> str:
+    """Jittor compiles with the toolkit that was found, and so does CuPy. Returns a name for the cache of that toolkit and card.
+
+    Raises:
+        MossError: something that a GPU needs is missing.
+    """
+    card, toolkit = require_gpu()
+    os.environ["nvcc_path"] = str(toolkit.nvcc)
+    os.environ["CUDA_PATH"] = str(toolkit.home)
+    # Without cuDNN, and without what Jittor would download from elsewhere: no operation of ours is theirs.
+    os.environ.setdefault("conv_opt", "1")
+    for library in ("cutt", "cutlass", "nccl"):
+        os.environ.setdefault(f"use_{library}", "0")
+    # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
+    ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # only what is used takes the card's memory
+    release, compute = (f"{pair[0]}.{pair[1]}" for pair in (toolkit.version, card.compute))
+    return f"moss-jt-cuda{release}-sm{compute}"
+
+
+def prepare() -> None:
+    """Everything before the import: environment, folders, and Jittor itself compiled.
+
+    Raises:
+        MossError: something is missing; the message says what, and how to get it.
+    """
+    check_compiler()
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        decide_environment()
+    except OSError as error:
+        raise MossError(
+            f"cannot write to {cache_folder()} ({error.strerror}), where Jittor keeps what it compiles. "
+            "Make it writable, or set JITTOR_HOME to a folder that is."
+        ) from error
+    ensure_built(HIDDEN[chosen_device()])
+
+
+def _start() -> Any:
+    prepare()
+    hidden = [name for name in HIDDEN[chosen_device()] if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        with keep_signals(), quiet_output(log_path("import")):
+            installer: Any = importlib.import_module("jittor_utils.install_cuda")
+            # No toolkit but the one that was decided on: see jittor_build.SCRIPT.
+            installer.has_installation = bool
+            jittor = importlib.import_module("jittor")
+    except SystemExit as stop:
+        # Jittor found that a part of itself had to be compiled anew, and did so.
+        raise MossError("Jittor has compiled a part of itself anew. Run the same command again.") from stop
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    jittor.flags.log_file = str(log_path("operators"))
+    jittor.flags.no_grad = 1  # or every block's workspace would be kept for a backward pass
+    if chosen_device() == "gpu":
+        jittor.flags.use_cuda = 1
+    return jittor
+
+
+jt = _start()

@@ -1,0 +1,1 @@
+"""Conversations: prompts in the trained format, turns, plugins' results, events for front ends."""

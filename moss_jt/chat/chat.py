@@ -1,0 +1,157 @@
+"""A conversation with MOSS, plugins included. ``send`` yields what happens, as it happens; it prints and asks nothing.
+
+All of it is one text of tokens over one key/value cache, so that only what is new is ever read: see moss_jt.chat.turn.
+"""
+
+import dataclasses
+from collections.abc import Generator, Iterable
+from threading import Event as Flag
+from typing import Protocol
+
+from moss_jt.chat.context import ConversationContext
+from moss_jt.chat.events import Event
+from moss_jt.chat.field_reader import ChatSession
+from moss_jt.chat.language import Language, language_of, user_language
+from moss_jt.chat.prompt import Piece, PromptEncoder, meta_instruction
+from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.errors import MossError
+from moss_jt.plugins.interface import Plugin, Source
+from moss_jt.plugins.registry import PluginSettings, make_plugins
+from moss_jt.store.tokenizer import Tokenizer
+
+
+class ChatModel(Protocol):
+    """moss_jt.moss.Moss."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def session(self) -> ChatSession: ...
+
+
+class Chat:
+    """A conversation.
+
+    plugins         those that are switched on
+    params          how tokens are chosen; may be changed between answers, as may max_new_tokens
+    language        of the conversation: what the user wrote last, at first the locale's
+    """
+
+    def __init__(
+        self,
+        moss: ChatModel,
+        plugins: Iterable[str | Plugin] = (),
+        *,
+        settings: PluginSettings | None = None,
+        max_new_tokens: int = MAX_ANSWER_TOKENS,
+        temperature: float = 0.7,
+        top_k: int = 40,
+        top_p: float = 0.8,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            moss: a loaded model.
+            plugins: names (moss_jt.plugins.registry.plugin_names) or plugin objects.
+            settings: where plugins find what they need.
+            max_new_tokens: the most tokens of an answer.
+            temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
+
+        Raises:
+            MossError: the model is no MOSS, there is no such plugin, or an option's value is impossible.
+        """
+        if max_new_tokens < 1:
+            raise MossError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        self.params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        self.settings = settings
+        self.max_new_tokens = max_new_tokens
+        self.plugins = make_plugins(plugins, settings)
+        self.language: Language = user_language()
+        self._encoder = PromptEncoder(moss.tokenizer)
+        self._context = ConversationContext(moss.session(), self._instruction())
+        self._cancelled = Flag()
+        self._turn: Turn | None = None
+        self._running: Generator[Event] | None = None
+        self._asked = 0  # how many messages: each answer has random numbers of its own
+
+    @property
+    def turns(self) -> int:
+        """Finished turns that the model still has before it."""
+        return self._context.turns
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The whole conversation as the model has it: the meta instruction and the turns."""
+        return self._context.session.token_ids
+
+    @property
+    def sources(self) -> dict[int, Source]:
+        """Citation number -> source, of the last turn."""
+        return self._turn.sources if self._turn is not None else {}
+
+    @property
+    def stats(self) -> TurnStats:
+        """Of the last turn."""
+        return self._turn.stats if self._turn is not None else TurnStats()
+
+    def send(self, text: str) -> Generator[Event]:
+        """Say something; yields what MOSS thinks, does and answers, as it comes.
+
+        A KeyboardInterrupt while it runs, :meth:`cancel`, or closing the iterator ends the answer: what was shown of it
+        stays in the conversation, and a turn without an answer is forgotten.
+
+        Raises:
+            MossError: the message is longer than the context, or the model failed. The conversation is as before.
+        """
+        self._stop_running()
+        self._cancelled.clear()
+        self.language = language_of(text, self.language)
+        params = self.params
+        if params.seed is not None:
+            params = dataclasses.replace(params, seed=params.seed + self._asked)
+        self._asked += 1
+        self._turn = Turn(
+            self._context,
+            self._encoder,
+            self.plugins,
+            params,
+            self.max_new_tokens,
+            self.language,
+            self._cancelled.is_set,
+        )
+        self._running = self._turn.events(text)
+        return self._running
+
+    def cancel(self) -> None:
+        """End the answer that is being written, after its next token; for other threads and signal handlers."""
+        self._cancelled.set()
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self._stop_running()
+        self._context = ConversationContext(self._context.session, self._instruction())
+        self._turn, self._asked = None, 0
+
+    def switch(self, plugins: Iterable[str | Plugin]) -> int:
+        """Have these plugins switched on and no others. The conversation stays, and is read anew with the next message.
+
+        Returns:
+            how many of the oldest turns had to go, for the longer meta instruction.
+
+        Raises:
+            MossError: there is no such plugin, or it lacks a setting; nothing is changed then.
+        """
+        made = make_plugins(plugins, self.settings)
+        self._stop_running()
+        self.plugins = made
+        return self._context.change_instruction(self._instruction())
+
+    def _instruction(self) -> list[int]:
+        return self._encoder.encode([Piece(meta_instruction(self.plugins))])
+
+    def _stop_running(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None

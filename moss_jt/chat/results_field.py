@@ -1,0 +1,49 @@
+"""The Results field of a turn, and results as events."""
+
+from collections.abc import Sequence
+
+from moss_jt.chat.events import Result
+from moss_jt.chat.prompt import NONE, Piece, PromptEncoder, neutral, picture_results, results
+from moss_jt.plugins.run import CallResult
+
+
+def shown_result(result: CallResult) -> Result:
+    """A result as an event: its answer without the call, and without the quotes of a value."""
+    text = result.text.removeprefix(f"{result.call.text} =>").strip()
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        text = text[1:-1]
+    return Result(
+        result.call.text,
+        text,
+        result.found,
+        result.numbers,
+        result.sources,
+        result.picture,
+        result.failure,
+    )
+
+
+def results_field(found: Sequence[CallResult]) -> list[Piece]:
+    """The Results field of what was found, as trained: pictures alone are told on one line."""
+    if found and all(result.picture is not None for result in found):
+        return picture_results(neutral(found[0].text))
+    return results("\n".join(neutral_result(result) for result in found) or NONE)
+
+
+def neutral_result(result: CallResult) -> str:
+    """A result's text in which nothing but our own marks before the items reads as a mark."""
+    lines = result.text.split("\n")
+    first_item = len(lines) - len(result.numbers)
+    items = [
+        f"<|{number}|>: {neutral(line.removeprefix(f'<|{number}|>: '))}"
+        for number, line in zip(result.numbers, lines[first_item:], strict=True)
+    ]
+    return "\n".join([neutral("\n".join(lines[:first_item])), *items])
+
+
+def shortened(found: Sequence[CallResult], encoder: PromptEncoder, most: int) -> list[Piece]:
+    """The Results field with as many of its lines as fit into ``most`` tokens."""
+    lines = "\n".join(neutral_result(result) for result in found).split("\n")
+    while lines and len(encoder.encode(results("\n".join(lines)))) > most:
+        lines.pop()
+    return results("\n".join(lines) or NONE)

@@ -1,0 +1,51 @@
+"""The model over a GPU's operators and weights, whose card may be full at any pass: other programs use it, too."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moss_jt.backend.gpu import says_full
+from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.kv_cache import KVCache
+from moss_jt.engine.model import Model, Weights
+from moss_jt.errors import MossError
+from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.plan.residency import ResidencyPlan, gib
+from moss_jt.store.config import MossConfig
+
+
+class GpuModel(Model):
+    """See :class:`moss_jt.engine.model.Model`."""
+
+    operators: CudaOperators
+
+    def __init__(
+        self,
+        config: MossConfig,
+        operators: CudaOperators,
+        weights: Weights,
+        cache: KVCache,
+        plan: ResidencyPlan,
+    ) -> None:
+        super().__init__(config, operators, weights, cache, plan.pass_tokens)
+        self._plan = plan
+
+    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
+        try:
+            return super().forward(token_ids, start_pos, rows)
+        except (RuntimeError, MemoryError) as error:
+            raise_if_full(error, self._plan)
+            raise
+
+    def close(self) -> None:
+        super().close()
+        self.operators.free()
+
+
+def raise_if_full(error: BaseException, plan: ResidencyPlan) -> None:
+    """Raises MossError where the error says that the card's memory is full."""
+    if says_full(error):
+        raise MossError(
+            f"the GPU's memory is full, although {gib(plan.budget_bytes)} were planned with: another program may use it "
+            "(nvidia-smi shows them). Give --gpu-memory a smaller amount, or lower --context."
+        ) from error

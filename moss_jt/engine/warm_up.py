@@ -1,0 +1,132 @@
+"""The operators' compilation, before the first token and not during it: once per machine, announced when it happens.
+
+Jittor compiles an operator when it first runs, and CuPy a kernel, whatever the shapes; so a model of a few hundred numbers
+will do.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jt.backend.gpu import says_full
+from moss_jt.backend.home import log_path
+from moss_jt.backend.jittor import jt
+from moss_jt.errors import MossError, reason_of
+from moss_jt.kernels.cpu import source
+from moss_jt.kernels.cpu.operators import CpuOperators
+from moss_jt.kernels.cuda import launchers
+from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
+from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Region, Weight
+from moss_jt.store.config import MossConfig
+
+WIDTH = 64
+TINY = MossConfig("codegen", 8, 32, WIDTH, 1, 2, 4, WIDTH, 1e-5, 0, 1)
+PASSES = (2, launchers.FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
+
+Make = Callable[[tuple[int, ...], str], Weight]
+
+
+def warm_up(bits: int) -> None:
+    """Compile and load the CPU operators for weights of ``bits`` bits: milliseconds once that was done before.
+
+    Raises:
+        MossError: the compiler failed; the message names the log.
+    """
+    operators = CpuOperators(TINY)
+
+    def run() -> None:
+        _run_all(operators, bits, _zeros, PASSES[:1])
+
+    fingerprint = _fingerprint(f"{operators.simd} {bits}", source.FOLDER)
+    advice = "MOSS_JT_SIMD=0 chooses plain C++ instead of vector instructions."
+    _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
+
+
+def warm_up_gpu(cupy: Any, bits: int) -> None:
+    """The same for the GPU: Jittor's operation for copies with nvcc, and our kernels with CuPy.
+
+    Raises:
+        MossError: a compiler failed; the message names the log.
+    """
+
+    def run() -> None:
+        engine = CudaCopyEngine()
+        event = engine.new_event()
+        engine.synchronize(event)
+        memory = device_memory(1 << 16)
+
+        def region(shape: tuple[int, ...], dtype: str) -> Region:
+            return Region(memory, 0, shape, dtype)
+
+        _run_all(CudaOperators(TINY, cupy), bits, region, PASSES)
+
+    fingerprint = _fingerprint(f"{cupy.__version__} {bits}", Path(launchers.folder()))
+    advice = "moss-jt doctor checks the toolkit; its version must suit the card and the driver."
+    _announced(run, fingerprint, "this GPU", "about a minute", advice)
+
+
+def _announced(run: Callable[[], None], fingerprint: str, target: str, duration: str, advice: str) -> None:
+    marker = Path(jt.compiler.cache_path) / f"moss-jt-operators-{fingerprint}"
+    if not marker.exists():
+        sys.stderr.write(f"moss-jt: compiling the operators for {target}, once: {duration}.\n")
+    begin = time.monotonic()
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001  CuPy's own do not derive from RuntimeError
+        if says_full(error):
+            raise
+        log = log_path("operators")
+        raise MossError(
+            f"the operators could not be compiled for {target} ({reason_of(error)}). The compiler's output is in {log}; "
+            f"{advice}"
+        ) from error
+    if not marker.exists():
+        sys.stderr.write(f"moss-jt: operators compiled in {time.monotonic() - begin:.0f} s.\n")
+        marker.touch()
+
+
+def _fingerprint(text: str, folder: Path) -> str:
+    """Of everything that makes the operators be compiled anew."""
+    digest = hashlib.sha256(text.encode())
+    for path in sorted(folder.glob("*")):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...]) -> None:
+    norm = make((WIDTH,), "float16")
+    weights = BlockWeights(
+        ln_1_weight=norm,
+        ln_1_bias=norm,
+        qkv=_matrix(3 * WIDTH, bits, make),
+        out=_matrix(WIDTH, bits, make),
+        fc_in=_matrix(WIDTH, bits, make),
+        fc_in_bias=norm,
+        fc_out=_matrix(WIDTH, bits, make),
+        fc_out_bias=norm,
+    )
+    cache = (1, TINY.n_positions, TINY.n_head, TINY.head_dim)
+    keys, values = _zeros(cache, "float16"), _zeros(cache, "float16")
+    for tokens in passes:
+        rows = jt.array(np.zeros((tokens, WIDTH), np.float32))
+        operators.block(rows, weights, keys, values, 0, 0).sync()
+    vector, bias = _zeros((WIDTH,), "float16"), _zeros((TINY.vocab_size,), "float16")
+    operators.head(rows, vector, vector, make((TINY.vocab_size, WIDTH), "float16"), bias).sync()
+
+
+def _matrix(outputs: int, bits: int, make: Make) -> Matrix:
+    if bits == 16:
+        return DenseMatrix(make((outputs, WIDTH), "float16"))
+    packed = make((outputs, WIDTH * bits // 8), "uint8")
+    return PackedMatrix(packed, make((outputs, 1), "float16"), make((outputs, 1), "uint8"), bits, WIDTH)
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    return jt.array(np.zeros(shape, dtype))

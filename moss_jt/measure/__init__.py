@@ -1,0 +1,1 @@
+"""What a machine and a model reach: limits, benchmarks, perplexity, doctor."""

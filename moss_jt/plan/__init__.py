@@ -1,0 +1,1 @@
+"""Which weights stay and which stream, from sizes and a budget; what this machine has."""

@@ -1,0 +1,106 @@
+"""The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
+
+from moss_jt.backend.device import Offload
+from moss_jt.backend.gpu import Card
+from moss_jt.errors import MossError
+from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
+from moss_jt.plan.residency import ResidencyPlan, gib_up, plan, plan_gpu
+from moss_jt.store.model_folder import Store
+from moss_jt.store.sizes import MIB, sizes_of_store
+
+# What a process grows by after its tokenizer is there, beside weights, cache and workspace: Jittor, compiled operators,
+# oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and room for what differs between machines.
+LATER_BYTES = 120 * MIB
+# The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
+GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
+
+
+def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
+    """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
+
+    Args:
+        memory: the limit as users write it; None for what is free less a margin.
+        context: tokens of the conversation; None for what the model has.
+
+    Raises:
+        MossError: the limit is none, or too small; the message names the smallest that works.
+    """
+    budget = memory_budget(memory)
+    context = store.config.n_positions if context is None else context
+    footprint = resident_memory_bytes() + LATER_BYTES
+    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint)
+
+
+def plan_gpu_here(
+    store: Store,
+    card: Card,
+    gpu_memory: str | int | None,
+    host_memory: str | int | None,
+    context: int | None,
+    offload: Offload,
+) -> ResidencyPlan:
+    """The same on the machine's GPU.
+
+    Args:
+        gpu_memory: the limit of what the process may hold on the card; None for what is free there less a margin.
+        host_memory: the limit in RAM; None for what is free less a margin.
+
+    Raises:
+        MossError: a limit is none, or too small; the message names the smallest that works.
+    """
+    if offload == "unified" and not card.unified:
+        raise MossError(
+            f"{card.name} cannot share managed memory with the host here (WSL and Windows' drivers do not). Use --offload stream."
+        )
+    context = store.config.n_positions if context is None else context
+    footprint = resident_memory_bytes() + GPU_LATER_BYTES
+    placed = plan_gpu(
+        sizes_of_store(store),
+        context,
+        gpu_budget(gpu_memory, card),
+        memory_budget(host_memory),
+        host_footprint_bytes=footprint,
+    )
+    if offload != "stream":
+        _check_host(placed, offload)
+    return placed
+
+
+def gpu_budget(text: str | int | None, card: Card) -> int:
+    """The limit that ``--gpu-memory`` sets; by default nineteen twentieths of what is free: a display's needs vary.
+
+    Raises:
+        MossError: it is no amount of memory, or more than the card has.
+    """
+    if text is None:
+        return card.free_bytes - card.free_bytes // 20
+    n_bytes = parse_memory(text, card.total_bytes)
+    if n_bytes > card.total_bytes:
+        raise MossError(
+            f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
+        )
+    return n_bytes
+
+
+def _check_host(plan: ResidencyPlan, offload: Offload) -> None:
+    """Jittor's swapping and unified memory know no disk behind the host: it must hold all that the card does not.
+
+    Unified memory may have all of it on the host for a while: the driver decides. Jittor takes a unit over in two copies.
+    """
+    units = plan.units if offload == "unified" else [unit for unit in plan.units if not unit.resident]
+    copies = 0 if offload == "unified" else 2 * max(unit.n_bytes for unit in plan.units)
+    needed = plan.host_footprint_bytes + copies + sum(unit.n_bytes for unit in units)
+    if needed > (plan.host_budget_bytes or 0):
+        raise MossError(
+            f"--offload {offload} keeps on the host what the card cannot hold, and needs {gib_up(needed)} of memory there. "
+            "Raise --host-memory, or use --offload stream: it streams from disk what the host cannot hold."
+        )
+
+
+def page_cache_bytes(plan: ResidencyPlan) -> int:
+    """Memory beside the budget in which streamed files may stay cached: four fifths of what the plan leaves free.
+
+    The page cache is not this process's memory: the system takes it back as soon as anything else needs it.
+    """
+    still_needed = max(0, plan.budget_bytes - resident_memory_bytes())
+    return max(0, process_memory().free_bytes - still_needed) * 4 // 5

@@ -1,0 +1,139 @@
+"""A residency plan as text: what the memory is for, where each block lives, and what each link carries in what time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moss_jt.plan.residency import ResidencyPlan, Tier, Unit, gib, seconds_per_pass
+
+GB = 10**9
+BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Bytes per second of a link, and where the number is from: measured, given or assumed."""
+
+    bytes_per_s: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.bytes_per_s / GB:.2f} GB/s {self.source}"
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """The links of a plan; ``link`` is the one between host and GPU, ``memory`` the device's own."""
+
+    disk: Speed
+    memory: Speed
+    link: Speed | None = None
+
+    def seconds(self, plan: ResidencyPlan) -> float:
+        link = None if self.link is None else self.link.bytes_per_s
+        return seconds_per_pass(plan, self.disk.bytes_per_s, self.memory.bytes_per_s, link)
+
+
+def report(name: str, plan: ResidencyPlan, speeds: Speeds) -> str:
+    """The whole text that moss-jt plan prints."""
+    parts = [
+        [_headline(name, plan)],
+        _device_lines(plan),
+        _host_lines(plan),
+        _where(plan),
+        _links(plan, speeds),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _headline(name: str, plan: ResidencyPlan) -> str:
+    sizes = plan.sizes
+    return (
+        f"{name}, {BITS_NAMES[sizes.bits]}: {gib(sizes.weight_bytes)} of weights in {sizes.config.n_layer} blocks of "
+        f"{gib(max(sizes.block_bytes))}, a head of {gib(sizes.head_bytes)} and an embedding of "
+        f"{gib(sizes.embedding_bytes)}, which stays on disk"
+    )
+
+
+def _device_lines(plan: ResidencyPlan) -> list[str]:
+    device = "RAM" if plan.host_budget_bytes is None else "GPU memory"
+    rows = [
+        (device, plan.budget_bytes, "the limit"),
+        (
+            "  process",
+            plan.footprint_bytes,
+            "Python, Jittor, tokenizer" if device == "RAM" else "CUDA, an allowance",
+        ),
+        ("  key/value cache", plan.kv_cache_bytes, f"{plan.context} tokens"),
+        (
+            "  workspace",
+            plan.workspace_bytes + plan.sizes.small_bytes,
+            f"passes of {plan.pass_tokens} tokens",
+        ),
+        ("  stream buffers", plan.ring_bytes, f"{plan.ring_buffers}"),
+        ("  resident weights", plan.bytes_on("device"), ""),
+        ("  at most", plan.peak_bytes, ""),
+    ]
+    return _rows(rows)
+
+
+def _host_lines(plan: ResidencyPlan) -> list[str]:
+    if plan.host_budget_bytes is None:
+        return []
+    buffers = plan.host_ring_buffers
+    rows = [
+        ("Host memory", plan.host_budget_bytes, "the limit"),
+        ("  process", plan.host_footprint_bytes, "Python, Jittor, CUDA's libraries, an allowance"),
+        ("  stream buffers", buffers * plan.buffer_bytes, f"{buffers}"),
+        ("  pinned weights", plan.bytes_on("host"), ""),
+        ("  at most", plan.host_peak_bytes, ""),
+    ]
+    return _rows(rows)
+
+
+def _rows(rows: Iterable[tuple[str, int, str]]) -> list[str]:
+    return [f"{label:<20}{gib(n_bytes):>10}  {note}".rstrip() for label, n_bytes, note in rows]
+
+
+def _where(plan: ResidencyPlan) -> list[str]:
+    names: dict[Tier, str] = {"device": "RAM", "disk": "disk"}
+    if plan.host_budget_bytes is not None:
+        names = {"device": "GPU memory", "host": "host, pinned", "disk": "disk"}
+    lines = [f"{'Lives in':<14}{'GiB':>7}  Blocks, and rows of the head"]
+    for tier, name in names.items():
+        units = [unit for unit in plan.units if unit.tier == tier]
+        if units:
+            lines.append(f"{name:<14}{sum(unit.n_bytes for unit in units) / 2**30:>7.2f}  {places(units)}")
+    return lines
+
+
+def places(units: Iterable[Unit]) -> str:
+    """``0-3, 5, head 0-53503``: numbers of blocks and rows of the head, as ranges."""
+    blocks = _ranges((unit.index, unit.index + 1) for unit in units if unit.kind == "block")
+    rows = _ranges((unit.first_row, unit.last_row) for unit in units if unit.kind == "head")
+    return "; ".join(part for part in (blocks, f"head {rows}" if rows else "") if part)
+
+
+def _ranges(pieces: Iterable[tuple[int, int]]) -> str:
+    joined: list[tuple[int, int]] = []
+    for first, end in pieces:
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((first, end))
+    return ", ".join(f"{first}" if end == first + 1 else f"{first}-{end - 1}" for first, end in joined)
+
+
+def _links(plan: ResidencyPlan, speeds: Speeds) -> list[str]:
+    carried = [("disk", plan.disk_bytes_per_pass, speeds.disk)]
+    if speeds.link is not None:
+        carried.append(("host to GPU", plan.link_bytes_per_pass, speeds.link))
+    device = "RAM" if speeds.link is None else "GPU memory"
+    carried.append((device, plan.weight_bytes_per_pass, speeds.memory))
+    lines = [f"{'Read from':<14}{'GB/token':>9}{'s/token':>9}  Speed"]
+    for name, n_bytes, speed in carried:
+        lines.append(f"{name:<14}{n_bytes / GB:>9.2f}{n_bytes / speed.bytes_per_s:>9.2f}  {speed}")
+    seconds = speeds.seconds(plan)
+    lines.append(f"At best {seconds:.2f} s per token: the links work side by side, and the slowest decides.")
+    if plan.streams:
+        lines.append("Prompt-lookup drafts can share one reading of the model between several tokens.")
+    return lines

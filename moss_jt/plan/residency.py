@@ -1,0 +1,265 @@
+"""Which weights stay in memory and which stream, from sizes and budgets alone. Pure arithmetic: no I/O, no clock.
+
+The device is the memory that the operators compute in: RAM on the CPU, the card's memory on a GPU. Units (a block, or
+a slab of the head's rows) that do not fit there stream through a ring of buffers on it: on the CPU from disk, on a GPU
+from pinned host memory, and from disk what the host cannot hold either. What streams is fixed and spread evenly, so
+that the link is busy all the time; a cache that forgets the least recently used would miss on every access of such a
+cycle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from moss_jt.errors import MossError
+from moss_jt.store.sizes import FOOTPRINT_BYTES, GIB, MIB, PASS_TOKENS, ModelSizes, whole_pages
+
+Tier = Literal["device", "host", "disk"]
+
+# One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
+RING_BUFFERS = 2
+
+# CUDA's context, the kernels' code and the libraries' own memory on the card. An allowance, not measured.
+GPU_FOOTPRINT_BYTES = 600 * MIB
+# What a process holds on the host when it drives a GPU: as on the CPU, and CUDA's libraries. An allowance, too.
+GPU_HOST_FOOTPRINT_BYTES = FOOTPRINT_BYTES + 700 * MIB
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is moved as one piece: block ``index``, or rows first_row .. last_row - 1 of the head."""
+
+    kind: Literal["block", "head"]
+    index: int
+    n_bytes: int
+    first_row: int = 0
+    last_row: int = 0
+    tier: Tier = "device"
+
+    @property
+    def resident(self) -> bool:
+        return self.tier == "device"
+
+
+@dataclass(frozen=True)
+class ResidencyPlan:
+    """Where every unit lives, in the order in which a pass needs them, and what the rest of the budget is for.
+
+    ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only.
+    """
+
+    sizes: ModelSizes
+    context: int
+    pass_tokens: int
+    budget_bytes: int
+    footprint_bytes: int
+    kv_cache_bytes: int
+    workspace_bytes: int
+    units: tuple[Unit, ...]
+    ring_buffers: int
+    buffer_bytes: int
+    host_budget_bytes: int | None = None
+    host_ring_buffers: int = 0
+    host_footprint_bytes: int = 0
+
+    @property
+    def streams(self) -> bool:
+        return self.ring_buffers > 0
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.ring_buffers * self.buffer_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the plan lets the device hold at once; never above the budget."""
+        fixed = self.footprint_bytes + self.kv_cache_bytes + self.workspace_bytes + self.sizes.small_bytes
+        return fixed + self.ring_bytes + self.bytes_on("device")
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most that a GPU plan lets the host hold at once."""
+        return self.host_footprint_bytes + self.host_ring_buffers * self.buffer_bytes + self.bytes_on("host")
+
+    def bytes_on(self, tier: Tier) -> int:
+        return sum(unit.n_bytes for unit in self.units if unit.tier == tier)
+
+    @property
+    def disk_bytes_per_pass(self) -> int:
+        return self.bytes_on("disk")
+
+    @property
+    def link_bytes_per_pass(self) -> int:
+        """Bytes from the host to a GPU in each pass: what streams from the disk takes that way too. 0 on the CPU."""
+        return 0 if self.host_budget_bytes is None else self.bytes_on("host") + self.bytes_on("disk")
+
+    @property
+    def weight_bytes_per_pass(self) -> int:
+        """Bytes that the operators read in each pass, wherever they come from."""
+        return sum(unit.n_bytes for unit in self.units) + self.sizes.small_bytes
+
+
+def seconds_per_pass(
+    plan: ResidencyPlan,
+    disk_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    link_bytes_per_s: float | None = None,
+) -> float:
+    """The least time that the links allow one pass: they work side by side, so the slowest decides.
+
+    A pass is a token without drafts. ``memory_bytes_per_s`` is what the operators read from the device's own memory.
+    """
+    times = [plan.weight_bytes_per_pass / memory_bytes_per_s, plan.disk_bytes_per_pass / disk_bytes_per_s]
+    if link_bytes_per_s is not None:
+        times.append(plan.link_bytes_per_pass / link_bytes_per_s)
+    return max(times)
+
+
+def spread(count: int, total: int) -> set[int]:
+    """``count`` of 0 .. total - 1, as evenly as whole numbers allow, the ends not favoured."""
+    return {(2 * i + 1) * total // (2 * count) for i in range(count)}
+
+
+def plan(
+    sizes: ModelSizes,
+    context: int,
+    budget_bytes: int,
+    *,
+    pass_tokens: int = PASS_TOKENS,
+    footprint_bytes: int = FOOTPRINT_BYTES,
+) -> ResidencyPlan:
+    """A CPU plan: what is not resident streams from disk.
+
+    Args:
+        context: positions of the key/value cache.
+        budget_bytes: what the whole process may hold.
+        pass_tokens: the most new tokens that one pass takes.
+        footprint_bytes: what the process holds without weights, cache and workspace.
+
+    Raises:
+        MossError: the budget is below the smallest that works; the message names that one.
+    """
+    tokens = min(pass_tokens, context)
+    workspace = sizes.workspace_bytes(tokens, context)
+    empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace)
+    return _place(empty, "--memory")
+
+
+def plan_gpu(
+    sizes: ModelSizes,
+    context: int,
+    device_budget_bytes: int,
+    host_budget_bytes: int,
+    *,
+    pass_tokens: int = PASS_TOKENS,
+    host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
+) -> ResidencyPlan:
+    """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
+
+    Args:
+        host_footprint_bytes: what the process holds on the host without weights.
+
+    Raises:
+        MossError: a budget is below the smallest that works; the message names that one.
+    """
+    tokens = min(pass_tokens, context)
+    workspace = sizes.gpu_workspace_bytes(tokens)
+    empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
+    empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
+    return _place_on_host(_place(empty, "--gpu-memory"))
+
+
+def _without_residents(
+    sizes: ModelSizes,
+    context: int,
+    budget_bytes: int,
+    tokens: int,
+    footprint_bytes: int,
+    workspace_bytes: int,
+) -> ResidencyPlan:
+    """The plan of the smallest budget: everything streams."""
+    if not 0 < context <= sizes.config.n_positions:
+        raise MossError(
+            f"a context of {context} tokens is not possible: this model has {sizes.config.n_positions} positions. "
+            f"Give --context a number from 1 to {sizes.config.n_positions}."
+        )
+    blocks = [Unit("block", i, n, tier="disk") for i, n in enumerate(sizes.block_bytes)]
+    slabs = [
+        Unit("head", i, slab.n_bytes, slab.first_row, slab.last_row, tier="disk")
+        for i, slab in enumerate(sizes.head_slabs())
+    ]
+    units = (*blocks, *slabs)
+    return ResidencyPlan(
+        sizes=sizes,
+        context=context,
+        pass_tokens=tokens,
+        budget_bytes=budget_bytes,
+        footprint_bytes=footprint_bytes,
+        kv_cache_bytes=sizes.kv_cache_bytes(context),
+        workspace_bytes=workspace_bytes,
+        units=units,
+        ring_buffers=RING_BUFFERS,
+        buffer_bytes=whole_pages(max(unit.n_bytes for unit in units)),
+    )
+
+
+def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
+    """Make resident what fits: everything, without a ring, or else the spread that streams the fewest bytes."""
+    everything = replace(empty, units=_on_device(empty.units, set()), ring_buffers=0, buffer_bytes=0)
+    if everything.peak_bytes <= empty.budget_bytes:
+        return everything
+    if empty.peak_bytes > empty.budget_bytes:
+        raise MossError(_too_little(empty, min(empty.peak_bytes, everything.peak_bytes), flag))
+    total = len(empty.units)
+    plans = (
+        replace(empty, units=_on_device(empty.units, spread(count, total))) for count in range(1, total + 1)
+    )
+    fitting = [plan for plan in plans if plan.peak_bytes <= empty.budget_bytes]
+    return max(fitting, key=lambda plan: plan.bytes_on("device"))
+
+
+def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
+    return tuple(unit if i in streamed else replace(unit, tier="device") for i, unit in enumerate(units))
+
+
+def _place_on_host(plan: ResidencyPlan) -> ResidencyPlan:
+    """Of the units that stream to a GPU, as many as fit into pinned host memory; the others come from disk."""
+    streamed = [i for i, unit in enumerate(plan.units) if not unit.resident]
+    budget = plan.host_budget_bytes or 0
+    for count in range(len(streamed) + 1):
+        on_disk = {streamed[i] for i in spread(count, len(streamed))} if count else set()
+        units = tuple(
+            unit if unit.resident or i in on_disk else replace(unit, tier="host")
+            for i, unit in enumerate(plan.units)
+        )
+        placed = replace(plan, units=units, host_ring_buffers=RING_BUFFERS if on_disk else 0)
+        if placed.host_peak_bytes <= budget:
+            return placed
+    raise MossError(
+        f"{gib(budget)} of host memory is too little to stream through: the process and "
+        f"{RING_BUFFERS} buffers of {gib(plan.buffer_bytes)} need {gib_up(placed.host_peak_bytes)}. "
+        "Raise --host-memory, or use an int8 or int4 model."
+    )
+
+
+def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> str:
+    """What the budget was, what is needed and for what, and which two ways out there are."""
+    per_token = empty.sizes.kv_cache_bytes(1)
+    fits = empty.context - -(-(smallest - empty.budget_bytes) // per_token)
+    context = f" or lower --context ({fits} tokens would fit)" if fits >= 64 else ""
+    bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
+    return (
+        f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
+        f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
+        f"key/value cache of {empty.context} tokens, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
+        f"workspace, and room for {RING_BUFFERS} blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}."
+    )
+
+
+def gib(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.2f} GiB"
+
+
+def gib_up(n_bytes: int) -> str:
+    """Rounded up: a limit typed back as shown must not be too small."""
+    return f"{-(-n_bytes * 100 // GIB) / 100:.2f} GiB"

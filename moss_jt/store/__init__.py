@@ -1,0 +1,1 @@
+"""Models on disk: configuration, the model folder's format, sizes, tokenizer, where model folders live."""

@@ -1,0 +1,168 @@
+"""How many bytes each part of a model takes, from a model folder's headers or from a geometry. No I/O, no Jittor."""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+from moss_jt.errors import MossError
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.model_folder import Store
+
+PAGE = 4096
+GIB = 1 << 30
+MIB = 1 << 20
+FLOAT16 = 2
+FLOAT32 = 4
+
+# What a process holds besides weights, cache and workspace, for MOSS: Python, NumPy and the tokenizer (155 MiB measured),
+# and what moss_jt.plan.placement adds for Jittor and all that comes later. A running model counts what it really holds.
+FOOTPRINT_BYTES = 300 * MIB
+
+# The longest pass that the kernels take token by token, and the positions that share one of its partial results.
+FEW_TOKENS = 23
+ATTENTION_GROUP = 64
+# Rows of logits that are computed at once.
+HEAD_ROWS = 64
+# Tiles of the kernels' threads, oneDNN's buffers.
+THREADS_BYTES = 32 * MIB
+# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing.
+GPU_POOLS_BYTES = 64 * MIB
+GPU_GRANULE_BYTES = 2 * MIB
+
+# New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
+# beyond this the workspace would cost more than the passes that it saves.
+PASS_TOKENS = 512
+
+
+class Slab(NamedTuple):
+    """A range of rows of the head's weight that is moved as one piece: whole pages, except at the end."""
+
+    first_row: int
+    last_row: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Bytes of a model's parts.
+
+    block_bytes       one number per block, whole pages
+    head_bytes        the head's weight
+    small_bytes       the head's bias and the final layer norm, always in memory
+    embedding_bytes   on disk only: a pass reads the few rows that it needs
+    """
+
+    config: MossConfig
+    bits: int
+    block_bytes: tuple[int, ...]
+    head_bytes: int
+    small_bytes: int
+    embedding_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights, the embedding included: about what the model folder takes on disk."""
+        return sum(self.block_bytes) + self.head_bytes + self.small_bytes + self.embedding_bytes
+
+    def kv_cache_bytes(self, context: int) -> int:
+        """Keys and values of ``context`` positions in all blocks, float16."""
+        return 2 * self.config.n_layer * context * self.config.n_embd * FLOAT16
+
+    def workspace_bytes(self, tokens: int, context: int) -> int:
+        """Float32 activations of one pass of ``tokens`` new tokens, with what the allocator keeps between them.
+
+        Per token: the residual stream, its copies and the operators' intermediate results (12 C), the MLP's inner
+        layer twice (2 I, the second for act-order). In passes of few tokens, attention's partial results too: one per
+        head and ATTENTION_GROUP positions. Then those passes' logits, twice, and what the threads have of their own.
+        """
+        c = self.config
+        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 2)
+        per_token = 12 * c.n_embd + 2 * c.n_inner
+        few = min(tokens, FEW_TOKENS) * (partial + 2 * c.vocab_size)
+        return (tokens * per_token + few) * FLOAT32 + THREADS_BYTES
+
+    def gpu_results_bytes(self, tokens: int) -> int:
+        """Results within one pass of ``tokens`` new tokens on a GPU, where passes of many tokens widen packed weights.
+
+        Per token: twelve results of width C and four of width I (before and after GELU, for act-order, as float16 for
+        cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
+        """
+        c = self.config
+        per_token = 12 * c.n_embd + 4 * c.n_inner
+        widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
+        logits = 2 * HEAD_ROWS * c.vocab_size
+        return (tokens * per_token + logits) * FLOAT32 + widened
+
+    def gpu_workspace_bytes(self, tokens: int) -> int:
+        """These, and what the two allocators on the card add: Jittor's gives each unit whole GPU_GRANULE_BYTES."""
+        units = len(self.block_bytes) + len(self.head_slabs())
+        return self.gpu_results_bytes(tokens) + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
+
+    def head_slabs(self) -> tuple[Slab, ...]:
+        """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""
+        rows = self.config.vocab_size
+        row_bytes = self.head_bytes // rows
+        whole = PAGE // gcd(PAGE, row_bytes)  # rows that end where a page ends: reads stay aligned
+        pieces = -(-self.head_bytes // max(self.block_bytes))
+        step = -(-rows // (pieces * whole)) * whole
+        ranges = [(first, min(rows, first + step)) for first in range(0, rows, step)]
+        return tuple(Slab(first, last, (last - first) * row_bytes) for first, last in ranges)
+
+
+def whole_pages(n_bytes: int) -> int:
+    return -(-n_bytes // PAGE) * PAGE
+
+
+def sizes_of_store(store: Store) -> ModelSizes:
+    """Sizes of a model folder, from its files' headers."""
+    blocks = tuple(whole_pages(file.nbytes - file.data_offset) for file in store.blocks)
+    return _sizes(store.config, store.bits, blocks)
+
+
+def sizes_of_geometry(config: MossConfig, bits: int = 16, group_size: int = 128) -> ModelSizes:
+    """Sizes of a model that is not there: what its model folder would hold, without act-order."""
+    c, inner = config.n_embd, config.n_inner
+    matrices = [(3 * c, c), (c, c), (inner, c), (c, inner)]
+    vectors = (2 * c + inner + c) * FLOAT16
+    block = whole_pages(sum(matrix_bytes(n, k, bits, group_size) for n, k in matrices) + vectors)
+    return _sizes(config, bits, (block,) * config.n_layer)
+
+
+def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """A matrix as stored: float16, or packed with a float16 scale and a one-byte zero point per group."""
+    if bits == 16:
+        return rows * columns * FLOAT16
+    groups = -(-columns // group_size)
+    return rows * (columns * bits // 8 + groups * (FLOAT16 + 1))
+
+
+def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes:
+    table = config.vocab_size * config.n_embd * FLOAT16
+    return ModelSizes(
+        config=config,
+        bits=bits,
+        block_bytes=blocks,
+        head_bytes=table,
+        small_bytes=(config.vocab_size + 2 * config.n_embd) * FLOAT16,
+        embedding_bytes=table,
+    )
+
+
+def geometry_of_name(name: str) -> ModelSizes | None:
+    """Sizes of a published model by its name or hub id, with nothing downloaded; None for any other name.
+
+    ``moss-moon-003``, ``fnlp/moss-moon-003-sft``, ``fnlp/moss-moon-003-sft-plugin-int4`` and so on.
+    """
+    short = name.rsplit("/", 1)[-1].lower()
+    if not short.startswith("moss-moon-003"):
+        return None
+    rest = short.removeprefix("moss-moon-003").strip("-")
+    words = rest.split("-") if rest else []
+    unknown = [word for word in words if word not in ("base", "sft", "plugin", "pm", "int4", "int8")]
+    if unknown:
+        raise MossError(
+            f"{name} is no published MOSS model: {unknown[0]!r} is unknown. "
+            "There are moss-moon-003, -base, -sft and -sft-plugin, the last two also with -int4 and -int8."
+        )
+    bits = 4 if "int4" in words else 8 if "int8" in words else 16
+    return sizes_of_geometry(MOSS_MOON_003, bits)

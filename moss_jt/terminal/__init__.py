@@ -1,0 +1,1 @@
+"""What moss-jt chat shows: screen, line input, pictures, texts."""

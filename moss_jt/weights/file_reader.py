@@ -1,0 +1,96 @@
+"""Large sequential reads of weight files into given memory, buffered or direct, that leave no page cache behind."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt.errors import MossError
+from moss_jt.store.sizes import MIB, PAGE, whole_pages
+
+# Requests are long because Jittor holds Python's lock while it computes: a reader that needs the lock for every few
+# megabytes would stand still for as long. One second's worth keeps the disk busy and still stops within a second.
+SMALLEST_REQUEST = 8 * MIB
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a file that starts on a page. ``keep_cached``: its pages may stay in the page cache."""
+
+    path: Path
+    offset: int
+    n_bytes: int
+    keep_cached: bool = False
+
+
+class FileReader:
+    """Fills memory from weight files. Files stay open, so that a file deleted meanwhile can still be read.
+
+    Args:
+        direct: read past the page cache (O_DIRECT), except pieces that may stay in it.
+        bytes_per_s: about what the disk gives; decides how long one request may be.
+    """
+
+    def __init__(self, direct: bool, bytes_per_s: float) -> None:
+        self.direct = direct
+        self.request_bytes = max(SMALLEST_REQUEST, int(bytes_per_s) // PAGE * PAGE)
+        self._files: dict[tuple[Path, bool], int] = {}
+
+    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
+        """Fill ``target`` (uint8, whole pages, page-aligned) with the piece.
+
+        Returns:
+            False where ``stopped`` answered true between two requests, so that target is not complete.
+
+        Raises:
+            MossError: the file cannot be opened or read, or ends before the piece does.
+        """
+        direct = self.direct and not piece.keep_cached and piece.offset % PAGE == 0
+        memory = target.data
+        done = 0
+        try:
+            file = self._open(piece.path, direct)
+            while done < piece.n_bytes:
+                if stopped():
+                    return False
+                # A direct read asks for whole pages; the file may end within the last one.
+                end = whole_pages(piece.n_bytes) if direct else piece.n_bytes
+                request = memory[done : min(done + self.request_bytes, end)]
+                count = os.preadv(file, [request], piece.offset + done)
+                if not direct and not piece.keep_cached:
+                    os.posix_fadvise(file, piece.offset + done, count, os.POSIX_FADV_DONTNEED)
+                if count < len(request) and done + count < piece.n_bytes:
+                    self._check_size(file, piece)
+                    if count == 0 or direct:
+                        raise OSError(errno.EIO, "short read")
+                done += count
+        except OSError as error:
+            raise MossError(
+                f"cannot read {piece.path}: {error.strerror}. Check the disk, then the folder with moss-jt verify."
+            ) from error
+        return True
+
+    def _check_size(self, file: int, piece: Piece) -> None:
+        size = os.fstat(file).st_size
+        if size < piece.offset + piece.n_bytes:
+            raise MossError(
+                f"{piece.path} ends early: it has {size} bytes, {piece.offset + piece.n_bytes} are needed. "
+                "It changed while it was in use; convert the model again."
+            )
+
+    def _open(self, path: Path, direct: bool) -> int:
+        key = (path, direct)
+        if key not in self._files:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+            self._files[key] = file
+            if not direct:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[key]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()

@@ -1,0 +1,16 @@
+"""Page-aligned anonymous memory for weights: what a direct read can fill, and what no page cache can push out."""
+
+import mmap
+
+import numpy as np
+
+from moss_jt.store.sizes import whole_pages
+
+
+def page_buffer(n_bytes: int) -> np.ndarray:
+    """Zeroed memory of ``n_bytes``, rounded up to whole pages, as uint8. It is freed with its last view.
+
+    Huge pages are not asked for: they make decoding 5 % faster, but where the page cache has fragmented the memory the
+    system gathered them at 0.4 GB/s, against 2 GB/s of small ones.
+    """
+    return np.frombuffer(mmap.mmap(-1, whole_pages(n_bytes)), dtype=np.uint8)

@@ -1,0 +1,142 @@
+"""Weights as Jittor's own Vars under its memory limit: the baseline that the stream is measured against.
+
+Jittor's JT_SAVE_MEM writes Vars to files when an allocation would pass the limit, and reads them when an operator needs
+them; nothing is read ahead, and weights are written again at every eviction although they never change.
+"""
+
+import contextlib
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt.backend.jittor import jt
+from moss_jt.errors import MossError
+from moss_jt.kernels.interface import BlockWeights, Var
+from moss_jt.plan.residency import ResidencyPlan, Unit, gib
+from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.sizes import MIB
+from moss_jt.weights.stream import HeadSlab, block_weights, indices_as_column
+from moss_jt.weights.unit_views import HEAD_WEIGHT, RowReader
+
+NO_LIMIT = -1
+
+
+class SwappedWeights:
+    """All weights in Jittor's care, for moss_jt.engine.model.Model. One at a time per process: the limit is Jittor's.
+
+    Raises:
+        MossError: the limit is too small for one block, or the disk for the weights.
+    """
+
+    streams = True  # one block at a time is computed, so that no other needs to be in memory
+
+    def __init__(self, store: Store, plan: ResidencyPlan) -> None:
+        self.store = store
+        # The cache is not Jittor's own memory; Jittor counts the workspace.
+        limit = plan.budget_bytes - plan.footprint_bytes - plan.kv_cache_bytes
+        largest = max(spec.nbytes for file in (*store.blocks, store.head) for spec in file.tensors.values())
+        _check_limit(plan, limit, largest)
+        folder = swap_folder()
+        _check_disk(folder, plan)
+        self._rows = RowReader(store.embedding, "wte.weight")
+        self._closing = weakref.finalize(self, _close, self._rows, folder)
+        # While a weight is taken over it is there twice more: as the file's map, and as Jittor's copy.
+        jt.flags.cpu_mem_limit = limit - 2 * largest
+        with swap_errors(folder):
+            self.norm_weight = _taken(map_tensor(store.head, "ln_f.weight"))
+            self.norm_bias = _taken(map_tensor(store.head, "ln_f.bias"))
+            self._blocks = [_block(store, layer) for layer in range(store.config.n_layer)]
+            self._slabs = [_slab(store, unit) for unit in plan.units if unit.kind == "head"]
+        jt.flags.cpu_mem_limit = limit
+
+    def blocks(self, then_head: bool = True) -> Iterator[tuple[int, BlockWeights]]:
+        return iter(enumerate(self._blocks))
+
+    def head_slabs(self) -> Iterator[HeadSlab]:
+        return iter(self._slabs)
+
+    def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
+        return self._rows.read(token_ids)
+
+    def close(self) -> None:
+        """Let the weights go, and Jittor's files with them."""
+        self._blocks, self._slabs = [], []
+        jt.flags.cpu_mem_limit = NO_LIMIT
+        self._closing()
+
+
+def swap_folder() -> Path:
+    """Where Jittor writes its swap files, named after process and Var."""
+    return Path(jt.flags.cache_path) / "tmp"
+
+
+@contextlib.contextmanager
+def swap_errors(folder: Path) -> Iterator[None]:
+    """Turn Jittor's failure to write or read a swap file into an error that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "swap" not in str(error):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise MossError(
+            f"Jittor could not write or read its swap files in {folder} ({gib(free)} free there). Free some space, "
+            "or use --offload stream: it writes nothing."
+        ) from error
+
+
+def _check_limit(plan: ResidencyPlan, limit: int, largest: int) -> None:
+    """One block with its workspace while computing; while loading, one weight beside its map and copy."""
+    needed = max(max(plan.sizes.block_bytes) + plan.workspace_bytes, 4 * largest)
+    if limit < needed:
+        raise MossError(
+            f"{gib(plan.budget_bytes)} is too little to swap in: {gib(plan.budget_bytes - limit + needed + MIB)} is "
+            "the least. Raise --memory, or use --offload stream."
+        )
+
+
+def _check_disk(folder: Path, plan: ResidencyPlan) -> None:
+    """Everything may be on disk a second time. Files of processes that were killed are removed first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*-*.bin"):
+        owner = path.name.split("-")[0]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            path.unlink(missing_ok=True)
+    needed, free = sum(unit.n_bytes for unit in plan.units), shutil.disk_usage(folder).free
+    if free < needed:
+        raise MossError(
+            f"swapping may write {gib(needed)} into {folder}, and {gib(free)} are free there. Free some space, or use "
+            "--offload stream: it writes nothing."
+        )
+
+
+def _block(store: Store, layer: int) -> BlockWeights:
+    file = store.blocks[layer]
+    return block_weights(store, {name: map_tensor(file, name) for name in file.tensors}, _taken)
+
+
+def _slab(store: Store, unit: Unit) -> HeadSlab:
+    rows = slice(unit.first_row, unit.last_row)
+    weight = _taken(map_tensor(store.head, HEAD_WEIGHT)[rows])
+    return HeadSlab(
+        unit.first_row, unit.last_row, weight, _taken(map_tensor(store.head, "lm_head.bias")[rows])
+    )
+
+
+def _taken(array: np.ndarray) -> Var:
+    """A Var with a copy of its own, which Jittor may swap."""
+    var = jt.array(indices_as_column(np.asarray(array)))
+    var.sync()
+    return var
+
+
+def _close(rows: RowReader, folder: Path) -> None:
+    """Jittor removes its files with their Vars; what a failed write left is removed here."""
+    rows.close()
+    jt.gc()
+    for path in folder.glob(f"{os.getpid()}-*.bin"):
+        path.unlink(missing_ok=True)
