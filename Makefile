@@ -1,16 +1,18 @@
 # make demo   the main job with nothing to download: convert a small MOSS, then chat with it, plugins included
 # make test   the whole test command, on a fresh machine too: Python 3.11, g++, make and PyPI are all it needs
+# make test-all   the same, and the long campaigns of damaged and hostile input: some hours
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(abspath $(VENV))/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check unit setup test-setup clean
+.PHONY: demo test test-all check unit unit-all setup test-setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -P -m moss_jt.demos.tour
 
 test: check unit
+test-all: check unit-all
 
 # ruff and mypy. mypy sees an installed copy, because the checkout's folders are not where Python imports them from.
 check: $(VENV)/.test-installed
@@ -21,6 +23,9 @@ check: $(VENV)/.test-installed
 
 unit: $(VENV)/.test-installed
 	$(BIN)/pytest $(TESTS)
+
+unit-all: $(VENV)/.test-installed
+	$(BIN)/pytest -m "long or not long" $(TESTS)
 
 setup: $(VENV)/.installed
 test-setup: $(VENV)/.test-installed
