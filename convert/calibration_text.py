@@ -42,7 +42,7 @@ def _built_in() -> str:
 
 def _read(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             return file.read(_MAX_CHARACTERS)
     except (OSError, ValueError) as error:
         raise MossError(f"{path} cannot be read as a UTF-8 text: {error}.") from error

@@ -1,19 +1,25 @@
 """Turns of a chat with a scripted model: what is yielded, what the model reads, and what stays in the conversation."""
 
 import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
 from moss_jt.chat.language import language_of, user_language
 from moss_jt.chat.prompt import meta_instruction
+from moss_jt.chat.turn import CLOSING_TOKENS, TooLongError
+from moss_jt.convert.tokenizer import SPECIAL_TOKENS
+from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Source
 from tests.support.own_plugins import Echo, Painter, Shelf, Stuck
-from tests.support.scripted_chat import ScriptedMoss
+from tests.support.scripted_chat import VOCABULARY, ScriptedModel, ScriptedMoss, ScriptedSession
 
 NONES = "<|Inner Thoughts|>: None<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"
 
@@ -27,11 +33,17 @@ def transcript(chat: Chat, moss: ScriptedMoss) -> str:
     return moss.tokenizer.decode(chat.token_ids).removeprefix(meta_instruction(chat.plugins))
 
 
+def words(event: Event) -> str:
+    if isinstance(event, Notice):
+        return event.code
+    return event.command if isinstance(event, Result) else event.text
+
+
 def joined(events: list[Event]) -> list[tuple[str, str]]:
     """(kind, text) with neighbouring pieces of a kind joined."""
     merged: list[tuple[str, str]] = []
     for event in events:
-        text = event.command if isinstance(event, Result) else event.text
+        text = words(event)
         if merged and merged[-1][0] == event.kind in ("thought", "text"):
             text = merged.pop()[1] + text
         merged.append((event.kind, text))
@@ -165,8 +177,8 @@ def test_too_many_commands_are_cut_and_said() -> None:
     moss = ScriptedMoss(" Many.<eot>", f" {calls}<eoc>", " Done.<eom>")
     events = list(chat_with(moss, plugins=[echo]).send("go"))
     assert len(echo.calls) == 10
-    assert [e.text for e in events if isinstance(e, Notice)] == [
-        "MOSS gave 12 commands; only the first 10 were run."
+    assert [e for e in events if isinstance(e, Notice)] == [
+        Notice("commands_cut", {"commands": 12, "limit": 10})
     ]
 
 
@@ -208,7 +220,7 @@ def test_fields_that_never_end_are_cut() -> None:
     moss = ScriptedMoss(" hm hm", " go go", " la la")
     chat = chat_with(moss, plugins=[Echo()], max_new_tokens=20)
     events = list(chat.send("go"))
-    assert isinstance(events[-1], Notice) and events[-1].code == "cut" and "20 tokens" in events[-1].text
+    assert events[-1] == Notice("cut", {"tokens": 20})
     text = transcript(chat, moss)
     assert text.count("<eot>\n<|Commands|>:") == text.count("<eoc>\n<|Results|>:") == 1
     assert text.endswith("<eom>\n") and chat.turns == 1
@@ -216,7 +228,7 @@ def test_fields_that_never_end_are_cut() -> None:
 
 def test_an_answer_without_a_word_is_said() -> None:
     chat = chat_with(ScriptedMoss("<eom>", " fine<eom>"))
-    assert [event.text for event in chat.send("go")] == ["MOSS gave no answer."]
+    assert list(chat.send("go")) == [Notice("empty")]
     assert joined(list(chat.send("go on"))) == [("text", "fine")]
 
 
@@ -276,8 +288,126 @@ def test_an_answer_that_reaches_the_end_goes_on_when_old_turns_are_dropped() -> 
     chat = chat_with(moss)
     list(chat.send("one"))
     events = list(chat.send("two"))
-    assert [event.code for event in events if isinstance(event, Notice)] == ["dropped_one"]
+    assert [event for event in events if isinstance(event, Notice)] == [Notice("dropped", {"turns": 1})]
     assert transcript(chat, moss).startswith("<|Human|>: two<eoh>") and chat.turns == 1
+
+
+LONG = " b" * 100 + " b b b c，👩‍👩‍👧 naïve 𝄞 a\n<|Human is no marker\n\n d"
+LONG_TOKENS = 147
+
+
+def continued(cut: int, second: list[Any] | None = None) -> tuple[ScriptedMoss, Chat, Generator[Event]]:
+    """A chat whose second answer, LONG, reaches the context's end after ``cut`` tokens, so that the first turn goes."""
+    moss = ScriptedMoss()
+    tokens = moss.tokenizer.encode(LONG)
+    assert len(tokens) == LONG_TOKENS
+    before = f"{meta_instruction()}<|Human|>: one<eoh>\n{NONES}<|MOSS|>:{' a' * 150}<eom>\n"
+    capacity = len(moss.tokenizer.encode(f"{before}<|Human|>: two<eoh>\n{NONES}<|MOSS|>:"))
+    moss = ScriptedMoss(
+        " a" * 150 + "<eom>",
+        list(tokens[:cut]),
+        [*tokens[cut:], "<eom>"] if second is None else second,
+        " three<eom>",
+        capacity=capacity + cut + CLOSING_TOKENS,
+    )
+    chat = chat_with(moss)
+    list(chat.send("one"))
+    return moss, chat, chat.send("two")
+
+
+@pytest.mark.parametrize("at", range(100, LONG_TOKENS))
+def test_an_answer_goes_on_without_a_seam_wherever_old_turns_are_dropped(at: int) -> None:
+    """Between two words, within a character, within what might become a marker."""
+    moss, chat, sent = continued(at)
+    events = list(sent)
+    assert [event for event in events if isinstance(event, Notice)] == [Notice("dropped", {"turns": 1})]
+    assert "".join(event.text for event in events if isinstance(event, Text)) == LONG.lstrip()
+    assert transcript(chat, moss) == f"<|Human|>: two<eoh>\n{NONES}<|MOSS|>:{LONG}<eom>\n"
+
+
+@pytest.mark.parametrize("way", ["close", "throw", "message", "pass"])
+def test_an_answer_that_is_ended_where_old_turns_are_dropped_is_kept(way: str) -> None:
+    """By closing the iterator, Ctrl-C or another message at the notice, and Ctrl-C while the model reads anew."""
+    moss, chat, events = continued(110, second=[KeyboardInterrupt] if way == "pass" else [" c<eom>"])
+    shown = ""
+    for event in events:
+        if isinstance(event, Notice):
+            assert event.code == "dropped"
+            break
+        shown += words(event)
+    if way == "throw":
+        assert events.throw(KeyboardInterrupt) == Notice("stopped")
+    elif way == "pass":
+        assert list(events) == [Notice("stopped")]
+    elif way == "close":
+        events.close()
+    if way != "pass":
+        moss.model.forget_field()  # it is not asked for the second part
+    assert joined(list(chat.send("three")))[-1] == ("text", "three")
+    assert len(shown) > 200
+    answers = f"<|MOSS|>: {shown}<eom>\n<|Human|>: three<eoh>\n{NONES}<|MOSS|>: three<eom>\n"
+    assert transcript(chat, moss) == f"<|Human|>: two<eoh>\n{NONES}{answers}" and chat.turns == 2
+
+
+def test_an_answer_that_is_cut_within_a_character_shows_no_half_of_it() -> None:
+    tokens = ScriptedMoss().tokenizer.encode(" a 👩")
+    moss = ScriptedMoss(list(tokens))
+    chat = chat_with(moss, max_new_tokens=len(tokens) - 1)
+    assert joined(list(chat.send("go"))) == [("text", "a "), ("notice", "cut")]
+    assert transcript(chat, moss).endswith("<|MOSS|>: a <eom>\n")
+
+
+# Random numbers.
+
+
+class Chance(ScriptedModel):
+    """Every token but the special ones is as likely as any other."""
+
+    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
+        return np.tile(self.logits(), ({"none": 0, "last": 1, "all": len(token_ids)}[rows], 1))
+
+    def logits(self) -> np.ndarray:
+        logits = np.zeros(VOCABULARY, np.float32)
+        logits[[self._tokenizer.id(token) for token in SPECIAL_TOKENS]] = -np.inf
+        return logits
+
+
+def drawn(model: Chance, seed: int, count: int) -> list[int]:
+    sampler = Sampler(SamplingParams(1, 0, 1, 1, seed), [])
+    return [sampler.choose(model.logits()) for _ in range(count)]
+
+
+def chance(capacity: int, **options: Any) -> tuple[Chance, Chat, list[int]]:
+    """A chat at temperature 1, and the list of what its model will have written, field by field, as it grows."""
+    moss = ScriptedMoss(*[""] * 9, capacity=capacity)
+    moss.model = Chance(moss.tokenizer, [[0]] * 9, capacity)
+    written: list[int] = []
+
+    class Noted(ScriptedSession):
+        def decode(self, *arguments: Any) -> Iterator[int]:
+            for token in super().decode(*arguments):
+                written.append(token)
+                yield token
+
+    moss.session = lambda: Noted(moss.model)  # type: ignore[method-assign]
+    chat = Chat(moss, temperature=1, top_k=0, top_p=1, repetition_penalty=1, **options)
+    return moss.model, chat, written
+
+
+def test_all_fields_of_an_answer_draw_from_one_stream_of_random_numbers() -> None:
+    model, chat, written = chance(1400, plugins=[Echo()], max_new_tokens=30, seed=5)
+    list(chat.send("go"))
+    assert written == drawn(model, 5, 830)
+
+
+def test_an_answer_that_goes_on_draws_on_and_the_next_one_has_its_own_numbers() -> None:
+    model, chat, written = chance(560, max_new_tokens=150, seed=5)
+    list(chat.send("one"))
+    assert written == drawn(model, 5, 150)
+    del written[:]
+    events = list(chat.send("two"))
+    assert Notice("dropped", {"turns": 1}) in events and not events[0].kind == "notice"
+    assert written == drawn(model, 6, 150)
 
 
 def test_an_answer_that_fills_the_context_ends_and_is_said() -> None:
@@ -295,10 +425,12 @@ def test_a_message_longer_than_the_context_is_refused_and_nothing_is_lost() -> N
     chat = chat_with(moss)
     list(chat.send("hello"))
     kept = list(chat.token_ids)
-    with pytest.raises(MossError, match=r"The message has \d+ tokens, and the context has room for \d+"):
-        list(chat.send("word " * 500))
-    with pytest.raises(MossError, match="这条消息有"):
-        list(chat.send("很长" * 500))
+    for text in ("word " * 500, "很长" * 500):
+        with pytest.raises(
+            TooLongError, match=r"the message has \d+ tokens, and the context has room"
+        ) as told:
+            list(chat.send(text))
+        assert told.value.tokens > 500 > told.value.room > 0
     assert chat.token_ids == kept
     assert joined(list(chat.send("again"))) == [("text", "two")] and chat.turns == 2
 
@@ -320,7 +452,7 @@ def test_ctrl_c_in_the_answer_keeps_what_was_shown() -> None:
     moss = ScriptedMoss([" The answer is", KeyboardInterrupt], " Yes.<eom>")
     chat = chat_with(moss)
     events = list(chat.send("one"))
-    assert joined(events) == [("text", "The answer is"), ("notice", "Stopped.")]
+    assert joined(events) == [("text", "The answer is"), ("notice", "stopped")]
     assert transcript(chat, moss).endswith("<|MOSS|>: The answer is<eom>\n")
     assert joined(list(chat.send("two"))) == [("text", "Yes.")]
     assert transcript(chat, moss).count("<|Human|>") == 2
@@ -351,7 +483,7 @@ def test_ctrl_c_while_a_plugin_works_forgets_the_turn() -> None:
 
     moss = ScriptedMoss(" T.<eot>", ' Echo("a")<eoc>')
     chat = chat_with(moss, plugins=[Interrupted()])
-    assert joined(list(chat.send("go")))[-1] == ("notice", "Stopped.")
+    assert joined(list(chat.send("go")))[-1] == ("notice", "stopped")
     assert transcript(chat, moss) == "" and chat.turns == 0
 
 
@@ -362,7 +494,7 @@ def test_cancel_ends_the_answer_after_its_next_token() -> None:
     for event in chat.send("count"):
         events.append(event)
         chat.cancel()
-    assert joined(events)[-1] == ("notice", "Stopped.")
+    assert joined(events)[-1] == ("notice", "stopped")
     kept = joined(events)[0][1]
     assert "one two three four five".startswith(kept) and kept != "one two three four five"
     assert transcript(chat, moss).endswith(f"<|MOSS|>: {kept}<eom>\n")
@@ -414,12 +546,50 @@ def test_switching_plugins_keeps_the_turns_under_the_new_instruction() -> None:
     assert [plugin.name for plugin in chat.plugins] == ["calculator"]
 
 
-def test_notices_are_in_the_conversations_language(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capacity", [340, 420, 600])
+def test_a_switch_to_an_instruction_that_has_no_room_changes_nothing(capacity: int) -> None:
+    """Longer than the context, or so long that no turn could ever follow; in the second case the old code lost the turns."""
+    moss = ScriptedMoss(" one<eom>", " two three<eom>", capacity=capacity)
+    chat = chat_with(moss)
+    list(chat.send("hello"))
+    answer = chat.send("again")
+    first = next(event for event in answer if isinstance(event, Text))
+    plugins, token_ids, turns = chat.plugins, list(chat.token_ids), chat.turns
+    wordy = Echo()
+    size = capacity - len(moss.tokenizer.encode(meta_instruction()))
+    for words_more in (size - 40, size, 5 * size):
+        wordy.label = " a" * words_more
+        with pytest.raises(MossError, match="switch on fewer plugins"):
+            chat.switch([wordy])
+        assert (chat.plugins, chat.token_ids, chat.turns) == (plugins, token_ids, turns)
+    assert words(first) + "".join(words(event) for event in answer) == "two three"
+
+
+def test_a_switch_drops_the_oldest_turns_for_a_longer_instruction() -> None:
+    moss = ScriptedMoss(*[f" {n}{' a' * 60}<eom>" for n in range(2)], capacity=500)
+    chat = chat_with(moss)
+    list(chat.send("first"))
+    list(chat.send("second"))
+    wordy = Echo()
+    wordy.label = " a" * 60
+    assert chat.switch([wordy]) == 1 and chat.turns == 1
+    text = moss.tokenizer.decode(chat.token_ids)
+    assert text.startswith(meta_instruction([wordy]) + "<|Human|>: second<eoh>")
+
+
+def test_a_context_without_room_for_a_turn_is_refused() -> None:
+    with pytest.raises(MossError, match="the context has room for 300 tokens, and the instruction"):
+        chat_with(ScriptedMoss(capacity=300))
+
+
+def test_the_conversations_language_is_what_the_user_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     chat = chat_with(ScriptedMoss("<eom>", "<eom>", "<eom>"))
-    assert [event.text for event in chat.send("1+1")] == ["MOSS 没有作答。"]
-    assert [event.text for event in chat.send("hello")] == ["MOSS gave no answer."]
-    assert [event.text for event in chat.send("你好 MOSS")] == ["MOSS 没有作答。"]
+    spoken = []
+    for text in ("1+1", "hello", "你好 MOSS"):
+        list(chat.send(text))
+        spoken.append(chat.language)
+    assert spoken == ["zh", "en", "zh"]
 
 
 def test_languages() -> None:

@@ -4,7 +4,7 @@ All of it is one text of tokens over one key/value cache, so that only what is n
 """
 
 import dataclasses
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from threading import Event as Flag
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from moss_jt.chat.events import Event
 from moss_jt.chat.field_reader import ChatSession
 from moss_jt.chat.language import Language, language_of, user_language
 from moss_jt.chat.prompt import Piece, PromptEncoder, meta_instruction
-from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats
+from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats, least_tokens
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin, Source
@@ -60,7 +60,8 @@ class Chat:
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 
         Raises:
-            MossError: the model is no MOSS, there is no such plugin, or an option's value is impossible.
+            MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
+                no room for the meta instruction and a turn.
         """
         if max_new_tokens < 1:
             raise MossError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
@@ -70,7 +71,8 @@ class Chat:
         self.plugins = make_plugins(plugins, settings)
         self.language: Language = user_language()
         self._encoder = PromptEncoder(moss.tokenizer)
-        self._context = ConversationContext(moss.session(), self._instruction())
+        session = moss.session()
+        self._context = ConversationContext(session, self._instruction(self.plugins, session))
         self._cancelled = Flag()
         self._turn: Turn | None = None
         self._running: Generator[Event] | None = None
@@ -103,7 +105,8 @@ class Chat:
         stays in the conversation, and a turn without an answer is forgotten.
 
         Raises:
-            MossError: the message is longer than the context, or the model failed. The conversation is as before.
+            TooLongError: the message is longer than the context. The conversation is as before, here and below.
+            MossError: the model failed.
         """
         self._stop_running()
         self._cancelled.clear()
@@ -118,7 +121,6 @@ class Chat:
             self.plugins,
             params,
             self.max_new_tokens,
-            self.language,
             self._cancelled.is_set,
         )
         self._running = self._turn.events(text)
@@ -131,7 +133,8 @@ class Chat:
     def clear(self) -> None:
         """Forget the conversation."""
         self._stop_running()
-        self._context = ConversationContext(self._context.session, self._instruction())
+        session = self._context.session
+        self._context = ConversationContext(session, self._instruction(self.plugins, session))
         self._turn, self._asked = None, 0
 
     def switch(self, plugins: Iterable[str | Plugin]) -> int:
@@ -141,15 +144,25 @@ class Chat:
             how many of the oldest turns had to go, for the longer meta instruction.
 
         Raises:
-            MossError: there is no such plugin, or it lacks a setting; nothing is changed then.
+            MossError: there is no such plugin, it lacks a setting, or the context has no room for the longer instruction;
+                nothing is changed then.
         """
         made = make_plugins(plugins, self.settings)
+        instruction = self._instruction(made, self._context.session)
         self._stop_running()
         self.plugins = made
-        return self._context.change_instruction(self._instruction())
+        return self._context.change_instruction(instruction)
 
-    def _instruction(self) -> list[int]:
-        return self._encoder.encode([Piece(meta_instruction(self.plugins))])
+    def _instruction(self, plugins: Sequence[Plugin], session: ChatSession) -> list[int]:
+        """The meta instruction's tokens, where the context has room for them and a turn."""
+        instruction = self._encoder.encode([Piece(meta_instruction(plugins))])
+        needed = len(instruction) + least_tokens(self._encoder)
+        if needed > session.capacity:
+            raise MossError(
+                f"the context has room for {session.capacity} tokens, and the instruction that a conversation begins with takes "
+                f"{needed} with the shortest turn. Load the model with a larger context, or switch on fewer plugins."
+            )
+        return instruction
 
     def _stop_running(self) -> None:
         if self._running is not None:

@@ -37,7 +37,8 @@ class ConversationContext:
         return self.session.capacity - self._instruction
 
     @property
-    def _turn_start(self) -> int:
+    def turn_start(self) -> int:
+        """Where the turn that is being written begins; it moves when older turns are dropped."""
         return self._instruction + sum(self._turns)
 
     def append(self, token_ids: Sequence[int]) -> None:
@@ -45,11 +46,11 @@ class ConversationContext:
 
     def finish_turn(self) -> None:
         """What was appended since the last turn is a turn."""
-        self._turns.append(self.session.position - self._turn_start)
+        self._turns.append(self.session.position - self.turn_start)
 
     def abandon_turn(self) -> None:
         """Forget what was appended since the last turn."""
-        self.session.truncate(self._turn_start)
+        self.session.truncate(self.turn_start)
 
     def make_room(self, tokens: int) -> int:
         """Drop oldest turns until there is room, where that is possible; returns how many went.
@@ -71,7 +72,7 @@ class ConversationContext:
 
     def change_instruction(self, instruction: Sequence[int]) -> int:
         """Put another meta instruction before the turns; returns how many turns went because it is longer."""
-        kept = self.session.token_ids[self._instruction :]
+        self.abandon_turn()
         gone = self.make_room(len(instruction) - self._instruction)
         kept = self.session.token_ids[self._instruction :]
         self._instruction = len(instruction)

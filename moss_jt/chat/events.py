@@ -1,6 +1,7 @@
 """What a chat yields while it answers, for any front end to show: see moss_jt.chat.chat."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,11 +57,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the user should know, in the conversation's language; ``code`` names it for programs."""
+    """Something that the user should know. The front end words it, in chat.language: moss_jt.terminal.texts does.
+
+    code    dropped       the ``turns`` oldest turns are forgotten: the conversation has reached the end of the context
+            stopped       the user ended the answer
+            cut           the answer was cut at ``tokens`` tokens (max_new_tokens)
+            full          the answer fills the context and ends there
+            empty         there is no answer
+            results_cut   the results are longer than the context; only their first part is read
+            commands_cut  of ``commands`` commands only the first ``limit`` were run
+    values  the numbers in it, by these names
+    """
 
     kind: ClassVar[str] = "notice"
-    text: str
     code: str
+    values: Mapping[str, int] = field(default_factory=dict)
 
 
 Event = Thought | Command | Result | Text | Notice

@@ -7,6 +7,8 @@ whatever they did, ``close`` leaves the session with the field's text and its ow
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
+import numpy as np
+
 from moss_jt.chat.prompt import END_OF, PromptEncoder
 from moss_jt.engine.generate import StopStrings
 from moss_jt.engine.sampling import SamplingParams
@@ -35,59 +37,89 @@ class ChatSession(Protocol):
     def truncate(self, position: int) -> None: ...
 
     def decode(
-        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int]
+        self,
+        params: SamplingParams,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        random: np.random.Generator,
     ) -> Iterator[int]: ...
 
 
-class FieldReader:
-    """One field. Iterate over it for the text as it comes, then close it.
+class Place(Protocol):
+    """moss_jt.chat.context.ConversationContext: old turns may be dropped from before the turn that a field stands in."""
 
-    text    all text so far, without the end token
+    @property
+    def session(self) -> ChatSession: ...
+
+    @property
+    def turn_start(self) -> int: ...
+
+
+class FieldReader:
+    """One field. Read it, as often as it may go on, then take the rest and close it.
+
+    What comes out has none of the white space that the field begins with: that belongs to the format.
+
+    text    all text so far, as the model wrote it, without the end token
     ending  "end" (its own end token), "other" (another special token), "marker" (the next field's), "length", "cancelled"
     """
 
     def __init__(
         self,
-        session: ChatSession,
+        place: Place,
         encoder: PromptEncoder,
         role: str,
         params: SamplingParams,
-        max_new_tokens: int,
+        random: np.random.Generator,
         cancelled: Callable[[], bool],
     ) -> None:
         self.text = ""
         self.ending: Ending = "length"
-        self._session = session
+        self._place = place
+        self._session = place.session
         self._tokenizer = encoder.tokenizer
         self._end = encoder.ends[role]
         self._special = encoder.special
         self._params = params
-        self._max_new_tokens = max_new_tokens
+        self._random = random
         self._cancelled = cancelled
-        self._start = session.position
+        self._offset = place.session.position - place.turn_start
+        self._decoder, self._stops = IncrementalDecoder(self._tokenizer), StopStrings(MARKERS)
+        self._begun = False
 
-    def __iter__(self) -> Iterator[str]:
-        decoder, stops = IncrementalDecoder(self._tokenizer), StopStrings(MARKERS)
-        for token in self._session.decode(self._params, self._max_new_tokens, self._special):
+    @property
+    def _start(self) -> int:
+        return self._place.turn_start + self._offset
+
+    def read(self, most: int) -> Iterator[str]:
+        """The text as it comes, of at most so many more tokens. After "length" it may be called again: it goes on."""
+        for token in self._session.decode(self._params, most, self._special, self._random):
             if token in self._special:
                 self.ending = "end" if token == self._end else "other"
-                break
-            yield from self._take(stops.push(decoder.push(token)))
-            if stops.found or self._cancelled():
-                break
-        if not stops.found:
-            yield from self._take(stops.push(decoder.finish()))
-        if stops.found:
-            self.ending = "marker"
-            return
-        if self.ending == "length" and self._cancelled():
-            self.ending = "cancelled"
-        yield from self._take(stops.finish())
+                return
+            yield from self._take(self._stops.push(self._decoder.push(token)))
+            if self._stops.found:
+                self.ending = "marker"
+                return
+            if self._cancelled():
+                self.ending = "cancelled"
+                return
+
+    def rest(self) -> Iterator[str]:
+        """What was held back as the possible start of a marker, once nothing more is read.
+
+        Half a character is shown only where the model itself ended it, and not where the field was cut.
+        """
+        if self.ending in ("end", "other"):
+            yield from self._take(self._stops.push(self._decoder.finish()))
+        if not self._stops.found:
+            yield from self._take(self._stops.finish())
 
     def _take(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
-            yield piece
+        self.text += piece
+        if shown := piece if self._begun else piece.lstrip():
+            self._begun = True
+            yield shown
 
     def close(self) -> None:
         """Make the session end with this field's text and its end token."""
@@ -96,7 +128,7 @@ class FieldReader:
             return
         if last in self._special:
             self._session.truncate(self._session.position - 1)
-        elif self.ending == "marker":
+        else:
             self.replace(self.text)
         self._session.extend([self._end])
 

@@ -7,12 +7,12 @@ Without plugins the fields between question and answer say None, as trained, and
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moss_jt.chat.citations import CitationReader
 from moss_jt.chat.context import ConversationContext
-from moss_jt.chat.events import Command, Event, Text, Thought
+from moss_jt.chat.events import Command, Event, Notice, Text, Thought
 from moss_jt.chat.field_reader import FieldReader
-from moss_jt.chat.language import Language
-from moss_jt.chat.notices import notice
 from moss_jt.chat.prompt import (
     COMMANDS,
     MOSS,
@@ -53,6 +53,27 @@ class CancelledError(Exception):
     """The user wants no more of this answer."""
 
 
+class TooLongError(MossError):
+    """A message has more tokens than the context has room for, the instruction and a short answer beside it."""
+
+    def __init__(self, tokens: int, room: int) -> None:
+        super().__init__(
+            f"the message has {tokens} tokens, and the context has room for {room}. Shorten it, or load the model with "
+            "a larger context where the model and the memory allow it."
+        )
+        self.tokens, self.room = tokens, room
+
+
+def fixed_tokens(encoder: PromptEncoder) -> int:
+    """What a turn takes beside the question and what the model writes."""
+    return len(encoder.encode([*no_plugins(), *opening(MOSS)])) + CLOSING_TOKENS
+
+
+def least_tokens(encoder: PromptEncoder) -> int:
+    """The shortest turn that is any use."""
+    return len(encoder.encode(question("?"))) + fixed_tokens(encoder) + LEAST_ANSWER_TOKENS
+
+
 class Turn:
     """Iterate over ``events`` once.
 
@@ -67,7 +88,6 @@ class Turn:
         plugins: Sequence[Plugin],
         params: SamplingParams,
         max_new_tokens: int,
-        language: Language,
         cancelled: Callable[[], bool],
     ) -> None:
         self.sources: dict[int, Source] = {}
@@ -76,21 +96,21 @@ class Turn:
         self._encoder = encoder
         self._plugins = plugins
         self._params = params
+        self._random = np.random.default_rng(params.seed)  # one stream for all fields
         self._max_new_tokens = max_new_tokens
-        self._language = language
         self._cancelled = cancelled
         self._results: list[CallResult] = []
         self._answer: FieldReader | None = None
         self._answered = False  # something of the answer was shown
         self._settled = False
-        # What a turn has beside the question and what the model writes.
-        self._fixed = len(encoder.encode([*no_plugins(), *opening(MOSS)])) + CLOSING_TOKENS
+        self._fixed = fixed_tokens(encoder)
 
     def events(self, text: str) -> Generator[Event]:
         """The whole turn. However it ends, the context then holds it whole, or not at all.
 
         Raises:
-            MossError: the text is longer than the context, or the model failed.
+            TooLongError: the text is longer than the context.
+            MossError: the model failed.
         """
         asked = self._encoder.encode(question(text))
         self._check_length(len(asked))
@@ -106,15 +126,15 @@ class Turn:
             yield from self._reply()
         except (KeyboardInterrupt, CancelledError):
             self._settle()
-            yield notice("stopped", self._language)
+            yield Notice("stopped")
         finally:
             self._settle()
 
     def _think(self) -> Iterator[Event]:
         self._append(opening(THOUGHTS))
-        reader = self._field(THOUGHTS, MAX_THOUGHT_TOKENS, self._fixed + LEAST_ANSWER_TOKENS)
+        reader = self._field(THOUGHTS)
         shown = ""
-        for piece in self._pieces(reader):
+        for piece in self._whole(reader, MAX_THOUGHT_TOKENS):
             shown += piece
             if not NONE.startswith(shown):  # a thought that says None is none
                 yield Thought(shown)
@@ -124,16 +144,16 @@ class Turn:
     def _command(self) -> Generator[Event, None, list[Call]]:
         """The calls that the model writes; each is announced once it is written."""
         self._append(opening(COMMANDS))
-        reader = self._field(COMMANDS, MAX_COMMAND_TOKENS, self._fixed + LEAST_ANSWER_TOKENS)
+        reader = self._field(COMMANDS)
         announced = 0
-        for _ in self._pieces(reader):
+        for _ in self._whole(reader, MAX_COMMAND_TOKENS):
             for call in parse_commands(reader.text)[announced:MAX_CALLS]:
                 announced += 1
                 yield Command(call.text)
         self._close(reader)
         calls = parse_commands(reader.text)
         if len(calls) > MAX_CALLS:
-            yield notice("commands_cut", self._language, commands=len(calls), limit=MAX_CALLS)
+            yield Notice("commands_cut", {"commands": len(calls), "limit": MAX_CALLS})
         return calls[:MAX_CALLS]
 
     def _run(self, calls: list[Call]) -> Iterator[Event]:
@@ -149,17 +169,17 @@ class Turn:
         yield from self._make_room(len(token_ids) + keep)
         most = self._context.room - keep - LEAST_ANSWER_TOKENS
         if len(token_ids) > most:
-            yield notice("results_cut", self._language)
+            yield Notice("results_cut")
             token_ids = self._encoder.encode(shortened(self._results, self._encoder, most))
         self._append_ids(token_ids)
 
     def _reply(self) -> Iterator[Event]:
         self._append(opening(MOSS))
+        self._answer = self._field(MOSS)
         citations, end, left = CitationReader(), "", self._max_new_tokens
         while True:
             before = self.stats.new_tokens
-            self._answer = self._field(MOSS, left, CLOSING_TOKENS)
-            for piece in self._pieces(self._answer):
+            for piece in self._pieces(self._answer, left, CLOSING_TOKENS):
                 yield from self._show(citations.push(piece))
             left -= self.stats.new_tokens - before
             if self._answer.ending != "length":
@@ -172,13 +192,15 @@ class Turn:
                 end = "full"
                 break
             yield from gone
+        for piece in self._answer.rest():
+            yield from self._show(citations.push(piece))
         yield from self._show(citations.finish())
         self._cite(citations.cited)
         if not self._answered:
             end = "empty"
         self._finish()
         if end:
-            yield notice(end, self._language, tokens=self._max_new_tokens)
+            yield Notice(end, {"tokens": self._max_new_tokens} if end == "cut" else {})
 
     def _show(self, text: str) -> Iterator[Event]:
         if text:
@@ -198,14 +220,14 @@ class Turn:
     def _check_length(self, message: int) -> None:
         room = self._context.most_room - self._fixed - LEAST_ANSWER_TOKENS
         if message > room:
-            raise MossError(notice("too_long", self._language, tokens=message, room=max(0, room)).text)
+            raise TooLongError(message, max(0, room))
 
     def _make_room(self, tokens: int) -> Iterator[Event]:
         """Room for tokens and a good part of an answer, if need be by dropping the oldest turns."""
         spare = max(LEAST_ANSWER_TOKENS, self._context.session.capacity // 8)
         gone = self._context.make_room(tokens + spare)
         if gone:
-            yield notice("dropped" if gone > 1 else "dropped_one", self._language, turns=gone)
+            yield Notice("dropped", {"turns": gone})
 
     def _append(self, pieces: Iterable[Piece]) -> None:
         self._append_ids(self._encoder.encode(pieces))
@@ -214,28 +236,22 @@ class Turn:
         self._context.append(token_ids)
         self.stats.read_tokens += len(token_ids)
 
-    def _field(self, role: str, most: int, keep: int) -> FieldReader:
-        """A reader of the field that the model writes now, with ``keep`` tokens left for what comes after it."""
-        return FieldReader(
-            self._context.session,
-            self._encoder,
-            role,
-            self._params,
-            min(most, self._context.room - keep),
-            self._cancelled,
-        )
+    def _field(self, role: str) -> FieldReader:
+        """A reader of the field that the model writes now."""
+        return FieldReader(self._context, self._encoder, role, self._params, self._random, self._cancelled)
 
-    def _pieces(self, reader: FieldReader) -> Iterator[str]:
-        """The field's text as it comes, without the space that it begins with."""
-        before, begun = self._context.session.position, False
-        for piece in reader:
-            text = piece if begun else piece.lstrip()
-            if text:
-                begun = True
-                yield text
+    def _pieces(self, reader: FieldReader, most: int, keep: int) -> Iterator[str]:
+        """Text as the model writes it, of at most so many tokens, with ``keep`` left for what comes after the field."""
+        before = self._context.session.position
+        yield from reader.read(min(most, self._context.room - keep))
         self.stats.new_tokens += self._context.session.position - before
         if reader.ending == "cancelled":
             raise CancelledError
+
+    def _whole(self, reader: FieldReader, most: int) -> Iterator[str]:
+        """All text of a field of the first phase."""
+        yield from self._pieces(reader, most, self._fixed + LEAST_ANSWER_TOKENS)
+        yield from reader.rest()
 
     def _close(self, reader: FieldReader) -> None:
         """End a field of the first phase; a model that wrote nothing meant none."""

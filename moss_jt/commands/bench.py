@@ -1,6 +1,5 @@
 """moss-jt bench."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,8 @@ from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import open_store
+from moss_jt.terminal.output import json_text
+from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_speed
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
         largest = max(store.blocks, key=lambda file: file.nbytes)
         speed = disk_speed(largest.path, model_home() / "disk-speed.json").best
     text, summary = report(store.path.name, plan, times, limits, speed, peak)
-    click.echo(text)
-    click.echo(json.dumps(summary))
+    screen = Screen()
+    screen.line(text)
+    screen.line(json_text(summary))
 
 
 def limits_of(gpu: bool, tokens: int, width: int) -> "MachineLimits":

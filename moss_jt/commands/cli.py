@@ -1,12 +1,17 @@
 """The command line. A command's module is imported when that command runs, so that ``--help`` returns at once."""
 
+import contextlib
 import importlib
+import io
 import sys
 from importlib.metadata import version
+from typing import NoReturn
 
 import click
 
 from moss_jt.errors import MossError
+from moss_jt.terminal.output import bounded, message_of, silence
+from moss_jt.terminal.screen import Screen
 
 # Name, module of moss_jt.commands that holds a click command named `command`, and the line that --help shows.
 COMMANDS = {
@@ -57,16 +62,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 the input or the machine is at fault, 2 usage."""
     try:
         code = root.main(args=arguments, prog_name="moss-jt", standalone_mode=False)
-    except MossError as error:
-        click.echo(f"moss-jt: error: {error}", err=True)
-        sys.exit(1)
+    except (MossError, OSError) as error:
+        if isinstance(error, OSError):
+            silence(sys.stdout)  # it may be the one that failed
+        end(f"moss-jt: error: {message_of(error)}", 1)
     except click.exceptions.Abort:
-        click.echo("moss-jt: stopped.", err=True)
-        sys.exit(130)
+        end("moss-jt: stopped.", 130)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; Python would complain about it at exit
-        sys.exit(0)
+        text = io.StringIO()
+        error.show(text)
+        end(bounded(text.getvalue().rstrip()), error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def end(text: str, code: int) -> NoReturn:
+    """Say why the program ends, where anybody can still read it."""
+    with contextlib.suppress(MossError, SystemExit):
+        Screen(sys.stderr).line(text)
+    sys.exit(code)

@@ -2,13 +2,14 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moss_jt.commands.progress import Status, byte_bar, size_text
+from moss_jt.commands.progress import byte_bar, size_text
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.disk import folder_bytes
@@ -18,6 +19,8 @@ from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_
 from moss_jt.errors import MossError
 from moss_jt.store.locations import TINY, folder_for, model_home, remember_last, tiny_checkpoint
 from moss_jt.store.model_folder import MANIFEST
+from moss_jt.terminal.output import harmless
+from moss_jt.terminal.screen import Screen
 
 
 @click.command()
@@ -81,12 +84,13 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
         else:
             fresh = convert_source(open_source(source, keep_download, out), options, out)
     remember_last(out)
-    click.echo(
+    screen = Screen()
+    screen.line(
         f"{out} is ready ({size_text(folder_bytes(out))})."
         if fresh
         else f"{out} was converted already; nothing to do."
     )
-    click.echo(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
+    screen.line(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 
 
 def float16_folder(source: str) -> Path | None:
@@ -106,7 +110,7 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.")
     folder = model_home() / "downloads" / source.replace("/", "--")
-    return open_hub(source, folder, keep_download, out, lambda text: click.echo(text, err=True))
+    return open_hub(source, folder, keep_download, out, Screen(sys.stderr).line)
 
 
 def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> bool:
@@ -117,7 +121,7 @@ def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> 
     if checkpoint.download is not None:
         checkpoint.download.remove()
         if checkpoint.download.keep:
-            click.echo(f"The download stays in {checkpoint.download.folder}.", err=True)
+            Screen(sys.stderr).line(f"The download stays in {checkpoint.download.folder}.")
     return fresh
 
 
@@ -125,10 +129,13 @@ def run_conversion(
     source: Checkpoint | ModelFolder, recipe: Recipe, options: QuantOptions, out: Path
 ) -> bool:
     """Convert with a progress bar; False where ``out`` is finished already."""
-    status = Status()
-    recipe = options.apply(source, recipe, out, status.show)
-    with byte_bar(recipe.total_bytes, out.name, status) as (progress, notice):
-        return convert(source, recipe, out, progress, notice)
+    recipe = options.apply(source, recipe, out, lambda text: bar.set_postfix_str(text))
+    with byte_bar(out.name, recipe.total_bytes) as bar:
+
+        def notice(text: str) -> None:
+            bar.write(harmless(text), file=sys.stderr)
+
+        return convert(source, recipe, out, bar.update, notice)
 
 
 @contextlib.contextmanager

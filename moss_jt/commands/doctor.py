@@ -5,8 +5,10 @@ import sys
 import click
 
 from moss_jt.measure.doctor import examine
+from moss_jt.terminal.output import bounded
+from moss_jt.terminal.screen import Screen
 
-MARKS = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "red")}
+MARKS = {"ok": "✓", "note": "·", "problem": "✗"}
 
 
 @click.command()
@@ -15,13 +17,13 @@ def command() -> None:
 
     Each line has a verdict and, where something is to be done, says what. Exit code 1 when there is a problem.
     """
-    problems = 0
+    screen, problems = Screen(), 0
     for finding in examine():
-        mark, colour = MARKS[finding.verdict]
-        click.echo(f"{click.style(mark, fg=colour)} {finding.what:14} {finding.text}")
+        screen.write(MARKS[finding.verdict], finding.verdict)
+        screen.write(f" {finding.what:14} {finding.text}\n")
         if finding.advice:
-            click.echo(f"  {'':14} {finding.advice}")
+            screen.line(f"  {'':14} {bounded(finding.advice)}")
         problems += finding.verdict == "problem"
     if problems:
-        click.echo(f"{problems} problem(s): moss-jt cannot run before they are mended.")
+        screen.line(f"{problems} problem(s): moss-jt cannot run before they are mended.")
         sys.exit(1)

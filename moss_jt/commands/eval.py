@@ -1,6 +1,5 @@
 """moss-jt eval."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from moss_jt.moss import Moss
 from moss_jt.plan.machine import memory_budget
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.terminal.output import json_text
+from moss_jt.terminal.screen import Screen
 
 DEFAULT_CONTEXT = 1024
 MAX_CHARACTERS = 64 << 20
@@ -57,11 +58,11 @@ def command(
     with ExitStack() as stack:
         loaded = [stack.enter_context(moss).model for moss in _load(stores, context, memory)]
         predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
-        with token_bar(predicted, file.name) as advance:
+        with token_bar(file.name, predicted) as bar:
             step = min(PASS_TOKENS, *(one.pass_tokens for one in loaded))
             other = None if against is None else loaded[1]
-            result = evaluate(token_ids, loaded[0], other, context, step, advance)
-    click.echo(json.dumps(_fields(result, context)) if as_json else _table(result, model, against, context))
+            result = evaluate(token_ids, loaded[0], other, context, step, bar.update)
+    Screen().line(json_text(_fields(result, context)) if as_json else _table(result, model, against, context))
 
 
 def _window(stores: list[Store], names: list[str], context: int | None) -> int:
@@ -89,7 +90,7 @@ def _read(file: Path, max_tokens: int | None) -> str:
     """The text, or as much of it as certainly holds ``max_tokens`` tokens."""
     limit = MAX_CHARACTERS if max_tokens is None else min(MAX_CHARACTERS, max_tokens * LONGEST_TOKEN)
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             text = lines.read(limit + 1)
     except (OSError, ValueError) as error:
         raise MossError(f"{file} cannot be read as a UTF-8 text: {error}.") from error

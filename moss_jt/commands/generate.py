@@ -1,6 +1,5 @@
 """moss-jt generate."""
 
-import json
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from moss_jt.commands.options import (
     sampling_options,
 )
 from moss_jt.engine.generate import Generation
+from moss_jt.terminal.output import json_text, pass_on
 
 
 @click.command()
@@ -54,9 +54,8 @@ def command(
         )
         for piece in generation:
             if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-    click.echo(json.dumps(summary(generation), ensure_ascii=False) if as_json else "")
+                pass_on(piece)
+    pass_on((json_text(summary(generation)) if as_json else "") + "\n")
 
 
 def prompt_text(prompt: str | None) -> str:

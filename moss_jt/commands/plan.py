@@ -9,6 +9,7 @@ from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
+from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_speed
 
 # What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
@@ -60,7 +61,7 @@ def command(
         memory=given_or_assumed(memory_speed, ASSUMED_MEMORY if gpu_memory is None else ASSUMED_GPU_MEMORY),
         link=None if gpu_memory is None else given_or_assumed(link_speed, ASSUMED_LINK),
     )
-    click.echo(report(model, placed, speeds))
+    Screen().line(report(model, placed, speeds))
 
 
 def sizes_of(model: str) -> tuple[ModelSizes, Store | None]:

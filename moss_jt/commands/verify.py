@@ -6,6 +6,7 @@ from moss_jt.commands.progress import byte_bar, size_text
 from moss_jt.convert.verify import verify_store
 from moss_jt.store.locations import resolve_model
 from moss_jt.store.model_folder import open_store
+from moss_jt.terminal.screen import Screen
 
 
 @click.command()
@@ -17,8 +18,8 @@ def command(model: str | None) -> None:
     """
     store = open_store(resolve_model(model))
     total = sum(spec.nbytes for file in store.files for spec in file.tensors.values())
-    with byte_bar(total, store.path.name) as (progress, _):
-        verify_store(store, progress)
-    click.echo(
+    with byte_bar(store.path.name, total) as bar:
+        verify_store(store, bar.update)
+    Screen().line(
         f"{store.path} is whole: {size_text(total)} in {len(store.files)} files, every checksum right."
     )

@@ -59,15 +59,18 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses token after token. Made for one answer: its random numbers start at the seed.
+    """Chooses token after token. Its random numbers start at the seed, or go on with ``random`` where an answer has
+    several parts.
 
     Every chosen token costs one random number whatever the logits are, so drafts that verify several positions in one
     pass choose the same tokens as single steps.
     """
 
-    def __init__(self, params: SamplingParams, token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, token_ids: Iterable[int], random: np.random.Generator | None = None
+    ) -> None:
         self.params = params
-        self._random = np.random.default_rng(params.seed)
+        self._random = np.random.default_rng(params.seed) if random is None else random
         self._seen = set(token_ids)
 
     def add(self, token_id: int) -> None:

@@ -85,5 +85,5 @@ def make_reader(prompt: str) -> LineReader:
     if sys.stdin.isatty() and sys.stdout.isatty():
         return PromptReader(prompt, writable(history_path()))
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     return PipeReader(sys.stdin)

@@ -6,12 +6,13 @@ from collections.abc import Generator
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Result, Text, Thought
+from moss_jt.chat.turn import TooLongError
 from moss_jt.errors import MossError
 from moss_jt.plugins.registry import plugin_names
 from moss_jt.terminal.line_input import LineReader
 from moss_jt.terminal.pictures import Shower
 from moss_jt.terminal.screen import Screen, shortened
-from moss_jt.terminal.texts import say
+from moss_jt.terminal.texts import notice_text, say
 
 NAME = "MOSS"
 PROMPT = "› "
@@ -60,7 +61,7 @@ class TurnView:
                 self._screen.write(f"{NAME} ", "name")
             self._screen.write(event.text)
         else:
-            self._notice(event.text)
+            self._notice(notice_text(event, self._chat.language))
         self._kind = event.kind
 
     def _show_thought(self, event: Thought) -> None:
@@ -166,8 +167,11 @@ class Terminal:
         else:
             try:
                 self.answer(line)
+            except TooLongError as error:
+                too_long = say("too_long", self._chat.language, tokens=error.tokens, room=error.room)
+                self._screen.line(too_long, "warning")
             except MossError as error:
-                self._screen.line(str(error), "warning")
+                self._screen.error(error)
         self._screen.line()
 
     def _greet(self) -> None:
@@ -196,7 +200,7 @@ class Terminal:
             if names:
                 self._chat.switch([*wanted, *(name for name in names if name not in on)])
         except MossError as error:
-            self._screen.line(str(error), "warning")
+            self._screen.error(error)
             return
         on_now = {plugin.name for plugin in self._chat.plugins}
         known = [*plugin_names(), *sorted(on_now - set(plugin_names()))]

@@ -1,7 +1,6 @@
 """Text on a terminal: styles where it has any, and nothing from a model, a file or the network that could command it."""
 
 import os
-import re
 import shutil
 import sys
 import unicodedata
@@ -9,16 +8,18 @@ from collections.abc import Mapping
 from io import TextIOWrapper
 from typing import TextIO
 
-# Control characters (escape sequences begin with one, 7-bit or 8-bit), but for tab and newline; and marks that
-# turn the direction of writing around, with which a text can pretend to be another.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+from moss_jt.terminal.output import harmless, message_of, write
 
-STYLES = {"dim": "2", "bold": "1", "command": "36", "warning": "33", "name": "1;32"}
-
-
-def harmless(text: str) -> str:
-    """Foreign text as a terminal may get it: without control characters, and without halves of surrogate pairs."""
-    return CONTROLS.sub("", text).encode("utf-8", "replace").decode()
+STYLES = {
+    "dim": "2",
+    "bold": "1",
+    "command": "36",
+    "warning": "33",
+    "name": "1;32",
+    "ok": "32",
+    "note": "33",
+    "problem": "31",
+}
 
 
 def shortened(text: str, columns: int) -> str:
@@ -32,7 +33,11 @@ def shortened(text: str, columns: int) -> str:
 
 
 class Screen:
-    """Writes to a stream, at once. Everything but ``raw`` is made harmless first."""
+    """Writes to a stream, at once. Everything but ``raw`` is made harmless first.
+
+    Raises:
+        MossError: by every method: the stream cannot be written.
+    """
 
     def __init__(self, stream: TextIO | None = None, environment: Mapping[str, str] = os.environ) -> None:
         self.stream = sys.stdout if stream is None else stream
@@ -66,6 +71,10 @@ class Screen:
         self.raw("\n")
         self._column_0 = True
 
+    def error(self, error: Exception, before: str = "") -> None:
+        """What is wrong, as people read it."""
+        self.line(before + message_of(error), "warning")
+
     def fresh_line(self) -> None:
         """Be at the beginning of a line."""
         self.end_wait()
@@ -86,5 +95,4 @@ class Screen:
 
     def raw(self, text: str) -> None:
         """Our own text, escape sequences included."""
-        self.stream.write(text)
-        self.stream.flush()
+        write(self.stream, text)

@@ -1,5 +1,6 @@
-"""What the terminal says by itself, in both languages."""
+"""What the terminal says by itself, in both languages, the chat's notices among it."""
 
+from moss_jt.chat.events import Notice
 from moss_jt.chat.language import Language
 
 TEXTS: dict[str, tuple[str, str]] = {
@@ -42,6 +43,36 @@ TEXTS: dict[str, tuple[str, str]] = {
     "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 结束。"),
     "bye": ("Goodbye!", "再见！"),
     "stopped": ("Stopped.", "已停止。"),
+    "dropped": (
+        "The conversation has reached the end of the context: its {turns} oldest turns are forgotten.",
+        "对话已到上下文末尾，最早的 {turns} 轮已被遗忘。",
+    ),
+    "dropped_one": (
+        "The conversation has reached the end of the context: its oldest turn is forgotten.",
+        "对话已到上下文末尾，最早的一轮已被遗忘。",
+    ),
+    "cut": (
+        "The answer was cut at {tokens} tokens. Ask MOSS to go on, or give --max-new-tokens a larger number.",
+        "回答在 {tokens} 个词元处被截断。可以请 MOSS 继续，或增大 --max-new-tokens。",
+    ),
+    "full": (
+        "The answer fills the context and ends here.",
+        "回答已占满上下文，到此为止。",
+    ),
+    "empty": ("MOSS gave no answer.", "MOSS 没有作答。"),
+    "too_long": (
+        "The message has {tokens} tokens, and the context has room for {room}. Shorten it, or start with a larger --context "
+        "where the model and the memory allow it.",
+        "这条消息有 {tokens} 个词元，而上下文只能容纳 {room} 个。请缩短消息，或在模型和内存允许时增大 --context。",
+    ),
+    "results_cut": (
+        "The results are longer than the context; MOSS reads the first part.",
+        "结果超出上下文长度，MOSS 只读取前一部分。",
+    ),
+    "commands_cut": (
+        "MOSS gave {commands} commands; only the first {limit} were run.",
+        "MOSS 给出了 {commands} 条命令，只执行了前 {limit} 条。",
+    ),
     "no_result": ("no result", "没有结果"),
     "picture": ("picture: {path}", "图片：{path}"),
     "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
@@ -60,7 +91,13 @@ TEXTS: dict[str, tuple[str, str]] = {
 }
 
 
-def say(code: str, language: Language, **values: str) -> str:
+def say(code: str, language: Language, **values: str | int) -> str:
     """A text by name, filled in."""
     english, chinese = TEXTS[code]
     return (chinese if language == "zh" else english).format(**values)
+
+
+def notice_text(notice: Notice, language: Language) -> str:
+    """A chat's notice in words."""
+    one = notice.code == "dropped" and notice.values["turns"] == 1
+    return say("dropped_one" if one else notice.code, language, **notice.values)

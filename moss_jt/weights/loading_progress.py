@@ -1,36 +1,32 @@
 """How far loading weights has come, on a terminal, once it takes its time."""
 
-import sys
-import time
-
-from moss_jt.store.sizes import GIB
+from tqdm import tqdm
 
 PATIENCE_S = 2.0  # loading that is quicker is not worth a line
 EACH_S = 0.2
 
+# No thread that watches the bars: Jittor forks its compilers, and a fork may inherit a lock that a thread holds.
+tqdm.monitor_interval = 0
+
 
 class LoadingProgress:
-    """One line on stderr that counts ``total_bytes``; nothing where nobody watches."""
+    """One line on stderr that counts ``total_bytes`` and goes when it is closed; nothing where nobody watches."""
 
     def __init__(self, total_bytes: int) -> None:
-        self._total = total_bytes
-        self._done = 0
-        self._next = time.monotonic() + PATIENCE_S
-        self._shown = False
+        self._bar = tqdm(
+            total=total_bytes,
+            desc="moss-jt: reading weights into memory",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            delay=PATIENCE_S,
+            mininterval=EACH_S,
+            leave=False,
+            disable=None,
+        )
 
     def advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        now = time.monotonic()
-        if now >= self._next and sys.stderr.isatty():
-            done, total = self._done / GIB, self._total / GIB
-            sys.stderr.write(f"\rmoss-jt: reading weights into memory, {done:.1f} of {total:.1f} GiB ")
-            sys.stderr.flush()
-            self._next = now + EACH_S
-            self._shown = True
+        self._bar.update(n_bytes)
 
     def close(self) -> None:
-        """Clear the line: what follows is the program's own."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = False
+        self._bar.close()

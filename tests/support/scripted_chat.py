@@ -13,9 +13,9 @@ from tests.support.tokenizers import tiny_tokenizer
 
 VOCABULARY = 2176
 
-# What the model writes into one field: text, whose special tokens count as such; an exception that the pass raises; or an
-# event that it waits for.
-Written = str | type[BaseException] | threading.Event
+# What the model writes into one field: text, whose special tokens count as such; a token; an exception that the pass raises;
+# or an event that it waits for.
+Written = str | int | type[BaseException] | threading.Event
 
 
 class ScriptedModel:
@@ -43,6 +43,10 @@ class ScriptedModel:
         self._start, self._writing = position, []
         for part in self._fields.pop(0):
             self._writing += self._tokenizer.encode(part) if isinstance(part, str) else [part]
+
+    def forget_field(self) -> None:
+        """The next field is never asked for."""
+        self._fields.pop(0)
 
     @property
     def finished(self) -> bool:
@@ -72,12 +76,16 @@ class ScriptedModel:
 
 class ScriptedSession(Session):
     def decode(
-        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int] = ()
+        self,
+        params: SamplingParams,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        random: np.random.Generator | None = None,
     ) -> Iterator[int]:
         assert isinstance(self.model, ScriptedModel)
         if max_new_tokens > 0:
             self.model.begin(self.position)
-        yield from super().decode(params, max_new_tokens, stop_ids)
+        yield from super().decode(params, max_new_tokens, stop_ids, random)
 
 
 class ScriptedMoss:
