@@ -10,7 +10,7 @@ from moss_jt.store.model_folder import MANIFEST, Store, TensorSpec, local_name, 
 PIECE_BYTES = 16 << 20
 
 
-def verify_store(store: Store, progress: Callable[[int], None] = lambda count: None) -> None:
+def verify_store(store: Store, progress: Callable[[int], object] = lambda count: None) -> None:
     """Read every tensor and compare.
 
     Raises:
@@ -27,7 +27,7 @@ def verify_store(store: Store, progress: Callable[[int], None] = lambda count: N
                 )
 
 
-def _checksum(path: Path, spec: TensorSpec, progress: Callable[[int], None]) -> str:
+def _checksum(path: Path, spec: TensorSpec, progress: Callable[[int], object]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(spec.offset)

@@ -16,7 +16,7 @@ from moss_jt.convert.layout import Target
 from moss_jt.store.model_folder import DTYPES
 
 ALIGNMENT = 4096
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 def target_bytes(target: Target) -> int:
