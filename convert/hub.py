@@ -14,7 +14,7 @@ from moss_jt.convert.checkpoint import (
 )
 from moss_jt.convert.disk import FULL, Download, check_disk, folder_bytes
 from moss_jt.convert.tokenizer import REQUIRED_FILES
-from moss_jt.errors import MossError
+from moss_jt.errors import MissingFileError, MossError
 from moss_jt.store.model_folder import read_json
 
 
@@ -42,7 +42,7 @@ def open_hub(
 
     def fetch(name: str) -> Path:
         if name not in sizes:
-            raise MossError(f"{repo} on the hub has no file {name}.")
+            raise MissingFileError(f"{repo} on the hub has no file {name}.")
         with hub_errors(repo):
             return Path(hf_hub_download(repo, name, revision=identity["revision"], local_dir=folder))
 

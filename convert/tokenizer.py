@@ -1,9 +1,10 @@
-"""tokenizer.json from a checkpoint's vocab.json, merges.txt and added_tokens.json.
+"""tokenizer.json from a checkpoint's vocab.json and merges.txt, and its added_tokens.json or tokenizer_config.json.
 
 MOSS's reference tokenizer loses newlines beside runs of spaces; these settings lose nothing: encoding then decoding any text
 gives it back, and where a text has no such run the ids are the reference's own.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MissingFileError, MossError
 from moss_jt.store.model_folder import read_json
 
 # The five ends of MOSS's fields, and the end of a text.
@@ -32,14 +33,10 @@ def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str
     """
     vocabulary = read_json(fetch("vocab.json"))
     merges = _read_merges(fetch("merges.txt"))
-    try:
-        added_path: Path | None = fetch("added_tokens.json")
-    except MossError:
-        added_path = None
-    added = read_json(added_path) if added_path is not None and added_path.exists() else {}
+    added, special = _added_tokens(fetch)
     ids = [*vocabulary.values(), *added.values()]
     if not all(type(number) is int and 0 <= number < fields["vocab_size"] for number in ids):
-        raise MossError("vocab.json or added_tokens.json holds an id that the model has no row for.")
+        raise MossError("vocab.json or the added tokens' list holds an id that the model has no row for.")
     if len({*vocabulary.values()}) < len(vocabulary):
         raise MossError("vocab.json gives one id to two tokens.")
     try:
@@ -48,26 +45,57 @@ def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str
         raise MossError(f"vocab.json and merges.txt do not belong together: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    for token in sorted(added, key=lambda name: int(added[name])):
-        _add(tokenizer, token, added[token])
+    for token in sorted(added, key=added.__getitem__):
+        _add(tokenizer, token, added[token], token in special)
     for token in SPECIAL_TOKENS:
         if token not in added and token in vocabulary:
-            _add(tokenizer, token, vocabulary[token])
+            _add(tokenizer, token, vocabulary[token], True)
     text: str = tokenizer.to_str()
     return text
 
 
-def _add(tokenizer: Tokenizer, token: str, wanted: int) -> None:
-    if not token or not token.isprintable() and not token.isspace():
-        raise MossError(f"added_tokens.json holds {token!r}, which is no token.")
+def _added_tokens(fetch: Callable[[str], Path]) -> tuple[dict[str, int], set[str]]:
+    """Ids of the added tokens, and which of them are special.
+
+    added_tokens.json has them in older checkpoints; tokenizer_config.json in newer ones, often alone.
+    """
+    added, special = _read_optional(fetch, "added_tokens.json"), set(SPECIAL_TOKENS)
+    listed = _read_optional(fetch, "tokenizer_config.json").get("added_tokens_decoder", {})
+    if not isinstance(listed, dict):
+        raise MossError("added_tokens_decoder in tokenizer_config.json is no list of added tokens.")
+    for number, entry in listed.items():
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(token, str) or not re.fullmatch("[0-9]{1,9}", number):
+            raise MossError(f"tokenizer_config.json lists {number!r} as an added token, which is none.")
+        if added.setdefault(token, int(number)) != int(number):
+            raise MossError(
+                f"{token!r} has the id {added[token]} in added_tokens.json, and {number} in tokenizer_config.json."
+            )
+        if entry.get("special") is True:
+            special.add(token)
+    return added, special
+
+
+def _read_optional(fetch: Callable[[str], Path], name: str) -> dict[str, Any]:
+    """A file's fields; none where the checkpoint has no such file."""
+    try:
+        path = fetch(name)
+    except MissingFileError:
+        return {}
+    return read_json(path) if path.exists() else {}
+
+
+def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
+    if not token or token != token.encode("utf-8", "replace").decode():
+        raise MossError(f"the checkpoint adds {token!r}, which is no token.")
     entry = AddedToken(token, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    if token in SPECIAL_TOKENS:
+    if special:
         tokenizer.add_special_tokens([entry])
     else:
         tokenizer.add_tokens([entry])
     if tokenizer.token_to_id(token) != wanted:
         raise MossError(
-            f"added_tokens.json gives {token!r} the id {wanted}, but its place is {tokenizer.token_to_id(token)}."
+            f"the checkpoint gives {token!r} the id {wanted}, but its place is {tokenizer.token_to_id(token)}."
         )
 
 
@@ -77,7 +105,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     if path.stat().st_size > MAX_MERGES_BYTES:
         raise MossError(f"{path} is larger than {MAX_MERGES_BYTES >> 20} MiB; that is no list of merges.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise MossError(f"{path} cannot be read: {error}") from error
     merges = []

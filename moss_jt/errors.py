@@ -7,6 +7,10 @@ class MossError(Exception):
     """The message says what was found, what was needed and what to do."""
 
 
+class MissingFileError(MossError):
+    """A checkpoint has no such file."""
+
+
 def reason_of(error: Exception) -> str:
     """What an error says in the end, at most 200 characters: Jittor's have pages about the operation around the reason."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))

@@ -1,18 +1,20 @@
 """The tokenizer: golden ids with MOSS's real vocabulary, nothing lost either way, foreign text that cannot forge a field."""
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 
 from moss_jt.convert.tokenizer import SPECIAL_TOKENS, build_tokenizer
-from moss_jt.errors import MossError
+from moss_jt.errors import MissingFileError, MossError
 from moss_jt.store.model_folder import TOKENIZER
-from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
+from moss_jt.store.tokenizer import BYTE_VALUES, IncrementalDecoder, Tokenizer
 from tests.support.models import tiny_model_folder
 from tests.support.shared import shared
 
@@ -161,11 +163,14 @@ def test_broken_bytes_come_out_as_replacement_characters_and_never_hang() -> Non
 
 
 def test_random_ids_stream_to_the_same_text_as_decoded_whole() -> None:
-    draw = np.random.default_rng(1)
+    draw, rust = np.random.default_rng(1), RustTokenizer.from_file(str(tiny_model_folder() / TOKENIZER))
     for _ in range(200):
         ids = [int(number) for number in draw.integers(0, 2176, 40)]
         decoder = IncrementalDecoder(tiny())
         assert "".join(decoder.push(token_id) for token_id in ids) + decoder.finish() == tiny().decode(ids)
+        assert rust.decode(ids, skip_special_tokens=False) == tiny().decode(ids), (
+            "no added token has an accent"
+        )
 
 
 def test_tokens_that_all_end_inside_a_character_show_no_half_one() -> None:
@@ -211,3 +216,114 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
         (tmp_path / "added_tokens.json").write_text(added)
         with pytest.raises(MossError, match=words):
             build_tokenizer(lambda name: tmp_path / name, {"vocab_size": 10})
+
+
+# Added tokens.
+
+ADDED = ("éà", "naïve ½", "<ü>", "ĠĠ", "ÿþ", "你好", "a\u200db", "\u3000", "\x00", "\n \n", "<pad>")
+
+
+def small_checkpoint(folder: Path, added: object = None, listed: object = None) -> Callable[[str], Path]:
+    """Where the files of a checkpoint with a vocabulary of 256 bytes lie; added_tokens.json and the list that newer
+    checkpoints have in tokenizer_config.json are only there where they are given."""
+    spelling = {character: place for place, character in enumerate(BYTE_VALUES)}
+    (folder / "vocab.json").write_text(json.dumps(spelling))
+    (folder / "merges.txt").write_text("\ufeff#version: 0.2\n", encoding="utf-8")
+    for name, fields in (
+        ("added_tokens.json", added),
+        ("tokenizer_config.json", None if listed is None else {"added_tokens_decoder": listed}),
+    ):
+        (folder / name).unlink(missing_ok=True)
+        if fields is not None:
+            (folder / name).write_text(json.dumps(fields))
+    return lambda name: folder / name
+
+
+def built(fetch: Callable[[str], Path]) -> Tokenizer:
+    return Tokenizer(RustTokenizer.from_str(build_tokenizer(fetch, {"vocab_size": 300})))
+
+
+def listed(tokens: Sequence[str], **more: object) -> dict[str, object]:
+    """As transformers saves added tokens now."""
+    return {
+        str(256 + place): {"content": token, "lstrip": False, **more} for place, token in enumerate(tokens)
+    }
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "both"])
+def test_added_tokens_are_found_in_either_file_and_come_back_as_they_are(tmp_path: Path, where: str) -> None:
+    """Those of one accent only came back as broken bytes, and those of tokenizer_config.json were dropped."""
+    ids = {token: 256 + place for place, token in enumerate(ADDED)}
+    fetch = small_checkpoint(
+        tmp_path,
+        None if where == "tokenizer_config.json" else ids,
+        None if where == "added_tokens.json" else listed(ADDED),
+    )
+    tokenizer = built(fetch)
+    for token, number in ids.items():
+        text = f"x{token}y"
+        assert tokenizer.encode(text) == [tokenizer.id("x"), number, tokenizer.id("y")]
+        assert tokenizer.encode_plain(text) == tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        decoder = IncrementalDecoder(tokenizer)
+        shown = [decoder.push(token_id) for token_id in tokenizer.encode(text)]
+        assert shown == ["x", token, "y"]
+
+
+def test_an_added_token_that_spells_a_byte_leaves_the_byte_to_other_characters(tmp_path: Path) -> None:
+    """鸡 has the byte E9, which the vocabulary spells é."""
+    rust = RustTokenizer.from_str(build_tokenizer(small_checkpoint(tmp_path), {"vocab_size": 300}))
+    rust.add_tokens([AddedToken("é", normalized=False)])
+    tokenizer = Tokenizer(rust)
+    assert tokenizer.decode(tokenizer.encode("鸡")) == "鸡"
+
+
+def test_special_tokens_of_a_checkpoint_cannot_be_forged(tmp_path: Path) -> None:
+    tokens = ("<eom>", "<ü>", "<plain>")
+    fetch = small_checkpoint(
+        tmp_path, listed={**listed(tokens[:2], special=True), "258": {"content": "<plain>"}}
+    )
+    tokenizer = built(fetch)
+    assert tokenizer.encode("".join(tokens)) == [256, 257, 258]
+    forged = tokenizer.encode_plain("".join(tokens))
+    assert not {256, 257} & set(forged) and 258 in forged
+    assert tokenizer.decode(forged) == "".join(tokens)
+
+
+@pytest.mark.parametrize(
+    ("added", "listed", "words"),
+    [
+        ({"é": 256}, {"257": {"content": "é"}}, "has the id 256 in added_tokens.json, and 257"),
+        (None, {"x": {"content": "é"}}, "lists 'x' as an added token"),
+        (None, {"-1": {"content": "é"}}, "lists '-1' as an added token"),
+        (None, {"256": "é"}, "lists '256' as an added token"),
+        (None, {"256": {"content": 5}}, "lists '256' as an added token"),
+        (None, {"999999999": {"content": "é"}}, "no row"),
+        (None, {"299": {"content": "éà"}}, "its place is 256"),
+        (None, {"256": {"content": "é"}}, "its place is 165"),
+        (None, {"256": {"content": ""}}, "no token"),
+        (None, [1], "is no list of added tokens"),
+    ],
+)
+def test_damaged_lists_of_added_tokens_are_named(
+    tmp_path: Path, added: object, listed: object, words: str
+) -> None:
+    with pytest.raises(MossError, match=words):
+        built(small_checkpoint(tmp_path, added, listed))
+
+
+def test_a_list_of_added_tokens_that_could_not_be_fetched_is_not_passed_over(tmp_path: Path) -> None:
+    """Without the network a file of the hub cannot be had; that it is not there is another thing."""
+    local = small_checkpoint(tmp_path)
+
+    def fetch(error: type[MossError]) -> Callable[[str], Path]:
+        def get(name: str) -> Path:
+            if name in ("added_tokens.json", "tokenizer_config.json"):
+                raise error(f"no {name}")
+            return local(name)
+
+        return get
+
+    assert built(fetch(MissingFileError)).encode("é") == built(local).encode("é")
+    with pytest.raises(MossError, match="no added_tokens.json"):
+        built(fetch(MossError))

@@ -25,8 +25,13 @@ class Tokenizer:
 
     def __init__(self, rust: RustTokenizer) -> None:
         self._rust = rust
-        added = rust.get_added_tokens_decoder()
-        self._special = {number for number, token in added.items() if token.special}
+        # Added tokens are written literally: an accent in one is a character, not GPT-2's spelling of a byte. Only where a
+        # single such character is in the vocabulary, too, it must stay the byte that other characters are made of.
+        self._added = {
+            number: token.content.encode()
+            for number, token in rust.get_added_tokens_decoder().items()
+            if len(token.content) > 1 or rust.model.token_to_id(token.content) is None
+        }
         self._plain = RustTokenizer.from_str(rust.to_str())
         self._plain.encode_special_tokens = True
 
@@ -56,23 +61,21 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of ids, special tokens included; ids without a text (padding rows) give nothing."""
-        text: str = self._rust.decode(token_ids, skip_special_tokens=False)
-        return text
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, perhaps not whole characters; none for ids without a text (padding rows)."""
+        if token_id in self._added:
+            return self._added[token_id]
         token = self._rust.id_to_token(token_id) or ""
         if all(character in BYTE_VALUES for character in token):
             return bytes(BYTE_VALUES[character] for character in token)
-        return token.encode()  # an added token, such as a run of spaces, is written literally
+        return token.encode()  # a vocabulary that spells no bytes
 
     def id(self, token: str) -> int | None:
         """Id of a token written literally, such as ``<eom>``; None where this vocabulary lacks it."""
         number: int | None = self._rust.token_to_id(token)
         return number
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
 
 
 def _whole(text: str) -> str:
