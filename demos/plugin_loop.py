@@ -23,6 +23,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.plugins import execute
 from moss_jt.plugins.registry import make_plugins
+from moss_jt.terminal.output import pass_on
 
 PLUGINS = ["calculator", "solver"]
 GREEDY = SamplingParams(temperature=0)
@@ -63,4 +64,4 @@ def one_turn(moss: Moss, message: str) -> str:
 if __name__ == "__main__":
     with Moss.load(model_folder("moss-tiny")) as moss:
         for message in sys.argv[1:] or ["What is 37 times 48?", "解方程3*x+5=20"]:
-            print(one_turn(moss, message))
+            pass_on(one_turn(moss, message) + "\n")

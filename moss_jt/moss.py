@@ -19,7 +19,7 @@ from moss_jt.plan.placement import plan_gpu_here, plan_here
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import Store, open_store
-from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
+from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from moss_jt.engine.model import Model
@@ -135,15 +135,15 @@ class Moss:
         top_p: float = 0.8,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> Generation:
         """Continue a text.
 
         Args:
-            prompt: text (special tokens in it count as such), or token ids.
+            prompt: text (special tokens in it count as such, a byte order mark before it does not), or token ids.
             max_new_tokens: the most tokens of the answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
-            stop: a string, or several, that end the answer; they are not part of its text.
+            stop: a string, or several, that end the answer; they are not part of its text. None for none.
 
         Returns:
             An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
@@ -152,11 +152,14 @@ class Moss:
             MossError: the prompt is empty or longer than the context, or an option's value is impossible.
         """
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
+        else:
+            token_ids = list(prompt)
         self._check(token_ids)
         session = self.session()
         session.extend(token_ids)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         return Generation(session, decoder, params, max_new_tokens, self.stop_ids, stops, self.load_s)
 

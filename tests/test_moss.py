@@ -53,6 +53,15 @@ def test_text_and_its_token_ids_are_the_same_prompt(moss: Moss) -> None:
     assert answers[0] == answers[1]
 
 
+def test_no_stop_strings_and_a_byte_order_mark_change_nothing(moss: Moss) -> None:
+    answers = [
+        list(moss.generate(text, max_new_tokens=8, temperature=0, stop=stop))
+        for text in (TEXT, "\ufeff" + TEXT)
+        for stop in (None, (), [])
+    ]
+    assert all(answer == answers[0] for answer in answers)
+
+
 def test_it_stops_at_the_end_of_the_answer(moss: Moss) -> None:
     generation = moss.generate("<|Human|>: Hello<eoh>\n<|Inner Thoughts|>: None<eot>\n", temperature=0)
     text = "".join(generation)

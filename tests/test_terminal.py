@@ -10,20 +10,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moss_jt.chat.chat import Chat
+from moss_jt.chat.events import Notice
+from moss_jt.plugins import registry
 from moss_jt.plugins.interface import Plugin
-from moss_jt.terminal.line_input import PipeReader, history_path, writable
-from moss_jt.terminal.loop import Terminal
-from moss_jt.terminal.screen import Screen, harmless, shortened
+from moss_jt.terminal.line_input import PipeReader, PromptReader, history_path, writable
+from moss_jt.terminal.loop import PROMPT, Terminal
+from moss_jt.terminal.output import harmless
+from moss_jt.terminal.screen import Screen, shortened
+from moss_jt.terminal.texts import TEXTS, notice_text
 from tests.support.own_plugins import Echo, Painter, Shelf
 from tests.support.scripted_chat import ScriptedMoss
 
 ROOT = Path(__file__).resolve().parents[1]
+EVIL = "a\x1b[31mb\x1b]0;title\x07c\x9b2Jd\x00e\x08f\rg\u202eh\u2066i\x7fj\tk\nl"
 
 
 class Tty(io.StringIO):
@@ -113,8 +119,12 @@ def test_the_conversations_language_is_the_terminals(monkeypatch: pytest.MonkeyP
 
 
 def test_a_message_that_is_too_long_is_said_and_the_chat_goes_on() -> None:
-    shown = conversation(ScriptedMoss(" fine<eom>", capacity=400), f"{'word ' * 900}\nshort\n")
-    assert "and the context has room for" in shown and "MOSS fine" in shown
+    moss = ScriptedMoss(" fine<eom>", capacity=400)
+    shown = conversation(moss, f"{'word ' * 900}\n{'很长' * 500}\nshort\n")
+    assert re.search(
+        r"The message has \d+ tokens, and the context has room for \d+. Shorten it, or .* --context", shown
+    )
+    assert "这条消息有" in shown and "MOSS fine" in shown
 
 
 def test_ctrl_c_in_the_loop_that_shows_ends_the_answer() -> None:
@@ -134,7 +144,101 @@ def test_ctrl_c_in_the_loop_that_shows_ends_the_answer() -> None:
     assert "MOSS a b\n(Stopped.)\n" in shown and "MOSS fine" in shown
 
 
-EVIL = "a\x1b[31mb\x1b]0;title\x07c\x9b2Jd\x00e\x08f\rg\u202eh\u2066i\x7fj\tk\nl"
+# Plugins that others installed.
+
+
+class BrokenPoint:
+    """An entry point of a package that cannot be imported, or whose plugin cannot be made."""
+
+    name = "broken"
+
+    def __init__(self, error: BaseException, when: str) -> None:
+        self._error, self._when = error, when
+
+    def load(self) -> Any:
+        if self._when == "import":
+            raise self._error
+        return self._make
+
+    def _make(self) -> Any:
+        raise self._error
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize("when", ["import", "call"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'gone'"), "ModuleNotFoundError: No module named 'gone'"),
+        (AttributeError(f"no {EVIL}"), "AttributeError: no a"),
+        (SyntaxError("invalid syntax", ("x.py", 1, 1, "def", 1, 2)), "SyntaxError: invalid syntax"),
+        (SystemExit(3), "SystemExit: 3"),
+        (RuntimeError("x" * 100_000), "RuntimeError: xxx"),
+        (Unprintable(), "Unprintable"),
+        (OSError(13, "Permission denied"), "PermissionError"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_is_said_and_the_conversation_goes_on(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, reason: str, when: str
+) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: [BrokenPoint(error, when)])
+    moss = ScriptedMoss(" one<eom>", " two<eom>")
+    shown = conversation(moss, "hello\n/plugins broken\n/plugins broken, calculator\nand now?\n/plugins\n")
+    told = [line for line in shown.splitlines() if line.startswith("the plugin broken cannot be loaded: ")]
+    assert len(told) == 2 and reason in told[0] and len(told[0]) < 300
+    assert "MOSS one" in shown and "MOSS two" in shown and "○ calculator" in shown and "○ broken" in shown
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", shown)
+
+
+def test_ctrl_c_while_a_plugin_is_switched_on_ends_that_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: [BrokenPoint(KeyboardInterrupt(), "import")])
+    shown = conversation(ScriptedMoss(" one<eom>"), "/plugins broken\nhello\n")
+    assert "Stopped." in shown and "MOSS one" in shown and shown.endswith("Goodbye!\n")
+
+
+def test_turns_that_a_switch_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wordy(Echo):
+        name, label = "wordy", " a" * 60
+
+    point = EntryPoint("wordy", "somewhere:Wordy", registry.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Wordy)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    moss = ScriptedMoss(f" 0{' a' * 60}<eom>", f" 1{' a' * 60}<eom>", capacity=500)
+    shown = conversation(moss, "first\nsecond\n/plugins wordy\n")
+    assert shown.count("its oldest turn is forgotten") == 1 and "● wordy" in shown
+
+
+# Notices.
+
+
+def test_notices_are_worded_in_both_languages() -> None:
+    assert notice_text(Notice("dropped", {"turns": 1}), "en").endswith("its oldest turn is forgotten.")
+    assert notice_text(Notice("dropped", {"turns": 3}), "zh") == "对话已到上下文末尾，最早的 3 轮已被遗忘。"
+    assert "at 20 tokens" in notice_text(Notice("cut", {"tokens": 20}), "en")
+    assert notice_text(Notice("commands_cut", {"commands": 12, "limit": 10}), "en") == (
+        "MOSS gave 12 commands; only the first 10 were run."
+    )
+    for code in ("stopped", "full", "empty", "results_cut"):
+        english, chinese = (notice_text(Notice(code), language) for language in ("en", "zh"))
+        assert (english, chinese) == TEXTS[code]
+
+
+def test_only_the_terminal_knows_its_options() -> None:
+    """Other front ends show what a chat yields, too."""
+    for path in (ROOT / "moss_jt" / "chat").glob("*.py"):
+        assert not re.search(r"--[a-z]", path.read_text(encoding="utf-8")), path.name
+
+
+def test_a_full_disk_or_odd_bytes_in_the_history_end_no_conversation(tmp_path: Path) -> None:
+    reader = PromptReader(PROMPT, Path("/dev/full"))
+    reader._session.history.append_string("text")
+    reader = PromptReader(PROMPT, tmp_path / "history")
+    reader._session.history.append_string("a\udcff")
+    assert (tmp_path / "history").read_text().endswith("+a?\n")
 
 
 def test_no_control_character_reaches_the_terminal() -> None:

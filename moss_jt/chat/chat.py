@@ -144,8 +144,8 @@ class Chat:
             how many of the oldest turns had to go, for the longer meta instruction.
 
         Raises:
-            MossError: there is no such plugin, it lacks a setting, or the context has no room for the longer instruction;
-                nothing is changed then.
+            MossError: there is no such plugin, it cannot be loaded or lacks a setting, or the context has no room for the
+                longer instruction; nothing is changed then.
         """
         made = make_plugins(plugins, self.settings)
         instruction = self._instruction(made, self._context.session)

@@ -30,6 +30,7 @@ from moss_jt.errors import MossError
 from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.interface import Plugin, Source
 from moss_jt.plugins.run import MAX_CALLS, CallResult, iterate_results
+from moss_jt.store.tokenizer import BYTE_ORDER_MARK
 
 MAX_ANSWER_TOKENS = 1024
 # About twice the longest of the recorded dialogues (172 and 218 tokens).
@@ -112,7 +113,7 @@ class Turn:
             TooLongError: the text is longer than the context.
             MossError: the model failed.
         """
-        asked = self._encoder.encode(question(text))
+        asked = self._encoder.encode(question(text.removeprefix(BYTE_ORDER_MARK)))
         self._check_length(len(asked))
         self._context.abandon_turn()  # what a turn may have left that was interrupted while it settled
         try:

@@ -1,5 +1,6 @@
 """moss-jt generate."""
 
+import re
 import sys
 from typing import Any
 
@@ -25,7 +26,12 @@ from moss_jt.terminal.output import json_text, pass_on
 @click.option(
     "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens of the answer."
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be given several times.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help=r"Ends the answer; may be given several times. \n in it is a newline, \t a tab, \r a carriage return, \\ a backslash.",
+)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object in the end, with tokens and times."
 )
@@ -50,12 +56,21 @@ def command(
     text = prompt_text(prompt)
     with loaded(model, options) as moss:
         generation = moss.generate(
-            text, max_new_tokens=max_new_tokens, stop=stop, **sampling_arguments(options)
+            text,
+            max_new_tokens=max_new_tokens,
+            stop=[unescaped(one) for one in stop],
+            **sampling_arguments(options),
         )
         for piece in generation:
             if not as_json:
                 pass_on(piece)
     pass_on((json_text(summary(generation)) if as_json else "") + "\n")
+
+
+def unescaped(text: str) -> str:
+    """A stop string as it was meant: shells pass a typed backslash and n on as these two characters."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
 
 
 def prompt_text(prompt: str | None) -> str:

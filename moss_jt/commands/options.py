@@ -133,7 +133,7 @@ def device_of(options: dict[str, Any]) -> str:
 
 
 def read_text(stream: Any) -> str:
-    """All of a stream of bytes as UTF-8.
+    """All of a stream of bytes as UTF-8, without a byte order mark.
 
     Raises:
         MossError: it is no UTF-8, or far too long for any prompt.
@@ -143,6 +143,6 @@ def read_text(stream: Any) -> str:
     if len(data) > limit:
         raise MossError(f"the prompt has more than {limit >> 20} MiB. Give less text.")
     try:
-        return str(data, "utf-8")
+        return str(data, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise MossError(f"the prompt is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error

@@ -1,5 +1,6 @@
 """Plugins by name: the four that MOSS was trained with, and others through the entry points group ``moss_jt.plugins``."""
 
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -9,6 +10,7 @@ from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin
 
 GROUP = "moss_jt.plugins"
+MAX_REASON_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     """Plugins by name, or as they are where they are objects already; in the meta instruction's order.
 
     Raises:
-        MossError: no plugin has that name, or it lacks a setting.
+        MossError: no plugin has that name, it cannot be loaded, or it lacks a setting.
     """
     settings = settings or PluginSettings()
     made = [_make(name, settings) if isinstance(name, str) else name for name in names]
@@ -85,6 +87,10 @@ def _make(name: str, settings: PluginSettings) -> Plugin:
         return BUILT_IN[name](settings)
     for point in entry_points(group=GROUP):
         if point.name == name:
-            plugin: Plugin = point.load()()
+            try:
+                plugin: Plugin = point.load()()
+            except (Exception, SystemExit) as error:  # noqa: BLE001  others' code may raise anything
+                reason = traceback.format_exception_only(error)[-1].strip()[:MAX_REASON_CHARACTERS]
+                raise MossError(f"the plugin {name} cannot be loaded: {reason}") from error
             return plugin
     raise MossError(f"there is no plugin {name!r}; there are {', '.join(plugin_names())}.")

@@ -7,6 +7,9 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from moss_jt.errors import MossError
 
+# Some editors begin files with it; it is no part of their text.
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def _byte_values() -> dict[str, int]:
     """GPT-2's spelling of bytes: printable ones stand for themselves, the others for characters from 256 up, in order."""

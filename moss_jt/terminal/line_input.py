@@ -1,5 +1,6 @@
 """Lines that a user types: with editing and history on a terminal, plain ones from a pipe."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -54,7 +55,14 @@ class PromptReader:
         def new_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
-        kept: History = FileHistory(str(history)) if history is not None else InMemoryHistory()
+        class KeptHistory(FileHistory):
+            """Lines are kept where they can be: a full disk, or bytes that are no text, end no conversation."""
+
+            def store_string(self, string: str) -> None:
+                with contextlib.suppress(OSError):
+                    super().store_string(string.encode("utf-8", "replace").decode())
+
+        kept: History = KeptHistory(str(history)) if history is not None else InMemoryHistory()
         self._prompt = FormattedText([("bold ansigreen", prompt)])
         self._session: PromptSession[str] = PromptSession(history=kept, key_bindings=keys, multiline=True)
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Generator
 
 from moss_jt.chat.chat import Chat
-from moss_jt.chat.events import Command, Event, Result, Text, Thought
+from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
 from moss_jt.chat.turn import TooLongError
 from moss_jt.errors import MossError
 from moss_jt.plugins.registry import plugin_names
@@ -141,7 +141,10 @@ class Terminal:
             if line in ("stop", "/stop"):
                 break
             if line:
-                self._do(line)
+                try:
+                    self._do(line)
+                except KeyboardInterrupt:  # while a plugin was being switched on, which may take its time
+                    self._say("stopped")
         self._say("bye")
 
     def answer(self, text: str) -> None:
@@ -198,7 +201,10 @@ class Terminal:
         wanted = [plugin for name, plugin in on.items() if name not in names]
         try:
             if names:
-                self._chat.switch([*wanted, *(name for name in names if name not in on)])
+                turns = self._chat.switch([*wanted, *(name for name in names if name not in on)])
+                if turns:
+                    text = notice_text(Notice("dropped", {"turns": turns}), self._chat.language)
+                    self._screen.line(text, "warning")
         except MossError as error:
             self._screen.error(error)
             return
