@@ -7,8 +7,6 @@ whatever they did, ``close`` leaves the session with the field's text and its ow
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
-import numpy as np
-
 from moss_jt.chat.prompt import END_OF, PromptEncoder
 from moss_jt.engine.generate import StopStrings
 from moss_jt.engine.sampling import SamplingParams
@@ -37,11 +35,7 @@ class ChatSession(Protocol):
     def truncate(self, position: int) -> None: ...
 
     def decode(
-        self,
-        params: SamplingParams,
-        max_new_tokens: int,
-        stop_ids: Collection[int],
-        random: np.random.Generator,
+        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int]
     ) -> Iterator[int]: ...
 
 
@@ -69,8 +63,6 @@ class FieldReader:
         place: Place,
         encoder: PromptEncoder,
         role: str,
-        params: SamplingParams,
-        random: np.random.Generator,
         cancelled: Callable[[], bool],
     ) -> None:
         self.text = ""
@@ -80,8 +72,6 @@ class FieldReader:
         self._tokenizer = encoder.tokenizer
         self._end = encoder.ends[role]
         self._special = encoder.special
-        self._params = params
-        self._random = random
         self._cancelled = cancelled
         self._offset = place.session.position - place.turn_start
         self._decoder, self._stops = IncrementalDecoder(self._tokenizer), StopStrings(MARKERS)
@@ -91,9 +81,9 @@ class FieldReader:
     def _start(self) -> int:
         return self._place.turn_start + self._offset
 
-    def read(self, most: int) -> Iterator[str]:
+    def read(self, params: SamplingParams, most: int) -> Iterator[str]:
         """The text as it comes, of at most so many more tokens. After "length" it may be called again: it goes on."""
-        for token in self._session.decode(self._params, most, self._special, self._random):
+        for token in self._session.decode(params, most, self._special):
             if token in self._special:
                 self.ending = "end" if token == self._end else "other"
                 return

@@ -4,10 +4,9 @@ The model writes its thoughts and its commands; the commands are run; then it re
 Without plugins the fields between question and answer say None, as trained, and nothing is thought or run.
 """
 
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from moss_jt.chat.citations import CitationReader
 from moss_jt.chat.context import ConversationContext
@@ -97,7 +96,6 @@ class Turn:
         self._encoder = encoder
         self._plugins = plugins
         self._params = params
-        self._random = np.random.default_rng(params.seed)  # one stream for all fields
         self._max_new_tokens = max_new_tokens
         self._cancelled = cancelled
         self._results: list[CallResult] = []
@@ -239,12 +237,14 @@ class Turn:
 
     def _field(self, role: str) -> FieldReader:
         """A reader of the field that the model writes now."""
-        return FieldReader(self._context, self._encoder, role, self._params, self._random, self._cancelled)
+        return FieldReader(self._context, self._encoder, role, self._cancelled)
 
     def _pieces(self, reader: FieldReader, most: int, keep: int) -> Iterator[str]:
         """Text as the model writes it, of at most so many tokens, with ``keep`` left for what comes after the field."""
         before = self._context.session.position
-        yield from reader.read(min(most, self._context.room - keep))
+        # Every token took a random number; each part of the turn goes on with the next one.
+        params = dataclasses.replace(self._params, drawn=self.stats.new_tokens)
+        yield from reader.read(params, min(most, self._context.room - keep))
         self.stats.new_tokens += self._context.session.position - before
         if reader.ending == "cancelled":
             raise CancelledError

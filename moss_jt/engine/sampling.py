@@ -23,6 +23,7 @@ class SamplingParams:
     top_p               only the likeliest whose probabilities reach p together, at least one; 1 for all
     repetition_penalty  1 for none; None is the reference's 1.02, and none when greedy
     seed                the same seed gives the same tokens; None for another one each time
+    drawn               how many of the seed's random numbers are used up: by earlier parts of the same answer
 
     Raises:
         MossError: a value is impossible.
@@ -33,6 +34,7 @@ class SamplingParams:
     top_p: float = 0.8
     repetition_penalty: float | None = None
     seed: int | None = None
+    drawn: int = 0
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
@@ -59,18 +61,17 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses token after token. Its random numbers start at the seed, or go on with ``random`` where an answer has
-    several parts.
+    """Chooses token after token. Made for one answer, or a part of one: its random numbers start where the params say.
 
     Every chosen token costs one random number whatever the logits are, so drafts that verify several positions in one
     pass choose the same tokens as single steps.
     """
 
-    def __init__(
-        self, params: SamplingParams, token_ids: Iterable[int], random: np.random.Generator | None = None
-    ) -> None:
+    def __init__(self, params: SamplingParams, token_ids: Iterable[int]) -> None:
         self.params = params
-        self._random = np.random.default_rng(params.seed) if random is None else random
+        numbers = np.random.PCG64(params.seed)
+        numbers.advance(params.drawn)
+        self._random = np.random.Generator(numbers)
         self._seen = set(token_ids)
 
     def add(self, token_id: int) -> None:

@@ -82,17 +82,12 @@ class Session:
         self._read(self.position - 1)
 
     def decode(
-        self,
-        params: SamplingParams,
-        max_new_tokens: int,
-        stop_ids: Collection[int] = (),
-        random: np.random.Generator | None = None,
+        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int] = ()
     ) -> Iterator[int]:
         """Choose and append tokens, and yield each, until ``stop_reason`` is set: "eos" (after one of ``stop_ids``,
         which is yielded, too), "length" or "context".
 
         The iterator may be dropped at any time: the session then ends with the token that was yielded last.
-        ``random``, where given, is drawn from instead of a new stream of numbers from the params' seed.
 
         Raises:
             MossError: there is no text to continue, or the model failed.
@@ -103,7 +98,7 @@ class Session:
         self.stop_reason = self._limit(max_new_tokens)
         if self.stop_reason is not None:
             return
-        sampler = Sampler(params, self.token_ids, random)
+        sampler = Sampler(params, self.token_ids)
         logits, draft = self._first_logits(), list[int]()
         while self.stop_reason is None:
             accepted = 0

@@ -76,16 +76,12 @@ class ScriptedModel:
 
 class ScriptedSession(Session):
     def decode(
-        self,
-        params: SamplingParams,
-        max_new_tokens: int,
-        stop_ids: Collection[int] = (),
-        random: np.random.Generator | None = None,
+        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int] = ()
     ) -> Iterator[int]:
         assert isinstance(self.model, ScriptedModel)
         if max_new_tokens > 0:
             self.model.begin(self.position)
-        yield from super().decode(params, max_new_tokens, stop_ids, random)
+        yield from super().decode(params, max_new_tokens, stop_ids)
 
 
 class ScriptedMoss:
