@@ -341,8 +341,7 @@ def test_an_answer_that_is_ended_where_old_turns_are_dropped_is_kept(way: str) -
         assert list(events) == [Notice("stopped")]
     elif way == "close":
         events.close()
-    if way != "pass":
-        moss.model.forget_field()  # it is not asked for the second part
+    moss.model.expect(" three<eom>")
     assert joined(list(chat.send("three")))[-1] == ("text", "three")
     assert len(shown) > 200
     answers = f"<|MOSS|>: {shown}<eom>\n<|Human|>: three<eoh>\n{NONES}<|MOSS|>: three<eom>\n"
@@ -519,6 +518,42 @@ def test_a_model_that_fails_leaves_the_conversation_as_before() -> None:
         list(chat.send("two"))
     assert chat.token_ids == before
     assert joined(list(chat.send("three"))) == [("text", "fine again")]
+
+
+@pytest.mark.parametrize("way", ["close", "throw", "message"])
+def test_a_turn_may_be_ended_at_any_event(way: str) -> None:
+    """With every event there is: thoughts, commands, results, dropped turns, cut results, text, and a cut answer."""
+    found = " ".join(f"x{n}" for n in range(60))
+
+    def conversation() -> tuple[ScriptedMoss, Chat, Generator[Event]]:
+        moss = ScriptedMoss(" N.<eot>", " None<eoc>", f" one{' a' * 150}<eom>", capacity=620)
+        chat = chat_with(moss, plugins=[Shelf(found, found, found), Echo()], max_new_tokens=20)
+        list(chat.send("first"))
+        calls = ", ".join(f'Echo("{n}")' for n in range(11))
+        moss.model.expect(" T.<eot>", f' Search("q"), {calls}<eoc>', " b" * 60)
+        return moss, chat, chat.send("second")
+
+    whole = list(conversation()[2])
+    assert {event.kind for event in whole} == {"thought", "command", "result", "notice", "text"}
+    codes = [event.code for event in whole if isinstance(event, Notice)]
+    assert codes == ["commands_cut", "dropped", "results_cut", "cut"], codes
+    for count in range(1, len(whole) + 1):
+        moss, chat, events = conversation()
+        shown = [next(events) for _ in range(count)]
+        if way == "close":
+            events.close()
+        elif way == "throw":
+            with contextlib.suppress(StopIteration):
+                assert events.throw(KeyboardInterrupt) == Notice("stopped")
+        moss.model.expect(" N.<eot>", " None<eoc>", " three<eom>")
+        assert joined(list(chat.send("third")))[-1] == ("text", "three")
+        text = transcript(chat, moss)
+        answer = "".join(event.text for event in shown if isinstance(event, Text))
+        assert ("second<eoh>" in text) == bool(answer) and (
+            not answer or f"<|MOSS|>: {answer}<eom>\n" in text
+        )
+        for end in ("<|Human|>:", "<eoh>", "<eot>", "<eoc>", "<eor>", "<|MOSS|>:", "<eom>"):
+            assert text.count(end) == chat.turns
 
 
 def test_closing_the_iterator_keeps_what_was_shown() -> None:

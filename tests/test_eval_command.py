@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moss_jt.commands.cli import main
+from moss_jt.commands.eval import _read
 from tests.support.dialogues import dialogues
 from tests.support.models import convert_checkpoint, random_checkpoint, tiny_model_folder
 
@@ -50,6 +51,12 @@ def test_a_model_against_another(text: Path, tmp_path: Path, capsys: pytest.Capt
     assert found["context"] == 128
     assert found["model"]["tokens"] == found["against"]["tokens"] == 297
     assert found["mean_kl_divergence"] > 1 and found["greedy_agreement"] < 0.2
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\ufeff你好\ufeff", encoding="utf-8")
+    assert _read(path, None) == "你好\ufeff"
 
 
 def test_what_cannot_be_evaluated_is_refused(

@@ -189,7 +189,10 @@ def test_calibration_texts(tmp_path: Path) -> None:
     assert len(built_in) > 3000
     text = tmp_path / "text.txt"
     text.write_text("Hello<eoh>\n" * 200, encoding="utf-8")
-    assert list(calibration_tokens(tokenizer, text)).count(special_id(tokenizer, "<eoh>")) == 200
+    tokens = list(calibration_tokens(tokenizer, text))
+    assert tokens.count(special_id(tokenizer, "<eoh>")) == 200
+    text.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    assert list(calibration_tokens(tokenizer, text)) == tokens, "a byte order mark is no text"
     text.write_text("Hello", encoding="utf-8")
     with pytest.raises(MossError, match="GPTQ needs 256 or more"):
         calibration_tokens(tokenizer, text)

@@ -19,8 +19,8 @@ import pytest
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Notice
 from moss_jt.plugins import registry
-from moss_jt.plugins.interface import Plugin
-from moss_jt.terminal.line_input import PipeReader, PromptReader, history_path, writable
+from moss_jt.plugins.interface import Item, Outcome, Plugin, Source
+from moss_jt.terminal.line_input import PipeReader, PromptReader, history_path, make_reader, writable
 from moss_jt.terminal.loop import PROMPT, Terminal
 from moss_jt.terminal.output import harmless
 from moss_jt.terminal.screen import Screen, shortened
@@ -69,6 +69,17 @@ def test_search_results_and_numbered_sources_are_shown() -> None:
     shown = conversation(moss, "tea?\n", (Shelf("black", "green " * 60),))
     assert "  → [1] 'black'\n    [2] 'green green" in shown and "…\n" in shown
     assert "MOSS Green[2].\n  [1] tea, 0  /shelf/0\n  [2] tea, 1  /shelf/1\n" in shown
+
+
+def test_sources_stay_on_one_line_of_bounded_length() -> None:
+    class Endless(Shelf):
+        def call(self, argument: str, wanted: int) -> Outcome:
+            return Outcome(items=(Item("x", Source("t\n" * 50_000, "http://a/" + "b\n" * 50_000)),))
+
+    moss = ScriptedMoss(" S.<eot>", ' Search("tea")<eoc>', " Green.<eom>")
+    shown = conversation(moss, "tea?\n", (Endless(),))
+    line = shown.splitlines()[-3]
+    assert line.startswith("  [1] t t t") and "…  http://a/b b b" in line and len(line) < 700
 
 
 def test_failures_say_why_and_thoughts_can_be_hidden() -> None:
@@ -279,6 +290,12 @@ def test_lines_are_cut_by_columns() -> None:
     assert shortened("abcdef", 4) == "abc…"
     assert shortened("你好世界", 5) == "你好…"
     assert shortened("a\n b", 9) == "a b"
+
+
+def test_a_byte_order_mark_before_piped_messages_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeff/help\n\ufeff".encode())))
+    reader = make_reader(PROMPT)
+    assert reader.read() == "/help\n" and reader.read() == "\ufeff", "it is one at the beginning only"
 
 
 def test_where_the_history_lies(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moss_jt.terminal.texts import notice_text, say
 NAME = "MOSS"
 PROMPT = "› "
 MOST_RESULT_LINES = 6
+MOST_LOCATION_CHARACTERS = 500  # of an address, which is of no use when it is cut
 
 
 class TurnView:
@@ -94,7 +95,9 @@ class TurnView:
         if not self._chat.sources:
             return
         for number, source in sorted(self._chat.sources.items()):
-            self._screen.line(f"  [{number}] {source.title}  {source.location}".rstrip(), "dim")
+            title = shortened(source.title, self._screen.columns)
+            location = " ".join(source.location.split())[:MOST_LOCATION_CHARACTERS]
+            self._screen.line(f"  [{number}] {title}  {location}".rstrip(), "dim")
 
     def _notice(self, text: str) -> None:
         self._screen.line(f"({text})", "warning")

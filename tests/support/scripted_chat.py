@@ -32,7 +32,7 @@ class ScriptedModel:
         self.cache_owner: object = None
         self.read: list[int] = []
         self._tokenizer = tokenizer
-        self._fields = [field if isinstance(field, list) else [field] for field in fields]
+        self.expect(*fields)
         self._cache: list[int] = []
         self._start = 0
         self._writing: list[int | type[BaseException] | threading.Event] = []
@@ -44,9 +44,9 @@ class ScriptedModel:
         for part in self._fields.pop(0):
             self._writing += self._tokenizer.encode(part) if isinstance(part, str) else [part]
 
-    def forget_field(self) -> None:
-        """The next field is never asked for."""
-        self._fields.pop(0)
+    def expect(self, *fields: Written | list[Written]) -> None:
+        """It writes these from now on, whatever it was to write before."""
+        self._fields = [field if isinstance(field, list) else [field] for field in fields]
 
     @property
     def finished(self) -> bool:
