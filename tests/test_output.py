@@ -231,6 +231,14 @@ def test_a_reader_that_has_gone_is_no_fault() -> None:
         assert run_to(pipe, "plan", "moss-moon-003") == (0, "")
 
 
+def test_closed_output_leads_nowhere() -> None:
+    for arguments, closed, code in (("plan moss-moon-003", ">&-", 0), ("plan no-such-model", ">&- 2>&-", 1)):
+        done = subprocess.run(
+            ["sh", "-c", f"'{MOSS_JT}' {arguments} {closed}"], capture_output=True, timeout=120
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
 def test_a_chat_ends_where_its_output_cannot_be_written() -> None:
     """It is not tried again, message after message."""
     screen = Screen(open("/dev/full", "w"), {})

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import sys
 from importlib.metadata import version
 from typing import NoReturn
@@ -60,6 +61,7 @@ def root() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 the input or the machine is at fault, 2 usage."""
+    open_closed_streams()
     try:
         code = root.main(args=arguments, prog_name="moss-jt", standalone_mode=False)
     except (MossError, OSError) as error:
@@ -73,6 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
         error.show(text)
         end(bounded(text.getvalue().rstrip()), error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def open_closed_streams() -> None:
+    """Let output that was closed before the program began (``>&-``) lead nowhere, and not into the next file to be opened."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def end(text: str, code: int) -> NoReturn:
