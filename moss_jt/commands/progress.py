@@ -19,7 +19,7 @@ def byte_bar(label: str, total: int) -> tqdm:
     return tqdm(
         total=total,
         desc=harmless(label),
-        unit="B",
+        unit="iB",
         unit_scale=True,
         unit_divisor=1024,
         mininterval=0.5,

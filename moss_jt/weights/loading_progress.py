@@ -16,7 +16,7 @@ class LoadingProgress:
         self._bar = tqdm(
             total=total_bytes,
             desc="moss-jt: reading weights into memory",
-            unit="B",
+            unit="iB",
             unit_scale=True,
             unit_divisor=1024,
             delay=PATIENCE_S,
