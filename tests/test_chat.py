@@ -1,13 +1,16 @@
 """Turns of a chat with a scripted model: what is yielded, what the model reads, and what stays in the conversation."""
 
 import contextlib
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
+import moss_jt.chat as chat_package
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
 from moss_jt.chat.language import language_of, user_language
@@ -554,6 +557,70 @@ def test_a_turn_may_be_ended_at_any_event(way: str) -> None:
         )
         for end in ("<|Human|>:", "<eoh>", "<eot>", "<eoc>", "<eor>", "<|MOSS|>:", "<eom>"):
             assert text.count(end) == chat.turns
+
+
+CHAT = Path(chat_package.__file__).parent
+
+
+def interrupted(events: Generator[Event], stop: int) -> tuple[list[Event], int]:
+    """The events up to a Ctrl-C at the ``stop``-th line that the chat's own code runs, and how many it ran."""
+    lines, shown = 0, []
+
+    def trace_line(frame: FrameType, what: str, argument: Any) -> Any:
+        nonlocal lines
+        if what == "line":
+            lines += 1
+            if lines == stop:
+                raise KeyboardInterrupt
+        return trace_line
+
+    def trace(frame: FrameType, what: str, argument: Any) -> Any:
+        return trace_line if Path(frame.f_code.co_filename).parent == CHAT else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for event in events:
+            shown.append(event)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return shown, lines
+
+
+@pytest.mark.parametrize(
+    ("plugins", "step"),
+    [
+        (True, 43),
+        (False, 173),
+        pytest.param(True, 1, marks=pytest.mark.long),
+        pytest.param(False, 1, marks=pytest.mark.long),
+    ],
+)
+def test_ctrl_c_at_any_line_leaves_a_conversation_that_goes_on(plugins: bool, step: int) -> None:
+    """While old turns are dropped, too, and while an interruption is being settled: the old code had places where the turns
+    and the tokens no longer agreed."""
+    stop, total = 0, 1
+    while stop < total:
+        if plugins:
+            moss = ScriptedMoss(" N.<eot>", " None<eoc>", f" one{' a' * 150}<eom>", capacity=560)
+            chat = chat_with(moss, plugins=[Echo()], max_new_tokens=20)
+            list(chat.send("first"))
+            moss.model.expect(" T.<eot>", ' Echo("q")<eoc>', " b" * 60)
+            events = chat.send("second")
+        else:
+            moss, chat, events = continued(110, [" c<eom>"])
+        shown, lines = interrupted(events, stop or 10**9)
+        total, stop = max(total, lines), stop + step
+        moss.model.expect(*((" N.<eot>", " None<eoc>") if plugins else ()), " three<eom>")
+        assert joined(list(chat.send("third")))[-1] == ("text", "three")
+        text = transcript(chat, moss)
+        answer = "".join(event.text for event in shown if isinstance(event, Text))
+        assert answer in text and text.endswith("<|MOSS|>: three<eom>\n")
+        for end in ("<|Human|>:", "<eoh>", "<eot>", "<eoc>", "<eor>", "<|MOSS|>:", "<eom>"):
+            assert text.count(end) == chat.turns
+    assert total > 500
 
 
 def test_closing_the_iterator_keeps_what_was_shown() -> None:

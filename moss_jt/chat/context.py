@@ -5,22 +5,37 @@ the model read what comes after it anew.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from moss_jt.chat.field_reader import ChatSession
 
 
+class Rewriting(NamedTuple):
+    """The session shall have ``token_ids`` from ``start`` on, and these be the lengths of the instruction and the turns."""
+
+    start: int
+    token_ids: list[int]
+    instruction: int
+    turns: dict[object, int]
+
+
 class ConversationContext:
-    """See the module.
+    """See the module. Ctrl-C may come at any place in it: what it leaves half done is done by the next that looks.
 
     turns  how many finished turns it holds
     """
 
     def __init__(self, session: ChatSession, instruction: Sequence[int]) -> None:
-        self.session = session
-        self._instruction = len(instruction)
-        self._turns: list[int] = []  # tokens of each finished turn, oldest first
-        session.truncate(0)
-        session.extend(instruction)
+        self._session = session
+        self._instruction = 0
+        self._turns: dict[object, int] = {}  # tokens of each finished turn, oldest first
+        self._unfinished: Rewriting | None = None
+        self._rewrite(Rewriting(0, [*instruction], len(instruction), {}))
+
+    @property
+    def session(self) -> ChatSession:
+        self._complete()
+        return self._session
 
     @property
     def turns(self) -> int:
@@ -39,14 +54,19 @@ class ConversationContext:
     @property
     def turn_start(self) -> int:
         """Where the turn that is being written begins; it moves when older turns are dropped."""
-        return self._instruction + sum(self._turns)
+        self._complete()
+        return self._instruction + sum(self._turns.values())
 
     def append(self, token_ids: Sequence[int]) -> None:
         self.session.extend(token_ids)
 
-    def finish_turn(self) -> None:
+    def finish_turn(self, turn: object) -> None:
         """What was appended since the last turn is a turn."""
-        self._turns.append(self.session.position - self.turn_start)
+        self._turns[turn] = self.session.position - self.turn_start
+
+    def has(self, turn: object) -> bool:
+        """Whether it was finished, and not dropped since."""
+        return turn in self._turns
 
     def abandon_turn(self) -> None:
         """Forget what was appended since the last turn."""
@@ -57,25 +77,41 @@ class ConversationContext:
 
         Reading the rest anew costs much, so that once turns must go, a quarter of the context is made free.
         """
-        if self.room >= tokens or not self._turns:
-            return 0
-        goal = max(tokens, self.session.capacity // 4)
-        room, gone = self.room, 0
-        while gone < len(self._turns) and room < (goal if gone < len(self._turns) - 1 else tokens):
-            room += self._turns[gone]
-            gone += 1
-        kept = self.session.token_ids[self._instruction + sum(self._turns[:gone]) :]
-        del self._turns[:gone]
-        self.session.truncate(self._instruction)
-        self.session.extend(kept)
+        gone, going = self._going(tokens)
+        if gone:
+            kept = self.session.token_ids[self._instruction + going :]
+            turns = dict([*self._turns.items()][gone:])
+            self._rewrite(Rewriting(self._instruction, kept, self._instruction, turns))
         return gone
 
     def change_instruction(self, instruction: Sequence[int]) -> int:
         """Put another meta instruction before the turns; returns how many turns went because it is longer."""
         self.abandon_turn()
-        gone = self.make_room(len(instruction) - self._instruction)
-        kept = self.session.token_ids[self._instruction :]
-        self._instruction = len(instruction)
-        self.session.truncate(0)
-        self.session.extend([*instruction, *kept])
+        gone, going = self._going(len(instruction) - self._instruction)
+        kept = self.session.token_ids[self._instruction + going :]
+        turns = dict([*self._turns.items()][gone:])
+        self._rewrite(Rewriting(0, [*instruction, *kept], len(instruction), turns))
         return gone
+
+    def _going(self, tokens: int) -> tuple[int, int]:
+        """How many of the oldest turns must go so that there is room, and how many tokens these have."""
+        lengths = [*self._turns.values()]
+        room, gone = self.room, 0
+        if room < tokens:
+            goal = max(tokens, self.session.capacity // 4)
+            while gone < len(lengths) and room < (goal if gone < len(lengths) - 1 else tokens):
+                room += lengths[gone]
+                gone += 1
+        return gone, sum(lengths[:gone])
+
+    def _complete(self) -> None:
+        if self._unfinished is not None:
+            self._rewrite(self._unfinished)
+
+    def _rewrite(self, rewriting: Rewriting) -> None:
+        """May be interrupted and done again."""
+        self._unfinished = rewriting
+        self._session.truncate(rewriting.start)
+        self._session.extend(rewriting.token_ids)
+        self._instruction, self._turns = rewriting.instruction, rewriting.turns
+        self._unfinished = None

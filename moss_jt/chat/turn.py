@@ -101,7 +101,6 @@ class Turn:
         self._results: list[CallResult] = []
         self._answer: FieldReader | None = None
         self._answered = False  # something of the answer was shown
-        self._settled = False
         self._fixed = fixed_tokens(encoder)
 
     def events(self, text: str) -> Generator[Event]:
@@ -266,16 +265,14 @@ class Turn:
         if self._answer is not None:
             self._answer.close()
         self._append([Piece("\n")])
-        self._context.finish_turn()
-        self._settled = True
+        self._context.finish_turn(self)
 
     def _settle(self) -> None:
         """After an interruption: keep what was shown of the answer, or forget the turn."""
-        if self._settled:
+        if self._context.has(self):
             return
         if self._answered and self._answer is not None:
             self._answer.cut()
             self._finish()
         else:
             self._context.abandon_turn()
-            self._settled = True
