@@ -127,7 +127,7 @@ def test_a_missing_card_is_told(
 
 def test_the_default_limit_leaves_a_margin_and_too_much_is_refused() -> None:
     assert gpu_budget(None, CARD) == 11 * GIB - 11 * GIB // 20
-    assert gpu_budget("50%", CARD) == 6 * GIB and gpu.gpu_budget("8GiB", CARD) == 8 * GIB
+    assert gpu_budget("50%", CARD) == 6 * GIB and gpu_budget("8GiB", CARD) == 8 * GIB
     with pytest.raises(MossError, match="more than RTX 3060 has, 12.00 GiB"):
         gpu_budget("13GiB", CARD)
 
