@@ -1,192 +1,73 @@
-"""Calculate(expression): Python's arithmetic over numbers and the functions of ``math``, evaluated by a walk over the parsed text.
+"""Calculate(expression): Python's arithmetic over numbers and the functions of ``math``, by a grammar of our own.
 
-Nothing is compiled or executed, and every number is bounded: huge powers and factorials are refused before they are computed.
+Nothing is compiled or executed, and every number is bounded (moss_jt.plugins.arithmetic).
 """
 
-import ast
-import math
-import operator
-import re
-from collections.abc import Callable
-
+from moss_jt.plugins.arithmetic import CalculationError, Number
+from moss_jt.plugins.expressions import Evaluator, one_part, parse
 from moss_jt.plugins.interface import Outcome, Style
+from moss_jt.plugins.notation import Token, parted, read, split
 
 MAX_CHARACTERS = 1_000
-MAX_DEPTH = 60
-MAX_NODES = 400
-MAX_BITS = 4_096  # of a whole number, about 1233 decimal digits
-
-# Nothing but arithmetic reaches Python's parser. A percent sign is refused, as recorded: it would be a remainder where people
-# mean hundredths.
-ARITHMETIC = re.compile(r"[0-9A-Za-z_+\-*/^().,;=\s]+")
-# A number that runs into a letter, and is neither 1e5 nor 0b101; Python's parser would warn on standard error.
-NUMBER_INTO_NAME = re.compile(
-    r"(?<![A-Za-z0-9_.])(?!0(?:[xX][0-9A-Fa-f]+|[bB][01]+|[oO][0-7]+)(?![A-Za-z0-9_]))[0-9.]+(?![eE][+-]?[0-9])[A-Za-z_]"
-)
-SIGNS_OF_ARITHMETIC = str.maketrans("×÷−（），；", "*/-(),;")
-
-Number = int | float
 
 
-class CalculationError(ValueError):
-    """The expression is no arithmetic, or too large."""
+class _Variables(Evaluator):
+    """Values with what was assigned before."""
 
+    def __init__(self) -> None:
+        self.names: dict[str, Number] = {}
 
-def _bounded(value: object) -> Number:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CalculationError("the result is no number")
-    if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise CalculationError("the number is too large")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CalculationError("the number is not finite")
-    return value
+    def name(self, name: str) -> Number:
+        return self.names[name] if name in self.names else super().name(name)
 
-
-def _power(base: Number, exponent: Number) -> object:
-    if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
-        if abs(exponent) * abs(base).bit_length() > 2 * MAX_BITS:
-            raise CalculationError("the power is too large")
-    return base**exponent
-
-
-def _small(function: Callable[..., object], limit: int) -> Callable[..., object]:
-    """A function of whole numbers whose cost grows with them."""
-
-    def bounded(*values: Number) -> object:
-        if any(abs(value) > limit for value in values):
-            raise CalculationError("the argument is too large")
-        return function(*values)
-
-    return bounded
-
-
-def _round(value: Number, digits: Number = 0) -> object:
-    """Python's round: whole without digits. A whole number is rounded by way of ten to the digits, so they are bounded."""
-    if not isinstance(digits, int) or abs(digits) > 400:
-        raise CalculationError("that many digits are not there")
-    return round(value, digits) if digits else round(value)
-
-
-OPERATIONS: dict[type[ast.operator], Callable[[Number, Number], object]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Pow: _power,
-}
-SIGNS: dict[type[ast.unaryop], Callable[[Number], object]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-
-CONSTANTS: dict[str, Number] = {"pi": math.pi, "e": math.e, "tau": math.tau}
-_COSTLY = {"factorial": 500, "comb": 2_000, "perm": 500, "gcd": 10**1200, "lcm": 10**300}
-_PLAIN = (
-    "acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh degrees dist erf erfc exp expm1 fabs floor fmod gamma hypot "
-    "lgamma log log10 log1p log2 pow radians remainder sin sinh sqrt tan tanh trunc cbrt exp2 isqrt"
-)
-FUNCTIONS: dict[str, Callable[..., object]] = {
-    **{name: getattr(math, name) for name in _PLAIN.split() if name != "dist" and hasattr(math, name)},
-    **{name: _small(getattr(math, name), limit) for name, limit in _COSTLY.items()},
-    "abs": abs,
-    "round": _round,
-    "max": max,
-    "min": min,
-    "pow": lambda base, exponent: _power(base, exponent),
-    "int": lambda value: int(value),
-    "float": lambda value: float(value),
-}
+    def call(self, function: str, arguments: list[Number]) -> Number:
+        if function in self.names:
+            raise CalculationError(f"{function} is a variable")
+        found: Number = super().call(function, arguments)
+        return found
 
 
 def calculate(expression: str) -> str:
     """The value of an expression as Python prints it: ``36``, ``10.0``, ``20.784609690826528``.
 
-    ``^`` is a power; ``a=3;b=4;sqrt(a*a+b*b)`` assigns and then gives the last part's value.
+    ``^`` is a power; ``a=3;b=4;sqrt(a*a+b*b)`` assigns and then gives the last part's value. What people add to Python's
+    arithmetic is in moss_jt.plugins.notation and moss_jt.plugins.expressions.
 
     Raises:
-        CalculationError: it is no arithmetic, a name is unknown, or a number is too large.
+        CalculationError: it is no arithmetic, can be read in two ways, a name is unknown, or a number is too large.
     """
     if len(expression) > MAX_CHARACTERS or not expression.strip():
         raise CalculationError("the expression is empty or too long")
-    text = expression.translate(SIGNS_OF_ARITHMETIC).strip()
-    if not ARITHMETIC.fullmatch(text) or NUMBER_INTO_NAME.search(text) or text.endswith(";"):
-        raise CalculationError("this is no arithmetic")
-    text = text.replace("^", "**")
-    if _depth(text) > MAX_DEPTH:
-        raise CalculationError("the expression is nested too deeply")
     try:
-        tree = ast.parse(text, mode="exec")
-        value = _run(tree)
+        return str(_last_value(split(read(expression), (";", "\n"))))
     except CalculationError:
         raise
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CalculationError(str(error)) from error
-    return str(value)
 
 
-def _depth(text: str) -> int:
-    """How deeply the parser would nest: brackets, and runs of signs and powers."""
-    depth = deepest = run = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        run = run + 1 if character in "+-~* " else 0
-        deepest = max(deepest, depth + run // 2)
-    return max(deepest, text.count("**") // 2)
+def without_question(tokens: list[Token]) -> list[Token]:
+    """``1+1=?`` without what asks: the equals sign, the question mark, or both at its end."""
+    for sign in ("?", "="):
+        if len(tokens) > 1 and tokens[-1].text == sign:
+            tokens = tokens[:-1]
+    return tokens
 
 
-def _run(tree: ast.Module) -> Number:
-    if sum(1 for _ in ast.walk(tree)) > MAX_NODES:
-        raise CalculationError("the expression is too long")
-    names: dict[str, Number] = {}
-    value: Number | None = None
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-            target = statement.targets[0]
-            if not isinstance(target, ast.Name):
-                raise CalculationError("only names can be assigned to")
-            names[target.id] = _value(statement.value, names)
-            value = None
-        elif isinstance(statement, ast.Expr):
-            value = _value(statement.value, names)
-        else:
-            raise CalculationError("this is no arithmetic")
-    if value is None:
-        raise CalculationError("nothing is computed")
+def _last_value(statements: list[list[Token]]) -> Number:
+    *assignments, last = statements
+    variables = _Variables()
+    for statement in assignments:
+        target, *sides = split(statement, ("=",))
+        if len(target) != 1 or target[0].kind != "name" or "." in target[0].text or len(sides) != 1:
+            raise CalculationError("a part before the last assigns nothing")
+        variables.names[target[0].text] = _value(sides[0], variables)
+    return _value(without_question(last), variables)
+
+
+def _value(tokens: list[Token], variables: _Variables) -> Number:
+    value: Number = variables.value(parse(parted(tokens, one_part)[0]))
     return value
-
-
-def _value(node: ast.expr, names: dict[str, Number]) -> Number:
-    if isinstance(node, ast.Constant):
-        return _bounded(node.value)
-    if isinstance(node, ast.Name):
-        if node.id in names:
-            return names[node.id]
-        if node.id in CONSTANTS:
-            return CONSTANTS[node.id]
-        raise CalculationError(f"{node.id} is unknown")
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-        left, right = _value(node.left, names), _value(node.right, names)
-        return _bounded(OPERATIONS[type(node.op)](left, right))
-    if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
-        return _bounded(SIGNS[type(node.op)](_value(node.operand, names)))
-    if isinstance(node, ast.Call):
-        return _called(node, names)
-    raise CalculationError("this is no arithmetic")
-
-
-def _called(node: ast.Call, names: dict[str, Number]) -> Number:
-    function = node.func
-    if (
-        isinstance(function, ast.Attribute)
-        and isinstance(function.value, ast.Name)
-        and function.value.id == "math"
-    ):
-        name = function.attr
-    elif isinstance(function, ast.Name):
-        name = function.id
-    else:
-        raise CalculationError("this is no function")
-    if name not in FUNCTIONS or node.keywords or name in names:
-        raise CalculationError(f"{name} is unknown")
-    return _bounded(FUNCTIONS[name](*[_value(argument, names) for argument in node.args]))
 
 
 class Calculator:
