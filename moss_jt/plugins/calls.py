@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 MAX_COMMANDS_CHARACTERS = 20_000
 MAX_ARGUMENT_CHARACTERS = 2_000
-QUOTES = {'"': '"', "“": "”", "'": "'", "”": "”"}
+# Quotation marks of one kind stand for each other: models open with one and close with the next.
+DOUBLE = '"“”„＂«»「」『』'
+SINGLE = "'‘’＇"
+SPACE = r"[ \t\n\u3000]{0,8}"
+OPENING = re.compile(
+    r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_]{0,63})(?P<space>[ \t\u3000]{0,8})[(（]"
+    rf"{SPACE}(?P<mark>[{DOUBLE}{SINGLE}])"
+)
+END = re.compile(rf"(?P<mark>[{DOUBLE}{SINGLE}]){SPACE}[)）]")
+# What follows a call. Before anything else, the mark and the bracket may be the argument's own.
+AFTER = re.compile(r"[ \t\u3000]*(?:[,;，；、\n#]|$)")
 
 
 @dataclass(frozen=True)
@@ -25,60 +35,48 @@ def parse_commands(text: str) -> list[Call]:
     """Every call in a Commands field, in order.
 
     An argument is all between ``("`` and ``")``: inner quotes, commas and brackets belong to it, and of a call with two
-    arguments both do, as in the recorded dialogues. ``None`` in all its forms, comments, numbers and lists are passed over, and
-    so are calls of nothing: ``Calculate("None")``.
+    arguments both do, as in the recorded dialogues. Full-width brackets and all quotation marks are taken for the trained
+    ones. ``None`` in all its forms, comments, numbers and lists are passed over, and so are calls of nothing:
+    ``Calculate("None")``.
     """
     text = text[:MAX_COMMANDS_CHARACTERS]
-    if is_none(text):
-        return []
+    openings = [found for found in OPENING.finditer(text) if _is_called(found)]
+    # Found once for the whole text: looking from every opening bracket anew would take time that grows with its square.
+    ends = {
+        kind: [found.span() for found in END.finditer(text) if found["mark"] in kind]
+        for kind in (DOUBLE, SINGLE)
+    }
+    starts = [found.start() for found in openings]
     calls: list[Call] = []
     at = 0
-    ends = {quote: _ends(text, quote) for quote in set(QUOTES.values()) if quote in text}
-    while (opening := text.find("(", at)) >= 0:
-        function = _name_before(text, opening)
-        argument_at = _skip_spaces(text, opening + 1)
-        quote = text[argument_at : argument_at + 1]
-        end = _closing(ends, argument_at + 1, QUOTES[quote]) if function and quote in QUOTES else None
+    for opening in openings:
+        kind = DOUBLE if opening["mark"] in DOUBLE else SINGLE
+        end = _end(text, ends[kind], opening.end(), starts) if opening.start() >= at else None
         if end is None:
-            at = opening + 1
             continue
-        argument, at = text[argument_at + 1 : end[0]], end[1]
+        argument, at = text[opening.end() : end[0]], end[1]
         if len(argument) <= MAX_ARGUMENT_CHARACTERS and argument.strip() not in ("", "None"):
-            calls.append(Call(function, argument))
+            calls.append(Call(opening["name"], argument))
     return calls
 
 
-def is_none(text: str) -> bool:
-    """The field says that there is nothing to call: ``None``, ``None (because ..)``, the truncated ``Non``."""
-    return text.strip().startswith("Non") and '("' not in text
+def _is_called(opening: re.Match[str]) -> bool:
+    """Not ``None`` or the truncated ``Non``; after a space only a name like the trained ones, for prose has brackets, too."""
+    name = opening["name"]
+    return name not in ("None", "Non") and (not opening["space"] or name[0].isupper())
 
 
-def _name_before(text: str, opening: int) -> str:
-    start = opening
-    while start > 0 and text[start - 1].isascii() and (text[start - 1].isalnum() or text[start - 1] == "_"):
-        start -= 1
-    name = text[start:opening]
-    return name if name and not name[0].isdigit() else ""
+def _end(text: str, ends: list[tuple[int, int]], start: int, openings: list[int]) -> tuple[int, int] | None:
+    """Where an argument that begins at ``start``, and its call, end: at the first end that nothing follows but another call.
 
-
-def _skip_spaces(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\n":
-        at += 1
-    return at
-
-
-def _ends(text: str, quote: str) -> list[tuple[int, int]]:
-    """(end of an argument, end of its call) wherever a bracket follows the quote, in order.
-
-    Found once for the whole text: looking from every opening bracket anew would take time that grows with its square.
+    Where there is none, at the first of all: what follows is then no part of it.
     """
-    return [
-        (found.start(), found.end()) for found in re.finditer(re.escape(quote) + r"[ \t\n]{0,8}[)）]", text)
-    ]
-
-
-def _closing(ends: dict[str, list[tuple[int, int]]], start: int, quote: str) -> tuple[int, int] | None:
-    """The first end at or after ``start``."""
-    found = ends.get(quote, [])
-    place = bisect_left(found, start, key=lambda end: end[0])
-    return found[place] if place < len(found) else None
+    first = place = bisect_left(ends, (start, 0))
+    if first == len(ends):
+        return None
+    while not AFTER.match(text, ends[place][1]):
+        following = bisect_left(openings, ends[place][1])
+        place += 1
+        if place == len(ends) or (following < len(openings) and openings[following] < ends[place][0]):
+            return ends[first]
+    return ends[place]

@@ -65,9 +65,14 @@ def check_address(address: str, option: str) -> str:
     Raises:
         MossError: it is no http or https address.
     """
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in SCHEMES or not parts.netloc:
-        raise MossError(f"{option} {address!r} is no address; write it as http://host:port")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        # The port is read, too: one that is no number would be found at the first search only.
+        sound = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound or not address.isascii() or not address.isprintable() or " " in address:
+        raise MossError(f"{option} {address!r:.200} is no address; write it as http://host:port")
     return address.rstrip("/")
 
 

@@ -1,8 +1,9 @@
 """What a plugin is: a function that the model calls by name with one text, and how its answer is written for the model."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 NO_RESULT = "No result."
 
@@ -68,3 +69,46 @@ class Plugin(Protocol):
     def call(self, argument: str, wanted: int) -> Outcome:
         """Answer a call. ``wanted`` is how many items the model expects. Any exception is a ``No result.``"""
         ...
+
+
+def plugin_fault(plugin: object) -> str:
+    """What is wrong with a plugin that others wrote, such as ``timeout_s is missing``; empty where it can be called."""
+    found: dict[str, object] = {}
+    for name in ("name", "label", "function", "argument", "style", "timeout_s", "call"):
+        try:
+            found[name] = getattr(plugin, name)
+        except Exception as error:  # noqa: BLE001  a property may do anything
+            return f"{name} is missing" if isinstance(error, AttributeError) else f"{name} cannot be read"
+    for name in ("name", "label", "function", "argument"):
+        if not isinstance(found[name], str) or not found[name]:
+            return f"{name} is {a(found[name])}, not a text"
+    seconds = found["timeout_s"]
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        return f"timeout_s is {a(seconds)}, not a number of seconds above 0"
+    if found["style"] not in get_args(Style):
+        return f"style is none of {', '.join(get_args(Style))}"
+    return "" if callable(found["call"]) else "call is no method"
+
+
+def outcome_fault(outcome: object) -> str:
+    """What is wrong with what a plugin answered, such as ``its text is int``; empty where it can be written down."""
+    if not isinstance(outcome, Outcome):
+        return f"it answered with {a(outcome)}"
+    if not isinstance(outcome.text, str) or not isinstance(outcome.failure, str):
+        return f"its text is {a(outcome.text)}, its failure {a(outcome.failure)}"
+    if not isinstance(outcome.items, tuple | list):
+        return f"its items are {a(outcome.items)}"
+    if outcome.picture is not None and not isinstance(outcome.picture, Path):
+        return f"its picture is {a(outcome.picture)}, not a Path"
+    for item in outcome.items:
+        if not isinstance(item, Item) or not isinstance(item.source, Source):
+            return f"one of its items is {a(item)}, or has no Source"
+        texts = (item.text, item.label, item.source.title, item.source.location)
+        if not all(isinstance(text, str) for text in texts):
+            return "one of its items has something else than text in it"
+    return ""
+
+
+def a(value: object) -> str:
+    """What a value is, for a message: ``None`` or ``a list``."""
+    return "None" if value is None else f"a {type(value).__name__}"

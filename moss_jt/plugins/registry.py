@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.plugins.interface import Plugin
+from moss_jt.plugins.interface import Plugin, plugin_fault
 
 GROUP = "moss_jt.plugins"
 MAX_REASON_CHARACTERS = 200
@@ -73,10 +73,13 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     """Plugins by name, or as they are where they are objects already; in the meta instruction's order.
 
     Raises:
-        MossError: no plugin has that name, it cannot be loaded, or it lacks a setting.
+        MossError: no plugin has that name, it cannot be loaded or lacks a setting, or it is no plugin.
     """
     settings = settings or PluginSettings()
     made = [_make(name, settings) if isinstance(name, str) else name for name in names]
+    for plugin in made:
+        if fault := plugin_fault(plugin):
+            raise MossError(f"the plugin {type(plugin).__name__} cannot be called: {fault}.")
     order = {name: place for place, name in enumerate(BUILT_IN)}
     unique = {plugin.name: plugin for plugin in made}
     return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.plugins.calls import Call, parse_commands
-from moss_jt.plugins.interface import NO_RESULT, Item, Outcome, Plugin, Source
+from moss_jt.plugins.interface import (
+    NO_RESULT,
+    Item,
+    Outcome,
+    Plugin,
+    Source,
+    Style,
+    outcome_fault,
+    plugin_fault,
+)
 
 # The most calls in a recorded turn.
 MAX_CALLS = 10
@@ -46,6 +55,33 @@ class CallResult:
     failure: str = ""
 
 
+class _Unusable:
+    """Stands for a plugin of others that cannot be called: its calls have no result, and the user reads why."""
+
+    label = argument = ""
+    timeout_s = 1.0
+    style: Style = "lines"
+
+    def __init__(self, plugin: object, fault: str) -> None:
+        self.name, self.function = (_text_of(plugin, name) for name in ("name", "function"))
+        self.failure = f"the plugin cannot be called: {fault}"
+
+    def call(self, argument: str, wanted: int) -> Outcome:
+        return Outcome(failure=self.failure)
+
+
+def _text_of(plugin: object, name: str) -> str:
+    try:
+        return str(getattr(plugin, name, ""))
+    except Exception:  # noqa: BLE001  a property may do anything
+        return ""
+
+
+def _callable(plugin: Plugin) -> Plugin:
+    fault = plugin_fault(plugin)
+    return _Unusable(plugin, fault) if fault else plugin
+
+
 def run_commands(commands: str, plugins: Sequence[Plugin]) -> list[CallResult]:
     """The results of every call; see :func:`iterate_results`."""
     return list(iterate_results(parse_commands(commands), plugins))
@@ -57,7 +93,7 @@ def iterate_results(calls: Sequence[Call], plugins: Sequence[Plugin]) -> Iterato
     Beside calls that can be run, those of invented or switched-off functions are passed over, as recorded; alone they have no
     result.
     """
-    by_function = {plugin.function: plugin for plugin in plugins}
+    by_function = {plugin.function: plugin for plugin in map(_callable, plugins)}
     calls = calls[:MAX_CALLS]
     known = [call for call in calls if call.function in by_function]
     known.sort(key=lambda call: SERVICE_ORDER.get(call.function, len(SERVICE_ORDER)))
@@ -92,12 +128,10 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
     def work() -> None:
         try:
             outcome = plugin.call(argument, wanted)
-            known = isinstance(outcome, Outcome)
-            found.append(
-                outcome if known else Outcome(failure=f"it answered with a {type(outcome).__name__}")
-            )
+            fault = outcome_fault(outcome)
+            found.append(Outcome(failure=fault) if fault else outcome)
         except BaseException as error:  # noqa: BLE001  whatever a plugin does, SystemExit too, the chat goes on
-            found.append(Outcome(failure=one_line(f"{type(error).__name__}: {error}")))
+            found.append(Outcome(failure=_reason(error)))
 
     thread = threading.Thread(target=work, daemon=True, name=f"plugin {plugin.name}")
     thread.start()
@@ -106,6 +140,13 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
         return found[0]
     _left_behind.append(thread)
     return Outcome(failure=f"it took longer than {plugin.timeout_s:g} s")
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        return one_line(f"{type(error).__name__}: {error}")
+    except Exception:  # noqa: BLE001  an exception of others may fail to say what it is
+        return type(error).__name__
 
 
 def one_line(text: str) -> str:
