@@ -7,6 +7,7 @@ import click
 
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
+from moss_jt.commands.indexing import IndexingBar, say
 from moss_jt.commands.options import (
     loaded,
     loading_options,
@@ -92,6 +93,8 @@ def command(
         search_url=search_url,
         image_url=image_url,
         picture_folder=picture_folder or model_home() / "pictures",
+        progress=IndexingBar(),
+        notice=say,
     )
     # Whatever is wrong is said before Jittor starts.
     sampling = sampling_arguments(options)

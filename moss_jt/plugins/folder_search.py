@@ -15,18 +15,18 @@ from pathlib import Path
 
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Item, Source
-from moss_jt.plugins.text_files import read_text, text_files
+from moss_jt.plugins.text_files import State, read_text, shown_path, text_files
 
 # (files done, files in all)
 Progress = Callable[[int, int], None]
+Notice = Callable[[str], None]
 
-VERSION = 2  # of the index; another one is made anew
+VERSION = 3  # of the index; another one is made anew
 LOCK_S = 5.0  # another program may be writing the same index
 REFRESH_S = 8.0  # of a search's own time
 
 PASSAGE_CHARACTERS = 300
 MAX_TERMS = 40
-ENCODINGS = ("utf-8-sig", "gb18030")
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{CHINESE}]+|[^\W{CHINESE}]+")
 CHINESE_RUN = re.compile(f"[{CHINESE}]+")
@@ -67,12 +67,22 @@ def passages(text: str) -> Iterator[str]:
 class FolderSearch:
     """Search in the text files below a folder. Symbolic links are not followed; hidden files are passed over.
 
+    Args:
+        folder: it is indexed at once, which takes minutes the first time where it is large.
+        index_folder: where the index is kept.
+        progress: called with (files done, files in all) while it is indexed.
+        notice: called with what is left out, in one sentence, where anything is.
+
     Raises:
         MossError: the folder is not there, or its index cannot be written.
     """
 
     def __init__(
-        self, folder: Path, index_folder: Path | None = None, progress: Progress | None = None
+        self,
+        folder: Path,
+        index_folder: Path | None = None,
+        progress: Progress | None = None,
+        notice: Notice | None = None,
     ) -> None:
         if not folder.is_dir():
             raise MossError(f"--search-folder {folder} is no folder.")
@@ -80,13 +90,15 @@ class FolderSearch:
         self._lock = threading.Lock()
         try:
             self._open(index_folder or cache_folder())
-            self.refresh(progress=progress)
+            left_out = self.refresh(progress=progress)
         except (sqlite3.Error, OSError) as error:
             raise MossError(f"the index of {folder} cannot be written: {error}.") from error
+        if left_out and notice is not None:
+            notice(f"Not all of {shown_path(os.fsencode(folder))} is searched: {left_out}.")
 
     def _open(self, index_folder: Path) -> None:
         index_folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the user's files
-        name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
+        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
         self.path = index_folder / f"{name}.sqlite3"
         try:
             self._db = self._connected()
@@ -103,8 +115,8 @@ class FolderSearch:
             if database.execute("PRAGMA user_version").fetchone()[0] != VERSION:
                 database.executescript(
                     "DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS passages; DROP TABLE IF EXISTS words;"
-                    "CREATE TABLE files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER);"
-                    "CREATE TABLE passages (id INTEGER PRIMARY KEY, path TEXT, text TEXT);"
+                    "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER);"
+                    "CREATE TABLE passages (id INTEGER PRIMARY KEY, path BLOB, text TEXT);"
                     "CREATE INDEX by_path ON passages (path);"
                     "CREATE VIRTUAL TABLE words USING fts5(terms, tokenize='porter unicode61 remove_diacritics 2');"
                     f"PRAGMA user_version = {VERSION};"
@@ -114,39 +126,47 @@ class FolderSearch:
             raise
         return database
 
-    def refresh(self, limit_s: float | None = None, progress: Progress | None = None) -> None:
-        """Index what is new or changed, forget what is gone; after ``limit_s`` the rest is left for the next time."""
+    def refresh(self, limit_s: float | None = None, progress: Progress | None = None) -> str:
+        """Index what is new or changed, forget what is gone; after ``limit_s`` the rest is left for the next time.
+
+        Returns:
+            what the bounds leave out, for the user; empty where they leave out nothing.
+        """
         end = None if limit_s is None else time.monotonic() + limit_s
         with self._lock:
             known = {path: (size, at) for path, size, at in self._db.execute("SELECT * FROM files")}
-            seen = dict(text_files(self.folder))
+            files = text_files(self.folder)
+            seen = files.found
             changed = [path for path in known.keys() - seen.keys()]
             changed += [path for path, state in seen.items() if known.get(path) != state]
             for done, path in enumerate(changed):
                 if end is not None and time.monotonic() > end:
-                    return
+                    break
                 if progress is not None:
                     progress(done, len(changed))
                 with self._db:  # file by file, so that an interruption loses nothing
                     self._forget(path)
                     if path in seen:
                         self._add(path, seen[path])
-            if progress is not None and changed:
-                progress(len(changed), len(changed))
+            else:
+                if progress is not None and changed:
+                    progress(len(changed), len(changed))
+        return files.left_out
 
-    def _forget(self, path: str) -> None:
+    def _forget(self, path: bytes) -> None:
         for (number,) in self._db.execute("SELECT id FROM passages WHERE path = ?", (path,)).fetchall():
             self._db.execute("DELETE FROM words WHERE rowid = ?", (number,))
         self._db.execute("DELETE FROM passages WHERE path = ?", (path,))
         self._db.execute("DELETE FROM files WHERE path = ?", (path,))
 
-    def _add(self, path: str, state: tuple[int, int]) -> None:
-        text = read_text(Path(path))
+    def _add(self, path: bytes, state: State) -> None:
+        text = read_text(path)
+        stem = Path(shown_path(path)).stem
         for passage in passages(text or ""):
             row = self._db.execute(
                 "INSERT INTO passages (path, text) VALUES (?, ?)", (path, passage)
             ).lastrowid
-            words = " ".join(indexed(f"{Path(path).stem} {passage}"))
+            words = " ".join(indexed(f"{stem} {passage}"))
             self._db.execute("INSERT INTO words (rowid, terms) VALUES (?, ?)", (row, words))
         self._db.execute("INSERT INTO files VALUES (?, ?, ?)", (path, *state))
 
@@ -171,10 +191,15 @@ class FolderSearch:
         first_of_file = {path: text for path, text in reversed(rows)}
         ordered = [row for row in rows if first_of_file[row[0]] == row[1]]
         ordered += [row for row in rows if first_of_file[row[0]] != row[1]]
-        return [Item(text, Source(Path(path).name, path)) for path, text in ordered[:wanted]]
+        return [Item(text, _source(path)) for path, text in ordered[:wanted]]
 
     def close(self) -> None:
         self._db.close()
+
+
+def _source(path: bytes) -> Source:
+    shown = shown_path(path)
+    return Source(Path(shown).name, shown)
 
 
 def cache_folder() -> Path:

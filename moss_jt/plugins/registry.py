@@ -22,6 +22,7 @@ class PluginSettings:
     image_url       address of an OpenAI-compatible or Automatic1111 server that draws
     picture_folder  where pictures are saved
     progress        called with (files done, files in all) while a folder is read
+    notice          called with what of a folder is not searched, in one sentence
     """
 
     search_folder: Path | None = None
@@ -29,12 +30,13 @@ class PluginSettings:
     image_url: str | None = None
     picture_folder: Path | None = None
     progress: Callable[[int, int], None] | None = None
+    notice: Callable[[str], None] | None = None
 
 
 def _search(settings: PluginSettings) -> Plugin:
     from moss_jt.plugins.search import make_search
 
-    return make_search(settings.search_folder, settings.search_url, settings.progress)
+    return make_search(settings.search_folder, settings.search_url, settings.progress, settings.notice)
 
 
 def _calculator(settings: PluginSettings) -> Plugin:

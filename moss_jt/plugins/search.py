@@ -42,7 +42,10 @@ class Search:
 
 
 def make_search(
-    folder: Path | None, address: str | None, progress: Callable[[int, int], None] | None = None
+    folder: Path | None,
+    address: str | None,
+    progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Search:
     """Search in a folder of text files, at a SearXNG address, by Serper where its key is set, else by ddgs.
 
@@ -52,7 +55,7 @@ def make_search(
     if folder is not None:
         from moss_jt.plugins.folder_search import FolderSearch
 
-        return Search(FolderSearch(folder, progress=progress))
+        return Search(FolderSearch(folder, progress=progress, notice=notice))
     from moss_jt.plugins.web_search import Ddgs, SearXNG, Serper, ddgs_installed
 
     if address is not None:

@@ -4,51 +4,106 @@ import html
 import os
 import re
 import stat
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = frozenset(
     ".txt .md .markdown .rst .org .tex .html .htm .xml .csv .tsv .json .jsonl .yaml .yml .toml .ini .log .srt "
     ".py .js .ts .c .h .cc .cpp .java .go .rs .sh .sql".split()
 )
-PAGES = (".html", ".htm", ".xml")
+PAGES = (b".html", b".htm", b".xml")
 MAX_FILES = 20_000
 MAX_FILE_BYTES = 8 << 20
 MAX_TOTAL_BYTES = 512 << 20
 # After UTF-8; two bytes each in texts from Windows. Its four-byte form covers all of Unicode, so it is strict enough to fail.
 FALLBACK = "gb18030"
+# Of file names. GB2312 has no letters in its second bytes, so that it fails on most names in Latin-1.
+NAME_ENCODINGS = ("utf-8", "gb2312")
 
 TAG_NAME = re.compile(r"[/!?]?([A-Za-z0-9-]*)(?<=[A-Za-z0-9!?-])")
 SKIPPED = frozenset(("script", "style", "template"))
 BREAKING = frozenset("p div br li tr td th title h1 h2 h3 h4 h5 h6 section article pre blockquote".split())
 
 
-def text_files(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(path, (size, time in ns)) of the text files below a folder, in order, within the bounds above.
+State = tuple[int, int]  # size, time of the last change in ns
+
+
+@dataclass
+class TextFiles:
+    """The text files below a folder, within the bounds above.
+
+    found      path -> state, in order. Paths are the system's bytes: not every name is UTF-8
+    too_large  how many have more than MAX_FILE_BYTES
+    more       MAX_FILES or MAX_TOTAL_BYTES are reached, and there are more
+    """
+
+    found: dict[bytes, State] = field(default_factory=dict)
+    too_large: int = 0
+    more: bool = False
+
+    @property
+    def left_out(self) -> str:
+        """What is not searched, for the user; empty where all is."""
+        reasons = []
+        if self.too_large:
+            files = "file has" if self.too_large == 1 else "files have"
+            reasons.append(f"{self.too_large} {files} more than {MAX_FILE_BYTES >> 20} MiB")
+        if self.more:
+            reasons.append(f"beyond {len(self.found):,} files or {MAX_TOTAL_BYTES >> 20} MiB there are more")
+        return "; ".join(reasons)
+
+
+def text_files(folder: Path) -> TextFiles:
+    """The text files below a folder.
 
     Symbolic links are not followed; hidden files, and what is no regular file (reading a pipe would wait for ever), are passed
     over, and so is what vanishes or cannot be read meanwhile.
     """
-    count = total = 0
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = os.path.join(root, name)
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
+    files = TextFiles()
+    total = 0
+    for root, folders, names in os.walk(os.fsencode(folder)):
+        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower().decode("ascii", "replace")
+            if name.startswith(b".") or suffix not in SUFFIXES:
                 continue
+            path = os.path.join(root, name)
             try:
                 state = os.lstat(path)
             except OSError:
                 continue
-            if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_FILE_BYTES:
+            if not stat.S_ISREG(state.st_mode):
                 continue
-            count, total = count + 1, total + state.st_size
-            if count > MAX_FILES or total > MAX_TOTAL_BYTES:
-                return
-            yield path, (state.st_size, state.st_mtime_ns)
+            if state.st_size > MAX_FILE_BYTES:
+                files.too_large += 1
+                continue
+            total += state.st_size
+            if len(files.found) == MAX_FILES or total > MAX_TOTAL_BYTES:
+                files.more = True
+                return files
+            files.found[path] = (state.st_size, state.st_mtime_ns)
+    return files
 
 
-def read_text(path: Path) -> str | None:
+def shown_path(path: bytes) -> str:
+    """A path as people read it, whatever encoding its names have; what has none is spelled out: ``caf\\xe9.txt``."""
+    return os.sep.join(_shown_name(name) for name in path.split(os.fsencode(os.sep)))
+
+
+def _shown_name(name: bytes) -> str:
+    for encoding in NAME_ENCODINGS:
+        try:
+            return "".join(map(_spelled, name.decode(encoding)))
+        except UnicodeDecodeError:
+            continue
+    return "".join(map(_spelled, name.decode("ascii", "backslashreplace")))
+
+
+def _spelled(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def read_text(path: bytes) -> str | None:
     """A file's text; None for a binary file, or one that cannot be read."""
     try:
         # Not through a link, and without waiting for a pipe, which may have taken the file's place meanwhile.
@@ -58,7 +113,8 @@ def read_text(path: Path) -> str | None:
     except OSError:
         return None
     text = decoded(data)
-    return page_text(text) if text is not None and path.suffix.lower() in PAGES else text
+    is_page = path.lower().endswith(PAGES)
+    return page_text(text) if text is not None and is_page else text
 
 
 def decoded(data: bytes) -> str | None:
