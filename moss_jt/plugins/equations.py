@@ -15,7 +15,7 @@ import sympy
 from moss_jt.plugins.arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS
 from moss_jt.plugins.calculator import without_question
 from moss_jt.plugins.expressions import Call, Evaluator, Name, Operation, Tree, has_unknowns, nodes, parse
-from moss_jt.plugins.notation import SCIENTIFIC, Parts, Token, parted, read, split
+from moss_jt.plugins.notation import SCIENTIFIC, Parts, Token, gaps, parted, read, split
 
 MAX_CHARACTERS = 500
 MAX_TOKENS = 200
@@ -68,7 +68,7 @@ class _Symbols(Evaluator):
     def name(self, name: str) -> Any:
         if (name in CONSTANTS and name not in ("e", "tau")) or (name == "e" and self.euler):
             return CONSTANTS[name]
-        if name in SYMBOLIC or name.casefold() in NO_UNKNOWNS:
+        if name in SYMBOLIC or "." in name or name.casefold() in NO_UNKNOWNS:
             raise EquationError(f"{name} is no unknown")
         return self.unknowns.setdefault(name, sympy.Symbol(name, real=self.real))
 
@@ -126,14 +126,14 @@ def _passed_over(part: Sequence[Token]) -> bool:
 
 
 def _can_be_equations(parts: Parts) -> bool:
-    """Each part has two sides, or is none that people would write between equations by accident: a number."""
+    """Each part has two sides, or is passed over; beside a comma that touches digits, as in 2,5, only what has two sides."""
     sides = [len(split(without_question(part), ("=",))) for part in parts]
     if len(parts) == 1:
         return sides[0] <= 2
-    return all(
-        count == 2 or (count == 1 and (not part or _passed_over(part)))
-        for count, part in zip(sides, parts, strict=True)
-    )
+    two_sided = [count == 2 for count in sides]
+    if not all(two_sided[place] and two_sided[place + 1] for place, tight in enumerate(gaps(parts)) if tight):
+        return False
+    return all(two or not part or _passed_over(part) for two, part in zip(two_sided, parts, strict=True))
 
 
 def _check_exponents(tokens: Sequence[Token]) -> None:

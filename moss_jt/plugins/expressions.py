@@ -7,10 +7,19 @@ read: ``6/2(1+2)``, ``2^3x``, ``√2x``.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from moss_jt.plugins.arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS, CalculationError, bounded
-from moss_jt.plugins.notation import NotationError, Parts, Token, number_value, parted, superscript_value
+from moss_jt.plugins.notation import (
+    NotationError,
+    Parts,
+    Token,
+    gaps,
+    number_value,
+    parted,
+    superscript_value,
+)
 
 MAX_DEPTH = 40
 
@@ -87,6 +96,12 @@ def has_unknowns(tree: Tree) -> bool:
 def one_part(parts: Parts) -> bool:
     """Where no comma may part anything."""
     return len(parts) == 1
+
+
+def are_arguments(parts: Parts) -> bool:
+    """Commas part arguments with spaces after them or without: ``hypot(1,5, 2,5)`` has commas of two kinds."""
+    spaced = any(left and right and right[0].start > left[-1].end + 1 for left, right in pairwise(parts))
+    return all(parts) and not (spaced and any(gaps(parts)))
 
 
 def _is_fraction(tree: Tree) -> bool:
@@ -206,7 +221,7 @@ class _Parser:
         if name in FUNCTIONS:
             self.take()
             least, most = FUNCTIONS[name].least, FUNCTIONS[name].most
-            arguments = self.bracket(lambda parts: least <= len(parts) <= most and all(parts))
+            arguments = self.bracket(lambda parts: least <= len(parts) <= most and are_arguments(parts))
             return Call(name, tuple(arguments))
         if len(name) > 1 and name[-1].isalpha() and name not in CONSTANTS:
             raise NotationError(f"{name} is unknown")

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 MAX_DOUBTFUL_COMMAS = 8
@@ -109,6 +109,13 @@ def read(text: str) -> list[Token]:
             continue
         if token.kind == "name":
             token = _checked_name(token, tokens[-1] if tokens else None)
+        if (
+            token.kind == "number"
+            and " " in token.text
+            and tokens
+            and tokens[-1].text in ("/", "//", "^", "**")
+        ):
+            raise NotationError(f"how far {tokens[-1].text!r} reaches is not clear before {token.text!r}")
         tokens.append(token)
     if len(tokens) > MAX_TOKENS:
         raise NotationError("the text is too long")
@@ -122,7 +129,8 @@ def _checked_name(token: Token, before: Token | None) -> Token:
     ):
         raise NotationError(f"{token.text!r} is no name")
     after_number = before is not None and before.kind == "number" and before.end == token.start
-    if CHINESE_NUMERAL.fullmatch(token.text) or (after_number and token.text[0] in _MYRIAD):
+    goes_on = token.text[0] in _MYRIAD or re.fullmatch("[eE][0-9]+", token.text)
+    if CHINESE_NUMERAL.fullmatch(token.text) or (after_number and goes_on):
         raise NotationError(f"{token.text!r} is part of a number")
     return Token("name", token.text.translate(_TO_SUBSCRIBED), token.start, token.end)
 
@@ -198,6 +206,16 @@ def split(tokens: Sequence[Token], signs: tuple[str, ...]) -> list[list[Token]]:
 
 
 Parts = list[list[Token]]
+
+
+def gaps(parts: Parts) -> list[bool]:
+    """For each comma between two parts, whether it touches a digit on either side, as one inside a number would."""
+    return [
+        bool(left and right)
+        and left[-1].kind == right[0].kind == "number"
+        and left[-1].end + 1 == right[0].start
+        for left, right in pairwise(parts)
+    ]
 
 
 def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
