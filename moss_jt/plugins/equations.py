@@ -110,7 +110,8 @@ def _equations(text: str) -> tuple[list[tuple[Tree, Tree]], list[list[Token]]]:
     others = [part for part in others if part]
     if (len(others) > 1 or equations) and not all(_passed_over(part) for part in others):
         raise EquationError("a number would be passed over")
-    _check_exponents(tokens)
+    euler = _is_euler([side for sides in equations for side in sides])
+    _check_exponents(tokens, euler)
     return equations, others
 
 
@@ -136,14 +137,14 @@ def _can_be_equations(parts: Parts) -> bool:
     return all(two or not part or _passed_over(part) for two, part in zip(two_sided, parts, strict=True))
 
 
-def _check_exponents(tokens: Sequence[Token]) -> None:
+def _check_exponents(tokens: Sequence[Token], euler: bool) -> None:
     """``2e3`` is 2000, unless the text has an unknown e3, or an unknown e and a sign: ``2e+3``."""
     numbers = [token.text for token in tokens if token.kind == "number" and SCIENTIFIC.fullmatch(token.text)]
     names = {token.text.lower() for token in tokens if token.kind == "name"}
     if numbers and any(re.fullmatch(r"e[0-9]+", name) for name in names):
         raise EquationError("a number can be read as a product")
     signed = any(re.search(r"[eE][-+]", text) for text in numbers)
-    if signed and "e" in names:
+    if signed and "e" in names and not euler:
         raise EquationError("a number can be read as a sum")
     for number, after in zip(tokens, tokens[1:], strict=False):
         if after.kind == "name" and number.kind == "number" and re.search(r"[eE][-+]", number.text):

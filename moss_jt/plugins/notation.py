@@ -72,7 +72,7 @@ _LETTER = rf"[^\W\d_π{SUPERSCRIPTS}{SUBSCRIPTS}{''.join(FRACTIONS)}]"
 _RADIX = r"0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+"
 _FRACTION = f"[{''.join(FRACTIONS)}]"
 # A fraction beside a whole number needs room: next to a sign that binds tighter it could belong to that.
-_MIXED = r"[0-9]+[ ]+[1-9][0-9]*/[1-9][0-9]*(?=[ ]*(?:[-+)=,;|\n]|\*(?!\*)|$))"
+_MIXED = r"[0-9]+[ ]+[1-9][0-9]*/[1-9][0-9]*(?=[ ]*(?:[-+)=;|\n]|,(?![0-9])|\*(?!\*)|$))"
 TOKEN = re.compile(
     rf"""\ *(?:
     (?P<number>(?:{_RADIX})(?![0-9A-Za-z_]) | {_MIXED}
@@ -109,17 +109,19 @@ def read(text: str) -> list[Token]:
             continue
         if token.kind == "name":
             token = _checked_name(token, tokens[-1] if tokens else None)
-        if (
-            token.kind == "number"
-            and " " in token.text
-            and tokens
-            and tokens[-1].text in ("/", "//", "^", "**")
-        ):
-            raise NotationError(f"how far {tokens[-1].text!r} reaches is not clear before {token.text!r}")
+        if token.kind == "number" and " " in token.text and tokens:
+            _check_reach(tokens[-1], token)
         tokens.append(token)
     if len(tokens) > MAX_TOKENS:
         raise NotationError("the text is too long")
     return tokens
+
+
+def _check_reach(sign: Token, number: Token) -> None:
+    """``6/2 1/2`` and ``x^2 500`` could end before the space."""
+    is_fraction = "/" in number.text or number.text[-1] in FRACTIONS
+    if sign.text in ("^", "**") or (is_fraction and sign.text in ("/", "//")):
+        raise NotationError(f"how far {sign.text!r} reaches is not clear before {number.text!r}")
 
 
 def _checked_name(token: Token, before: Token | None) -> Token:
