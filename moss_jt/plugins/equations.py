@@ -146,9 +146,6 @@ def _check_exponents(tokens: Sequence[Token], euler: bool) -> None:
     signed = any(re.search(r"[eE][-+]", text) for text in numbers)
     if signed and "e" in names and not euler:
         raise EquationError("a number can be read as a sum")
-    for number, after in zip(tokens, tokens[1:], strict=False):
-        if after.kind == "name" and number.kind == "number" and re.search(r"[eE][-+]", number.text):
-            raise EquationError("a number can be read as a sum")
 
 
 def _is_euler(trees: Sequence[Tree]) -> bool:

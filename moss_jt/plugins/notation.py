@@ -130,9 +130,13 @@ def _checked_name(token: Token, before: Token | None) -> Token:
         for sign in token.text.translate(_TO_SUBSCRIBED)
     ):
         raise NotationError(f"{token.text!r} is no name")
-    after_number = before is not None and before.kind == "number" and before.end == token.start
+    number = (
+        before.text if before is not None and before.kind == "number" and before.end == token.start else ""
+    )
     goes_on = token.text[0] in _MYRIAD or re.fullmatch("[eE][0-9]+", token.text)
-    if CHINESE_NUMERAL.fullmatch(token.text) or (after_number and goes_on):
+    # 2e-65x may begin with twice e.
+    signed = SCIENTIFIC.fullmatch(number) and ("-" in number or "+" in number or token.text[0] in "eE")
+    if CHINESE_NUMERAL.fullmatch(token.text) or (number and (goes_on or signed)):
         raise NotationError(f"{token.text!r} is part of a number")
     return Token("name", token.text.translate(_TO_SUBSCRIBED), token.start, token.end)
 

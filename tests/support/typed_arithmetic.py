@@ -6,14 +6,33 @@ in one of the many writings that people use.
 
 import math
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+_ONE_SPACE = str.maketrans("\u00a0\u2009", "  ")
 RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+def _absolute(value: Any) -> Any:
+    """Python's, but for complex numbers, which the calculator does not have."""
+    if isinstance(value, complex):
+        raise ValueError
+    return abs(value)
+
+
 PYTHON = {
     **{name: getattr(math, name) for name in dir(math) if not name.startswith("_")},
-    **{"abs": abs, "round": round, "max": max, "min": min, "pow": pow, "math": math, "__builtins__": {}},
+    **{
+        "abs": _absolute,
+        "round": round,
+        "max": max,
+        "min": min,
+        "pow": pow,
+        "math": math,
+        "__builtins__": {},
+    },
 }
 ONE_ARGUMENT = (
     "sqrt sin cos tan log exp floor ceil log10 log2 degrees radians atan tanh abs round cbrt trunc".split()
@@ -147,13 +166,17 @@ class Typist:
         for _ in range(self.draw.choice((0, 0, 1, 1, 2))):
             more = self.power(depth)
             sign = "" if self.chance(0.07) else self.one("*", "*", "/", "/", "//")
-            opens = more[1][0] in "(（√|" or more[1][0].isalpha()
+            opens = more[1][0] in "(（√|" or (
+                more[1][0].isalpha() and not re.match("e(?![a-z])", more[1])
+            )  # 2e-3
             if not sign and (not opens or "0x" in typed):  # 0x1 a is 0x1a
                 sign = "*"
             if not sign:
                 self.certain = False  # 6/2(3): both readings have friends
             space = self.one("", "", " ")
             signs = {"*": ("*", "×", "＊", "·"), "/": ("/", "÷", "／"), "//": ("//",), "": ("",)}[sign]
+            if sign == "/" and " " in typed[-5:].translate(_ONE_SPACE):
+                self.certain = False  # 2 500/1000 could be a fraction beside a whole number
             python = f"{python}{sign or '*'}{more[0]}"
             typed = f"{typed}{space}{self.one(*signs)}{space}{more[1]}"
         return python, typed
@@ -249,8 +272,8 @@ class System:
 def _coefficient(typist: Typist) -> tuple[str, str]:
     python, typed = typist.whole() if typist.chance(0.8) else (f"{typist.draw.randrange(20)}.5",) * 2
     typist.certain &= "," not in typed and "，" not in typed
-    if typed[0] == "0" and len(typed) > 1:  # 0x2 is no number to the solver
-        typed = python
+    if typed[0] == "0":  # 0x2 is no number to the solver, whatever it is
+        python = typed = "7"
     return f"{python}*", typed + typist.one("", "", "*", " × ", "·", " ")
 
 
