@@ -1,28 +1,32 @@
 """What plugins must withstand, and whole Results fields as recorded."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import termios
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from moss_jt.errors import MossError
 from moss_jt.plugins import solver
+from moss_jt.plugins import text_files as texts
 from moss_jt.plugins.calculator import CalculationError, calculate
 from moss_jt.plugins.calls import parse_commands
 from moss_jt.plugins.folder_search import FolderSearch
-from moss_jt.plugins.http import fetch
+from moss_jt.plugins.http import check_address, fetch
 from moss_jt.plugins.image import OPENAI_ADDRESS, ImagePlugin
 from moss_jt.plugins.interface import Item, Outcome, Source, Style
+from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.plugins.run import body_of, call_with_limit, items_per_search, run_commands
 from moss_jt.plugins.text_files import page_text, text_files
 from tests.support.shared import shared
@@ -175,6 +179,108 @@ def test_whatever_a_plugin_raises_is_a_reason(error: BaseException) -> None:
     assert type(error).__name__ in found[0].failure and "\n" not in found[0].failure
 
 
+class Sound:
+    """A plugin as it should be."""
+
+    name, label, function, argument = "a", "A", "A", "x"
+    style: Style = "items"
+    timeout_s = 5.0
+
+    def call(self, argument: str, wanted: int) -> Outcome:
+        return Outcome(items=(Item("text", Source("title", "/place")),))
+
+
+SOURCE = Source("title", "/place")
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        None,
+        "text",
+        Outcome(text=5),  # type: ignore[arg-type]
+        Outcome(text=b"bytes"),  # type: ignore[arg-type]
+        Outcome(text=None),  # type: ignore[arg-type]
+        Outcome(items=None),  # type: ignore[arg-type]
+        Outcome(items=5),  # type: ignore[arg-type]
+        Outcome(items="ab"),  # type: ignore[arg-type]
+        Outcome(items=("text",)),  # type: ignore[arg-type]
+        Outcome(items=(Item(5, SOURCE),)),  # type: ignore[arg-type]
+        Outcome(items=(Item("text", None),)),  # type: ignore[arg-type]
+        Outcome(items=(Item("text", SOURCE, label=None),)),  # type: ignore[arg-type]
+        Outcome(items=(Item("text", Source(5, "")),)),  # type: ignore[arg-type]
+        Outcome(picture="/picture.png"),  # type: ignore[arg-type]
+        Outcome(failure=5),  # type: ignore[arg-type]
+    ],
+)
+@pytest.mark.parametrize("style", ["value", "lines", "items", "picture"])
+def test_a_wrong_type_in_an_outcome_is_no_result(style: Style, outcome: Outcome) -> None:
+    plugin = Scripted("A", style, [outcome])
+    (found,) = run_commands('A("x")', [plugin])
+    assert found.text.rstrip("'").endswith("No result.") and not found.found
+    assert found.failure and "\n" not in found.failure
+
+
+@pytest.mark.parametrize("name", ["name", "label", "function", "argument", "style", "timeout_s", "call"])
+@pytest.mark.parametrize("value", [None, 5j, "", b"x", -1, float("nan"), True, "missing", "raising"])
+def test_a_plugin_with_a_wrong_attribute_is_said_in_one_line(name: str, value: object) -> None:
+    def raising(self: object) -> None:
+        raise RuntimeError("no\nattribute")
+
+    class Broken(Sound):
+        def __getattribute__(self, wanted: str) -> object:
+            if wanted == name and value == "missing":
+                raise AttributeError(wanted)
+            return super().__getattribute__(wanted)
+
+    if value != "missing":
+        setattr(Broken, name, property(raising) if value == "raising" else value)
+    plugin = Broken()
+    with pytest.raises(MossError, match=name) as error:
+        make_plugins([plugin])
+    assert "\n" not in str(error.value)
+    found = run_commands('A("x")', [plugin, Scripted("B", "value", [])])
+    assert body_of(found) == 'A("x") =>\nNo result.'
+
+
+def test_an_error_that_cannot_say_what_it_is() -> None:
+    class Speechless(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    (found,) = run_commands('A("x")', [Failing(Speechless())])
+    assert found.text == "A(\"x\") => 'No result.'" and found.failure == "Speechless"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://[",
+        "http://]",
+        "http://[::1",
+        "http://x:port",
+        "http://x:99999",
+        "http://:80",
+        "http://a b",
+        "http://x\n",
+    ]
+    + ["http://é", "http://", "x", "", "ftp://x", "http://" + "x" * 999 + ":y"],
+)
+def test_addresses_that_are_none_are_said_in_one_line(address: str, tmp_path: Path) -> None:
+    for settings, name in (
+        (PluginSettings(search_url=address), "search"),
+        (PluginSettings(image_url=address), "image"),
+    ):
+        with pytest.raises(MossError, match="http://host:port") as error:
+            make_plugins([name], settings)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_addresses_that_are_some() -> None:
+    for address in ("http://localhost:8080/", "https://user:key@x.example/path", "http://[::1]:80"):
+        assert check_address(address, "--search-url") == address.rstrip("/")
+
+
 def test_hanging_calls_are_left_behind_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread cannot be ended, so there may be only so many that hang; once they end, calls are made again."""
     monkeypatch.setattr("moss_jt.plugins.run.MAX_LEFT_BEHIND", 2)
@@ -276,7 +382,7 @@ def test_a_worker_that_the_system_ended_costs_no_answer() -> None:
 # ---- network
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -403,6 +509,98 @@ def test_pipes_and_links_in_a_folder_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "up").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")
     assert list(text_files(tmp_path).found) == [os.fsencode(tmp_path / "text.txt")]
+
+
+# Names as other systems write them, and what people read.
+NAMES = {
+    "长城.txt".encode("gbk"): "长城.txt",
+    "café.txt".encode("latin-1"): "caf\\xe9.txt",
+    "résumés.txt".encode("latin-1"): "r\\xe9sum\\xe9s.txt",
+    "ファイル.txt".encode("shift_jis"): None,
+    b"\xff\xfe.txt": "\\xff\\xfe.txt",
+    b"new\nline.txt": "new\\nline.txt",
+    b"\x1b[2J.txt": "\\x1b[2J.txt",
+    "好.txt".encode(): "好.txt",
+}
+
+
+def test_file_names_in_any_encoding_are_searched(tmp_path: Path) -> None:
+    """The folder's own name, too, and folders within it."""
+    folder = os.fsencode(tmp_path) + b"/d\xe9p\xf4t"
+    for place in (folder, folder + b"/\xb3\xa4"):
+        os.mkdir(place)
+        for name in NAMES:
+            try:
+                Path(os.fsdecode(place + b"/" + name)).write_text("penguins dive")
+            except OSError:
+                pytest.skip("this file system has names in UTF-8 only")
+    search = FolderSearch(Path(os.fsdecode(folder)), tmp_path / "index")
+    found = [item.source for item in search.search("penguins", 50)]
+    assert len(found) == 2 * len(NAMES)
+    for source in found:
+        assert (source.title + source.location).isprintable()
+        (source.title + source.location).encode()
+    assert {name for name in NAMES.values() if name} <= {source.title for source in found}
+    assert any("/长/" in source.location for source in found)
+    assert [item.source.title for item in search.search("长城", 1)] == ["长城.txt"]
+    search.refresh()
+    os.unlink(folder + b"/" + "长城.txt".encode("gbk"))
+    assert len(search.search("penguins", 50)) == 2 * len(NAMES) - 1
+    search.close()
+
+
+def test_what_is_not_searched_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text("penguins")
+    told: list[str] = []
+    FolderSearch(folder, tmp_path / "index", notice=told.append).close()
+    assert told == []
+    monkeypatch.setattr(texts, "MAX_FILES", 3)
+    FolderSearch(folder, tmp_path / "index", notice=told.append).close()
+    monkeypatch.setattr(texts, "MAX_FILES", 5)
+    FolderSearch(folder, tmp_path / "index", notice=told.append).close()
+    assert len(told) == 1 and "beyond 3 files" in told[0] and str(folder) in told[0]
+    monkeypatch.setattr(texts, "MAX_TOTAL_BYTES", 20)
+    FolderSearch(folder, tmp_path / "index", notice=told.append).close()
+    assert len(told) == 2 and "beyond 2 files" in told[1]
+    monkeypatch.setattr(texts, "MAX_FILE_BYTES", 4)
+    FolderSearch(folder, tmp_path / "index", notice=told.append).close()
+    assert len(told) == 3 and told[2].count("5 files have") == 1
+
+
+def test_the_command_line_shows_how_far_indexing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``chat --search-folder``: a bar on a terminal, and what is left out; the model is not there, so no more happens."""
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("penguins")
+    (tmp_path / "texts" / "large.txt").write_bytes(b"penguins " * (1 << 20))
+    leader, follower = os.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "moss_jt",
+        "chat",
+        "none",
+        "--plugins",
+        "search",
+        "--search-folder",
+    ]
+    subprocess.run(
+        [*command, str(tmp_path / "texts")], stderr=follower, stdin=subprocess.DEVNULL, check=False
+    )
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more ends with an error
+        while piece := os.read(leader, 1 << 16):
+            shown += piece
+    os.close(leader)
+    assert b"Indexing" in shown and b"3/3" in shown
+    assert b"1 file has more than 8 MiB" in shown
 
 
 def test_a_damaged_or_older_index_is_made_anew(tmp_path: Path) -> None:
