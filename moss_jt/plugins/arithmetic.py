@@ -34,11 +34,14 @@ def bounded(value: object) -> Number:
 
 
 def power(base: Number, exponent: Number) -> object:
-    """``base**exponent``, unless it would be a huge whole number."""
+    """``base**exponent``, unless it would be a huge whole number, or so small that it would be 0."""
     if isinstance(base, int) and isinstance(exponent, int) and abs(base) > 1:
         if abs(exponent) * abs(base).bit_length() > 2 * MAX_BITS:
             raise CalculationError("the power is too large")
-    return base**exponent
+    value = base**exponent
+    if value == 0 and base != 0:
+        raise CalculationError("the power is too small")
+    return value
 
 
 OPERATIONS: dict[str, Callable[[Number, Number], object]] = {

@@ -39,11 +39,21 @@ def calculate(expression: str) -> str:
     if len(expression) > MAX_CHARACTERS or not expression.strip():
         raise CalculationError("the expression is empty or too long")
     try:
-        return str(_last_value(split(read(expression), (";", "\n"))))
+        tokens = read(expression)
+        _check_exponents(tokens)
+        return str(_last_value(split(tokens, (";", "\n"))))
     except CalculationError:
         raise
     except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
         raise CalculationError(str(error)) from error
+
+
+def _check_exponents(tokens: list[Token]) -> None:
+    """``1e`` is a number that was cut off, unless a power follows: ``2e^3``."""
+    for number, name, after in zip(tokens, tokens[1:], [*tokens[2:], None], strict=False):
+        powered = after is not None and (after.kind == "superscript" or after.text in ("^", "**"))
+        if number.kind == "number" and name.text == "e" and number.end == name.start and not powered:
+            raise CalculationError("a number is cut off")
 
 
 def without_question(tokens: list[Token]) -> list[Token]:

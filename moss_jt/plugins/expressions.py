@@ -223,8 +223,8 @@ class _Parser:
             least, most = FUNCTIONS[name].least, FUNCTIONS[name].most
             arguments = self.bracket(lambda parts: least <= len(parts) <= most and are_arguments(parts))
             return Call(name, tuple(arguments))
-        if len(name) > 1 and name[-1].isalpha() and name not in CONSTANTS:
-            raise NotationError(f"{name} is unknown")
+        if name == "f" or (len(name) > 1 and name[-1].isalpha() and name not in CONSTANTS):
+            raise NotationError(f"the function {name} is unknown")  # f(2)=4 is no product
         return Name(name)
 
     def bracket(self, possible: Callable[[Parts], bool]) -> list[Tree]:

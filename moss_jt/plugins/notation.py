@@ -9,9 +9,8 @@ digits can part two things or mark thousands; whoever knows what may stand there
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 MAX_DOUBTFUL_COMMAS = 8
 MAX_TOKENS = 400
@@ -24,8 +23,7 @@ class NotationError(ValueError):
 Kind = Literal["number", "name", "superscript", "sign", "other"]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A piece of the text from ``start`` to ``end``; ``other`` is what no arithmetic has."""
 
     kind: Kind
@@ -63,7 +61,14 @@ CHINESE_NUMERAL = re.compile(f"[零〇一二两三四五六七八九{_MYRIAD}]+"
 _SIGNS = (
     {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
     | str.maketrans("×·⋅∙∗✕✖÷∕⁄−–﹣", "*******///---")
-    | str.maketrans({"\r": "\n"})
+    | dict.fromkeys(
+        map(
+            ord,
+            "\t\v\f\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000",
+        ),
+        " ",
+    )
+    | {ord("\r"): "\n"}
 )
 
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
@@ -98,10 +103,9 @@ def read(text: str) -> list[Token]:
     Raises:
         NotationError: there are too many, or a name is a number in words.
     """
-    spaced = "".join(" " if sign.isspace() and sign != "\n" else sign for sign in text.translate(_SIGNS))
     tokens: list[Token] = []
     depth = 0
-    for match in TOKEN.finditer(spaced.strip()):
+    for match in TOKEN.finditer(text.translate(_SIGNS).strip()):
         kind, start, end = match.lastgroup, *match.span(match.lastgroup or 0)
         token = Token(kind, match[0].strip(" "), start, end)  # type: ignore[arg-type]
         depth += (token.text == "(") - (token.text == ")")
@@ -166,8 +170,10 @@ def number_value(text: str) -> int | float:
         value = float(plain)
     if digits != text:
         value = _times_myriad(plain, text[len(digits) :])
-    if value in (float("inf"), float("-inf")):
+    if value == float("inf"):
         raise NotationError(f"{text!r} is too large")
+    if value == 0 and re.search("[1-9]", plain.lower().partition("e")[0]):
+        raise NotationError(f"{text!r} is too small")
     return value
 
 
