@@ -550,8 +550,6 @@ solve("x=1", 60)  # the worker is started before anything is watched
 touched = []
 WATCHED = ("open", "socket.", "subprocess.", "os.system", "os.exec", "os.fork", "shutil.", "ctypes.")
 def watch(event, arguments):
-    if event == "open" and arguments[0] == "<unknown>":
-        return  # Python itself looks for the line of a syntax error in a file of that name
     if event.startswith(WATCHED) or (event == "import" and not str(arguments[0]).startswith(("moss_jt", "unicodedata"))):
         touched.append((event, str(arguments)[:80]))
     if event == "exec":
@@ -563,7 +561,7 @@ PIECES = ["1", "9", "99999999999999999999", "0x10", "1e999",
     "sqrt(", "round(", "factorial(", "comb(", "x", "y", "=", "==", ";", ",", "__import__", "('os')",
     ".system", "eval(", "exec(", "open('/etc/passwd')",
     "lambda:", "𝟏", "１", "ｅval", "\u200b", "\x00", "'", '"', "\\", "\n", " ", "{", "}", "@",
-    "!", "~", "<<", ">>", "for", "in", "if", "else", "π", "数"]
+    "!", "~", "|", "√", "½", "²", "万", ",000", " 000", "'000", " 1/2", "<<", ">>", "for", "in", "if", "else", "π", "数"]
 for number in range(3000):
     text = "".join(random.choice(PIECES) for _ in range(random.randint(1, 40)))
     name = random.choice(["Calculate", "Calculate", "Calculate", "Search", "Text2Image", "None", "__import__"])
