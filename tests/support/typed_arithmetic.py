@@ -169,7 +169,8 @@ class Typist:
             opens = more[1][0] in "(（√|" or (
                 more[1][0].isalpha() and not re.match("e(?![a-z])", more[1])
             )  # 2e-3
-            if not sign and (not opens or "0x" in typed):  # 0x1 a is 0x1a
+            joins = typed[-1].isalpha() and more[1][0].isalpha()  # a tan(1) is atan(1), and 0x1 a is 0x1a
+            if not sign and (not opens or joins or "0x" in typed):
                 sign = "*"
             if not sign:
                 self.certain = False  # 6/2(3): both readings have friends
