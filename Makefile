@@ -18,7 +18,7 @@ test-all: check unit-all
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && $(PIP) install --no-deps --no-build-isolation --target build/types .
+	rm -rf build && $(PIP) install --no-deps --no-build-isolation --target build/types .
 	cp pyproject.toml build/types/ && cd build/types && $(BIN)/mypy -p moss_jt
 
 unit: $(VENV)/.test-installed
