@@ -3,7 +3,9 @@
 The compiling runs in a process of its own, so that its output, its signal handlers and its failures stay out of ours.
 """
 
+import atexit
 import contextlib
+import fcntl
 import importlib
 import os
 import shutil
@@ -14,8 +16,9 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from moss_jt.backend.home import log_path
+from moss_jt.backend.home import environment, home_kept, log_path
 from moss_jt.errors import MossError
 
 OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means something
@@ -81,9 +84,31 @@ def python_config() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def front_part() -> Any:
+    """Jittor's small front part (0.1 s), told to compile in no processes of its own.
+
+    Its pool of them would be hit by the terminal's Ctrl-C as much as this process: one that dies with the pool's lock
+    makes Jittor wait for ever at exit. What is much to compile is compiled by :func:`ensure_built`.
+    """
+    if "jittor_utils" not in sys.modules:
+        # The second is set by Jittor because of the first, and would be left to the processes that we start.
+        with home_kept(), environment(DISABLE_MULTIPROCESSING="1", use_parallel_op_compiler=None):
+            importlib.import_module("jittor_utils")
+    return sys.modules["jittor_utils"]
+
+
+def end_pool() -> None:
+    """End the pool of a Jittor that was imported before moss_jt was; it is made anew when Jittor needs it."""
+    utilities = front_part()
+    if utilities.pool_size:
+        atexit.unregister(utilities.pool_cleanup)
+        utilities.pool_cleanup()
+        utilities.pool_size = 0
+
+
 def build_folder() -> Path:
-    """Jittor's folder for this machine, compiler and Python. Starts Jittor's small front part (0.1 s)."""
-    return Path(importlib.import_module("jittor_utils").cache_path)
+    """Jittor's folder for this machine, compiler and Python."""
+    return Path(front_part().cache_path)
 
 
 def is_built(folder: Path) -> bool:
@@ -108,11 +133,30 @@ def ensure_built(hidden: Sequence[str]) -> None:
     folder = build_folder()
     if is_built(folder):
         return
+    with one_at_a_time():
+        if not is_built(folder):  # by now, by the start that was waited for
+            compile_jittor(folder, hidden)
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait until no other process of this user compiles Jittor."""
+    with open(log_path("build").with_suffix(".lock"), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("moss-jt: another start is compiling Jittor for this machine; waiting for it.\n")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_jittor(folder: Path, hidden: Sequence[str]) -> None:
+    """Raises MossError where that fails; the message names the log."""
     log = log_path("build")
     command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), *hidden]
     marker(folder).unlink(missing_ok=True)
     for _ in range(ATTEMPTS):
-        with open(log, "ab") as output:
+        with open(log, "ab") as output, home_kept():
             code = watch(command, folder, output.fileno(), log)
         if code != 0 or marker(folder).exists():
             break

@@ -20,6 +20,8 @@ DEVICE_SWITCH = "MOSS_JT_DEVICE"
 SWAP_SWITCH = "JT_SAVE_MEM"  # Jittor reads it when it is compiled and when it starts
 MANAGED_SWITCH = "use_cuda_managed_allocator"  # and this one when it starts
 
+_process: int | None = None  # the one that Jittor was started in
+
 
 def check_choice(device: str, offload: str) -> Offload:
     """The way to offload that ``offload`` means on the device; "auto" streams what does not fit.
@@ -42,6 +44,7 @@ def decide(device: Device, offload: Offload) -> None:
     Raises:
         MossError: Jittor already runs in this process, and otherwise.
     """
+    check_process()
     wanted = {
         DEVICE_SWITCH: device,
         SWAP_SWITCH: "1" if offload == "swap" else None,
@@ -64,6 +67,26 @@ def decide(device: Device, offload: Offload) -> None:
             os.environ[name] = value
         else:
             os.environ.pop(name, None)  # of a load that failed, for example
+
+
+def note_process() -> None:
+    """Jittor starts in this process."""
+    global _process
+    _process = os.getpid()
+
+
+def check_process() -> None:
+    """See that this is the process that Jittor was started in, if it was, and no copy: OpenMP's threads and those that read
+    weights stay behind when a process forks, and whatever waits for them waits for ever.
+
+    Raises:
+        MossError: it is a copy.
+    """
+    if _process not in (None, os.getpid()):
+        raise MossError(
+            f"this process was forked from one that had loaded a model (process {_process}), and cannot compute. Load the "
+            "model after the fork, or start processes afresh: multiprocessing.get_context('spawn')."
+        )
 
 
 def chosen_device() -> Device:

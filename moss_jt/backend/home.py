@@ -1,9 +1,12 @@
 """Where Jittor keeps its compiled files, and oneDNN's place in there. Knows Jittor's rules, imports none of it."""
 
+import contextlib
 import json
 import os
 import platform
 import sys
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -43,6 +46,39 @@ def cache_folder() -> Path:
 
 def log_path(name: str) -> Path:
     return cache_folder() / f"moss-jt-{name}.log"
+
+
+@contextlib.contextmanager
+def environment(**wanted: str | None) -> Iterator[None]:
+    """These variables for a while (None: not set); afterwards they are as they were, whoever changed them meanwhile."""
+    before = {name: os.environ.get(name) for name in wanted}
+    try:
+        _set_all(wanted)
+        yield
+    finally:
+        _set_all(before)
+
+
+def _set_all(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def home_kept() -> Iterator[None]:
+    """While Jittor starts or compiles, the processes that it starts included: it keeps to :func:`jittor_home`, and notes nothing.
+
+    Jittor makes folders under the user's home whether or not that can be written, and remembers a JITTOR_HOME there
+    for all later runs. So it is given an empty home, and its own place by name.
+    """
+    cupy_cache = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    place = str(jittor_home())
+    with tempfile.TemporaryDirectory(prefix="moss-jt-") as empty:
+        with environment(HOME=empty, JITTOR_HOME=place, CUPY_CACHE_DIR=cupy_cache):
+            yield
 
 
 def has_onednn_wheels() -> bool:

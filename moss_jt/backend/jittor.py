@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any
 
-from moss_jt.backend.build import check_compiler, ensure_built, quiet_output
-from moss_jt.backend.device import chosen_device, swaps
+from moss_jt.backend.build import check_compiler, end_pool, ensure_built, quiet_output
+from moss_jt.backend.device import chosen_device, note_process, swaps
 from moss_jt.backend.gpu import require_gpu
-from moss_jt.backend.home import cache_folder, has_onednn_wheels, link_onednn, log_path
+from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
 from moss_jt.backend.signals import keep_signals
 from moss_jt.errors import MossError
 
@@ -92,7 +92,7 @@ def _start() -> Any:
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
-        with keep_signals(), quiet_output(log_path("import")):
+        with home_kept(), keep_signals(), quiet_output(log_path("import")):
             installer: Any = importlib.import_module("jittor_utils.install_cuda")
             # No toolkit but the one that was decided on: see jittor_build.SCRIPT.
             installer.has_installation = bool
@@ -103,10 +103,14 @@ def _start() -> Any:
     finally:
         for name in hidden:
             del sys.modules[name]
+    end_pool()
+    # Its compiling threads would wait until the end, and in a forked process for each other, for ever.
+    jittor.flags.use_parallel_op_compiler = 0
     jittor.flags.log_file = str(log_path("operators"))
     jittor.flags.no_grad = 1  # or every block's workspace would be kept for a backward pass
     if chosen_device() == "gpu":
         jittor.flags.use_cuda = 1
+    note_process()
     return jittor
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
 from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.kv_cache import KVCache
@@ -85,9 +86,11 @@ class Model:
             (R, V) float32 where R is 0 (``rows`` "none": only the cache is wanted), 1 ("last") or T ("all").
 
         Raises:
-            MossError: a token is outside the vocabulary, a weight cannot be read, or the model is closed.
+            MossError: a token is outside the vocabulary, a weight cannot be read, the model is closed, or this process
+                was forked from the one that loaded it.
             ValueError: the tokens do not fit into the cache.
         """
+        check_process()
         cache = self._cache
         h = jt.array(self.weights.embedding_rows(token_ids).astype(np.float32))
         for layer, weights in self.weights.blocks(then_head=rows != "none"):

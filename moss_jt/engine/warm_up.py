@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.backend.gpu import says_full
-from moss_jt.backend.home import log_path
+from moss_jt.backend.home import home_kept, log_path
 from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError, reason_of
 from moss_jt.kernels.cpu import source
@@ -77,7 +77,8 @@ def _announced(run: Callable[[], None], fingerprint: str, target: str, duration:
         sys.stderr.write(f"moss-jt: compiling the operators for {target}, once: {duration}.\n")
     begin = time.monotonic()
     try:
-        run()
+        with home_kept():
+            run()
     except Exception as error:  # noqa: BLE001  CuPy's own do not derive from RuntimeError
         if says_full(error):
             raise
