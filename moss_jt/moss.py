@@ -15,7 +15,7 @@ from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.plan.placement import plan_gpu_here, plan_here
+from moss_jt.plan.placement import hold, plan_gpu_here, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import Store, open_store
@@ -98,6 +98,7 @@ class Moss:
             placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
         loaded = _load(store, placed, "gpu" if on_gpu else "cpu", way)
+        hold(placed)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
     @property
@@ -183,6 +184,7 @@ class Moss:
     def close(self) -> None:
         """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""
         self.model.close()
+        release(self.plan)
 
     def __enter__(self) -> Self:
         return self

@@ -5,10 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from moss_jt import moss as moss_module
 from moss_jt.commands.cli import main
-from moss_jt.commands.eval import _read
+from moss_jt.commands.eval import TOKENIZER_BYTES, _read
+from moss_jt.measure.perplexity import workspace_bytes
+from moss_jt.plan import placement
+from moss_jt.plan.placement import LATER_BYTES
+from moss_jt.plan.residency import ResidencyPlan, gib_up, smallest_bytes
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.support.dialogues import dialogues
 from tests.support.models import convert_checkpoint, random_checkpoint, tiny_model_folder
+from tests.support.random_models import WIDE, random_folder
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +80,31 @@ def test_what_cannot_be_evaluated_is_refused(
     broken.write_bytes(b"\xff\xfe\xfd")
     assert run_cli("eval", model, broken) == 1
     assert "cannot be read as a UTF-8 text" in capsys.readouterr().err
+
+
+def test_two_models_under_a_limit_that_neither_fits_into(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way to judge quantization where the float16 model streams: it was refused, what is resident of the first
+    model counted as what the process holds itself, against a second half of the limit."""
+    models = [random_folder(WIDE, bits) for bits in (4, 16)]
+    sizes = [sizes_of_store(open_store(model)) for model in models]
+    here = 200 * MIB
+    monkeypatch.setattr(placement, "resident_memory_bytes", lambda: here)
+    plans: list[ResidencyPlan] = []
+    monkeypatch.setattr(moss_module, "hold", lambda plan: (plans.append(plan), placement.hold(plan)))
+
+    needed = sum(smallest_bytes(one, 64) + TOKENIZER_BYTES for one in sizes)
+    scoring = workspace_bytes(WIDE.vocab_size, 2)
+    limit = here + LATER_BYTES + needed + scoring + 60 * MIB
+    arguments = ("eval", models[0], text, "--against", models[1], "--context", "64", "--max-tokens", "200")
+    assert run_cli(*arguments, "--memory", str(limit), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["against"]["tokens"] == 196
+    assert plans[1].streams and plans[1].bytes_on("device") > 0
+    # The second plan counts all that the first may come to hold, and both stay below the limit.
+    assert plans[1].footprint_bytes == plans[0].peak_bytes
+    assert plans[1].peak_bytes + scoring <= limit
+
+    assert run_cli(*arguments, "--memory", str(limit - 61 * MIB)) == 1
+    lacking = gib_up(MIB)
+    assert f"too little for two models at once: {lacking} more is needed" in capsys.readouterr().err

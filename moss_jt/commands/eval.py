@@ -1,5 +1,6 @@
 """moss-jt eval."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from moss_jt.errors import MossError
 from moss_jt.measure.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
 from moss_jt.moss import Moss
 from moss_jt.plan.machine import memory_budget
+from moss_jt.plan.placement import footprint_here
+from moss_jt.plan.residency import gib, gib_up, smallest_bytes
 from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.sizes import MIB, sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.output import json_text
 from moss_jt.terminal.screen import Screen
@@ -20,6 +24,7 @@ from moss_jt.terminal.screen import Screen
 DEFAULT_CONTEXT = 1024
 MAX_CHARACTERS = 64 << 20
 LONGEST_TOKEN = 256  # characters
+TOKENIZER_BYTES = 32 * MIB  # that loading a second model's takes
 
 
 @click.command()
@@ -101,11 +106,34 @@ def _read(file: Path, max_tokens: int | None) -> str:
     return text
 
 
-def _load(stores: list[Store], context: int, memory: str | None) -> list[Moss]:
-    """The models, each with an equal share of the memory. Nothing is drafted: there is nothing to generate."""
-    own = workspace_bytes(max(store.config.vocab_size for store in stores), len(stores))
-    share = (memory_budget(memory) - own) // len(stores)
-    return [Moss.load(store.path, memory=share, context=context, draft="off") for store in stores]
+def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Moss]:
+    """The models, one after the other. Nothing is drafted: there is nothing to generate."""
+    vocabulary = max(store.config.vocab_size for store in stores)
+    budget = memory_budget(memory) - workspace_bytes(vocabulary, len(stores))
+    for store, share in zip(stores, _shares(stores, context, budget), strict=True):
+        yield Moss.load(store.path, memory=share, context=context, draft="off")
+
+
+def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
+    """What the whole process may hold once each of the models is there.
+
+    The first of two gets half of what there is for models, or what it needs at least; the other one the rest.
+
+    Raises:
+        MossError: it is too little for both.
+    """
+    if len(stores) == 1:
+        return [budget]
+    first, second = (smallest_bytes(sizes_of_store(store), context) + TOKENIZER_BYTES for store in stores)
+    footprint = footprint_here()
+    if budget < footprint + first + second:
+        lacking = footprint + first + second - budget
+        raise MossError(
+            f"{gib(budget)} is too little for two models at once: {gib_up(lacking)} more is needed. Raise --memory by as "
+            "much, or lower --context."
+        )
+    half = (budget - footprint) // 2
+    return [footprint + min(max(half, first), budget - footprint - second), budget]
 
 
 def _fields(result: Evaluation, context: int) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
 
+import weakref
+
 from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import Card
 from moss_jt.errors import MossError
@@ -14,12 +16,41 @@ LATER_BYTES = 120 * MIB
 # The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
 GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
 
+# Plans of the models that this process has loaded: what they may still come to hold is no other's.
+_held: list[weakref.ref[ResidencyPlan]] = []
+
+
+def hold(plan: ResidencyPlan) -> None:
+    """Count this plan's memory as taken, until :func:`release`, or until its model is dropped."""
+    _held.append(weakref.ref(plan))
+
+
+def release(plan: ResidencyPlan) -> None:
+    """Its model is closed."""
+    _held[:] = [other for other in _held if other() not in (None, plan)]
+
+
+def footprint_here(later_bytes: int = LATER_BYTES) -> int:
+    """What this process holds or may come to hold beside the weights, cache and workspace of a model that is now planned.
+
+    A loaded model's cache and workspace are not in the process's size before they were used, so its plan counts.
+    """
+    plans = [plan for held in _held if (plan := held()) is not None]
+    promised = sum(
+        plan.peak_bytes - plan.footprint_bytes
+        if plan.host_budget_bytes is None
+        else plan.host_peak_bytes - plan.host_footprint_bytes
+        for plan in plans
+    )
+    first = max((plan.host_footprint_bytes or plan.footprint_bytes for plan in plans), default=0)
+    return max(resident_memory_bytes() + later_bytes, first + promised)
+
 
 def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
     Args:
-        memory: the limit as users write it; None for what is free less a margin.
+        memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
 
     Raises:
@@ -27,8 +58,7 @@ def plan_here(store: Store, memory: str | int | None, context: int | None) -> Re
     """
     budget = memory_budget(memory)
     context = store.config.n_positions if context is None else context
-    footprint = resident_memory_bytes() + LATER_BYTES
-    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint)
+    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint_here())
 
 
 def plan_gpu_here(
@@ -53,7 +83,7 @@ def plan_gpu_here(
             f"{card.name} cannot share managed memory with the host here (WSL and Windows' drivers do not). Use --offload stream."
         )
     context = store.config.n_positions if context is None else context
-    footprint = resident_memory_bytes() + GPU_LATER_BYTES
+    footprint = footprint_here(GPU_LATER_BYTES)
     placed = plan_gpu(
         sizes_of_store(store),
         context,

@@ -145,6 +145,13 @@ def plan(
     return _place(empty, "--memory")
 
 
+def smallest_bytes(sizes: ModelSizes, context: int) -> int:
+    """What the smallest CPU plan takes beside what the process holds itself."""
+    tokens = min(PASS_TOKENS, context)
+    empty = _without_residents(sizes, context, 0, tokens, 0, sizes.workspace_bytes(tokens, context))
+    return min(empty.peak_bytes, _all_resident(empty).peak_bytes)
+
+
 def plan_gpu(
     sizes: ModelSizes,
     context: int,
@@ -205,7 +212,7 @@ def _without_residents(
 
 def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
     """Make resident what fits: everything, without a ring, or else the spread that streams the fewest bytes."""
-    everything = replace(empty, units=_on_device(empty.units, set()), ring_buffers=0, buffer_bytes=0)
+    everything = _all_resident(empty)
     if everything.peak_bytes <= empty.budget_bytes:
         return everything
     if empty.peak_bytes > empty.budget_bytes:
@@ -216,6 +223,10 @@ def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
     )
     fitting = [plan for plan in plans if plan.peak_bytes <= empty.budget_bytes]
     return max(fitting, key=lambda plan: plan.bytes_on("device"))
+
+
+def _all_resident(empty: ResidencyPlan) -> ResidencyPlan:
+    return replace(empty, units=_on_device(empty.units, set()), ring_buffers=0, buffer_bytes=0)
 
 
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
