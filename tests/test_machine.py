@@ -25,8 +25,12 @@ from moss_jt.store.sizes import GIB, MIB
         ("8GB", 8 * 10**9),
         ("300m", 300 * MIB),
         ("80%", 80 * GIB),
-        ("123", 123),
-        (456, 456),
+        ("8Gi", 8 * GIB),
+        ("512Mi", 512 * MIB),
+        ("1048576Ki", GIB),
+        ("0.5Ti", 512 * GIB),
+        ("8589934592", 8 * GIB),
+        (456 * MIB, 456 * MIB),
     ],
 )
 def test_amounts(text: str | int, n_bytes: int) -> None:
@@ -37,6 +41,13 @@ def test_amounts(text: str | int, n_bytes: int) -> None:
 def test_what_is_no_amount_is_refused(text: str) -> None:
     with pytest.raises(MossError, match="is no amount of memory. Write it like 8GiB"):
         parse_memory(text, 100 * GIB)
+
+
+@pytest.mark.parametrize("amount", ["16", 16, "8.5", "0", "16b", "1000000"])
+def test_a_number_without_its_unit_is_asked_about(amount: str | int) -> None:
+    """16 was taken as 16 bytes, and the answer was that the model needs more."""
+    with pytest.raises(MossError, match=r"would be bytes. Say which unit is meant: [\d.]+GiB"):
+        parse_memory(amount, 100 * GIB)
 
 
 def test_more_than_there_is_is_refused() -> None:
@@ -92,6 +103,36 @@ def test_version_2_groups_narrow_it(tmp_path: Path) -> None:
     assert process_memory(tree(tmp_path, files)) == Memory(2 * GIB, GIB + 2 * MIB)
     (tmp_path / group / "memory.max").write_text("max\n")
     assert process_memory(tmp_path) == Memory(16 * GIB, 12 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("most", "high", "total"),
+    [("max", 3, 3), (4, 3, 3), (2, 3, 2), (4, "max", 4), ("max", "max", 16)],
+    ids=str,
+)
+def test_the_level_at_which_a_version_2_group_is_slowed_down_narrows_it(
+    tmp_path: Path, most: int | str, high: int | str, total: int
+) -> None:
+    """systemd's MemoryHigh= and Kubernetes set memory.high, often without memory.max."""
+
+    def text(amount: int | str) -> str:
+        return f"{amount if amount == 'max' else int(amount) * GIB}\n"
+
+    group = "sys/fs/cgroup/job/inner"
+    files = {
+        "proc/self/cgroup": "0::/job/inner\n",
+        "sys/fs/cgroup/cgroup.controllers": "cpu memory\n",
+        "sys/fs/cgroup/job/memory.max": text(most),
+        "sys/fs/cgroup/job/memory.high": text(high),
+        "sys/fs/cgroup/job/memory.current": f"{GIB}\n",
+        "sys/fs/cgroup/job/memory.stat": "inactive_file 0\nactive_file 0\n",
+        f"{group}/memory.max": "max\n",
+        f"{group}/memory.high": "max\n",
+        f"{group}/memory.current": "4096\n",
+        f"{group}/memory.stat": "inactive_file 0\n",
+    }
+    free = 12 if total == 16 else total - 1
+    assert process_memory(tree(tmp_path, files)) == Memory(total * GIB, free * GIB)
 
 
 def test_a_group_whose_path_is_out_of_sight_counts_by_its_root(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from moss_jt.store.sizes import GIB, MIB
 MARGIN_SHARE = 20
 MARGIN_BYTES = 512 * MIB
 
+# A plain number below this is no number of bytes that anybody means.
+FEWEST_BYTES = MIB
+
 UNITS = {
     "": 1,
     "b": 1,
@@ -23,6 +26,10 @@ UNITS = {
     "mib": MIB,
     "gib": GIB,
     "tib": 1 << 40,
+    "ki": 1 << 10,  # as Kubernetes writes them
+    "mi": MIB,
+    "gi": GIB,
+    "ti": 1 << 40,
     "k": 1 << 10,
     "m": MIB,
     "g": GIB,
@@ -69,13 +76,16 @@ def parse_memory(text: str | int, total_bytes: int) -> int:
     """Bytes of an amount as users write it: ``8GiB``, ``8G``, ``8GB``, ``80%`` of ``total_bytes``, a number of bytes.
 
     Raises:
-        MossError: it is none of these.
+        MossError: it is none of these, or a number of bytes in which nothing would fit.
     """
     found = re.fullmatch(r"\s*(\d{1,16}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3}|%)\s*", str(text))
     unit = found.group(2).lower() if found else "?"
     if found is None or unit not in (*UNITS, "%"):
         raise MossError(f"{text!r} is no amount of memory. Write it like 8GiB, 8000MB or 80%.")
     number = float(found.group(1))
+    if unit in ("", "b") and number < FEWEST_BYTES:
+        example = found.group(1) if number < 1024 else "8"
+        raise MossError(f"{text} would be bytes. Say which unit is meant: {example}GiB, for example.")
     return int(number * total_bytes / 100) if unit == "%" else int(number * UNITS[unit])
 
 
@@ -112,11 +122,13 @@ def _groups(root: Path) -> list[tuple[int, int]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, files = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+            mount, files = root / "sys/fs/cgroup", ("memory.max", "memory.high", "memory.current")
             if not (mount / "cgroup.controllers").exists():
                 continue  # version 2 beside version 1: it has no memory controller
         elif "memory" in controllers.split(","):
-            mount, files = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            mount = root / "sys/fs/cgroup/memory"
+            # What it says of a soft limit binds only while the machine is short of memory.
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
         folder = mount / path.lstrip("/")
@@ -128,20 +140,34 @@ def _groups(root: Path) -> list[tuple[int, int]]:
     return found
 
 
-def _group(folder: Path, limit_file: str, used_file: str) -> tuple[int, int] | None:
-    """None where the folder is out of sight (a container sees only its own part) or has no limit."""
+def _group(folder: Path, *files: str) -> tuple[int, int] | None:
+    """None where the folder is out of sight (a container sees only its own part) or has no limit.
+
+    ``files``: those of the limits, then that of what is used. Above memory.high the kernel makes a process wait for memory
+    to be given back, which weights never are: it computes hundreds of times slower.
+    """
+    *limit_files, used_file = files
+    limits = [limit for name in limit_files if (limit := _number(folder / name)) is not None]
+    used = _number(folder / used_file)
     try:
-        limit = (folder / limit_file).read_text().strip()
-        used = int((folder / used_file).read_text())
         statistics = _fields((folder / "memory.stat").read_text())
     except OSError:
         return None
-    if limit == "max":
+    if not limits or used is None:
         return None
     names = ("total_inactive_file", "total_active_file")
     if not any(name in statistics for name in names):
         names = ("inactive_file", "active_file")
-    return int(limit), used - sum(statistics.get(name, 0) for name in names)
+    return min(limits), used - sum(statistics.get(name, 0) for name in names)
+
+
+def _number(path: Path) -> int | None:
+    """None where the file is not there, or holds "max"."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return None if text == "max" else int(text)
 
 
 def peak_memory_bytes() -> int:
