@@ -30,8 +30,16 @@ unit-all: $(VENV)/.test-installed
 setup: $(VENV)/.installed
 test-setup: $(VENV)/.test-installed
 
+# Python as pyproject.toml asks for it, said before anything is installed; Jittor 1.3.11 has no newer one.
+NEEDED = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+VERSION = import sys; print(*sys.version_info[:2], sep=".")
+
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c '$(NEEDED)' || { echo "moss-jt needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) -c '$(VERSION)' 2>&1 | tail -1). \
+	Name another one: make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=python3.11" >&2; exit 1; }
 	@echo "Installing moss-jt into $(VENV) (a minute or two)"
+	@# What another Python has left in $(VENV) goes: half of it would stay, and be used.
+	@if [ -e $(VENV) ] && [ "$$($(BIN)/python -c '$(VERSION)' 2>&1)" != "$$($(PYTHON) -c '$(VERSION)')" ]; then rm -rf $(VENV); fi
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "setuptools>=77" wheel
 	$(PIP) install --no-build-isolation -e .

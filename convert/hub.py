@@ -33,7 +33,10 @@ def open_hub(
     Raises:
         MossError: no such repository, no access, no network, or no MOSS or CodeGen checkpoint in it.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    try:
+        from huggingface_hub import HfApi, hf_hub_download
+    except ValueError as error:  # it takes the address apart when it is imported
+        raise MossError(f"HF_ENDPOINT is no address ({error}): write it as https://host.") from error
 
     with hub_errors(repo):
         info = HfApi().model_info(repo, files_metadata=True)
@@ -86,7 +89,17 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise MossError(
             f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN)."
         ) from error
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError) as error:
+    except UnicodeEncodeError as error:  # of a header
+        raise MossError(
+            "the hub's token (HF_TOKEN, or what its login has saved) has characters that no token has. Copy it anew."
+        ) from error
+    except ImportError as error:
+        raise MossError(
+            f"the proxy that the environment names needs a package that is not there: {_first_line(error)} For SOCKS: "
+            "pip install socksio. Or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY."
+        ) from error
+    # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is no JSON.
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError, ValueError) as error:
         raise MossError(_why_no_download(repo, error)) from error
 
 

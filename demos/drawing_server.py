@@ -5,6 +5,7 @@ moss-jt chat moss-tiny --plugins image --image-url http://127.0.0.1:7999
 """
 
 import base64
+import contextlib
 import json
 import random
 import struct
@@ -86,7 +87,21 @@ def drawing_server(port: int = 0) -> Iterator[str]:
         thread.join()
 
 
+def main(arguments: list[str]) -> int:
+    """Draw until Ctrl-C, in the background until the process is ended: standard input is not read."""
+    port = arguments[0] if arguments else "0"
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        print(f"{port!r} is no port: give a number from 0 (a free one) to 65535.", file=sys.stderr)
+        return 2
+    try:
+        with contextlib.suppress(KeyboardInterrupt), drawing_server(int(port)) as address:
+            print(f"drawing at {address}; Ctrl-C ends it", flush=True)
+            threading.Event().wait()
+    except OSError as error:
+        print(f"port {port} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    with drawing_server(int(sys.argv[1]) if len(sys.argv) > 1 else 0) as address:
-        print(f"drawing at {address}; Enter ends it")
-        input()
+    sys.exit(main(sys.argv[1:]))

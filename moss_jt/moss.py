@@ -1,7 +1,10 @@
 """The Python interface: ``from moss_jt import Moss``. Jittor starts when a model is loaded, not before."""
 
+import reprlib
 import time
 from collections.abc import Sequence
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -89,6 +92,8 @@ class Moss:
         on_gpu = device == "gpu"
         if on_gpu and memory is not None or not on_gpu and (gpu_memory, host_memory) != (None, None):
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
+        if not (context is None or isinstance(context, Integral)):
+            raise MossError(f"context is {context!r}; it must be a number of tokens.")
         store = open_store(resolve_model(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
@@ -117,7 +122,7 @@ class Moss:
         Raises:
             MossError: the text is empty or longer than the context, or an id is outside the vocabulary.
         """
-        self._check(token_ids)
+        token_ids = self._checked(token_ids)
         self.model.cache_owner = None
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
         step = self.model.pass_tokens
@@ -154,17 +159,25 @@ class Moss:
         """
         params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
-        else:
-            token_ids = list(prompt)
-        self._check(token_ids)
+            prompt = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
+        token_ids = self._checked(prompt)
         session = self.session()
         session.extend(token_ids)
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         return Generation(session, decoder, params, max_new_tokens, self.stop_ids, stops, self.load_s)
 
-    def _check(self, token_ids: Sequence[int]) -> None:
+    def _checked(self, given: Sequence[int]) -> list[int]:
+        """The token ids, from a list or an array."""
+        try:
+            if isinstance(given, str | bytes):
+                raise TypeError
+            token_ids = [index(token) for token in given]
+        except TypeError:
+            raise MossError(
+                "what is to be read must be one text, or token ids as a list of whole numbers, as moss.tokenizer.encode gives "
+                f"them; it is {reprlib.repr(given)}."
+            ) from None
         if not token_ids:
             raise MossError("the prompt is empty: there is no text to continue.")
         if len(token_ids) > self.model.capacity:
@@ -174,6 +187,7 @@ class Moss:
             )
         if not all(0 <= token < self.config.vocab_size for token in token_ids):
             raise MossError(f"token ids must be from 0 to {self.config.vocab_size - 1}.")
+        return token_ids
 
     def chat(self, **options: Any) -> Any:
         """A conversation in MOSS's format: moss_jt.chat.chat.Chat with these options."""

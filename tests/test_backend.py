@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from moss_jt.backend import build as jittor_build
 from moss_jt.backend import home as jittor_home
 from moss_jt.backend.signals import keep_signals
 from moss_jt.errors import MossError
+from tests.support.models import tiny_model_folder
 
 
 @pytest.fixture
@@ -105,6 +108,40 @@ def test_missing_python_headers_say_what_to_install(monkeypatch: pytest.MonkeyPa
         jittor_build.check_compiler()
 
 
+def test_jittor_keeps_to_its_home_and_remembers_none(home: Path) -> None:
+    """It noted a JITTOR_HOME for all later runs of the user, which then compiled it anew elsewhere."""
+    code = """
+import os, subprocess, sys
+from moss_jt.backend.build import build_folder
+from moss_jt.backend.home import home_kept
+print(build_folder())
+with home_kept():  # the operators' compilers
+    subprocess.run([sys.executable, "-P", "-c", "import jittor_utils; print(jittor_utils.cache_path)"], check=True)
+assert os.environ["HOME"] == sys.argv[1] and os.environ["JITTOR_HOME"] == sys.argv[2]
+assert "DISABLE_MULTIPROCESSING" not in os.environ and "use_parallel_op_compiler" not in os.environ
+"""
+    given = home / "given"
+    command = [sys.executable, "-P", "-c", code, str(home), str(given)]
+    environment = {**os.environ, "HOME": str(home), "JITTOR_HOME": str(given), "log_silent": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith(f"{given}/.cache/jittor/") for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == 2
+    assert not (home / ".cache").exists()
+    assert jittor_home.jittor_home() == home
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/none"])
+def test_a_home_that_cannot_be_made_is_one_line(place: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "moss_jt", "generate", str(tiny_model_folder()), "--prompt", "a"]
+    environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}
+    environment |= {"HOME": place, "MOSS_JT_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"moss-jt: error: cannot write to {place}/.cache/jittor")
+    assert len(done.stderr.splitlines()) == 1 and "set JITTOR_HOME" in done.stderr
+
+
 class Build:
     """A first start in a folder of its own, where a script stands in for Jittor."""
 
@@ -145,6 +182,23 @@ def test_jittor_is_started_again_when_it_asks_for_that(build: Build) -> None:
     once = "once = pathlib.Path(sys.argv[1]).with_name('once')"
     build.run(f"{once}\nif once.exists(): {MARK}\nelse: once.touch()")
     assert jittor_build.marker(build.folder).exists()
+
+
+def test_first_starts_wait_for_each_other(build: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second finds what the first has compiled, and compiles nothing."""
+    calls = build.folder / "calls"
+    script = f"with open({str(calls)!r}, 'a') as file: file.write('x')\nimport time; time.sleep(0.5)\n"
+    script += "pathlib.Path(sys.argv[1]).write_text('core')"
+    core = build.folder / "core" / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    core.parent.mkdir()
+    core.touch()
+    starts = [threading.Thread(target=build.run, args=(script,)) for _ in range(3)]
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert calls.read_text() == "x"
+    assert capfd.readouterr().err.count("another start is compiling Jittor") == 2
 
 
 def test_a_failed_compilation_names_its_log(build: Build) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import importlib.util
 import json
 import os
 import pickle
@@ -636,6 +637,35 @@ def test_from_the_hub_shard_by_shard(tmp_path: Path) -> None:
     done = from_hub(tmp_path / "dead", "http://127.0.0.1:9", "convert", "fnlp/moss-small")
     assert done.returncode == 1
     assert "HF_ENDPOINT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "pip install socksio"),
+        ({"HTTP_PROXY": "socks5h://127.0.0.1:9"}, "pip install socksio"),
+        ({"HTTP_PROXY": "socks4://127.0.0.1:9"}, "Unknown scheme for proxy URL"),
+        ({"HF_TOKEN": "hf_t\u00f6k\u00e8n"}, "HF_TOKEN"),
+        ({"HF_TOKEN": "\u5bc6\u7801"}, "HF_TOKEN"),
+        ({"HF_ENDPOINT": "http://["}, "HF_ENDPOINT"),
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT"),
+    ],
+    ids=str,
+)
+def test_a_surrounding_in_which_no_hub_is_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str
+) -> None:
+    if "socksio" in said and importlib.util.find_spec("socksio") is not None:
+        pytest.skip("the package for SOCKS proxies is installed")
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    address = environment.get("HF_ENDPOINT", "http://127.0.0.1:9")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = from_hub(tmp_path, address, "convert", "fnlp/moss-small")
+    assert done.returncode == 1 and done.stderr.startswith("moss-jt: error: ")
+    assert len(done.stderr.splitlines()) == 1 and said in done.stderr
 
 
 def gets(requests: list[str], name: str) -> int:

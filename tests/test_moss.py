@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,58 @@ def test_impossible_prompts_are_refused(moss: Moss, prompt: str | list[int], mes
             moss.logits(prompt)
 
 
+@pytest.mark.parametrize("prompt", [["text"], None, 3, [1.5], b"text", np.array([[1, 2]])], ids=repr)
+def test_what_is_neither_a_text_nor_token_ids_is_said(moss: Moss, prompt: Any) -> None:
+    for use in (moss.generate, moss.logits):
+        with pytest.raises(MossError, match="one text, or token ids as a list of whole numbers"):
+            use(prompt)
+    with pytest.raises(MossError, match="it is 'text'"):
+        moss.logits("text")  # type: ignore[arg-type]
+
+
+def test_token_ids_may_be_an_array(moss: Moss) -> None:
+    np.testing.assert_array_equal(moss.logits(np.array([5, 6])), moss.logits([5, 6]))
+    assert moss.generate(np.array([5, 6])).stats.prompt_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"seed": "x"}, "seed is 'x'"),
+    ],
+)
+def test_values_of_the_wrong_type_are_said(moss: Moss, options: dict[str, Any], message: str) -> None:
+    for use in (lambda: moss.generate("a", **options), lambda: moss.chat(**options)):
+        with pytest.raises(MossError, match=message):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        ("calculator", r"plugins is 'calculator'; give a list of names: plugins=\['calculator'\]"),
+        ("search, solver", r"plugins=\['search', 'solver'\]"),
+        (None, "give a list of names"),
+        (3, "give a list of names"),
+        ([3], "3 among the plugins is neither a name nor a plugin"),
+        ([None], "None among the plugins"),
+    ],
+)
+def test_plugins_that_are_no_list_of_names_are_said(moss: Moss, plugins: Any, message: str) -> None:
+    for use in (lambda: moss.chat(plugins=plugins), lambda: moss.chat().switch(plugins)):
+        with pytest.raises(MossError, match=message):
+            use()
+
+
+def test_a_message_that_is_no_text_is_said(moss: Moss) -> None:
+    with pytest.raises(MossError, match="a message is text, not int"):
+        moss.chat().send(3)  # type: ignore[arg-type]
+
+
 def test_a_prompt_that_fills_the_context_has_no_answer(moss: Moss) -> None:
     generation = moss.generate([5] * 1024, temperature=0)
     assert list(generation) == [] and generation.token_ids == []
@@ -127,6 +180,9 @@ def test_a_prompt_that_fills_the_context_has_no_answer(moss: Moss) -> None:
         ({"device": "abacus"}, "there is no device 'abacus'"),
         ({"memory": "much"}, "'much' is no amount of memory"),
         ({"context": 5000}, "this model has 1024 positions"),
+        ({"context": "5"}, "context is '5'"),
+        ({"context": 2.5}, "context is 2.5"),
+        ({"memory": "16"}, "Say which unit is meant: 16GiB"),
         ({"draft": "maybe"}, "'maybe' is no draft"),
     ],
 )
@@ -185,6 +241,12 @@ def test_the_package_names_what_it_has() -> None:
     assert moss_jt.Moss is Moss
     with pytest.raises(AttributeError, match="no attribute 'Mess'"):
         moss_jt.Mess  # noqa: B018
+
+
+@pytest.mark.parametrize("model", [3, b"moss-tiny"])
+def test_what_is_no_name_of_a_model_is_said(model: Any) -> None:
+    with pytest.raises(MossError, match="a model is a name or a path"):
+        Moss.load(model)
 
 
 def test_a_model_folder_that_is_none_is_named(tmp_path: Path) -> None:

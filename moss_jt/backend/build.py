@@ -212,18 +212,30 @@ def last_line(log: Path) -> str:
 @contextlib.contextmanager
 def quiet_output(log: Path) -> Iterator[None]:
     """Send what this process and its children write to stdout and stderr into a file, below Python's own streams."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
+    _flush()
+    saved = {stream: os.dup(stream) for stream in (1, 2) if _is_open(stream)}
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        os.dup2(target, 1)
-        os.dup2(target, 2)
+        for stream in saved:
+            os.dup2(target, stream)
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream, copy in zip((1, 2), saved, strict=True):
+        _flush()
+        for stream, copy in saved.items():
             os.dup2(copy, stream)
             os.close(copy)
         os.close(target)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # a program may be started without
+            stream.flush()

@@ -32,9 +32,9 @@ def jittor_home() -> Path:
     note = Path.home() / ".cache" / "jittor" / "config.json"
     try:
         remembered = json.loads(note.read_text(encoding="utf-8")).get("JITTOR_HOME", str(Path.home()))
-    except FileNotFoundError:
+    except OSError:  # there is none, or none that can be read
         return Path.home()
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise MossError(f"{note} is damaged, and Jittor would not start. Remove it.") from error
     return Path(remembered).absolute()
 

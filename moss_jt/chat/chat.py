@@ -14,6 +14,7 @@ from moss_jt.chat.field_reader import ChatSession
 from moss_jt.chat.language import Language, language_of, user_language
 from moss_jt.chat.prompt import Piece, PromptEncoder, meta_instruction
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats, least_tokens
+from moss_jt.engine.generate import check_count
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin, Source
@@ -63,8 +64,7 @@ class Chat:
             MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
                 no room for the meta instruction and a turn.
         """
-        if max_new_tokens < 1:
-            raise MossError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        check_count(max_new_tokens)
         self.params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
         self.settings = settings
         self.max_new_tokens = max_new_tokens
@@ -108,6 +108,8 @@ class Chat:
             TooLongError: the message is longer than the context. The conversation is as before, here and below.
             MossError: the model failed.
         """
+        if not isinstance(text, str):
+            raise MossError(f"a message is text, not {type(text).__name__}.")
         self._stop_running()
         self._cancelled.clear()
         self.language = language_of(text, self.language)

@@ -78,10 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def open_closed_streams() -> None:
-    """Let output that was closed before the program began (``>&-``) lead nowhere, and not into the next file to be opened."""
-    for name in ("stdout", "stderr"):
+    """Let streams that were closed before the program began (``<&-``, ``>&-``) lead nowhere, and not into the next file to be
+    opened: input is then empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def end(text: str, code: int) -> NoReturn:

@@ -2,11 +2,12 @@
 
 import click
 
+from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.report import GB, Speed, Speeds, report
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
-from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
 from moss_jt.terminal.screen import Screen
@@ -71,7 +72,7 @@ def sizes_of(model: str) -> tuple[ModelSizes, Store | None]:
         MossError: there is no such folder, and no published model has that name.
     """
     try:
-        folder = resolve_model(model)
+        folder = model_folder(model)
     except MossError:
         sizes = geometry_of_name(model)
         if sizes is None:

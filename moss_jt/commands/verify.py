@@ -3,8 +3,8 @@
 import click
 
 from moss_jt.commands.progress import byte_bar, size_text
+from moss_jt.convert.named import model_folder
 from moss_jt.convert.verify import verify_store
-from moss_jt.store.locations import resolve_model
 from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.screen import Screen
 
@@ -16,7 +16,7 @@ def command(model: str | None) -> None:
 
     MODEL is a name or a path; without one, the model converted last.
     """
-    store = open_store(resolve_model(model))
+    store = open_store(model_folder(model))
     total = sum(spec.nbytes for file in store.files for spec in file.tensors.values())
     with byte_bar(store.path.name, total) as bar:
         verify_store(store, bar.update)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 from moss_jt.engine.sampling import SamplingParams
@@ -75,6 +76,12 @@ class StopStrings:
         return 0
 
 
+def check_count(max_new_tokens: int) -> None:
+    """Raises MossError where it is no number of tokens."""
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise MossError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or more.")
+
+
 class Generation:
     """An iterator of pieces of text. Iterate to the end, or drop it at any time.
 
@@ -93,8 +100,7 @@ class Generation:
         stop_strings: Sequence[str] = (),
         load_s: float = 0.0,
     ) -> None:
-        if max_new_tokens < 1:
-            raise MossError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        check_count(max_new_tokens)
         self.token_ids: list[int] = []
         self.text = ""
         self.stats = GenerationStats(session.position)

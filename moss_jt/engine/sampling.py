@@ -5,7 +5,8 @@ random draw. Temperature 0 is greedy: the largest logit, and no draw.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -37,6 +38,11 @@ class SamplingParams:
     drawn: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.name in ("top_k", "seed")
+            if not (value is None or isinstance(value, Integral if whole else Real)):
+                raise MossError(f"{field.name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
         penalty = self.repetition_penalty
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 (greedy) or more"),

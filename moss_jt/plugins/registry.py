@@ -75,9 +75,13 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     """Plugins by name, or as they are where they are objects already; in the meta instruction's order.
 
     Raises:
-        MossError: no plugin has that name, it cannot be loaded or lacks a setting, or it is no plugin.
+        MossError: no plugin has that name, it cannot be loaded or lacks a setting, or it is no plugin; or these are no
+            names in a list.
     """
     settings = settings or PluginSettings()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        given = [name.strip() for name in names.split(",")] if isinstance(names, str) else ["calculator"]
+        raise MossError(f"plugins is {names!r}; give a list of names: plugins={given!r}.")
     made = [_make(name, settings) if isinstance(name, str) else name for name in names]
     for plugin in made:
         if fault := plugin_fault(plugin):

@@ -70,6 +70,8 @@ def resolve_model(model: str | Path | None) -> Path:
                 f"(45 GB of disk), or try the small one that comes with the program: moss-jt chat {TINY}"
             )
         return last
+    if not isinstance(model, str | os.PathLike):
+        raise MossError(f"a model is a name or a path, not {model!r}.")
     if Path(model).is_dir():
         return Path(model)
     named = models_folder() / Path(str(model)).name

@@ -25,10 +25,10 @@ POSITIONS = 160
 # heads, head size, rotary size, layers, inner size (None: four times the width), file format, shards, and a seed that was
 # chosen so that some fifty of the 64 greedy tokens differ and none is a close call
 GEOMETRIES: dict[str, tuple[int, int, int, int, int | None, str, int, int]] = {
-    "heads-4": (4, 16, 8, 2, None, "torch", 1, 28),
-    "heads-8-inner": (8, 32, 32, 3, 320, "torch", 3, 9),
-    "heads-16": (16, 12, 4, 2, None, "safetensors", 1, 14),
-    "heads-24": (24, 20, 16, 3, None, "safetensors", 3, 5),
+    "heads-4": (4, 16, 8, 2, None, "torch", 1, 65),
+    "heads-8-inner": (8, 32, 32, 3, 320, "torch", 3, 60),
+    "heads-16": (16, 12, 4, 2, None, "safetensors", 1, 61),
+    "heads-24": (24, 20, 16, 3, None, "safetensors", 3, 69),
 }
 # Which normal numbers are not used as they are: attention gets sharp enough to matter, no token says itself for ever.
 SCALES = {
