@@ -99,7 +99,13 @@ def hub_errors(repo: str) -> Iterator[None]:
             "pip install socksio. Or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY."
         ) from error
     # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is no JSON.
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HTTPError, OSError, ValueError) as error:
+    except (
+        errors.HfHubHTTPError,
+        errors.OfflineModeIsEnabled,
+        errors.HTTPError,
+        OSError,
+        ValueError,
+    ) as error:
         raise MossError(_why_no_download(repo, error)) from error
 
 

@@ -2,8 +2,8 @@
 
 import errno
 import fcntl
-import io
 import importlib.util
+import io
 import json
 import os
 import pickle

@@ -71,7 +71,9 @@ def test_a_python_program_goes_on_and_ends(first: str) -> None:
 
 def test_a_copy_of_a_process_with_a_model_says_that_it_cannot_compute() -> None:
     """OpenMP's threads are not copied: the copy waited for them for ever. Leaving must not wait for any either."""
-    code = LOADED.format(first="") + """
+    code = (
+        LOADED.format(first="")
+        + """
 import os
 from moss_jt.errors import MossError
 list(moss.generate("a", max_new_tokens=2, temperature=0))
@@ -88,6 +90,7 @@ for attempt in (lambda: moss.logits([1]), lambda: list(moss.generate("a")), lamb
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert list(moss.generate("a", max_new_tokens=2, temperature=0))
 """
+    )
     command = [sys.executable, "-P", "-c", code, str(tiny_model_folder())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

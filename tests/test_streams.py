@@ -52,7 +52,16 @@ def test_python_without_streams_loads_a_model() -> None:
 
 @pytest.mark.parametrize("redirect", ["0<&-", "</dev/null"])
 def test_the_drawing_server_needs_no_standard_input(redirect: str) -> None:
-    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-P", "-m", "moss_jt.demos.drawing_server"]
+    command = [
+        "sh",
+        "-c",
+        f'exec "$@" {redirect}',
+        "sh",
+        sys.executable,
+        "-P",
+        "-m",
+        "moss_jt.demos.drawing_server",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("drawing at http://127.0.0.1:")
