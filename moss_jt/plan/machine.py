@@ -119,6 +119,7 @@ def _groups(root: Path) -> list[tuple[int, int]]:
     except OSError:
         return []  # no control groups in this kernel
     found = []
+    files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
