@@ -153,8 +153,8 @@ def test_values_of_the_wrong_type_are_said(moss: Moss, options: dict[str, Any], 
         ("search, solver", r"plugins=\['search', 'solver'\]"),
         (None, "give a list of names"),
         (3, "give a list of names"),
-        ([3], "3 among the plugins is neither a name nor a plugin"),
-        ([None], "None among the plugins"),
+        ([3], "the plugin int cannot be called"),
+        ([None], "the plugin NoneType cannot be called"),
     ],
 )
 def test_plugins_that_are_no_list_of_names_are_said(moss: Moss, plugins: Any, message: str) -> None:
