@@ -57,10 +57,9 @@ class Calibration:
         yield QKV, qkv
         yield FC_IN, fc_in
 
-        attended = np.empty_like(self.hidden)
+        attended = self._attended(weights, qkv)
         hessian = Hessian(self.config.n_embd)
         for part in self.sequences:
-            attended[part] = self._attention(linear(self._normed(part, weights), qkv))
             hessian.add(attended[part])
         (out,) = _quantize([weights[f"{OUT}.weight"]], hessian, settings)
         yield OUT, out
@@ -70,12 +69,33 @@ class Calibration:
             hessian.add(self._inner(part, weights, fc_in))
         (fc_out,) = _quantize([weights[f"{FC_OUT}.weight"]], hessian, settings)
         del hessian
+        self._leave(weights, attended, fc_in, out, fc_out)
+        yield FC_OUT, fc_out
+
+    def pass_block(self, weights: Mapping[str, np.ndarray], matrices: Mapping[str, PackedArrays]) -> None:
+        """``hidden`` through a block that is quantised already: what :meth:`quantize_block` left there, again."""
+        attended = self._attended(weights, matrices[QKV])
+        self._leave(weights, attended, matrices[FC_IN], matrices[OUT], matrices[FC_OUT])
+
+    def _attended(self, weights: Mapping[str, np.ndarray], qkv: Matrix) -> np.ndarray:
+        attended = np.empty_like(self.hidden)
+        for part in self.sequences:
+            attended[part] = self._attention(linear(self._normed(part, weights), qkv))
+        return attended
+
+    def _leave(
+        self,
+        weights: Mapping[str, np.ndarray],
+        attended: np.ndarray,
+        fc_in: Matrix,
+        out: Matrix,
+        fc_out: Matrix,
+    ) -> None:
         bias = weights[f"{FC_OUT}.bias"].astype(np.float32)
         # The inner layer is made again: keeping it would take four times the memory of the hidden states.
         for part in self.sequences:
             inner = self._inner(part, weights, fc_in)
             self.hidden[part] += linear(attended[part], out) + (linear(inner, fc_out) + bias)
-        yield FC_OUT, fc_out
 
     def _normed(self, part: slice, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         h = self.hidden[part]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.convert.disk import Download
-from moss_jt.convert.tensors import DTYPES, SourceTensor
+from moss_jt.convert.tensors import SourceTensor
 from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.torch_file import read_torch_file
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
-from moss_jt.store.model_folder import SAFETENSORS_DTYPES, read_header, read_json
+from moss_jt.store.files import read_json
+from moss_jt.store.safetensors_header import read_header
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
@@ -91,13 +92,10 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of a shard by name, from a torch zip file or safetensors."""
     if path.suffix != ".safetensors":
         return read_torch_file(path)
-    specs, _, _ = read_header(path)
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    found = {}
-    for name, spec in specs.items():
-        found[name] = SourceTensor(name, names[spec.dtype], spec.shape, path, spec.offset)
-        assert found[name].dtype in DTYPES
-    return found
+    return {
+        name: SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset)
+        for name, spec in read_header(path).tensors.items()
+    }
 
 
 def choose_index(names: Iterable[str]) -> tuple[str | None, str | None]:

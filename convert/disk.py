@@ -1,19 +1,16 @@
-"""Room on the disk: asked for before anything is written, and one clear line when it runs out all the same."""
+"""Room on the disk: asked for before anything is written."""
 
-import contextlib
-import errno
 import itertools
 import operator
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.errors import MossError
 
 SPARE_BYTES = 256 << 20
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -84,36 +81,3 @@ def _nearest(folder: Path) -> Path:
 
 def _device(folder: Path) -> int:
     return os.stat(_nearest(folder)).st_dev
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's errors about what is written into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise MossError(
-                f"the disk is full: {path} could not be written. Free some space and run it again to go on."
-            ) from error
-        raise MossError(f"writing {path} failed: {error.strerror or error}.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step that survives a power cut: a reader sees the old one or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replace(fresh, path)
-
-
-def replace(fresh: Path, path: Path) -> None:
-    """Rename, and make the rename last."""
-    fresh.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

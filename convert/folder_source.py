@@ -9,10 +9,13 @@ import numpy as np
 
 from moss_jt.convert.layout import FilePlan, Target
 from moss_jt.convert.pipeline import Recipe, weight_bytes
-from moss_jt.convert.tensors import PIECE_BYTES
+from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
-from moss_jt.store.model_folder import DTYPES, MANIFEST, Store, StoreFile, TensorSpec, map_tensor, open_store
+from moss_jt.store.files import read_small
+from moss_jt.store.manifest import MANIFEST, REPAIR, FileEntry, read_manifest, sha256_of
+from moss_jt.store.model_folder import Store, StoreFile, open_store
+from moss_jt.store.safetensors_header import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,9 @@ class ModelFolder:
 
     def tokenizer_text(self) -> str:
         try:
-            return self.store.tokenizer_path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise MossError(
-                f"{self.store.tokenizer_path} cannot be read: {error}. Convert the checkpoint again."
-            ) from error
+            return read_small(self.store.tokenizer_path).decode("utf-8")
+        except ValueError as error:
+            raise MossError(f"{self.store.tokenizer_path} is no text. {REPAIR}") from error
 
     @property
     def download(self) -> None:
@@ -58,27 +59,27 @@ def folder_recipe(path: Path) -> tuple[ModelFolder, Recipe]:
         raise MossError(
             f"{path} is quantised already, to int{store.bits}. Quantize the float16 model that it was made from."
         )
-    identity = {"folder": path.resolve().name, "manifest": _checksum(path / MANIFEST)}
-    files = [_plan(file) for file in store.files]
+    identity = {"folder": path.resolve().name, "manifest": sha256_of(read_small(path / MANIFEST))}
+    entries = read_manifest(path).files
+    files = [_plan(file, entries[file.path.name]) for file in store.files]
     total = weight_bytes(store.config, 16, 0)
     return ModelFolder(store), Recipe(identity, str(path), 16, 0, files, total)
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _plan(file: StoreFile, entry: FileEntry) -> FilePlan:
+    def target(spec: TensorSpec) -> Target:
+        checksum = entry.tensors[spec.name].sha256
+        return Target(spec.name, spec.dtype_name, spec.shape, lambda: _pieces(file, spec, checksum))
+
+    return FilePlan(file.path.name, (), lambda: [target(spec) for spec in file.tensors.values()])
 
 
-def _plan(file: StoreFile) -> FilePlan:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-
-    def target(local: str, spec: TensorSpec) -> Target:
-        return Target(spec.name, names[spec.dtype], spec.shape, lambda: _pieces(file, local))
-
-    return FilePlan(file.path.name, (), lambda: [target(local, spec) for local, spec in file.tensors.items()])
-
-
-def _pieces(file: StoreFile, local: str) -> Iterator[np.ndarray]:
-    tensor = map_tensor(file, local)
-    step = max(1, PIECE_BYTES // (tensor.nbytes // len(tensor)))
-    for first in range(0, len(tensor), step):
-        yield tensor[first : first + step]
+def _pieces(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.ndarray]:
+    """The tensor, compared with its checksum while it is read: damage must not be quantised and then vouched for."""
+    source = SourceTensor(spec.name, spec.dtype_name, spec.shape, file.path, spec.offset)
+    digest = hashlib.sha256()
+    for piece in source.pieces(0, spec.shape[0]):
+        digest.update(piece.reshape(-1).view(np.uint8).data)
+        yield piece
+    if digest.hexdigest() != checksum:
+        raise MossError(f"{file.path}: {spec.name} is not what was written: its checksum differs. {REPAIR}")

@@ -12,10 +12,10 @@ from moss_jt.convert.checkpoint import (
     read_shard,
     read_weight_map,
 )
-from moss_jt.convert.disk import FULL, Download, check_disk, folder_bytes
+from moss_jt.convert.disk import Download, check_disk, folder_bytes
 from moss_jt.convert.tokenizer import REQUIRED_FILES
 from moss_jt.errors import MissingFileError, MossError
-from moss_jt.store.model_folder import read_json
+from moss_jt.store.files import FULL, read_json
 
 
 def open_hub(

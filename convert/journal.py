@@ -1,18 +1,13 @@
 """What a conversion has finished so far, so that the next run goes on from there."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moss_jt.convert.disk import write_text
 from moss_jt.errors import MossError
-from moss_jt.store.model_folder import read_json
+from moss_jt.store.files import read_json, write_json
+from moss_jt.store.manifest import file_entry
 
 JOURNAL = "journal.json"
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    write_text(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
 
 
 class Journal:
@@ -35,13 +30,23 @@ class Journal:
             self.restarted = True
             return
         for name, entry in fields["files"].items():
-            path = folder / name
-            if path.exists() and isinstance(entry, dict) and path.stat().st_size == entry.get("bytes"):
+            if _is_there(folder, name, entry):
                 self.files[name] = entry
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         self.files[name] = entry
+        self.write()
+
+    def write(self) -> None:
         write_json(self.path, {"identity": self.identity, "files": self.files})
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _is_there(folder: Path, name: str, entry: Any) -> bool:
+    """Whether the file is there with the size that its entry says; a damaged entry says nothing."""
+    try:
+        return (folder / name).stat().st_size == file_entry(entry, name).n_bytes
+    except (OSError, ValueError, MossError):
+        return False

@@ -13,9 +13,12 @@ from typing import Any
 
 from moss_jt.errors import MossError
 
-MAX_BYTES = 64 << 20
-MAX_ITEMS = 10_000_000
+MAX_BYTES = 16 << 20
+MAX_ITEMS = 2_000_000
 MAX_AXES = 16
+MAX_KEY = (
+    1000  # characters: two long keys that are alike are compared to their ends, each time that one is set
+)
 
 # torch's storage classes and the safetensors name of what they hold.
 STORAGES = {
@@ -184,6 +187,8 @@ class _Machine:
             raise _Refused("an item for something that is no dict")
         if not all(isinstance(key, str | int) for key in pairs[::2]):
             raise _Refused("a key that is neither text nor number")
+        if any(isinstance(key, str) and len(key) > MAX_KEY for key in pairs[::2]):
+            raise _Refused("a key that is no name")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def extend(self, values: list[Any]) -> None:

@@ -5,35 +5,45 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from moss_jt.convert.checkpoint import Checkpoint
-from moss_jt.convert.disk import Download, check_disk, write_text, writing
+from moss_jt.convert.disk import Download, check_disk
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
-from moss_jt.convert.journal import JOURNAL, Journal, write_json
+from moss_jt.convert.journal import JOURNAL, Journal
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
+from moss_jt.convert.verify import verify_file, verify_store
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
-from moss_jt.store.model_folder import (
+from moss_jt.store.files import read_json, read_small, write_json, write_text, writing
+from moss_jt.store.manifest import (
     CONFIG,
-    DTYPES,
-    EMBEDDING,
     FORMAT,
-    HEAD,
     MANIFEST,
+    TEXTS,
     TOKENIZER,
     VERSION,
+    Manifest,
+    read_manifest,
+    sealed,
+    sha256_of,
+)
+from moss_jt.store.model_folder import (
+    EMBEDDING,
+    HEAD,
     block_file_name,
     block_tensors,
     embedding_tensors,
     head_tensors,
+    open_file,
     open_store,
-    read_json,
 )
+from moss_jt.store.safetensors_header import DTYPES, read_header
 
 SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 
@@ -108,15 +118,89 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
     return Recipe(checkpoint.identity, checkpoint.source, bits, group_size, files, total, notes)
 
 
-def already_converted(out: Path, identity: dict[str, Any]) -> bool:
-    """True when ``out`` is finished and made from this very source; an error when it was made from another."""
-    if not (out / MANIFEST).exists():
+def already_converted(
+    out: Path,
+    identity: dict[str, Any],
+    config: MossConfig,
+    progress: Progress = lambda count: None,
+    notice: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """True when ``out`` is finished, made from this very source, and whole: everything in it is read and compared.
+
+    A damaged folder becomes an unfinished one again, whose journal lists the files that are as they should be.
+
+    Args:
+        progress: called with bytes of tensors as they are compared.
+
+    Raises:
+        MossError: ``out`` was made from something else, or by a newer version.
+    """
+    if not os.path.lexists(out / MANIFEST):
         return False
-    if read_json(out / MANIFEST).get("identity") == json.loads(json.dumps(identity)):
-        return True
-    raise MossError(
-        f"{out} already holds a model made from something else. Name another folder with --out, or delete that one first."
-    )
+    identity = json.loads(json.dumps(identity))
+    manifest, reason = _manifest_of(out, identity)
+    kept: dict[str, Any] = {}
+    if manifest is not None:
+        try:
+            store = open_store(out)
+            verify_store(store, progress)
+            if manifest.texts is not None:
+                return True
+            reason = "it was written by moss-jt 0.1.0, without checksums of all its parts"
+            kept = manifest.fields["files"]
+        except MossError as error:
+            reason = str(error)
+            kept = _intact_files(out, manifest, config)
+    notice(f"{out} is not whole: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
+    with writing(out), _alone(out):
+        journal = Journal(out, identity)
+        journal.files = {name: _with_header(out / name, entry) for name, entry in kept.items()}
+        journal.write()
+        (out / MANIFEST).unlink()
+    return False
+
+
+def _manifest_of(out: Path, identity: dict[str, Any]) -> tuple[Manifest | None, str]:
+    """The manifest of a folder made from this source, or None and what is wrong with it."""
+    try:
+        manifest = read_manifest(out)
+    except MossError as error:
+        if _is_of_another_version(out):
+            raise
+        return None, str(error)
+    if manifest.identity != identity:
+        raise MossError(
+            f"{out} already holds a model made from something else. Name another folder with --out, or delete that "
+            "one first."
+        )
+    return manifest, ""
+
+
+def _is_of_another_version(out: Path) -> bool:
+    """Whether a manifest that cannot be read is whole, and so a later version's, which must not be written over."""
+    try:
+        fields = read_json(out / MANIFEST)
+    except MossError:
+        return False
+    return fields.get("version") != VERSION and sealed(fields) == fields
+
+
+def _intact_files(out: Path, manifest: Manifest, config: MossConfig) -> dict[str, Any]:
+    """Manifest entries of the safetensors files that are what it says."""
+    kept = {}
+    for name in file_bytes(config, 16, 0):
+        with contextlib.suppress(MossError):
+            if name in manifest.files:
+                verify_file(
+                    open_file(out, name, manifest.files[name], config, manifest), manifest.files[name]
+                )
+                kept[name] = manifest.fields["files"][name]
+    return kept
+
+
+def _with_header(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with the checksum of the file's header, which 0.1.0 did not write."""
+    return {"bytes": entry["bytes"], "header": read_header(path).sha256, "tensors": entry["tensors"]}
 
 
 def convert(
@@ -135,7 +219,7 @@ def convert(
     Raises:
         MossError: bad source, full disk, or ``out`` is something else. No manifest is left, so nothing looks finished.
     """
-    if already_converted(out, recipe.identity):
+    if already_converted(out, recipe.identity, source.config, notice=notice):
         return False
     for note in recipe.notes:
         notice(note)
@@ -149,9 +233,9 @@ def convert(
         with _alone(out):
             if journal.restarted:
                 notice(f"{out} was begun from another version of the source; it is written anew.")
-                for path in (*out.glob("*.safetensors"), *out.glob(f"*{SCRATCH}")):
+                for path in (*out.glob("*.safetensors"), *out.glob(f"*{SCRATCH}*")):
                     path.unlink()
-            write_json(journal.path, {"identity": journal.identity, "files": journal.files})
+            journal.write()
             if journal.files:
                 notice(f"Going on after {len(journal.files)} of {len(recipe.files)} files.")
                 progress(sum(entry["bytes"] for entry in journal.files.values()))
@@ -166,12 +250,21 @@ def convert(
     return True
 
 
+# Every file that a conversion writes; one that was killed may leave them with an ending of their own.
+_OURS = re.compile(
+    r"(config\.json|tokenizer\.json|manifest\.json|journal\.json|(embedding|head|block-\d{2,3})\.safetensors)(\.new|\.part)?"
+    r"|calibration-\d{2,3}\.scratch(\.new)?"
+)
+_WEIGHTS = re.compile(r"(embedding|head|block-\d{2,3})\.safetensors")
+
+
 def _check_ours(out: Path) -> None:
-    """Raises MossError unless ``out`` is empty, begun by a conversion, or not there."""
+    """Raises MossError unless ``out`` is empty, begun by a conversion, or not there; or a folder that lost its manifest."""
     if not out.exists() or (out / JOURNAL).exists():
         return
     # A kill can leave nothing but the first journal, half written.
-    if any(not path.name.startswith(JOURNAL) for path in out.iterdir()):
+    names = [path.name for path in out.iterdir() if not path.name.startswith(JOURNAL)]
+    if not all(map(_OURS.fullmatch, names)) or names and not any(map(_WEIGHTS.fullmatch, names)):
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
 
 
@@ -199,7 +292,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _finish(out: Path, recipe: Recipe, journal: Journal) -> None:
-    for path in out.glob(f"*{SCRATCH}"):
+    for path in out.glob(f"*{SCRATCH}*"):
         path.unlink()
     manifest = {
         "format": FORMAT,
@@ -208,9 +301,10 @@ def _finish(out: Path, recipe: Recipe, journal: Journal) -> None:
         "group_size": recipe.group_size,
         "source": recipe.source,
         "identity": journal.identity,
-        "files": journal.files,
+        "files": {plan.name: journal.files[plan.name] for plan in recipe.files},
+        "texts": {name: sha256_of(read_small(out / name)) for name in TEXTS},
     }
-    write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, sealed(manifest))
     try:
         open_store(out)
     except MossError:

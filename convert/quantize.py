@@ -16,10 +16,13 @@ import numpy as np
 from moss_jt.convert.calibration import FC_OUT, Calibration, GptqSettings
 from moss_jt.convert.layout import FilePlan, Target
 from moss_jt.convert.pipeline import SCRATCH, Recipe, weight_bytes
+from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
-from moss_jt.store.model_folder import DTYPES, EMBEDDING, MATRICES, block_file_name, local_name, read_header
+from moss_jt.store.files import replacing, writing
+from moss_jt.store.model_folder import EMBEDDING, MATRICES, block_file_name, local_name
 from moss_jt.store.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
+from moss_jt.store.safetensors_header import DTYPES, read_header
 
 DEFAULT_GROUP_SIZE = 128
 SEQUENCE_TOKENS = 1024  # calibration tokens that see each other, at most
@@ -155,8 +158,7 @@ class GptqQuantizer:
     def block(self, number: int, targets: Mapping[str, Target]) -> Matrices:
         if number > 0:
             self._state(number - 1).unlink(missing_ok=True)  # the block before is done: see the journal
-        length = min(self._config.n_positions, SEQUENCE_TOKENS)
-        calibration = Calibration(self._config, self._entering(number), length)
+        calibration = self._entering(number)
         weights = {name: _whole(target) for name, target in targets.items()}
         for name, matrix in calibration.quantize_block(weights, self._settings):
             if name == FC_OUT:  # the last one: the hidden states have left the block
@@ -166,35 +168,51 @@ class GptqQuantizer:
     def _state(self, number: int) -> Path:
         return self._out / f"calibration-{number:02d}{SCRATCH}"
 
-    def _entering(self, number: int) -> np.ndarray:
-        """Hidden states (T, C) float32 that enter a block."""
-        if number == 0:
-            specs, _, _ = read_header(self._out / EMBEDDING)
-            spec = specs["transformer.wte.weight"]
-            table = np.memmap(self._out / EMBEDDING, spec.dtype, "r", spec.offset, spec.shape)
-            return table[self._token_ids].astype(np.float32)
-        wanted = (len(self._token_ids), self._config.n_embd)
-        try:
-            hidden: np.ndarray = np.load(self._state(number), allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise MossError(f"{self._lost(number)}: {error}") from error
-        if hidden.shape != wanted or hidden.dtype != np.float32:
-            raise MossError(f"{self._lost(number)}: it holds {hidden.dtype} {hidden.shape}.")
-        return hidden
+    def _entering(self, number: int) -> Calibration:
+        """The hidden states (T, C) float32 that enter a block.
 
-    def _lost(self, number: int) -> str:
-        return (
-            f"the interrupted conversion cannot go on, because {self._state(number)} is missing or damaged. "
-            f"Delete {self._out} and start again"
+        Where those that were saved are lost, they are sent through the finished blocks again.
+        """
+        length = min(self._config.n_positions, SEQUENCE_TOKENS)
+        saved = self._saved(number)
+        if saved is not None:
+            return Calibration(self._config, saved, length)
+        table = _stored(self._out / EMBEDDING)["wte.weight"]
+        calibration = Calibration(self._config, table[self._token_ids].astype(np.float32), length)
+        for before in range(number):
+            block = _stored(self._out / block_file_name(before))
+            calibration.pass_block(block, {name: self._matrix(block, name) for name in MATRICES})
+        return calibration
+
+    def _matrix(self, block: Mapping[str, np.ndarray], name: str) -> PackedArrays:
+        return PackedArrays(
+            packed=block[f"{name}.packed"],
+            scales=block[f"{name}.scales"],
+            zeros=block[f"{name}.zeros"],
+            bits=self._settings.bits,
+            group_size=self._settings.group_size,
+            input_order=block.get(f"{name}.input_order"),
         )
 
-    def _save(self, number: int, hidden: np.ndarray) -> None:
-        fresh = self._state(number).with_suffix(f".new{SCRATCH}")
+    def _saved(self, number: int) -> np.ndarray | None:
+        if number == 0:
+            return None
         try:
-            with fresh.open("wb") as file:
-                np.save(file, hidden)
-            fresh.replace(self._state(number))
-        except OSError as error:
-            raise MossError(
-                f"{fresh} could not be written: {error.strerror}. Free some space and run it again."
-            ) from error
+            hidden: np.ndarray = np.load(self._state(number), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        wanted = (len(self._token_ids), self._config.n_embd)
+        return hidden if hidden.shape == wanted and hidden.dtype == np.float32 else None
+
+    def _save(self, number: int, hidden: np.ndarray) -> None:
+        path = self._state(number)
+        with writing(path), replacing(path) as file:
+            np.save(file, hidden)
+
+
+def _stored(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a finished file by local name."""
+    return {
+        local_name(name): SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset).whole()
+        for name, spec in read_header(path).tensors.items()
+    }

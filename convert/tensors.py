@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.errors import MossError
+from moss_jt.store.files import open_regular
 
 PIECE_BYTES = 64 << 20
 
@@ -24,6 +25,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
 }
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -48,7 +52,7 @@ class SourceTensor:
         dtype = DTYPES[self.dtype]
         out = np.empty((count, *tail), dtype)
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self.offset + first * math.prod(tail) * dtype.itemsize)
                 got = file.readinto(out.reshape(-1).view(np.uint8).data)
         except OSError as error:

@@ -13,12 +13,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from moss_jt.errors import MissingFileError, MossError
-from moss_jt.store.model_folder import read_json
+from moss_jt.store.files import read_json, read_small
 
 # The five ends of MOSS's fields, and the end of a text.
 SPECIAL_TOKENS = ("<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>", "<|endoftext|>")
 REQUIRED_FILES = ("vocab.json", "merges.txt")
-MAX_MERGES_BYTES = 64 << 20
+MAX_MERGES_BYTES = 16 << 20
 
 
 def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str:
@@ -100,13 +100,9 @@ def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    if not path.exists():
-        raise MossError(f"{path} is missing: without merges.txt there is no tokenizer.")
-    if path.stat().st_size > MAX_MERGES_BYTES:
-        raise MossError(f"{path} is larger than {MAX_MERGES_BYTES >> 20} MiB; that is no list of merges.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = read_small(path, MAX_MERGES_BYTES).decode("utf-8-sig")
+    except ValueError as error:
         raise MossError(f"{path} cannot be read: {error}") from error
     merges = []
     for line in text.split("\n"):

@@ -1,42 +1,53 @@
-"""Compare a model folder's tensors with the checksums in its manifest."""
+"""Compare a model folder with the checksums in its manifest."""
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.store.model_folder import MANIFEST, Store, TensorSpec, local_name, read_json
+from moss_jt.store.config import MossConfig
+from moss_jt.store.files import open_regular, reading
+from moss_jt.store.manifest import CONFIG, REPAIR, FileEntry, Manifest, read_manifest
+from moss_jt.store.model_folder import Store, StoreFile
+from moss_jt.store.tokenizer import Tokenizer
 
 PIECE_BYTES = 16 << 20
+Progress = Callable[[int], object]
 
 
-def verify_store(store: Store, progress: Callable[[int], object] = lambda count: None) -> None:
-    """Read every tensor and compare.
+def verify_store(store: Store, progress: Progress = lambda count: None) -> None:
+    """Read everything and compare. What a checksum of the manifest covers besides the tensors, opening has compared.
 
     Raises:
-        MossError: a tensor differs from what was converted; it is named.
+        MossError: something differs from what was converted; it is named.
     """
-    listed = read_json(store.path / MANIFEST)["files"]
+    manifest = read_manifest(store.path)
+    check_told_config(store, manifest)
+    Tokenizer.from_file(store.tokenizer_path).check_size(store.config.vocab_size)
     for file in store.files:
-        checksums = {local_name(name): entry for name, entry in listed[file.path.name]["tensors"].items()}
-        for name, spec in file.tensors.items():
-            if _checksum(file.path, spec, progress) != checksums.get(name, {}).get("sha256"):
+        verify_file(file, manifest.files[file.path.name], progress)
+
+
+def check_told_config(store: Store, manifest: Manifest) -> None:
+    """Raises MossError where config.json says otherwise than what a folder of 0.1.0 was made from."""
+    told = manifest.identity.get("config") if isinstance(manifest.identity, dict) else None
+    if isinstance(told, dict) and MossConfig.from_json(told) != store.config:
+        raise MossError(f"{store.path / CONFIG} is not what was written: {REPAIR}")
+
+
+def verify_file(file: StoreFile, entry: FileEntry, progress: Progress = lambda count: None) -> None:
+    """Raises MossError where a tensor of the file differs from its checksum, or cannot be read."""
+    with reading(file.path), open_regular(file.path) as opened:
+        for spec in file.tensors.values():
+            digest, left = hashlib.sha256(), spec.nbytes
+            opened.seek(spec.offset)
+            while left:
+                piece = opened.read(min(PIECE_BYTES, left))
+                if not piece:
+                    raise MossError(f"{file.path} ends early, inside {spec.name}. {REPAIR}")
+                digest.update(piece)
+                left -= len(piece)
+                progress(len(piece))
+            if digest.hexdigest() != entry.tensors[spec.name].sha256:
                 raise MossError(
-                    f"{file.path}: {spec.name} is not what was converted: its checksum differs. The file has been damaged; "
-                    f"delete {store.path} and convert again."
+                    f"{file.path}: {spec.name} is not what was converted: its checksum differs. {REPAIR}"
                 )
-
-
-def _checksum(path: Path, spec: TensorSpec, progress: Callable[[int], object]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(spec.offset)
-        left = spec.nbytes
-        while left:
-            piece = file.read(min(PIECE_BYTES, left))
-            if not piece:
-                raise MossError(f"{path} ends early, inside {spec.name}.")
-            digest.update(piece)
-            left -= len(piece)
-            progress(len(piece))
-    return digest.hexdigest()

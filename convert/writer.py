@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.convert.disk import replace, writing
 from moss_jt.convert.layout import Target
-from moss_jt.store.model_folder import DTYPES
+from moss_jt.store.files import replacing, writing
+from moss_jt.store.manifest import sha256_of
+from moss_jt.store.model_folder import ALIGNMENT
+from moss_jt.store.safetensors_header import DTYPES
 
-ALIGNMENT = 4096
 Progress = Callable[[int], object]
 
 
@@ -47,26 +47,15 @@ def write_file(path: Path, targets: list[Target], progress: Progress) -> dict[st
         MossError: the disk is full, or it fails; the half-written file is removed.
     """
     targets = sorted(targets, key=target_bytes, reverse=True)
-    part = path.with_name(path.name + ".part")
+    header = file_header(targets)
     tensors = {}
-    try:
-        with writing(path), part.open("wb") as file:
-            file.write(file_header(targets))
-            for target in targets:
-                checksum = _write_tensor(file, target, progress)
-                tensors[target.name] = {
-                    "shape": list(target.shape),
-                    "dtype": target.dtype,
-                    "sha256": checksum,
-                }
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-            replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return {"bytes": size, "tensors": tensors}
+    with writing(path), replacing(path, ".part") as file:
+        file.write(header)
+        for target in targets:
+            checksum = _write_tensor(file, target, progress)
+            tensors[target.name] = {"shape": list(target.shape), "dtype": target.dtype, "sha256": checksum}
+        size = file.tell()
+    return {"bytes": size, "header": sha256_of(header), "tensors": tensors}
 
 
 def _write_tensor(file: Any, target: Target, progress: Progress) -> str:

@@ -110,7 +110,7 @@ class Moss:
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the configuration's, and MOSS's <eom>."""
         end = self.tokenizer.id(END_TOKEN)
-        return frozenset({self.config.eos_token_id} | ({end} if end is not None else set()))
+        return frozenset({*self.config.eos_token_ids} | ({end} if end is not None else set()))
 
     def session(self) -> Session:
         """An empty conversation of tokens over this model."""

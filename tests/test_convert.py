@@ -20,15 +20,18 @@ import numpy as np
 import pytest
 
 from moss_jt.commands.cli import main
-from moss_jt.convert import disk, writer
+from moss_jt.convert import disk
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.disk import Download
 from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.verify import verify_store
 from moss_jt.errors import MossError
+from moss_jt.store import files
 from moss_jt.store.locations import resolve_model, tiny_checkpoint
-from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store, read_header
+from moss_jt.store.manifest import sealed
+from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
+from moss_jt.store.safetensors_header import read_header
 from tests.support.hub_server import serve_hub
 from tests.support.models import (
     convert_checkpoint,
@@ -377,7 +380,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(writer.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert "disk is full" in refused(source, out)
     monkeypatch.undo()
     assert_holds(convert_checkpoint(source, out), small_config(), random_tensors(small_config()))
@@ -541,7 +544,7 @@ def test_a_damaged_model_folder_is_refused_with_the_reason(tmp_path: Path) -> No
     manifest = json.loads((out / MANIFEST).read_text())
 
     def reason(**changes: Any) -> str:
-        (out / MANIFEST).write_text(json.dumps({**manifest, **changes}))
+        (out / MANIFEST).write_text(json.dumps(sealed({**manifest, **changes})))
         with pytest.raises(MossError) as caught:
             open_store(out)
         return str(caught.value)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,8 @@ def stop_in_the_last_block(small: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short", "another shape", "a pickle"])
-def test_damaged_hidden_states_are_refused(small: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_hidden_states_are_computed_again(small: Path, tmp_path: Path, damage: str) -> None:
+    """From the finished blocks, to the same bytes: a lost scratch file must not make a folder a dead end."""
     out = tmp_path / "out"
     stop_in_the_last_block(small, out)
     state = out / "calibration-02.scratch"
@@ -149,10 +151,35 @@ def test_damaged_hidden_states_are_refused(small: Path, tmp_path: Path, damage: 
         state.write_bytes(saved(np.zeros((3, 64), np.float32)))
     else:
         state.write_bytes(saved(np.array([{}], object)))
-    with pytest.raises(
-        MossError, match="calibration-02.scratch is missing or damaged. Delete .* and start again"
-    ):
-        quantize(small, out, GPTQ)
+    assert contents(quantize(small, out, GPTQ)) == contents(quantize(small, tmp_path / "whole", GPTQ))
+
+
+@pytest.mark.parametrize("settings", [RTN, GPTQ])
+def test_a_damaged_block_is_quantised_again_and_only_that(
+    small: Path, tmp_path: Path, settings: QuantSettings
+) -> None:
+    out = quantize(small, tmp_path / "out", settings)
+    whole = contents(out)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    block = out / "block-01.safetensors"
+    data = bytearray(block.read_bytes())
+    data[-9] ^= 1
+    block.write_bytes(data)
+    assert contents(quantize(small, out, settings)) == whole
+    for name, time_ns in times.items():
+        assert ((out / name).stat().st_mtime_ns == time_ns) == (name != block.name)
+
+
+def test_damage_in_the_float16_folder_is_not_quantised(small: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    block = source / "block-01.safetensors"
+    data = bytearray(block.read_bytes())
+    data[5000] ^= 1
+    block.write_bytes(data)
+    with pytest.raises(MossError, match="block-01.* is not what was written"):
+        quantize(source, tmp_path / "out", RTN)
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_other_settings_start_anew(small: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from moss_jt.commands.progress import byte_bar, size_text
 from moss_jt.commands.quant_options import QuantOptions
@@ -116,7 +117,7 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
 def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> bool:
     """Convert, and clear away what was downloaded for it; False where ``out`` is finished already."""
     # That is asked first: a checkpoint of one file must be there, whole, to plan its conversion.
-    done = options.bits is None and already_converted(out, checkpoint.identity)
+    done = options.bits is None and finished(out, checkpoint, checkpoint.identity)
     fresh = not done and run_conversion(checkpoint, recipe_for(checkpoint), options, out)
     if checkpoint.download is not None:
         checkpoint.download.remove()
@@ -130,12 +131,24 @@ def run_conversion(
 ) -> bool:
     """Convert with a progress bar; False where ``out`` is finished already."""
     recipe = options.apply(source, recipe, out, lambda text: bar.set_postfix_str(text))
+    if finished(out, source, recipe.identity):
+        return False
     with byte_bar(out.name, recipe.total_bytes) as bar:
+        return convert(source, recipe, out, bar.update, noticing(bar))
 
-        def notice(text: str) -> None:
-            bar.write(harmless(text), file=sys.stderr)
 
-        return convert(source, recipe, out, bar.update, notice)
+def finished(out: Path, source: Checkpoint | ModelFolder, identity: dict[str, Any]) -> bool:
+    """Whether ``out`` was made from this source and is whole, which takes reading all of it; a bar shows how far it is."""
+    if not (out / MANIFEST).exists():
+        return False
+    n_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    with byte_bar(f"checking {out.name}", n_bytes) as bar:
+        return already_converted(out, identity, source.config, bar.update, noticing(bar))
+
+
+def noticing(bar: tqdm) -> Callable[[str], None]:
+    """Prints a sentence above the bar."""
+    return lambda text: bar.write(harmless(text), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,24 @@ from moss_jt.errors import MossError
 
 MODEL_TYPES = ("moss", "codegen")
 
+# Sizes that no model has, so that a damaged or hostile file is refused before anything is made as large as it says.
+LARGEST = {
+    "vocab_size": 1 << 22,
+    "n_positions": 1 << 20,
+    "n_embd": 1 << 16,
+    "n_layer": 1000,
+    "n_head": 1 << 12,
+    "rotary_dim": 1 << 12,
+    "n_inner": 1 << 18,
+}
+
 
 @dataclass(frozen=True)
 class MossConfig:
-    """Geometry of a MOSS or CodeGen model; n_inner is resolved (4 * n_embd where the file says null)."""
+    """Geometry of a MOSS or CodeGen model; n_inner is resolved (4 * n_embd where the file says null).
+
+    ``eos_token_id`` is one id or several: a text ends at each of them.
+    """
 
     model_type: str
     vocab_size: int
@@ -24,7 +38,11 @@ class MossConfig:
     n_inner: int
     layer_norm_epsilon: float
     bos_token_id: int
-    eos_token_id: int
+    eos_token_id: int | tuple[int, ...]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def head_dim(self) -> int:
@@ -33,13 +51,28 @@ class MossConfig:
     def __post_init__(self) -> None:
         if self.model_type not in MODEL_TYPES:
             raise MossError(
-                f"model_type is {self.model_type!r}; only MOSS (moss) and CodeGen (codegen) models are supported."
+                f"model_type is {_shown(self.model_type)}; only MOSS (moss) and CodeGen (codegen) models are supported."
             )
-        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim", "n_inner")
-        for name in sizes:
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 24:
-                raise MossError(f"config.json: {name} is {value!r}; a whole number from 1 up is needed.")
+            if type(value) is not int or not 0 < value <= largest:  # True is an int to Python
+                raise MossError(
+                    f"config.json: {name} is {_shown(value)}; a whole number from 1 to {largest} is needed."
+                )
+        epsilon = self.layer_norm_epsilon
+        if type(epsilon) not in (int, float) or not 0 < epsilon < 1:
+            raise MossError(
+                f"config.json: layer_norm_epsilon is {_shown(epsilon)}; a number above 0 and below 1 is needed."
+            )
+        if not self.eos_token_ids:
+            raise MossError("config.json: eos_token_id is an empty list; one id or several are needed.")
+        for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
+            for number in ids:
+                if type(number) is not int or not 0 <= number < self.vocab_size:
+                    raise MossError(
+                        f"config.json: {name} is {_shown(number)}; a whole number from 0 to "
+                        f"{self.vocab_size - 1} is needed."
+                    )
         if self.n_embd % self.n_head:
             raise MossError(f"config.json: n_embd {self.n_embd} is no multiple of n_head {self.n_head}.")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -54,22 +87,29 @@ class MossConfig:
         Raises:
             MossError: a field is missing or impossible; the message names ``where`` and the field.
         """
-        inner = fields.get("n_inner")
-        values = {
-            "n_inner": 4 * fields.get("n_embd", 0) if inner is None else inner,
-            "layer_norm_epsilon": 1e-5,
-        }
+        values: dict[str, Any] = {"layer_norm_epsilon": 1e-5}
         for field in dataclasses.fields(cls):
-            if field.name in fields and fields[field.name] is not None:
+            if fields.get(field.name) is not None:
                 values[field.name] = fields[field.name]
-            elif field.name not in values:
+        if type(values.get("n_embd")) is int:
+            values.setdefault("n_inner", 4 * values["n_embd"])
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        for field in dataclasses.fields(cls):
+            if field.name not in values and field.name != "n_inner":
                 raise MossError(
                     f"{where}: {field.name} is missing; this is no MOSS or CodeGen model's configuration."
                 )
+        values.setdefault("n_inner", None)  # n_embd is refused first
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _shown(value: Any) -> str:
+    """A wrong value for a message; a list of a million would fill the screen."""
+    return repr(value)[:60] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 # The published models all have this geometry (their config.json; the class defaults of the reference are another's).

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.store.model_folder import MANIFEST
+from moss_jt.store.files import write_json
+from moss_jt.store.manifest import MANIFEST
 
 TINY = "moss-tiny"
 
@@ -38,9 +39,7 @@ def remember_last(path: Path) -> None:
     note = model_home() / "last.json"
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        fresh = note.with_suffix(".new")
-        fresh.write_text(json.dumps({"model": str(path.resolve())}), encoding="utf-8")
-        fresh.replace(note)
+        write_json(note, {"model": str(path.resolve())}, f".{os.getpid()}")
     except OSError as error:
         raise MossError(
             f"{path} is ready, but {note} could not be written ({error.strerror}): name the model in each command, "

@@ -1,44 +1,38 @@
 """A model folder: config.json, tokenizer.json, manifest.json, and safetensors files whose data any process may map.
 
-Format 1. ``embedding.safetensors`` holds transformer.wte.weight, ``block-NN.safetensors`` one block each,
-``head.safetensors`` the final norm and the head. Matrices are (out, in), float16; qkv rows are all heads' queries, then keys,
-then values. A quantised matrix is ``.packed``, ``.scales``, ``.zeros`` and sometimes ``.input_order`` instead of ``.weight`` (see
-moss_jt.store.quant). The data of each file begin at a multiple of 4096 bytes and have no holes, so that a block is one read.
-The manifest is written last: a folder without it is unfinished.
+docs/model-folder.md is its specification. ``embedding.safetensors`` holds transformer.wte.weight, ``block-NN.safetensors``
+one block each, ``head.safetensors`` the final norm and the head. Matrices are (out, in), float16; qkv rows are all heads'
+queries, then keys, then values. A quantised matrix is ``.packed``, ``.scales``, ``.zeros`` and sometimes ``.input_order``
+instead of ``.weight`` (see moss_jt.store.quant). The data of each file begin at a multiple of 4096 bytes and have no
+holes, so that a block is one read. The manifest is written last: a folder without it is unfinished.
 """
 
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
+from moss_jt.store.files import parse_json, read_small
+from moss_jt.store.manifest import (
+    CONFIG,
+    MANIFEST,
+    REPAIR,
+    TEXTS,
+    TOKENIZER,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    sha256_of,
+)
+from moss_jt.store.quant import check_group_size
+from moss_jt.store.safetensors_header import TensorSpec, read_header
 
-FORMAT, VERSION = "moss-jt", 1
-MANIFEST, CONFIG, TOKENIZER = "manifest.json", "config.json", "tokenizer.json"
 EMBEDDING, HEAD = "embedding.safetensors", "head.safetensors"
-DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "U8": np.dtype("u1"), "I32": np.dtype("<i4")}
+ALIGNMENT = 4096
 MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
-MAX_HEADER_BYTES = 1 << 20
-MAX_JSON_BYTES = 64 << 20
 Wanted = dict[str, tuple[str, tuple[int, ...]]]  # local name -> (safetensors dtype, shape)
-MAX_AXES, MAX_LENGTH = 16, 1 << 48
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Where one tensor lies: ``offset`` counts from the file's first byte."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -137,25 +131,8 @@ def head_tensors(config: MossConfig) -> Wanted:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise MossError(
-                f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; that is no {path.name} of a model."
-            )
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MossError(f"{path} is missing.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise MossError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise MossError(f"{path} does not hold a JSON object.")
-    return fields
-
-
 def open_store(path: str | Path) -> Store:
-    """Open a model folder: parses JSON and safetensors headers, reads no weights.
+    """Open a model folder: reads JSON and safetensors headers and compares their checksums, reads no weights.
 
     Raises:
         MossError: the folder is unfinished, damaged, of a newer format, or its tensors do not fit its configuration.
@@ -163,40 +140,26 @@ def open_store(path: str | Path) -> Store:
     path = Path(path)
     if not (path / MANIFEST).exists():
         raise MossError(_why_no_store(path))
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise MossError(f"{path / MANIFEST}: format is {manifest.get('format')!r}, not {FORMAT!r}.")
-    if manifest.get("version") != VERSION:
+    manifest = read_manifest(path)
+    for name in TEXTS:
+        check_text(path, name, manifest)
+    config = MossConfig.from_json(parse_json(read_small(path / CONFIG), path / CONFIG), str(path / CONFIG))
+    if manifest.bits != 16:
+        check_group_size(manifest.group_size, config.n_embd, config.n_inner)
+    expected = [EMBEDDING, *map(block_file_name, range(config.n_layer)), HEAD]
+    for name in (*(set(expected) - manifest.files.keys()), *(manifest.files.keys() - set(expected))):
         raise MossError(
-            f"{path} has format version {manifest.get('version')!r}; this program reads version {VERSION}. "
-            "Convert the checkpoint again, or use the moss-jt that wrote it."
+            f"{path}: {MANIFEST} and {CONFIG} contradict each other about {name[:60]!r}. {REPAIR}"
         )
-    config = MossConfig.from_json(read_json(path / CONFIG), str(path / CONFIG))
-    bits, group_size = manifest.get("bits"), manifest.get("group_size")
-    if bits not in (4, 8, 16) or not isinstance(group_size, int) or (bits != 16 and group_size < 1):
-        raise MossError(f"{path / MANIFEST}: bits {bits!r} with group_size {group_size!r} is not possible.")
-    listed = manifest.get("files")
-    if not isinstance(listed, Mapping):
-        raise MossError(f"{path / MANIFEST}: the list of files is missing.")
+    files = [open_file(path, name, manifest.files[name], config, manifest) for name in expected]
+    return Store(path, config, manifest.bits, manifest.group_size, files[0], files[1:-1], files[-1])
 
-    def file(name: str, wanted: Wanted, optional: Wanted | None = None) -> StoreFile:
-        entry = listed.get(name)
-        if not isinstance(entry, Mapping):
-            raise MossError(f"{path / MANIFEST} does not list {name}. Convert the checkpoint again.")
-        return _open_file(path / name, entry.get("bytes"), wanted, optional or {})
 
-    return Store(
-        path=path,
-        config=config,
-        bits=bits,
-        group_size=group_size,
-        embedding=file(EMBEDDING, embedding_tensors(config)),
-        blocks=[
-            file(block_file_name(layer), block_tensors(config, bits, group_size), order_tensors(config, bits))
-            for layer in range(config.n_layer)
-        ],
-        head=file(HEAD, head_tensors(config)),
-    )
+def check_text(folder: Path, name: str, manifest: Manifest) -> None:
+    """Raises MossError where config.json or tokenizer.json is missing, or not what the manifest vouches for."""
+    data = read_small(folder / name)
+    if manifest.texts is not None and sha256_of(data) != manifest.texts[name]:
+        raise MossError(f"{folder / name} is not what was written: its checksum differs. {REPAIR}")
 
 
 def map_tensor(file: StoreFile, name: str) -> np.ndarray:
@@ -205,93 +168,67 @@ def map_tensor(file: StoreFile, name: str) -> np.ndarray:
     return np.memmap(file.path, dtype=spec.dtype, mode="r", offset=spec.offset, shape=spec.shape)
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorSpec], int, int]:
-    """Tensors by full name, offset of the data, size of the file; of any safetensors file.
+def open_file(folder: Path, name: str, entry: FileEntry, config: MossConfig, manifest: Manifest) -> StoreFile:
+    """One safetensors file of a model folder.
 
-    Source of the format: eight bytes of header length, a JSON header, then the data without holes.
+    Raises:
+        MossError: it is missing, or it is not what the manifest says and the configuration needs.
     """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES * 64, size - 8):
-                raise MossError(f"{path} is no safetensors file, or it is cut short.")
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise MossError(f"{path} is missing.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise MossError(f"{path} cannot be read as safetensors: {error}") from error
-    if not isinstance(header, dict):
-        raise MossError(f"{path}: the safetensors header is no JSON object.")
-    specs = {
-        name: _spec(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
+    path = folder / name
+    header = read_header(path)
+    if header.n_bytes != entry.n_bytes:
+        raise MossError(f"{path} has {header.n_bytes} bytes, the manifest says {entry.n_bytes}. {REPAIR}")
+    if entry.header not in (None, header.sha256):
+        raise MossError(f"{path} is not what was written: the checksum of its header differs. {REPAIR}")
+    if header.data_offset % ALIGNMENT:
+        raise MossError(f"{path}: its data do not begin at a multiple of {ALIGNMENT} bytes. {REPAIR}")
+    needed, optional = _tensors_of(name, config, manifest)
+    known = {**needed, **optional}
+    for full, spec in header.tensors.items():
+        if full not in known:
+            raise MossError(f"{path} holds a tensor that does not belong there: {full[:200]!r}.")
+        _, dtype, shape = known[full]
+        if (spec.dtype_name, spec.shape) != (dtype, shape):
+            raise MossError(f"{path}: {full} is {spec.shape} {spec.dtype_name}; {shape} {dtype} is needed.")
+        listed = entry.tensors.get(full)
+        if listed is None or (listed.dtype, listed.shape) != (dtype, shape):
+            raise MossError(f"{path}: {full} is not what {MANIFEST} says of it. {REPAIR}")
+    for full in (*needed, *entry.tensors):
+        if full not in header.tensors:
+            raise MossError(f"{path} lacks {full[:200]}. {REPAIR}")
+    tensors = {known[full][0]: spec for full, spec in header.tensors.items()}
+    for full in optional.keys() & header.tensors.keys():
+        _check_order(path, header.tensors[full])
+    return StoreFile(path, header.n_bytes, header.data_offset, tensors)
+
+
+# Full name -> (local name, safetensors dtype, shape)
+Named = dict[str, tuple[str, str, tuple[int, ...]]]
+
+
+def _tensors_of(name: str, config: MossConfig, manifest: Manifest) -> tuple[Named, Named]:
+    """What a file of the model folder must hold, and what it may hold besides."""
+    if name == EMBEDDING:
+        return _named("transformer.", embedding_tensors(config)), {}
+    if name == HEAD:
+        return _named("transformer.", head_tensors(config)), {}
+    prefix = f"transformer.h.{int(name.removeprefix('block-').removesuffix('.safetensors'))}."
+    block = block_tensors(config, manifest.bits, manifest.group_size)
+    return _named(prefix, block), _named(prefix, order_tensors(config, manifest.bits))
+
+
+def _named(prefix: str, tensors: Wanted) -> Named:
+    return {
+        local if local.startswith("lm_head.") else prefix + local: (local, dtype, shape)
+        for local, (dtype, shape) in tensors.items()
     }
-    ends = [spec.offset + spec.nbytes for spec in specs.values()]
-    if max(ends, default=8 + length) > size:
-        raise MossError(f"{path} is cut short: {size} bytes of {max(ends)}. Convert or download it again.")
-    return specs, 8 + length, size
 
 
-def _spec(path: Path, name: str, entry: Any, data_offset: int) -> TensorSpec:
-    try:
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise MossError(f"{path}: the header's entry of {name} is not understood.") from error
-    numbers = (*shape[: MAX_AXES + 1], begin, end)
-    whole = all(isinstance(number, int) and 0 <= number < MAX_LENGTH for number in numbers)
-    if not whole or len(shape) > MAX_AXES or end - begin != math.prod(shape) * dtype.itemsize:
-        raise MossError(f"{path}: the header's sizes of {name} contradict each other.")
-    return TensorSpec(name, dtype, shape, data_offset + begin, end - begin)
-
-
-# bfloat16 has no numpy type: its bit patterns come as uint16 under a name of their own.
-SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    **DTYPES,
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "BF16": np.dtype([("bfloat16", "<u2")]),
-    "BOOL": np.dtype("?"),
-    "I8": np.dtype("i1"),
-    "I16": np.dtype("<i2"),
-    "I64": np.dtype("<i8"),
-}
-
-
-def _open_file(path: Path, listed_bytes: Any, wanted: Wanted, optional: Wanted) -> StoreFile:
-    specs, data_offset, size = read_header(path)
-    if size != listed_bytes:
-        raise MossError(
-            f"{path} has {size} bytes, the manifest says {listed_bytes}. Convert the checkpoint again."
-        )
-    tensors = {local_name(name): spec for name, spec in specs.items()}
-    if len(tensors) != len(specs):
-        raise MossError(f"{path} holds two tensors of one name.")
-    for name in wanted:
-        if name not in tensors:
-            raise MossError(f"{path} lacks {name}. Convert the checkpoint again.")
-    known = {**optional, **wanted}
-    for name, spec in tensors.items():
-        if name not in known:
-            raise MossError(f"{path} holds a tensor that does not belong there: {name}.")
-        dtype, shape = known[name]
-        if spec.shape != shape or spec.dtype != DTYPES[dtype]:
-            raise MossError(f"{path}: {name} is {spec.shape} {spec.dtype}; {shape} {dtype} is needed.")
-    file = StoreFile(path, size, data_offset, tensors)
-    for name in optional.keys() & tensors.keys():
-        _check_order(file, name)
-    return file
-
-
-def _check_order(file: StoreFile, name: str) -> None:
+def _check_order(path: Path, spec: TensorSpec) -> None:
     """Kernels read the inputs that these numbers say, unchecked: every input must come once."""
-    order = map_tensor(file, name)
-    seen = np.zeros(len(order), bool)
-    seen[order[(order >= 0) & (order < len(order))]] = True
-    if not seen.all():
-        raise MossError(
-            f"{file.path}: {name} is no order of {len(order)} inputs. Convert the checkpoint again."
-        )
+    order = np.fromfile(path, spec.dtype, spec.shape[0], offset=spec.offset)
+    if not np.array_equal(np.sort(order), np.arange(spec.shape[0])):
+        raise MossError(f"{path}: {spec.name} is no order of {spec.shape[0]} inputs. {REPAIR}")
 
 
 def _why_no_store(path: Path) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 
 from moss_jt.errors import MossError
+from moss_jt.store.config import LARGEST
+from moss_jt.store.files import read_small
 
 # Some editors begin files with it; it is no part of their text.
 BYTE_ORDER_MARK = "\ufeff"
@@ -45,12 +47,29 @@ class Tokenizer:
         Raises:
             MossError: the file is missing or damaged.
         """
+        data = read_small(path)
         try:
-            return cls(RustTokenizer.from_str(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise MossError(f"{path} is missing. Convert the checkpoint again.") from error
+            rust = RustTokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # noqa: BLE001  the package raises no narrower type for a damaged file
-            raise MossError(f"{path} is no tokenizer: {error}. Convert the checkpoint again.") from error
+            raise MossError(
+                f"{path} is no tokenizer: {str(error)[:200]}. Convert the checkpoint again."
+            ) from error
+        # The package makes a list as long as the largest id says, and prints each number that has no token.
+        ids = rust.get_vocab().values()
+        if not ids or max(ids) >= min(LARGEST["vocab_size"], 2 * len(ids) + 1024):
+            raise MossError(
+                f"{path} has {len(ids)} tokens and an id of {max(ids, default=0)}. Convert the checkpoint again."
+            )
+        return cls(rust)
+
+    def check_size(self, vocab_size: int) -> None:
+        """Raises MossError where a token's id is none of the model's, as in another model's tokenizer."""
+        largest = max(self._rust.get_vocab().values())
+        if largest >= vocab_size:
+            raise MossError(
+                f"tokenizer.json has an id of {largest}, but the model has {vocab_size} tokens. Convert the "
+                "checkpoint again."
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of our own text: ``<eoh>`` and the other special tokens in it become their ids."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moss_jt.errors import MossError
+from moss_jt.store.files import write_json
 from moss_jt.store.sizes import MIB, PAGE
 from moss_jt.weights.file_reader import FileReader, Piece
 from moss_jt.weights.page_buffer import page_buffer
@@ -96,12 +97,6 @@ def _remembered(path: Path) -> dict[str, DiskSpeed]:
 
 def _remember(path: Path, entries: dict[str, DiskSpeed]) -> None:
     """Written beside and renamed, for two processes may do this at once; a full or read-only disk is no fault here."""
-    text = json.dumps({key: asdict(speed) for key, speed in entries.items()}, indent=1)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+        write_json(path, {key: asdict(speed) for key, speed in entries.items()}, f".{os.getpid()}")
