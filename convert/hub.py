@@ -13,7 +13,7 @@ from moss_jt.convert.checkpoint import (
     read_weight_map,
 )
 from moss_jt.convert.disk import Download, check_disk, folder_bytes
-from moss_jt.convert.tokenizer import REQUIRED_FILES
+from moss_jt.convert.vocabulary import required_files
 from moss_jt.errors import MissingFileError, MossError
 from moss_jt.store.files import FULL, read_json
 
@@ -52,7 +52,7 @@ def open_hub(
     fields = read_json(fetch("config.json"))
     config = checkpoint_config(fields, f"{repo}: config.json")
     index, single = choose_index(sizes)
-    for name in REQUIRED_FILES:  # before gigabytes come
+    for name in required_files(sizes):  # before gigabytes come
         fetch(name)
 
     def read_map() -> dict[str, str]:

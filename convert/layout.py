@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to a model folder's files: which tensors, in which order of rows, and what is left out."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ QUANTISED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 # Buffers that checkpoints carry and a model does not need.
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(causal_mask|bias|masked_bias|scale_attn|embed_positions)")
+
+# Some writers give every matrix a bias; these two have none in the model, so that theirs must be zeros.
+ZERO_BIASES = re.compile(r"transformer\.h\.\d+\.attn\.(qkv_proj|out_proj)\.bias")
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,32 @@ def check_names(checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
         raise MossError(
             f"{checkpoint.source} lacks the tensor {missing[0]}{more}. It is incomplete, or another model."
         )
-    extra = sorted(name for name in checkpoint.weight_map.keys() - set(wanted) if not BUFFERS.fullmatch(name))
+    rest = checkpoint.weight_map.keys() - set(wanted)
+    extra = sorted(name for name in rest if not BUFFERS.fullmatch(name) and not ZERO_BIASES.fullmatch(name))
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise MossError(
             f"{checkpoint.source} holds {extra[0]}{more}, which is no tensor of a MOSS or CodeGen model."
         )
+
+
+def zero_biases(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Those biases among a file's tensors that the model does not have; :func:`check_zeros` must accept them."""
+    stems = {name.rsplit(".", 1)[0] for name in names}
+    return [
+        name
+        for stem in sorted(stems)
+        if ZERO_BIASES.fullmatch(name := f"{stem}.bias") and name in checkpoint.weight_map
+    ]
+
+
+def check_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raises MossError where one of these biases is not all zeros."""
+    for name in names:
+        if checkpoint.tensor(name).whole().any():
+            raise MossError(
+                f"{checkpoint.source} holds {name}, which is no tensor of a MOSS or CodeGen model, and not all zeros."
+            )
 
 
 def checked(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> SourceTensor:
@@ -136,6 +159,12 @@ def dense_files(checkpoint: Checkpoint) -> list[FilePlan]:
         return dense_target(source, name, runs)
 
     def plan(file: str, names: list[str]) -> FilePlan:
-        return FilePlan(file, tuple(names), lambda: [target(name) for name in names])
+        zeros = zero_biases(checkpoint, names)
+
+        def build() -> list[Target]:
+            check_zeros(checkpoint, zeros)
+            return [target(name) for name in names]
+
+        return FilePlan(file, (*names, *zeros), build)
 
     return [plan(file, names) for file, names in files.items()]

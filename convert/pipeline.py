@@ -110,8 +110,9 @@ def recipe_for(checkpoint: Checkpoint) -> Recipe:
     """How to convert a checkpoint as it is: float16 stays float16, GPTQ stays int4 or int8."""
     notes: tuple[str, ...] = ()
     if is_quantised(checkpoint):
-        files, bits, group_size = quantised_files(checkpoint)
-        notes = format_notes(checkpoint.fields, bits, group_size)
+        files, packed = quantised_files(checkpoint)
+        bits, group_size = packed.bits, packed.group_size
+        notes = (*format_notes(checkpoint.fields, bits, group_size), *packed.notes)
     else:
         files, bits, group_size = dense_files(checkpoint), 16, 0
     total = weight_bytes(checkpoint.config, bits, group_size)

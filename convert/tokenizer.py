@@ -1,5 +1,7 @@
 """tokenizer.json from a checkpoint's vocab.json and merges.txt, and its added_tokens.json or tokenizer_config.json.
 
+Where the checkpoint has a tokenizer.json alone, all of these are read from there.
+
 MOSS's reference tokenizer loses newlines beside runs of spaces; these settings lose nothing: encoding then decoding any text
 gives it back, and where a text has no such run the ids are the reference's own.
 """
@@ -12,13 +14,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from moss_jt.errors import MissingFileError, MossError
-from moss_jt.store.files import read_json, read_small
+from moss_jt.convert.vocabulary import optional_file, read_vocabulary
+from moss_jt.errors import MossError
+from moss_jt.store.files import read_json
 
 # The five ends of MOSS's fields, and the end of a text.
 SPECIAL_TOKENS = ("<eoh>", "<eom>", "<eot>", "<eoc>", "<eor>", "<|endoftext|>")
-REQUIRED_FILES = ("vocab.json", "merges.txt")
-MAX_MERGES_BYTES = 16 << 20
 
 
 def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str:
@@ -31,16 +32,17 @@ def build_tokenizer(fetch: Callable[[str], Path], fields: dict[str, Any]) -> str
     Raises:
         MossError: a file is missing or damaged; it is named.
     """
-    vocabulary = read_json(fetch("vocab.json"))
-    merges = _read_merges(fetch("merges.txt"))
+    source = read_vocabulary(fetch)
+    vocabulary = source.tokens
     added, special = _added_tokens(fetch)
+    added, special = {**source.added, **added}, special | source.special
     ids = [*vocabulary.values(), *added.values()]
     if not all(type(number) is int and 0 <= number < fields["vocab_size"] for number in ids):
         raise MossError("vocab.json or the added tokens' list holds an id that the model has no row for.")
     if len({*vocabulary.values()}) < len(vocabulary):
         raise MossError("vocab.json gives one id to two tokens.")
     try:
-        tokenizer = Tokenizer(BPE(vocabulary, merges))
+        tokenizer = Tokenizer(BPE(vocabulary, source.merges))
     except Exception as error:  # noqa: BLE001  the package raises no narrower type for an unknown token
         raise MossError(f"vocab.json and merges.txt do not belong together: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -78,11 +80,8 @@ def _added_tokens(fetch: Callable[[str], Path]) -> tuple[dict[str, int], set[str
 
 def _read_optional(fetch: Callable[[str], Path], name: str) -> dict[str, Any]:
     """A file's fields; none where the checkpoint has no such file."""
-    try:
-        path = fetch(name)
-    except MissingFileError:
-        return {}
-    return read_json(path) if path.exists() else {}
+    path = optional_file(fetch, name)
+    return {} if path is None else read_json(path)
 
 
 def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
@@ -97,19 +96,3 @@ def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
         raise MossError(
             f"the checkpoint gives {token!r} the id {wanted}, but its place is {tokenizer.token_to_id(token)}."
         )
-
-
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        text = read_small(path, MAX_MERGES_BYTES).decode("utf-8-sig")
-    except ValueError as error:
-        raise MossError(f"{path} cannot be read: {error}") from error
-    merges = []
-    for line in text.split("\n"):
-        parts = line.split(" ")
-        if line.startswith("#version") or not line:
-            continue
-        if len(parts) != 2:
-            raise MossError(f"{path}: {line[:60]!r} is no merge of two tokens.")
-        merges.append((parts[0], parts[1]))
-    return merges

@@ -153,9 +153,9 @@ def put(index: Any, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("mlp__fc_in__scales", put((1, 3), 0), "zero, negative, infinite"),
-        ("mlp__fc_in__scales", put((0, 0), np.inf), "zero, negative, infinite"),
-        ("mlp__fc_in__scales", put((0, 5), np.nan), "zero, negative, infinite"),
+        ("mlp__fc_in__scales", put((1, 3), 0), "zero in float16"),
+        ("mlp__fc_in__scales", put((0, 0), np.inf), "NaN or infinity"),
+        ("mlp__fc_in__scales", put((0, 5), np.nan), "NaN or infinity"),
         ("mlp__fc_in__g_idx", put(5, 9), "group 9 of 2"),
         ("mlp__fc_in__g_idx", put(5, -1), "group -1 of 2"),
         ("mlp__fc_in__g_idx", put(5, 1), "every group 32 inputs"),

@@ -108,6 +108,10 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
         return open_local(Path(source))
     if source == TINY:
         return open_local(tiny_checkpoint())
+    if Path(source).is_file():
+        raise MossError(
+            f"{source} is a file. Name the folder that it is in: config.json and the tokenizer's files belong beside it."
+        )
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.")
     folder = model_home() / "downloads" / source.replace("/", "--")

@@ -29,7 +29,7 @@ class PackedArrays:
 
     packed       (N, K * bits // 8) uint8. bits 8: one field per byte. bits 4: 16 bytes hold 32 consecutive weights,
                  byte i has weight i in its low and weight 16 + i in its high nibble.
-    scales       (N, G) float16, positive
+    scales       (N, G) float16, not zero; negative in some published checkpoints
     zeros        (N, G) uint8, the zero point minus one
     input_order  (K,) int32 or None: column k of ``packed`` belongs to input ``input_order[k]``
     """
