@@ -146,6 +146,7 @@ def already_converted(
             store = open_store(out)
             verify_store(store, progress)
             if manifest.texts is not None:
+                (out / JOURNAL).unlink(missing_ok=True)  # a kill at the very end leaves it
                 return True
             reason = "it was written by moss-jt 0.1.0, without checksums of all its parts"
             kept = manifest.fields["files"]

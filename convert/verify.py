@@ -4,9 +4,8 @@ import hashlib
 from collections.abc import Callable
 
 from moss_jt.errors import MossError
-from moss_jt.store.config import MossConfig
 from moss_jt.store.files import open_regular, reading
-from moss_jt.store.manifest import CONFIG, REPAIR, FileEntry, Manifest, read_manifest
+from moss_jt.store.manifest import REPAIR, FileEntry, read_manifest
 from moss_jt.store.model_folder import Store, StoreFile
 from moss_jt.store.tokenizer import Tokenizer
 
@@ -21,17 +20,9 @@ def verify_store(store: Store, progress: Progress = lambda count: None) -> None:
         MossError: something differs from what was converted; it is named.
     """
     manifest = read_manifest(store.path)
-    check_told_config(store, manifest)
     Tokenizer.from_file(store.tokenizer_path).check_size(store.config.vocab_size)
     for file in store.files:
         verify_file(file, manifest.files[file.path.name], progress)
-
-
-def check_told_config(store: Store, manifest: Manifest) -> None:
-    """Raises MossError where config.json says otherwise than what a folder of 0.1.0 was made from."""
-    told = manifest.identity.get("config") if isinstance(manifest.identity, dict) else None
-    if isinstance(told, dict) and MossConfig.from_json(told) != store.config:
-        raise MossError(f"{store.path / CONFIG} is not what was written: {REPAIR}")
 
 
 def verify_file(file: StoreFile, entry: FileEntry, progress: Progress = lambda count: None) -> None:

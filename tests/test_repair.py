@@ -101,6 +101,7 @@ BROKEN_MANIFESTS: dict[str, Damage] = {
     "other bits": change_json(MANIFEST, lambda fields: fields.update(bits=8, group_size=32)),
     "another version": change_json(MANIFEST, lambda fields: fields.update(version=2)),
     "another identity": change_json(MANIFEST, lambda fields: fields.update(identity=None)),
+    "no seal": change_json(MANIFEST, lambda fields: fields.pop("sha256")),
     "no files": change_json(MANIFEST, lambda fields: fields.pop("files")),
     "no checksum of a tensor": change_json(
         MANIFEST, lambda fields: fields["files"][BLOCK]["tensors"].popitem()[1].pop("sha256")

@@ -144,6 +144,7 @@ def open_store(path: str | Path) -> Store:
     for name in TEXTS:
         check_text(path, name, manifest)
     config = MossConfig.from_json(parse_json(read_small(path / CONFIG), path / CONFIG), str(path / CONFIG))
+    _check_told_config(path, config, manifest)
     if manifest.bits != 16:
         check_group_size(manifest.group_size, config.n_embd, config.n_inner)
     expected = [EMBEDDING, *map(block_file_name, range(config.n_layer)), HEAD]
@@ -160,6 +161,13 @@ def check_text(folder: Path, name: str, manifest: Manifest) -> None:
     data = read_small(folder / name)
     if manifest.texts is not None and sha256_of(data) != manifest.texts[name]:
         raise MossError(f"{folder / name} is not what was written: its checksum differs. {REPAIR}")
+
+
+def _check_told_config(folder: Path, config: MossConfig, manifest: Manifest) -> None:
+    """Raises MossError where config.json says otherwise than what a folder of 0.1.0 was made from."""
+    told = manifest.identity.get("config") if isinstance(manifest.identity, dict) else None
+    if isinstance(told, dict) and MossConfig.from_json(told) != config:
+        raise MossError(f"{folder / CONFIG} is not what was written. {REPAIR}")
 
 
 def map_tensor(file: StoreFile, name: str) -> np.ndarray:

@@ -66,6 +66,7 @@ def torch_file(tensors: dict[str, np.ndarray], wrapper: tuple[str, ...] = ()) ->
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", buffer.getvalue())
         archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3\n")
         for key, array in enumerate(tensors.values()):
             archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array).tobytes())
     return whole.getvalue()
