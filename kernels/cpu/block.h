@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "lost_file.h"
 #include "packed.h"
 
 namespace moss {
