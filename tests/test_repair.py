@@ -351,3 +351,22 @@ def test_the_numbers_of_a_whole_folder_are_those_that_were_converted(folder: Pat
     verify(folder)
     store = open_store(folder)
     assert np.isfinite(np.fromfile(store.head.path, np.float16, offset=store.head.data_offset)).all()
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt", "model.safetensors.index.json"])
+def test_files_larger_than_any_models_are_refused_unread(source: Path, tmp_path: Path, name: str) -> None:
+    """JSON can take twenty times its size in memory, so that 16 MiB are the most that is read of it."""
+    checkpoint = Path(shutil.copytree(source, tmp_path / "checkpoint"))
+    with (checkpoint / name).open("ab") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(MossError, match=f"{re.escape(name)} is larger than 16 MiB"):
+        convert_checkpoint(checkpoint, tmp_path / "out")
+
+
+def test_a_safetensors_header_larger_than_any_models_is_refused_unread(folder: Path) -> None:
+    path = folder / BLOCK
+    data = path.read_bytes()
+    path.write_bytes((17 << 20).to_bytes(8, "little") + data[8:])
+    os.truncate(path, 18 << 20)
+    with pytest.raises(MossError, match="no safetensors file"):
+        open_store(folder)
