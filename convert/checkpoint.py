@@ -256,7 +256,7 @@ def checkpoint_config(fields: dict[str, Any], where: str) -> MossConfig:
         raise MossError(
             f"{where}: model_type is {str(kind)[:60]!r}. moss-jt converts MOSS (moss-moon-003-*) and CodeGen models only."
         )
-    if "n_embd" not in fields and ("hidden_size" in fields or "num_hidden_layers" in fields):
+    if fields.get("n_embd") is None and ("hidden_size" in fields or "num_hidden_layers" in fields):
         raise MossError(
             f"{where} says model_type {kind!r} but describes another architecture (hidden_size instead of n_embd), "
             "as fnlp/moss-base-7b does. moss-jt converts the moss-moon-003 models and CodeGen."

@@ -61,7 +61,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
     if not all(len(pair) == 2 for pair in pairs):
         raise MossError(f"{path}: merges holds something that is no merge of two tokens.")
     added: dict[str, int] = {}
-    special = set()
+    special: set[str] = set()
     for entry in _objects(fields.get("added_tokens")):
         token, number = entry.get("content"), entry.get("id")
         if not isinstance(token, str) or type(number) is not int or added.setdefault(token, number) != number:

@@ -67,12 +67,9 @@ class MossConfig:
         if not self.eos_token_ids:
             raise MossError("config.json: eos_token_id is an empty list; one id or several are needed.")
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_id", self.eos_token_ids)):
-            for number in ids:
-                if type(number) is not int or not 0 <= number < self.vocab_size:
-                    raise MossError(
-                        f"config.json: {name} is {_shown(number)}; a whole number from 0 to "
-                        f"{self.vocab_size - 1} is needed."
-                    )
+            for number in ids:  # one beyond the vocabulary never comes, which is no fault
+                if type(number) is not int or not 0 <= number < LARGEST["vocab_size"]:
+                    raise MossError(f"config.json: {name} is {_shown(number)}; the id of a token is needed.")
         if self.n_embd % self.n_head:
             raise MossError(f"config.json: n_embd {self.n_embd} is no multiple of n_head {self.n_head}.")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ MAX_JSON_BYTES = 16 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading. A pipe in its place would make the program wait for ever, and a device never ends.
 
     Raises:

@@ -84,13 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
     # 0.1.0 wrote neither; where only the seal is gone, it was lost.
     if fields.keys() & {"sha256", "texts"} and sealed(fields) != fields:
         raise MossError(f"{path} is not what was written: its checksum differs. {REPAIR}")
-    bits, group_size = fields.get("bits"), fields.get("group_size")
-    # type(..) is int: True is an int to Python
-    possible = type(bits) is int and bits in (*BITS, 16) and type(group_size) is int
-    if not possible or (group_size != 0 if bits == 16 else group_size < 1):
-        raise MossError(
-            f"{path}: bits {str(bits)[:60]} with group_size {str(group_size)[:60]} is not possible. {REPAIR}"
-        )
+    bits, group_size = _packing(fields, path)
     files = fields.get("files")
     if not isinstance(files, dict):
         raise MossError(f"{path}: the list of files is missing. {REPAIR}")
@@ -103,6 +97,17 @@ def read_manifest(folder: Path) -> Manifest:
         name: file_entry(entry, f"{path}: the entry of {name[:60]!r}") for name, entry in files.items()
     }
     return Manifest(bits, group_size, fields.get("identity"), entries, texts, fields)
+
+
+def _packing(fields: dict[str, Any], path: Path) -> tuple[int, int]:
+    """(bits, group size) of the manifest, checked."""
+    bits, group_size = fields.get("bits"), fields.get("group_size")
+    if type(bits) is int and type(group_size) is int:  # True is an int to isinstance
+        if (bits == 16 and group_size == 0) or (bits in BITS and group_size > 0):
+            return bits, group_size
+    raise MossError(
+        f"{path}: bits {str(bits)[:60]} with group_size {str(group_size)[:60]} is not possible. {REPAIR}"
+    )
 
 
 def file_entry(fields: Any, where: str) -> FileEntry:
