@@ -41,9 +41,9 @@ def run_cases(kind: str, first: int, count: int) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
-        ("checkpoints", 400),
-        ("folders", 300),
-        ("kills", 25),
+        ("checkpoints", 300),
+        ("folders", 200),
+        ("kills", 20),
         pytest.param("checkpoints", 10_000, marks=pytest.mark.long),
         pytest.param("folders", 2_000, marks=pytest.mark.long),
         pytest.param("kills", 200, marks=pytest.mark.long),

@@ -185,8 +185,13 @@ def folder_case(seed: int) -> tuple[str, str]:
             if name == MANIFEST:
                 same = json.loads((folder / name).read_bytes()) == json.loads(data)
                 assert same or is_old, name
-            elif not (is_old and name.endswith(".json")):
+            elif not is_old:
                 assert (folder / name).read_bytes() == data, name
+            elif name.endswith(
+                ".safetensors"
+            ):  # no checksum covers the spaces of a header; its tensors are compared above
+                begin = 8 + int.from_bytes(data[:8], "little")
+                assert (folder / name).read_bytes()[begin:] == data[begin:], name
     except MossError as error:
         outcome = _refused(error, None)
     _check_repair(source, original, folder, is_old)
@@ -204,10 +209,11 @@ def _check_repair(source: Path, original: Path, folder: Path, is_old: bool) -> N
     verify_store(open_store(folder))
     wanted = contents(original)
     for name, data in contents(folder).items():
-        if name.endswith(".safetensors"):
+        if not is_old:
             assert data == wanted[name], f"{name} after the repair"
-        elif not is_old:
-            assert data == wanted[name], f"{name} after the repair"
+        elif name.endswith(".safetensors"):
+            begin = 8 + int.from_bytes(data[:8], "little")
+            assert data[begin:] == wanted[name][begin:], f"{name} after the repair"
 
 
 def _identity(folder: Path) -> object:
