@@ -5,9 +5,14 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
+
 namespace moss {
 
+inline std::atomic_flag lost_file_is_being_told = ATOMIC_FLAG_INIT;
+
 inline void say_lost_file(int) {
+    while (lost_file_is_being_told.test_and_set()) pause();  // several threads come here at once; one speaks
     const char text[] =
         "moss-jt: error: a file of the model became shorter while it was in use (SIGBUS). Check the model with moss-jt "
         "verify; the same moss-jt convert again makes anew what is damaged.\n";
