@@ -479,12 +479,17 @@ def test_ctrl_c_before_the_answer_forgets_the_turn(fields: list[Any]) -> None:
 
 def test_ctrl_c_while_a_plugin_works_forgets_the_turn() -> None:
     class Interrupted(Echo):
+        at_work = False
+
         @property
         def timeout_s(self) -> float:  # type: ignore[override]
-            raise KeyboardInterrupt
+            if self.at_work:
+                raise KeyboardInterrupt
+            return 1.0
 
-    moss = ScriptedMoss(" T.<eot>", ' Echo("a")<eoc>')
-    chat = chat_with(moss, plugins=[Interrupted()])
+    moss, plugin = ScriptedMoss(" T.<eot>", ' Echo("a")<eoc>'), Interrupted()
+    chat = chat_with(moss, plugins=[plugin])
+    plugin.at_work = True  # choosing plugins looks at what they say of themselves
     assert joined(list(chat.send("go")))[-1] == ("notice", "stopped")
     assert transcript(chat, moss) == "" and chat.turns == 0
 
