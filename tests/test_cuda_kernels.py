@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from moss_jt.kernels.cuda import reference
-from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers, source, split_parts
+from moss_jt.kernels.cuda.launchers import (
+    ENOUGH_BLOCKS,
+    FEW_TOKENS,
+    KINDS,
+    LEAST_PIECES,
+    Launchers,
+    Product,
+    folder,
+    source,
+)
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
@@ -110,21 +119,17 @@ def test_gathered_inputs() -> None:
 
 
 def test_split_of_k_covers_everything_and_fills_the_card() -> None:
-    for blocks in (1, 3, 100, 255, 256, 4000):
-        for inputs in (64, 256, 1024, 6144, 24576):
-            parts = split_parts(blocks, inputs, 8)
-            steps = -(-inputs // 256)
-            assert 1 <= parts <= steps
-            assert blocks * parts >= 256 or parts == steps or blocks * parts * 2 > 256
-    module = RawModule(source("linear.cu"), _include())
-    x, weight = normal((1, 2048)), half((24, 2048))
-    kernels().dense(x, weight)
-    assert "dense_1" in module.parameters
+    for kind in KINDS.values():
+        for outputs in (1, 24, 300, 6144, 43008):
+            for inputs in (64, 1024, 6144, 24576):
+                parts, each = kind.split(outputs, inputs)
+                assert (parts - 1) * each < inputs <= parts * each and each % kind.piece == 0
+                blocks = parts * -(-outputs // (4 * max(kind.rows.values())))
+                least = LEAST_PIECES * kind.piece
+                assert blocks >= ENOUGH_BLOCKS // 2 or each == least, (kind.name, outputs, inputs)
 
 
 def _include() -> tuple[str, ...]:
-    from moss_jt.kernels.cuda.launchers import folder
-
     return (f"-I{folder()}",)
 
 
@@ -172,7 +177,7 @@ def test_elementwise_kernels() -> None:
     out = FakeCupy.empty(x.shape, np.float32)
     run.add_bias(x, bias, out)
     np.testing.assert_array_equal(out, x + bias.astype(np.float32))
-    run.add_block(x, x, x, bias, out)
+    run.add_block(x, aligned(np.stack([x, x])), bias, out)
     np.testing.assert_allclose(out, 3 * x + bias.astype(np.float32), rtol=1e-6)
     ids = aligned(np.array([4, 0, 6], np.int32))
     table = half((7, 50))
@@ -263,9 +268,9 @@ def test_planted_faults_in_the_real_kernels_are_found() -> None:
     keys, q = half((9, 1, 16)), normal((1, 16))
     with pytest.raises(EmulationError, match="race|before it is written"):
         Launchers(Planted("__syncthreads();", "")).attention(q, keys, keys, 3)
-    with pytest.raises(EmulationError, match="misaligned|out of bounds"):
-        Launchers(
-            Planted(
-                "* inputs + k);\n            const float2", "* inputs + k + 1);\n            const float2"
-            )
-        ).dense(normal((1, 64)), half((8, 64)))
+    for old, new, words in (
+        ("words[s][r] = load_vector(w, at)", "words[s][r] = load_vector(w, at + 1)", "misaligned|out of bounds"),
+        ("buffer = kBuffer - buffer", "buffer = 0", "race"),
+    ):
+        with pytest.raises(EmulationError, match=words):
+            Launchers(Planted(old, new)).dense(normal((1, 2048)), half((8, 2048)))

@@ -1,89 +1,166 @@
 // Rotary embedding with the cache's new entries, and attention of new tokens over the cache.
 //
-// The cache holds one layer's keys and values as (P, H, D) float16. Each query of each head is one block of four warps; a warp takes
-// every fourth position, 16 bytes of a key per lane, with an online softmax; the four partial results are merged at the end.
+// The cache holds one layer's keys and values as (P, H, D) float16, in pages of kPage positions. A block does some pages for one query of
+// one head: four warps, a warp four positions at once, 16 bytes of each key and value per lane, all asked for together, with an online
+// softmax. What the blocks of a query found is combined afterwards, page after page, so that a token's bits depend on nothing but its
+// own keys and values.
 #include "device.cuh"
 
-constexpr int kDims = 8;  // dimensions of a head per lane: D is a multiple of 8 and at most 256
+constexpr int kPage = 64;    // positions
+constexpr int kAtOnce = 4;   // positions of a warp
+constexpr int kDims = 8;     // dimensions of a head per lane: D is a multiple of 8 and at most 256
+constexpr int kNumbers = 4;  // floats beside a part's D sums: the largest score, the sum of the weights, and two of nothing
 
-// qkv (T, 3 * H * D) float32 -> q (T, H * D) rotated, keys (rotated) and values at positions start_pos onward.
+// A number as float16 can hold it, as on the CPU: an infinity in the cache would make every later token NaN.
+__device__ __forceinline__ __half saturated(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+
+// qkv (parts, T, 3 * H * D) float32 -> q (T, H * D) rotated, keys (rotated) and values at positions start_pos onward.
 // rotary (P, 2, pairs): cosines, sines. Pairs are (2t, 2t + 1) of the first 2 * pairs dimensions. One thread per pair of dimensions.
 extern "C" __global__ void rotary_cache(
-    IN(float) qkv, IN(float) rotary, OUT(float) q, OUT(__half) keys, OUT(__half) values, int tokens, int heads, int head_dim,
-    int pairs, int start_pos) {
+    IN(float) qkv, IN(float) rotary, OUT(float) q, OUT(__half) keys, OUT(__half) values, int parts, int tokens, int heads,
+    int head_dim, int pairs, int start_pos) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const int width = heads * head_dim, half_width = width / 2;
     if (i >= (long long)tokens * half_width) return;
     const int t = (int)(i / half_width), at = (int)(i % half_width) * 2, pair = at % head_dim / 2;
-    const long long row = (long long)t * 3 * width + at, position = start_pos + t;
-    float q0 = qkv[row], q1 = qkv[row + 1], k0 = qkv[row + width], k1 = qkv[row + width + 1];
+    const long long row = (long long)t * 3 * width + at, position = start_pos + t, count = (long long)tokens * 3 * width;
+    float two[3][2];
+#pragma unroll
+    for (int which = 0; which < 3; which++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) two[which][j] = sum_of_parts(qkv, parts, count, row + which * width + j);
     if (pair < pairs) {
         const float c = rotary[(position * 2) * pairs + pair], s = rotary[(position * 2 + 1) * pairs + pair];
-        const float q2 = q0 * c - q1 * s, k2 = k0 * c - k1 * s;
-        q1 = q1 * c + q0 * s;
-        k1 = k1 * c + k0 * s;
-        q0 = q2;
-        k0 = k2;
-    }
-    q[(long long)t * width + at] = q0;
-    q[(long long)t * width + at + 1] = q1;
-    const long long slot = position * width + at;
-    keys[slot] = __float2half_rn(k0);
-    keys[slot + 1] = __float2half_rn(k1);
-    values[slot] = __float2half_rn(qkv[row + 2 * width]);
-    values[slot + 1] = __float2half_rn(qkv[row + 2 * width + 1]);
-}
-
-__device__ __forceinline__ void widen_eight(uint4 words, float (&out)[kDims]) {
-    const float2 a = widen(words.x), b = widen(words.y), c = widen(words.z), d = widen(words.w);
-    out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y, out[4] = c.x, out[5] = c.y, out[6] = d.x, out[7] = d.y;
-}
-
-// context (T, H * D); grid (H, T), kThreads threads. Token t attends to positions 0 .. start_pos + t.
-extern "C" __global__ void attention(
-    IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) context, int heads, int head_dim, int start_pos) {
-    SHARED(float, merged, kWarpsPerBlock * (kDims * kWarp + 2));
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, head = blockIdx.x, t = blockIdx.y;
-    const int width = heads * head_dim, dim = kDims * lane;
-    const bool mine = dim < head_dim;
-    const float scale = rsqrtf((float)head_dim);
-    float query[kDims] = {}, sum[kDims] = {}, value[kDims], key[kDims];
-    if (mine)
-        for (int i = 0; i < kDims; i++) query[i] = q[(long long)t * width + head * head_dim + dim + i] * scale;
-    float largest = -1e30f, total = 0;
-    for (int position = warp; position <= start_pos + t; position += kWarpsPerBlock) {
-        const long long slot = (long long)position * width + head * head_dim + dim;
-        float score = 0;
-        if (mine) {
-            widen_eight(load_vector(keys, slot), key);
-            for (int i = 0; i < kDims; i++) score = fmaf(query[i], key[i], score);
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+            const float even = two[which][0], odd = two[which][1];
+            two[which][0] = even * c - odd * s;
+            two[which][1] = odd * c + even * s;
         }
-        score = warp_sum(score);
-        const float next = fmaxf(largest, score), fade = __expf(largest - next), weight = __expf(score - next);
-        largest = next;
-        total = total * fade + weight;
-        if (mine) {
-            widen_eight(load_vector(values, slot), value);
-            for (int i = 0; i < kDims; i++) sum[i] = sum[i] * fade + weight * value[i];
+    }
+    const long long slot = position * width + at;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        q[(long long)t * width + at + j] = two[0][j];
+        keys[slot + j] = saturated(two[1][j]);
+        values[slot + j] = saturated(two[2][j]);
+    }
+}
+
+__device__ __forceinline__ int splits_of(int seen, int pages_each) {
+    return (seen + kPage * pages_each - 1) / (kPage * pages_each);
+}
+
+// partial (T, H, splits, D + kNumbers); grid (H, T, splits), kThreads threads. Token t attends to positions 0 .. start_pos + t, of which
+// split s does those on pages s * pages_each onward.
+extern "C" __global__ void attention(
+    IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) partial, int heads, int head_dim, int start_pos, int pages_each) {
+    SHARED(float, merged, kWarpsPerBlock * (kDims * kWarp + 2));
+    const int head = blockIdx.x, t = blockIdx.y, seen = start_pos + t + 1;
+    const int begin = blockIdx.z * pages_each * kPage, end = min(seen, begin + pages_each * kPage);
+    if (begin >= seen) return;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, width = heads * head_dim;
+    const bool mine = kDims * lane < head_dim;
+    const int dim = mine ? kDims * lane : 0;  // lanes beyond the head read what the first one does, and add none of it
+    const float scale = rsqrtf((float)head_dim);
+    float query[kDims], sum[kDims] = {};
+    for (int i = 0; i < kDims; i++) query[i] = mine ? q[(long long)t * width + head * head_dim + dim + i] * scale : 0.0f;
+    float largest = -1e30f, total = 0;
+    for (int page = begin; page < end; page += kPage) {
+        const long long page_at = (long long)page * width + head * head_dim + dim;  // the one place that knows where a page lies
+        const int last = min(kPage, end - page) - 1;
+        for (int first = warp * kAtOnce; first <= last; first += kWarpsPerBlock * kAtOnce) {
+            uint4 key[kAtOnce], value[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const long long slot = page_at + (long long)min(first + i, last) * width;
+                key[i] = load_vector(keys, slot);
+                value[i] = load_vector(values, slot);
+            }
+            float score[kAtOnce], next = largest;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                float wide[kDims], product = 0;
+                widen_eight(key[i], wide);
+#pragma unroll
+                for (int j = 0; j < kDims; j++) product = fmaf(query[j], wide[j], product);
+                score[i] = warp_sum(product);
+                if (first + i <= last) next = fmaxf(next, score[i]);
+            }
+            const float fade = __expf(largest - next);
+            largest = next;
+            total *= fade;
+#pragma unroll
+            for (int j = 0; j < kDims; j++) sum[j] *= fade;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+                const float weight = first + i <= last ? __expf(score[i] - largest) : 0.0f;
+                float wide[kDims];
+                widen_eight(value[i], wide);
+                total += weight;
+#pragma unroll
+                for (int j = 0; j < kDims; j++) sum[j] = fmaf(weight, wide[j], sum[j]);
+            }
         }
     }
     // merged: per warp the largest score, the sum of weights, and the weighted values.
-    const int mine_at = warp * (kDims * kWarp + 2);
+    constexpr int kPerWarp = kDims * kWarp + 2;
     if (lane == 0) {
-        merged[mine_at] = largest;
-        merged[mine_at + 1] = total;
+        merged[warp * kPerWarp] = largest;
+        merged[warp * kPerWarp + 1] = total;
     }
-    for (int i = 0; i < kDims; i++) merged[mine_at + 2 + dim + i] = sum[i];
+    for (int i = 0; i < kDims; i++) merged[warp * kPerWarp + 2 + i * kWarp + lane] = sum[i];
     __syncthreads();
-    if (warp > 0 || !mine) return;
     float most = merged[0];
-    for (int w = 1; w < kWarpsPerBlock; w++) most = fmaxf(most, merged[w * (kDims * kWarp + 2)]);
-    float whole = 0, result[kDims] = {};
+    for (int w = 1; w < kWarpsPerBlock; w++) most = fmaxf(most, merged[w * kPerWarp]);
+    float shares[kWarpsPerBlock], whole = 0;
     for (int w = 0; w < kWarpsPerBlock; w++) {
-        const int at = w * (kDims * kWarp + 2);
-        const float share = __expf(merged[at] - most);
-        whole += share * merged[at + 1];
-        for (int i = 0; i < kDims; i++) result[i] += share * merged[at + 2 + dim + i];
+        shares[w] = __expf(merged[w * kPerWarp] - most);
+        whole += shares[w] * merged[w * kPerWarp + 1];
     }
-    for (int i = 0; i < kDims; i++) context[(long long)t * width + head * head_dim + dim + i] = result[i] / whole;
+    const long long out = (((long long)t * heads + head) * gridDim.z + blockIdx.z) * (head_dim + kNumbers);
+    for (int d = threadIdx.x; d < head_dim; d += kThreads) {
+        float result = 0;
+        for (int w = 0; w < kWarpsPerBlock; w++) result += shares[w] * merged[w * kPerWarp + 2 + d % kDims * kWarp + d / kDims];
+        partial[out + d] = result;
+    }
+    if (threadIdx.x == 0) {
+        partial[out + head_dim] = most;
+        partial[out + head_dim + 1] = whole;
+    }
+}
+
+// context (T, H * D) of what attention() gave; grid (H, T), kThreads threads. Four dimensions a thread; threads that are left over share
+// the splits.
+extern "C" __global__ void combine_attention(
+    IN(float) partial, OUT(float) context, int heads, int head_dim, int start_pos, int pages_each, int splits) {
+    SHARED(float, sums, kThreads * 5);
+    const int head = blockIdx.x, t = blockIdx.y, lane = threadIdx.x % kWarp, stride = head_dim + kNumbers;
+    const int used = splits_of(start_pos + t + 1, pages_each);
+    const long long from = ((long long)t * heads + head) * splits * stride;
+    float most = -1e30f;
+    for (int split = lane; split < used; split += kWarp) most = fmaxf(most, partial[from + split * stride + head_dim]);
+    most = warp_max(most);
+    const int fours = head_dim / 4, teams = kThreads / fours, team = threadIdx.x / fours, four = threadIdx.x % fours;
+    float sum[5] = {};
+    if (team < teams) {
+#pragma unroll 8
+        for (int split = team; split < used; split += teams) {
+            const long long at = from + split * stride;
+            const float share = __expf(partial[at + head_dim] - most);
+            const uint4 values = load_vector(partial, at + 4 * four);
+            sum[0] = fmaf(share, __uint_as_float(values.x), sum[0]);
+            sum[1] = fmaf(share, __uint_as_float(values.y), sum[1]);
+            sum[2] = fmaf(share, __uint_as_float(values.z), sum[2]);
+            sum[3] = fmaf(share, __uint_as_float(values.w), sum[3]);
+            sum[4] = fmaf(share, partial[at + head_dim + 1], sum[4]);
+        }
+    }
+    for (int i = 0; i < 5; i++) sums[i * kThreads + threadIdx.x] = sum[i];
+    __syncthreads();
+    if (team > 0) return;
+    for (int other = 1; other < teams; other++)
+        for (int i = 0; i < 5; i++) sum[i] += sums[i * kThreads + other * fours + four];
+    const float share = 1.0f / sum[4];
+    for (int i = 0; i < 4; i++) context[((long long)t * heads + head) * head_dim + 4 * four + i] = sum[i] * share;
 }

@@ -5,6 +5,8 @@ and the tests can launch the same code on the CPU.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -16,13 +18,80 @@ from moss_jt.kernels.cuda.cublas import Array, multiply
 WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
-ROWS_PER_WARP = 2  # kRows in linear.cu
-TOKEN_VARIANTS = (1, 4, 16)  # of the kernels for few tokens
+NORM_THREADS = 512  # kNormThreads in elementwise.cu
 # Passes of more tokens go through cuBLAS. Up to here a token's result is the same bits in any pass, as drafts need it.
 FEW_TOKENS = 23
-# Blocks that fill a card: K is split until a product has as many. Consumer cards have 10 to 170 multiprocessors.
-ENOUGH_BLOCKS = 256
+# Blocks that fill a card: K is split until a product has as many, but no part is shorter than LEAST_PIECES of a warp's loads. 132
+# multiprocessors with four to six blocks each are the most that these kernels meet.
+ENOUGH_BLOCKS = 800
+LEAST_PIECES = 2
 MAX_HEAD_DIM = 256
+PAGE = 64  # positions: kPage in attention.cu
+NUMBERS = 4  # kNumbers there
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of product kernels in linear.cu.
+
+    rows      of a warp, by the most tokens of a kernel: its last template arguments
+    piece     inputs that a warp asks for before it multiplies
+    """
+
+    name: str
+    rows: dict[int, int]
+    piece: int
+
+    def variant(self, tokens: int) -> int:
+        """The kernel for so many tokens, named by the most that it does at once."""
+        return next((most for most in self.rows if most >= tokens), max(self.rows))
+
+    def split(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """In how many parts K is summed and how many inputs each has, whatever the number of tokens."""
+        rows = min(self.rows.values()) * WARPS_PER_BLOCK
+        pieces = -(-inputs // self.piece)
+        wanted = -(-ENOUGH_BLOCKS // -(-outputs // rows))
+        each = max(-(-pieces // wanted), LEAST_PIECES)
+        return -(-pieces // each), each * self.piece
+
+
+KINDS = {
+    16: Kind("dense", {1: 4, 4: 4, 16: 4}, 512),
+    8: Kind("int8", {1: 4, 4: 4, 8: 4}, 512),
+    4: Kind("int4", {1: 8, 4: 4}, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix with the activations that it multiplies.
+
+    x       (T, K) float32
+    weight  (N, K) float16, or where ``bits`` is not 16 the packed bytes (N, K * bits // 8) uint8
+    scales, zeros, order  of a packed matrix, as in moss_jt.kernels.interface.PackedMatrix; order (K,) int32
+    """
+
+    x: Array
+    weight: Array
+    bits: int = 16
+    scales: Array = None
+    zeros: Array = None
+    order: Array = None
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def inputs(self) -> int:
+        return int(self.weight.shape[1]) * (1 if self.bits == 16 else 8) // (1 if self.bits == 16 else self.bits)
+
+    def check(self) -> None:
+        groups = 1 if self.bits == 16 else self.scales.shape[1]
+        if self.x.shape[1] != self.inputs or self.inputs % (8 if self.bits == 16 else 32 * groups):
+            raise ValueError(
+                f"activations of {self.x.shape[1]} do not fit a matrix of {self.inputs} inputs in {groups} groups"
+            )
 
 
 def folder() -> str:
@@ -56,8 +125,8 @@ class Launchers:
         self._modules: dict[str, Any] = {}
         self._functions: dict[tuple[str, str], Any] = {}
 
-    def launch(self, module: str, kernel: str, grid: tuple[int, ...], *arguments: Any) -> None:
-        """Launch with THREADS threads a block; Python numbers become int32 or float32, as the kernels declare them."""
+    def function(self, module: str, kernel: str) -> Any:
+        """CuPy's function, compiled when it is first asked for."""
         key = (module, kernel)
         if key not in self._functions:
             if module not in self._modules:
@@ -65,8 +134,13 @@ class Launchers:
                 options = ("--std=c++17", f"-I{folder()}", f"-DMOSS_SOURCES=0x{fingerprint()}")
                 self._modules[module] = self.cupy.RawModule(code=source(module), options=options)
             self._functions[key] = self._modules[module].get_function(kernel)
-        typed = tuple(_typed(argument) for argument in arguments)
-        self._functions[key](grid, (THREADS,), typed)
+        return self._functions[key]
+
+    def launch(
+        self, module: str, kernel: str, grid: tuple[int, ...], *arguments: Any, threads: int = THREADS
+    ) -> None:
+        """Python numbers become int32 or float32, as the kernels declare them; None is the null pointer."""
+        self.function(module, kernel)(grid, (threads,), tuple(_typed(argument) for argument in arguments))
 
     def each(self, module: str, kernel: str, count: int, *arguments: Any) -> None:
         """One thread for each of ``count`` elements."""
@@ -80,41 +154,41 @@ class Launchers:
     def layer_norm(self, x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
         """x (T, C) float32, weight and bias (C,) float16 -> (T, C) float32."""
         out = self.cupy.empty(x.shape, np.float32)
-        self.launch(
-            "elementwise.cu", "layer_norm", (x.shape[0],), x, weight, bias, out, x.shape[1], float(epsilon)
-        )
+        arguments = (x, weight, bias, out, x.shape[1], float(epsilon))
+        self.launch("elementwise.cu", "layer_norm", (x.shape[0],), *arguments, threads=NORM_THREADS)
         return out
 
     def bias_gelu(self, x: Array, bias: Array) -> Array:
-        """gelu_new(x + bias); x (T, I) float32, bias (I,) float16."""
-        out = self.cupy.empty(x.shape, np.float32)
-        self.each("elementwise.cu", "bias_gelu", x.size, x, bias, out, x.shape[0], x.shape[1])
+        """gelu_new(x + bias); x (T, I) or (parts, T, I) float32, bias (I,) float16."""
+        parts, tokens, width = _parts(x)
+        out = self.cupy.empty((tokens, width), np.float32)
+        self.each("elementwise.cu", "bias_gelu", out.size, x, bias, out, parts, tokens, width)
         return out
 
     def add_bias(self, x: Array, bias: Array, out: Array) -> None:
-        """out = x + bias; x, out (T, N) float32, bias (N,) float16."""
-        self.each("elementwise.cu", "add_bias", x.size, x, bias, out, x.shape[0], x.shape[1])
+        """out = x + bias; x (T, N) or (parts, T, N), out (T, N) float32, bias (N,) float16."""
+        self.each("elementwise.cu", "add_bias", out.size, x, bias, out, *_parts(x))
 
-    def add_block(self, h: Array, attention: Array, mlp: Array, bias: Array, out: Array) -> None:
-        """out = h + attention + mlp + bias; all (T, C) float32, bias (C,) float16."""
-        self.each("elementwise.cu", "add_block", h.size, h, attention, mlp, bias, out, h.shape[0], h.shape[1])
+    def add_block(self, h: Array, x: Array, bias: Array, out: Array) -> None:
+        """out = h + x + bias; h, out (T, C), x (T, C) or (parts, T, C) float32, bias (C,) float16."""
+        self.each("elementwise.cu", "add_block", out.size, h, x, bias, out, *_parts(x))
 
     def rotary_cache(self, qkv: Array, rotary: Array, keys: Array, values: Array, start_pos: int) -> Array:
         """Rotate queries and keys and write keys and values into one layer's cache.
 
-        qkv           (T, 3 * H * D) float32
+        qkv           (T, 3 * H * D) or (parts, T, 3 * H * D) float32
         rotary        (P', 2, pairs) float32: cosines and sines of each position
         keys, values  (P, H, D) float16, written at start_pos .. start_pos + T - 1
         Returns the queries (T, H * D) float32.
         """
-        tokens, (positions, heads, head_dim) = qkv.shape[0], keys.shape
+        (parts, tokens, _), (positions, heads, head_dim) = _parts(qkv), keys.shape
         if start_pos < 0 or start_pos + tokens > min(positions, rotary.shape[0]) or head_dim % 2:
             raise ValueError(
                 f"{tokens} tokens at {start_pos} do not fit into a cache of {positions} positions"
             )
         q = self.cupy.empty((tokens, heads * head_dim), np.float32)
         count = tokens * heads * head_dim // 2
-        sizes = (tokens, heads, head_dim, rotary.shape[2], start_pos)
+        sizes = (parts, tokens, heads, head_dim, rotary.shape[2], start_pos)
         self.each("attention.cu", "rotary_cache", count, qkv, rotary, q, keys, values, *sizes)
         return q
 
@@ -125,29 +199,109 @@ class Launchers:
             raise ValueError(
                 f"attention needs heads of 8 to {MAX_HEAD_DIM} dimensions, a multiple of 8; this has {head_dim}"
             )
+        # Few tokens: a block for each page. Many: they are blocks enough, and what pages found would take too much memory.
+        pages = -(-positions // PAGE)
+        pages_each = 1 if tokens <= FEW_TOKENS else pages
+        splits = -(-pages // pages_each)
+        partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
+        sizes = (heads, head_dim, start_pos, pages_each)
+        self.launch("attention.cu", "attention", (heads, tokens, splits), q, keys, values, partial, *sizes)
         out = self.cupy.empty(q.shape, np.float32)
-        self.launch(
-            "attention.cu", "attention", (heads, tokens), q, keys, values, out, heads, head_dim, start_pos
-        )
+        self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, *sizes, splits)
         return out
 
     def dense(self, x: Array, weight: Array) -> Array:
         """x (T, K) float32 times weight (N, K) float16 -> (T, N) float32; K is a multiple of 8."""
-        if x.shape[0] > FEW_TOKENS:
-            return self._by_cublas(x, weight)
-        return self._rows(x, "dense", weight.shape[0], 8, (weight,), ())
+        return self._summed(self.products([Product(x, weight)])[0])
 
     def packed(self, x: Array, packed: Array, scales: Array, zeros: Array, bits: int) -> Array:
         """x (T, K) float32 times a packed matrix (see moss_jt.store.quant) -> (T, N) float32; groups of a multiple of 32 inputs."""
-        outputs, groups = scales.shape
-        inputs = packed.shape[1] * 8 // bits
-        if x.shape[1] != inputs or inputs % groups or inputs // groups % 32:
-            raise ValueError(
-                f"activations of {x.shape[1]} do not fit a matrix of {inputs} inputs in {groups} groups"
-            )
-        if x.shape[0] > FEW_TOKENS:
-            return self._by_cublas(x, self.dequantize(packed, scales, zeros, bits))
-        return self._rows(x, f"int{bits}", outputs, 128 // bits, (packed, scales, zeros), (groups,))
+        return self._summed(self.products([Product(x, packed, bits, scales, zeros)])[0])
+
+    def _summed(self, parts: Array) -> Array:
+        if parts.shape[0] == 1:
+            return parts.reshape(parts.shape[1:])
+        out = self.cupy.empty(parts.shape[1:], np.float32)
+        self.each("linear.cu", "add_parts", out.size, parts, out, parts.shape[0], out.size)
+        return out
+
+    def products(self, products: Sequence[Product]) -> list[Array]:
+        """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed over parts."""
+        return self._multiply(
+            products,
+            lambda product, parts: self.cupy.empty((parts, product.x.shape[0], product.outputs), np.float32),
+        )
+
+    def sum_of_products(self, products: Sequence[Product]) -> Array:
+        """The same for two whose results are added: (parts, T, N) float32, with the parts of both."""
+        kind, tokens = KINDS[products[0].bits], products[0].x.shape[0]
+        splits = [kind.split(p.outputs, p.inputs)[0] if tokens <= FEW_TOKENS else 1 for p in products]
+        out = self.cupy.empty((sum(splits), tokens, products[0].outputs), np.float32)
+        pieces = [out[: splits[0]], out[splits[0] :]]
+        self._multiply(products, lambda product, _: pieces.pop(0))
+        return out
+
+    def _multiply(self, products: Sequence[Product], place: Callable[[Product, int], Array]) -> list[Array]:
+        for product in products:
+            product.check()
+        if products[0].x.shape[0] > FEW_TOKENS:
+            return [self._by_cublas(product, place(product, 1)) for product in products]
+        return self._by_rows(products, place)
+
+    def _by_cublas(self, product: Product, out: Array) -> Array:
+        """out: (1, T, N)."""
+        x, weight = product.x, product.weight
+        if product.bits != 16:
+            weight = self.dequantize(weight, product.scales, product.zeros, product.bits)
+        if product.order is not None:
+            x = self.gather_inputs(x, product.order)
+        multiply(self.cupy, x, weight, out[0])
+        return out
+
+    def _by_rows(self, products: Sequence[Product], place: Callable[[Product, int], Array]) -> list[Array]:
+        """Few tokens: our own kernels, one launch."""
+        kind, tokens = KINDS[products[0].bits], products[0].x.shape[0]
+        inputs = [product.x for product in products] if kind.name == "dense" else self._digits(products)
+        variant = kind.variant(tokens)
+        rows = kind.rows[variant]
+        arguments: list[Any] = []
+        results, blocks = [], []
+        for product, x in zip(products, inputs, strict=True):
+            parts, each = kind.split(product.outputs, product.inputs)
+            rows_here = rows if product.outputs >= rows else 1  # as find_part in linear.cu
+            row_blocks = -(-product.outputs // (rows_here * WARPS_PER_BLOCK))
+            out = place(product, parts)
+            matrix = (product.weight,) if kind.name == "dense" else (product.weight, product.scales, product.zeros)
+            groups = () if kind.name == "dense" else (product.scales.shape[1],)
+            arguments += [*matrix, x, out, row_blocks, product.outputs, product.inputs, each, *groups]
+            results.append(out)
+            blocks.append(row_blocks * parts)
+        if len(products) == 1:
+            arguments += arguments  # for a second product that has no blocks
+        grid = (sum(blocks), 1, -(-tokens // variant))
+        self.launch("linear.cu", f"{kind.name}_{variant}", grid, *arguments, blocks[0], tokens)
+        return results
+
+    def _digits(self, products: Sequence[Product]) -> list[Array]:
+        """What the packed kernels take in place of activations; two products of the same ones share them."""
+        tokens, kind = products[0].x.shape[0], KINDS[products[0].bits]
+        span = kind.piece // WARP
+        vectors = 3 * span // 16 + 1  # kVectors in linear.cu
+        shared = len(products) == 2 and products[0].x is products[1].x and products[0].order is products[1].order
+        distinct = products[:1] if shared else products
+        arguments: list[Any] = []
+        made, spans = [], 0
+        for product in distinct:
+            pieces = -(-product.inputs // kind.piece)
+            made.append(self.cupy.empty((tokens, pieces, vectors, WARP, 4), np.uint32))
+            ordered = int(product.order is not None)
+            arguments += [product.x, product.order, made[-1], ordered, product.inputs]
+            spans += pieces * WARP
+        if len(distinct) == 1:
+            arguments += [*arguments[:-1], 0]
+        grid = (-(-spans // THREADS), tokens)
+        self.launch("linear.cu", f"digits_{kind.name}", grid, *arguments, tokens)
+        return made * 2 if shared else made
 
     def dequantize(self, packed: Array, scales: Array, zeros: Array, bits: int) -> Array:
         """The packed matrix's weights (N, K) float16."""
@@ -166,47 +320,15 @@ class Launchers:
         self.each("linear.cu", "gather_inputs", x.size, x, order, out, x.shape[0], x.shape[1])
         return out
 
-    def _by_cublas(self, x: Array, weight: Array) -> Array:
-        out = self.cupy.empty((x.shape[0], weight.shape[0]), np.float32)
-        multiply(self.cupy, x, weight, out)
-        return out
 
-    def _rows(
-        self,
-        x: Array,
-        kernel: str,
-        outputs: int,
-        lane_weights: int,
-        matrix: tuple[Array, ...],
-        more: tuple[int, ...],
-    ) -> Array:
-        """A decode product: each warp does ROWS_PER_WARP rows, K in as many parts as fill the card."""
-        tokens, inputs = x.shape
-        blocks = -(-outputs // (ROWS_PER_WARP * WARPS_PER_BLOCK))
-        parts = split_parts(blocks, inputs, lane_weights)
-        out = self.cupy.empty((tokens, outputs), np.float32)
-        most = max(TOKEN_VARIANTS)
-        for first in range(0, tokens, most):
-            some, result = x[first : first + most], out[first : first + most]
-            count = some.shape[0]
-            variant = next(size for size in TOKEN_VARIANTS if size >= count)
-            sums = result if parts == 1 else self.cupy.empty((parts, count, outputs), np.float32)
-            sizes = (count, outputs, inputs, *more)
-            self.launch("linear.cu", f"{kernel}_{variant}", (blocks, parts), *matrix, some, sums, *sizes)
-            if parts > 1:
-                self.each("linear.cu", "add_parts", result.size, sums, result, parts, result.size)
-        return out
-
-
-def split_parts(blocks: int, inputs: int, lane_weights: int) -> int:
-    """In how many parts K is summed: until the card is full, but never parts without a whole step of a warp."""
-    steps = -(-inputs // (lane_weights * WARP))
-    wanted = min(-(-ENOUGH_BLOCKS // blocks), steps)
-    each = -(-steps // wanted)
-    return -(-steps // each)
+def _parts(x: Array) -> tuple[int, int, int]:
+    """(parts, T, width) of what a product gave, in parts or whole."""
+    return tuple(x.shape) if len(x.shape) == 3 else (1, *x.shape)  # type: ignore[return-value]
 
 
 def _typed(argument: Any) -> Any:
+    if argument is None:
+        return np.uintp(0)
     if isinstance(argument, float):
         return np.float32(argument)
     return np.int32(argument) if isinstance(argument, int) else argument

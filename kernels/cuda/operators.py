@@ -12,7 +12,7 @@ import numpy as np
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
-from moss_jt.kernels.cuda.launchers import Array, Launchers
+from moss_jt.kernels.cuda.launchers import Array, Launchers, Product
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Region, Var
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.config import MossConfig
@@ -86,12 +86,15 @@ class CudaOperators:
         kernels = self.kernels
         norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
         normed = kernels.layer_norm(h, *norm, self.config.layer_norm_epsilon)
-        q = kernels.rotary_cache(_product(kernels, weights.qkv, at, normed), *tables, start_pos)
+        qkv, inner = kernels.products([_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)])
+        q = kernels.rotary_cache(qkv, *tables, start_pos)
+        inner = kernels.bias_gelu(inner, at(weights.fc_in_bias))
         context = kernels.attention(q, *tables[1:], start_pos)
-        attended = _product(kernels, weights.out, at, context)
-        inner = kernels.bias_gelu(_product(kernels, weights.fc_in, at, normed), at(weights.fc_in_bias))
-        narrowed = _product(kernels, weights.fc_out, at, inner)
-        kernels.add_block(h, attended, narrowed, at(weights.fc_out_bias), out)
+        # The larger matrix first: its blocks are the longer ones.
+        added = kernels.sum_of_products(
+            [_product(weights.fc_out, at, inner), _product(weights.out, at, context)]
+        )
+        kernels.add_block(h, added, at(weights.fc_out_bias), out)
 
     def _check_weights(self, weights: BlockWeights) -> None:
         """Once for each object, for it goes with a piece of memory that native code will trust."""
@@ -116,13 +119,12 @@ def _at(memory: Array, region: Region) -> Array:
     return piece.view(np.dtype(region.dtype)).reshape(region.shape)
 
 
-def _product(kernels: Launchers, matrix: Matrix, at: At, x: Array) -> Array:
-    """x times the matrix."""
+def _product(matrix: Matrix, at: At, x: Array) -> Product:
+    """x with the matrix's arrays."""
     if isinstance(matrix, DenseMatrix):
-        return kernels.dense(x, at(matrix.weight))
-    if matrix.input_order is not None:
-        x = kernels.gather_inputs(x, at(matrix.input_order).reshape(-1))
-    return kernels.packed(x, at(matrix.packed), at(matrix.scales), at(matrix.zeros), matrix.bits)
+        return Product(x, at(matrix.weight))
+    order = None if matrix.input_order is None else at(matrix.input_order).reshape(-1)
+    return Product(x, at(matrix.packed), matrix.bits, at(matrix.scales), at(matrix.zeros), order)
 
 
 def _code(shape: tuple[int, ...], inputs: list[Var], work: Work) -> Var:

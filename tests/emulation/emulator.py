@@ -15,7 +15,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\s*\(([^)]*(?:\([^)]*\)[^)]*)*)\)\s*\{')
 PARAMETER = re.compile(r"(IN|OUT)\(([\w ]+)\) (\w+)|(int|float) (\w+)")
-DTYPES = {"float": "float32", "__half": "float16", "int": "int32", "unsigned char": "uint8"}
+DTYPES = {
+    "float": "float32",
+    "__half": "float16",
+    "int": "int32",
+    "unsigned": "uint32",
+    "unsigned char": "uint8",
+}
 
 
 class EmulationError(AssertionError):
@@ -33,6 +39,7 @@ def expand_macros(source: str) -> str:
         "-D__global__=__global__",
         "-DIN(t)=IN(t)",
         "-DOUT(t)=OUT(t)",
+        "-D__launch_bounds__(threads, blocks)=",
         "-",
     ]
     text = re.sub(r"^#include.*$", "", source, flags=re.MULTILINE)
@@ -61,10 +68,25 @@ def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
                 f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * place}], (long long)a[{2 * place + 1}]}}"
             )
     return (
-        f'extern "C" void launch_{name}(unsigned gx, unsigned gy, unsigned bx, unsigned seed, void** a, char* error) {{\n'
-        f"  auto text = emu::launch({{gx, gy, 1}}, {{bx, 1, 1}}, seed, [&] {{ {name}({', '.join(arguments)}); }});\n"
+        f'extern "C" void launch_{name}(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned seed, void** a, '
+        "char* error) {\n"
+        f"  auto text = emu::launch({{gx, gy, gz}}, {{bx, 1, 1}}, seed, [&] {{ {name}({', '.join(arguments)}); }});\n"
         '  snprintf(error, 300, "%s", text.c_str());\n}\n'
     )
+
+
+# Launches a kernel by its handle, as launch_queue.h does; and the worst conflict of shared memory's banks since it was last asked for.
+ENTRIES = """
+extern "C" int launch_kernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned, void*,
+                             void** parameters, void**) { return emu::launch_function(function, gx, gy, gz, bx, parameters); }
+extern "C" int worst_conflict() { int worst = emu::worst_conflict; emu::worst_conflict = 0; return worst; }
+"""
+
+
+class FunctionHandle(ctypes.Structure):
+    """emulation.h's Function."""
+
+    _fields_ = [("launch", ctypes.c_void_p), ("parameters", ctypes.c_int), ("arrays", ctypes.c_char_p)]
 
 
 class RawModule:
@@ -74,10 +96,10 @@ class RawModule:
 
     def __init__(self, code: str, options: Sequence[str] = ()) -> None:
         self.parameters = parameters_of(code)
-        includes = [option for option in options if option.startswith("-I")]
+        kept = [option for option in options if option.startswith(("-I", "-D"))]
         wrappers = "".join(wrapper(name, parameters) for name, parameters in self.parameters.items())
-        text = f"#define MOSS_EMULATION 1\n{code}\n{wrappers}"
-        key = hashlib.sha256(text.encode()).hexdigest()
+        text = f"#define MOSS_EMULATION 1\n{code}\n{wrappers}{ENTRIES}"
+        key = hashlib.sha256(f"{text}{kept}".encode()).hexdigest()
         if key not in self.built:
             folder = Path(mkdtemp(prefix="moss-jt-emulation-"))
             (folder / "module.cpp").write_text(text)
@@ -91,7 +113,7 @@ class RawModule:
                 "-w",
                 "-mf16c",
                 f"-I{HERE}",
-                *includes,
+                *kept,
             ]
             done = subprocess.run(
                 ["g++", *flags, str(folder / "module.cpp"), "-o", str(library)],
@@ -118,16 +140,27 @@ class RawModule:
                     number = np.array([value], np.int32 if type_ == "int" else np.float32)
                     kept.append(number)
                     pointers += [number.ctypes.data, 0]
+                elif isinstance(value, np.uintp):
+                    pointers += [None, 0]
                 else:
                     pointers += [value.ctypes.data, value.size]
             error = ctypes.create_string_buffer(300)
-            grid = (*grid, 1)
+            whole = (*grid, 1, 1)[:3]
             seed = len(self.launches)
-            function(grid[0], grid[1], block[0], seed, (ctypes.c_void_p * len(pointers))(*pointers), error)
+            function(*whole, block[0], seed, (ctypes.c_void_p * len(pointers))(*pointers), error)
             if error.value:
                 raise EmulationError(f"{name}: {error.value.decode()}")
 
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        arrays = bytes(kind != "scalar" for kind, _ in parameters)
+        handle = FunctionHandle(address, len(parameters), arrays)
+        launch.kernel = SimpleNamespace(ptr=ctypes.addressof(handle), handle=handle)  # type: ignore[attr-defined]
         return launch
+
+    def worst_conflict(self) -> int:
+        """How often the banks of shared memory were visited for one access of a warp, at most, since this was asked last."""
+        worst: int = self.library.worst_conflict()
+        return worst
 
 
 def check_launch(
@@ -144,7 +177,7 @@ def check_launch(
         not 0 < block[0] <= 1024
         or block[0] % 32
         or any(size < 1 for size in grid)
-        or (len(grid) > 1 and grid[1] > 65535)
+        or any(size > 65535 for size in grid[1:])
     ):
         raise EmulationError(f"{name}: impossible launch {grid} {block}")
     for place, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
@@ -153,6 +186,8 @@ def check_launch(
                 raise EmulationError(
                     f"{name}: argument {place} is {type(value).__name__}, a {type_} is needed"
                 )
+        elif isinstance(value, np.uintp) and value == 0:
+            continue  # no array, and an access of it is out of bounds
         elif value.dtype != DTYPES[type_] or not value.flags.c_contiguous:
             raise EmulationError(f"{name}: argument {place} is {value.dtype}, {type_} is needed, contiguous")
 
