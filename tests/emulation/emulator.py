@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "kernels" / "cuda"
 KERNEL = re.compile(r'extern "C" __global__ void (\w+)\s*\(([^)]*(?:\([^)]*\)[^)]*)*)\)\s*\{')
 PARAMETER = re.compile(r"(IN|OUT)\(([\w ]+)\) (\w+)|(int|float) (\w+)")
 DTYPES = {
@@ -244,6 +245,12 @@ class FakeCupy:
     cuda = SimpleNamespace(
         cublas=FakeCublas, device=SimpleNamespace(get_cublas_handle=lambda: FakeCupy.HANDLE)
     )
+
+    @staticmethod
+    def launch_kernel_address() -> int:
+        """What stands for the driver's cuLaunchKernel."""
+        library = RawModule('#include "device.cuh"\n', (f"-I{CUDA}",)).library
+        return ctypes.cast(library.launch_kernel, ctypes.c_void_p).value or 0
 
     @staticmethod
     def get_default_memory_pool() -> Any:
