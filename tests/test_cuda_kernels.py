@@ -1,5 +1,7 @@
 """CUDA kernels on the CPU, from their own source, launched by their own launch code: against NumPy, and against planted faults."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,17 @@ from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligne
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
 FLOAT32_STEP = 2.0**-23
+
+
+class Planted(FakeCupy):
+    """Compiles the kernels with a fault."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def RawModule(self, code: str, options: Any) -> RawModule:  # type: ignore[override]  # noqa: N802
+        assert self.old in code
+        return RawModule(code.replace(self.old, self.new), options)
 
 
 @cache
@@ -98,19 +111,111 @@ def test_long_prompts_go_through_cublas() -> None:
     assert np.abs(kernels().dense(large, weight)).max() > 65504, "float16 results would be infinite"
 
 
-@pytest.mark.parametrize("kind", ["dense", "int4"])
-def test_a_token_gets_the_same_bits_in_every_short_pass(kind: str) -> None:
+def product_with(run: Launchers, bits: int, outputs: int, inputs: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Multiplies activations by one random matrix."""
+    if bits == 16:
+        weight = half((outputs, inputs))
+        return lambda x: run.dense(aligned(x), weight)
+    matrix = packed_matrix(outputs, inputs, bits, 32)
+    return lambda x: run.packed(aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_token_gets_the_same_bits_in_every_short_pass(bits: int) -> None:
     """Drafts are verified in passes of up to FEW_TOKENS tokens, and must not change what one token gives."""
-    x, weight, matrix = normal((FEW_TOKENS, 1056)), half((20, 1056)), packed_matrix(20, 1056, 4, 32)
+    inputs = 2080
+    assert KINDS[bits].split(20, inputs)[0] > 1, "K is to be split here"
+    x, product = normal((FEW_TOKENS, inputs)), product_with(kernels(), bits, 20, inputs)
+    alone = np.concatenate([product(x[i : i + 1]) for i in range(FEW_TOKENS)])
+    for tokens in range(2, FEW_TOKENS + 1):
+        np.testing.assert_array_equal(product(x[:tokens]), alone[:tokens], f"{tokens} tokens")
 
-    def product(some: np.ndarray) -> np.ndarray:
-        if kind == "dense":
-            return kernels().dense(some, weight)
-        return kernels().packed(some, matrix.packed, matrix.scales, matrix.zeros, 4)
 
-    alone = np.concatenate([product(aligned(x[i : i + 1])) for i in range(FEW_TOKENS)])
-    for tokens in (3, 16, 17, FEW_TOKENS):
-        np.testing.assert_array_equal(product(aligned(x[:tokens])), alone[:tokens])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("outputs", [1, 3, 7, 37])
+def test_matrices_whose_rows_fill_no_warp(bits: int, outputs: int) -> None:
+    """Fewer rows than a warp takes at once, and some that are left over; the last warps go back, and nothing is left out."""
+    product = product_with(kernels(), bits, outputs, 96)
+    x = normal((2, 96))
+    np.testing.assert_array_equal(product(x)[:1], product(x[:1]))
+    weight = np.concatenate([product(row) for row in np.eye(96, dtype=np.float32)[:, None, :]]).T
+    assert_sums_agree(product(x), x, weight)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_two_products_in_one_launch_are_what_each_is_alone(bits: int) -> None:
+    def drawn(outputs: int, inputs: int, seed: int) -> Product:
+        x = normal((2, inputs), seed)
+        if bits == 16:
+            return Product(x, half((outputs, inputs), seed))
+        matrix = packed_matrix(outputs, inputs, bits, 32, seed)
+        return Product(x, matrix.packed, bits, matrix.scales, matrix.zeros)
+
+    run = kernels()
+    first, second = drawn(40, 2048, 1), drawn(24, 1024, 2)
+    for pair in ((first, second), (second, replace(second, weight=second.weight[::-1].copy()))):
+        for together, one in zip(run.products(pair), pair, strict=True):
+            np.testing.assert_array_equal(together, run.products([one])[0])
+    wide, narrow = drawn(24, 2048, 3), drawn(24, 1024, 4)
+    added = run.sum_of_products([wide, narrow])
+    parts = [run.products([one])[0] for one in (wide, narrow)]
+    np.testing.assert_array_equal(added, np.concatenate(parts))
+    many = [replace(one, x=normal((FEW_TOKENS + 1, one.inputs), 5)) for one in (wide, narrow)]
+    assert run.sum_of_products(many).shape == (2, FEW_TOKENS + 1, 24)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_act_order_and_the_first_pascal_give_the_same_bits(bits: int) -> None:
+    """Columns in an order of their own; and a card without dot products of bytes (compute capability 6.0) computes the same integers."""
+
+    class FirstPascal(FakeCupy):
+        @staticmethod
+        def RawModule(code: str, options: Any) -> RawModule:  # noqa: N802
+            return RawModule(code, (*options, "-DMOSS_NO_DP4A"))
+
+    matrix = packed_matrix(24, 1056, bits, 32)
+    order = aligned(np.random.default_rng(2).permutation(1056).astype(np.int32))
+    x = normal((5, 1056))
+    ordered = Product(x, matrix.packed, bits, matrix.scales, matrix.zeros, order)
+    gathered = replace(ordered, x=aligned(x[:, order]), order=None)
+    expected = kernels().products([gathered])[0]
+    np.testing.assert_array_equal(kernels().products([ordered])[0], expected)
+    np.testing.assert_array_equal(Launchers(FirstPascal()).products([ordered])[0], expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_digits_hold_any_number(bits: int) -> None:
+    """Spans of nothing, of the smallest and of the largest numbers beside one another; what is no number stays none, in its token."""
+    matrix = packed_matrix(8, 256, bits, 64)
+    x = normal((6, 256))
+    x[0] = 0
+    x[1, :64], x[1, 64:128] = 1e-42, 1e30
+    x[2] *= np.float32(1e-36)
+    x[3, ::16] *= np.float32(1e6)
+    x[4, 100] = np.inf
+    x[5, 200] = np.nan
+    ours = kernels().packed(aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
+    assert not ours[0].any()
+    assert_sums_agree(ours[1:4], x[1:4], dequantize(matrix))
+    assert np.isnan(ours[4:]).all()
+
+
+def test_shared_memory_is_visited_once_for_each_access() -> None:
+    """From the addresses that the kernels use: no two lanes of an access meet in a bank. A planted fault is seen."""
+    run = Launchers(FakeCupy())
+    for bits in KINDS:
+        product = product_with(run, bits, 40, 1120)
+        for tokens in (1, 3, 7, 16):
+            product(normal((tokens, 1120)))
+    keys = half((200, 2, 256))
+    run.attention(normal((2, 512)), keys, keys, 150)
+    run.attention(normal((2, 48)), half((80, 2, 24)), half((80, 2, 24)), 70)
+    run.layer_norm(normal((1, 6144)), half((6144,)), half((6144,)), 1e-5)
+    for name in ("linear.cu", "attention.cu", "elementwise.cu"):
+        assert run.module(name).worst_conflict() == 1, name
+    planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
+    planted.dense(normal((1, 512)), half((8, 512)))
+    assert planted.module("linear.cu").worst_conflict() == 2
 
 
 def test_gathered_inputs() -> None:
@@ -153,6 +258,32 @@ def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_di
     np.testing.assert_array_equal(values, expected_values)
     ours = kernels().attention(q, keys, values, start)
     np.testing.assert_allclose(ours, reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+
+
+def test_the_cache_saturates() -> None:
+    """As on the CPU: an infinity in the cache would make every later token NaN."""
+    qkv = normal((2, 3 * 32), 1, 1e6)
+    rotary = aligned(rotary_table(8, 16))
+    keys, values = half((8, 2, 16)), half((8, 2, 16))
+    expected = keys.copy(), values.copy()
+    kernels().rotary_cache(qkv, rotary, keys, values, 3)
+    reference.rotary_cache(qkv, rotary, *expected, 3)
+    assert np.abs(keys).max() == np.abs(values).max() == 65504
+    np.testing.assert_array_equal(values, expected[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, FEW_TOKENS + 1])
+@pytest.mark.parametrize("start", [0, 62, 63, 64, 190])
+def test_attention_over_pages(tokens: int, start: int) -> None:
+    """One page and more, passes that end within a page, at its end and behind it; and with all pages in one block."""
+    keys, values = half((230, 2, 32), 1), half((230, 2, 32), 2)
+    q = normal((tokens, 64), 3)
+    ours = kernels().attention(q, keys, values, start)
+    np.testing.assert_allclose(ours, reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+    if tokens <= FEW_TOKENS:
+        for t in range(tokens):
+            alone = kernels().attention(aligned(q[t : t + 1]), keys, values, start + t)
+            np.testing.assert_array_equal(alone[0], ours[t])
 
 
 def test_attention_ignores_what_lies_beyond_and_survives_large_scores() -> None:
@@ -256,14 +387,6 @@ def test_wrong_launches_are_found(arguments: tuple[Any, ...]) -> None:
 
 def test_planted_faults_in_the_real_kernels_are_found() -> None:
     """The attention kernel without its barrier, and a dense product that loads one element off, do not pass."""
-
-    class Planted(FakeCupy):
-        def __init__(self, old: str, new: str) -> None:
-            self.old, self.new = old, new
-
-        def RawModule(self, code: str, options: Any) -> RawModule:  # noqa: N802
-            assert self.old in code
-            return RawModule(code.replace(self.old, self.new), options)
 
     keys, q = half((9, 1, 16)), normal((1, 16))
     with pytest.raises(EmulationError, match="race|before it is written"):

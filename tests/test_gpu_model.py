@@ -4,6 +4,8 @@ Copies are done as late as CUDA's rules allow, so that a wait that is missing gi
 simulated CUDA runtime (test_sim_gpu.py) can show is not shown here: Jittor's own CUDA code.
 """
 
+import ctypes
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -243,7 +245,7 @@ def test_a_file_that_vanishes_or_a_system_that_does_not_pin_is_told(
 def test_what_comes_in_the_midst_of_a_pass_is_what_it_was(
     monkeypatch: pytest.MonkeyPatch, raised: BaseException, expected: type[BaseException], message: str
 ) -> None:
-    """An operation is Python that Jittor calls: what it raises comes through, a full card is told, and the next pass works."""
+    """A long pass is Python that Jittor calls: what it raises comes through, a full card is told, and the next pass works."""
     store = open_store(random_folder(TINY))
     model = gpu_model(store, plan_for(store, 0.3, 1))
     wanted = answers(model)
@@ -257,7 +259,33 @@ def test_what_comes_in_the_midst_of_a_pass_is_what_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(Launchers, "attention", fail_at_the_third)
         with pytest.raises(expected, match=message):
+            model.forward(LONG, 0)
+    for found, before in zip(answers(model), wanted, strict=True):
+        np.testing.assert_array_equal(found, before)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "message"), [(2, MossError, "GPU's memory is full"), (719, RuntimeError, "error 719")]
+)
+def test_a_launch_that_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception], message: str
+) -> None:
+    """A short pass is queued by native code: the driver's answer comes through, and the next pass works."""
+    store = open_store(random_folder(TINY))
+    model = gpu_model(store, plan_for(store, 0.3, 1))
+    wanted = answers(model)
+    calls = itertools.count()
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 11)
+    def refuse(*_: Any) -> int:
+        return code if next(calls) == 2 else 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.operators, "_launch", float(ctypes.cast(refuse, ctypes.c_void_p).value or 0))
+        with pytest.raises(expected, match=message):
             model.forward(PROMPT, 0)
+    assert next(calls) == 3
     for found, before in zip(answers(model), wanted, strict=True):
         np.testing.assert_array_equal(found, before)
     model.close()

@@ -9,6 +9,8 @@
 constexpr int kPage = 64;    // positions
 constexpr int kAtOnce = 4;   // positions of a warp
 constexpr int kDims = 8;     // dimensions of a head per lane: D is a multiple of 8 and at most 256
+constexpr int kLane = kWarp + 4, kPerWarp = kDims * kLane + 2;  // where the warps' results lie: no two lanes meet in a bank
+constexpr int kSplitsAtOnce = 4;
 constexpr int kNumbers = 4;  // floats beside a part's D sums: the largest score, the sum of the weights, and two of nothing
 
 // A number as float16 can hold it, as on the CPU: an infinity in the cache would make every later token NaN.
@@ -55,7 +57,7 @@ __device__ __forceinline__ int splits_of(int seen, int pages_each) {
 // split s does those on pages s * pages_each onward.
 extern "C" __global__ void attention(
     IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) partial, int heads, int head_dim, int start_pos, int pages_each) {
-    SHARED(float, merged, kWarpsPerBlock * (kDims * kWarp + 2));
+    SHARED(float, merged, kWarpsPerBlock * kPerWarp);
     const int head = blockIdx.x, t = blockIdx.y, seen = start_pos + t + 1;
     const int begin = blockIdx.z * pages_each * kPage, end = min(seen, begin + pages_each * kPage);
     if (begin >= seen) return;
@@ -104,12 +106,11 @@ extern "C" __global__ void attention(
         }
     }
     // merged: per warp the largest score, the sum of weights, and the weighted values.
-    constexpr int kPerWarp = kDims * kWarp + 2;
+    for (int i = 0; i < kDims; i++) merged[warp * kPerWarp + 2 + i * kLane + lane] = sum[i];
     if (lane == 0) {
         merged[warp * kPerWarp] = largest;
         merged[warp * kPerWarp + 1] = total;
     }
-    for (int i = 0; i < kDims; i++) merged[warp * kPerWarp + 2 + i * kWarp + lane] = sum[i];
     __syncthreads();
     float most = merged[0];
     for (int w = 1; w < kWarpsPerBlock; w++) most = fmaxf(most, merged[w * kPerWarp]);
@@ -121,7 +122,7 @@ extern "C" __global__ void attention(
     const long long out = (((long long)t * heads + head) * gridDim.z + blockIdx.z) * (head_dim + kNumbers);
     for (int d = threadIdx.x; d < head_dim; d += kThreads) {
         float result = 0;
-        for (int w = 0; w < kWarpsPerBlock; w++) result += shares[w] * merged[w * kPerWarp + 2 + d % kDims * kWarp + d / kDims];
+        for (int w = 0; w < kWarpsPerBlock; w++) result += shares[w] * merged[w * kPerWarp + 2 + d % kDims * kLane + d / kDims];
         partial[out + d] = result;
     }
     if (threadIdx.x == 0) {
@@ -144,16 +145,25 @@ extern "C" __global__ void combine_attention(
     const int fours = head_dim / 4, teams = kThreads / fours, team = threadIdx.x / fours, four = threadIdx.x % fours;
     float sum[5] = {};
     if (team < teams) {
-#pragma unroll 8
-        for (int split = team; split < used; split += teams) {
-            const long long at = from + split * stride;
-            const float share = __expf(partial[at + head_dim] - most);
-            const uint4 values = load_vector(partial, at + 4 * four);
-            sum[0] = fmaf(share, __uint_as_float(values.x), sum[0]);
-            sum[1] = fmaf(share, __uint_as_float(values.y), sum[1]);
-            sum[2] = fmaf(share, __uint_as_float(values.z), sum[2]);
-            sum[3] = fmaf(share, __uint_as_float(values.w), sum[3]);
-            sum[4] = fmaf(share, partial[at + head_dim + 1], sum[4]);
+        for (int first = team; first < used; first += kSplitsAtOnce * teams) {
+            uint4 values[kSplitsAtOnce];
+            float largest[kSplitsAtOnce], total[kSplitsAtOnce];
+#pragma unroll
+            for (int i = 0; i < kSplitsAtOnce; i++) {
+                const long long at = from + min(first + i * teams, used - 1) * stride;
+                values[i] = load_vector(partial, at + 4 * four);
+                largest[i] = partial[at + head_dim];
+                total[i] = partial[at + head_dim + 1];
+            }
+#pragma unroll
+            for (int i = 0; i < kSplitsAtOnce; i++) {
+                const float share = first + i * teams < used ? __expf(largest[i] - most) : 0.0f;
+                sum[0] = fmaf(share, __uint_as_float(values[i].x), sum[0]);
+                sum[1] = fmaf(share, __uint_as_float(values[i].y), sum[1]);
+                sum[2] = fmaf(share, __uint_as_float(values[i].z), sum[2]);
+                sum[3] = fmaf(share, __uint_as_float(values[i].w), sum[3]);
+                sum[4] = fmaf(share, total[i], sum[4]);
+            }
         }
     }
     for (int i = 0; i < 5; i++) sums[i * kThreads + threadIdx.x] = sum[i];

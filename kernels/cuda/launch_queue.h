@@ -22,6 +22,7 @@ struct Argument {
 };
 
 constexpr int kMostArguments = 32;
+constexpr int kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
 
 // table: the number of launches; for each its function, the grid, the threads of a block and the number of arguments, and for each of
 // those its kind, memory, value or offset in bytes, and number of elements.
@@ -44,6 +45,7 @@ inline void run(const int64_t* table, Launch launch, char* const* memories, int6
         const int error = launch(
             (void*)(uintptr_t)head[0], (unsigned)head[1], (unsigned)head[2], (unsigned)head[3], (unsigned)head[4], 1, 1, 0, nullptr,
             parameters, nullptr);
+        if (error == kOutOfMemory) throw std::runtime_error("moss-jt: cuLaunchKernel: out of memory");
         if (error) throw std::runtime_error("moss-jt: cuLaunchKernel: error " + std::to_string(error));
     }
 }

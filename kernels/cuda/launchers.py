@@ -48,7 +48,7 @@ class Kind:
 
     def split(self, outputs: int, inputs: int) -> tuple[int, int]:
         """In how many parts K is summed and how many inputs each has, whatever the number of tokens."""
-        rows = min(self.rows.values()) * WARPS_PER_BLOCK
+        rows = max(self.rows.values()) * WARPS_PER_BLOCK
         pieces = -(-inputs // self.piece)
         wanted = -(-ENOUGH_BLOCKS // -(-outputs // rows))
         each = max(-(-pieces // wanted), LEAST_PIECES)
@@ -57,7 +57,7 @@ class Kind:
 
 KINDS = {
     16: Kind("dense", {1: 4, 4: 4, 16: 4}, 512),
-    8: Kind("int8", {1: 4, 4: 4, 8: 4}, 512),
+    8: Kind("int8", {1: 8, 4: 4, 8: 4}, 512),
     4: Kind("int4", {1: 8, 4: 4}, 1024),
 }
 
@@ -129,12 +129,16 @@ class Launchers:
         """CuPy's function, compiled when it is first asked for."""
         key = (module, kernel)
         if key not in self._functions:
-            if module not in self._modules:
-                # CuPy keeps what it compiled by source and options; what the source includes must be among them.
-                options = ("--std=c++17", f"-I{folder()}", f"-DMOSS_SOURCES=0x{fingerprint()}")
-                self._modules[module] = self.cupy.RawModule(code=source(module), options=options)
-            self._functions[key] = self._modules[module].get_function(kernel)
+            self._functions[key] = self.module(module).get_function(kernel)
         return self._functions[key]
+
+    def module(self, name: str) -> Any:
+        """CuPy's module of a source file."""
+        if name not in self._modules:
+            # CuPy keeps what it compiled by source and options; what the source includes must be among them.
+            options = ("--std=c++17", f"-I{folder()}", f"-DMOSS_SOURCES=0x{fingerprint()}")
+            self._modules[name] = self.cupy.RawModule(code=source(name), options=options)
+        return self._modules[name]
 
     def launch(
         self, module: str, kernel: str, grid: tuple[int, ...], *arguments: Any, threads: int = THREADS

@@ -317,7 +317,7 @@ __device__ __forceinline__ void packed(
             second ? w_2 : w, second ? scales_2 : scales, second ? zeros_2 : zeros, second ? x_2 : x, second ? y_2 : y, part,   \
             second ? groups_2 : groups);                                                                                        \
     }
-PACKED(8, 4, 1, 6)
+PACKED(8, 8, 1, 4)
 PACKED(8, 4, 4, 4)
 PACKED(8, 4, 8, 4)
 PACKED(4, 8, 1, 4)

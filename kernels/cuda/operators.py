@@ -101,6 +101,10 @@ class CudaOperators:
         layer_bytes = layer * shape[1] * shape[2] * shape[3] * 2
         return queue(recordings[key], self._launch, h.shape, inputs, start_pos, layer_bytes)
 
+    def launches_per_block(self, weights: BlockWeights) -> int:
+        """Of a block that was queued with these weights, whatever its tokens."""
+        return next(int(recording.table[0]) for recording in self._blocks[weights].values())
+
     def _record(
         self,
         work: Callable[[Launchers, Sequence[Array], Array], None],

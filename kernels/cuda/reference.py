@@ -30,9 +30,15 @@ def rotary_cache(
     tokens, (_, heads, head_dim) = len(qkv), keys.shape
     q, k, v = qkv.reshape(tokens, 3, heads, head_dim).transpose(1, 0, 2, 3)
     place = slice(start_pos, start_pos + tokens)
-    keys[place] = rotated(k, rotary[place])
-    values[place] = v
+    keys[place] = saturated(rotated(k, rotary[place]))
+    values[place] = saturated(v)
     return rotated(q, rotary[place]).reshape(tokens, -1)
+
+
+def saturated(x: np.ndarray) -> np.ndarray:
+    """Within float16's range: an infinity in the cache would make every later token NaN."""
+    most = np.finfo(np.float16).max
+    return np.clip(x, -most, most)
 
 
 def rotated(x: np.ndarray, rotary: np.ndarray) -> np.ndarray:

@@ -203,8 +203,8 @@ inline int visits(const std::vector<Access>& lanes) {
     return (int)most;
 }
 
-// A warp's lanes have done the same instructions since they last stood together: what their accesses cost, a warp's access of 4 bytes a
-// lane at once, of 16 bytes eight lanes at a time.
+// A warp's lanes have done the same instructions since they last stood together, but that some may have done more at the end: what their
+// accesses cost, a warp's access of 4 bytes a lane at once, of 16 bytes eight lanes at a time.
 inline void count_conflicts(size_t first_lane, size_t lanes) {
     size_t longest = 0;
     for (size_t i = 0; i < lanes; i++) longest = std::max(longest, block->fibers[first_lane + i].accesses.size());

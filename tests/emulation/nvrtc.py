@@ -15,6 +15,7 @@ class Compiled:
 
     registers: int
     spilled_bytes: int
+    shared_bytes: int = 0
 
 
 def wheel(name: str) -> Path | None:
@@ -34,7 +35,12 @@ class CompileError(AssertionError):
 
 
 def compile_source(code: str, architecture: str, include: str) -> dict[str, Compiled]:
-    """Compile to a cubin; warnings are errors. Returns each kernel's registers and spills, from the assembler's report."""
+    """Each kernel's registers, spills and shared memory, from the assembler's report; warnings are errors."""
+    return compile_cubin(code, architecture, include)[1]
+
+
+def compile_cubin(code: str, architecture: str, include: str) -> tuple[bytes, dict[str, Compiled]]:
+    """The same, with the machine code."""
     nvrtc_folder, runtime = wheel("cuda_nvrtc"), wheel("cuda_runtime")
     assert nvrtc_folder is not None and runtime is not None
     nvrtc = ctypes.CDLL(str(next((nvrtc_folder / "lib").glob("libnvrtc.so.*"))))
@@ -54,12 +60,17 @@ def compile_source(code: str, architecture: str, include: str) -> dict[str, Comp
     log = ctypes.create_string_buffer(size.value)
     check(nvrtc.nvrtcGetProgramLog(program, log))
     text = log.value.decode()
+    cubin = ctypes.create_string_buffer(0)
+    if status == 0:
+        check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        check(nvrtc.nvrtcGetCUBIN(program, cubin))
     check(nvrtc.nvrtcDestroyProgram(ctypes.byref(program)))
     # sm_61 and sm_70 are announced as deprecated in every compilation; that is no warning about the source.
     warnings = [line for line in text.splitlines() if "warning" in line.lower() and "deprecated" not in line]
     if status or warnings:
         raise CompileError(f"{architecture}:\n{text}")
-    return read_report(text)
+    return cubin.raw, read_report(text)
 
 
 def check(status: int) -> None:
@@ -77,5 +88,6 @@ def read_report(text: str) -> dict[str, Compiled]:
         if match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = int(match[1]) + int(match[2])
         if match := re.search(r"Used (\d+) registers", line):
-            found[name] = Compiled(int(match[1]), spilled)
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[name] = Compiled(int(match[1]), spilled, int(shared[1]) if shared else 0)
     return found

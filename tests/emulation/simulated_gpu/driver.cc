@@ -1,6 +1,12 @@
 // libcuda.so.1 and libnvidia-ml.so.1 with one card: what moss_jt.backend.gpu and Jittor ask before any work starts.
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 static size_t memory() {
     const char* text = getenv("SIM_GPU_MEMORY");
@@ -11,7 +17,52 @@ struct Memory {
     unsigned long long total, free, used;
 };
 
+// What stands for a CUfunction, and an argument with its number of elements: tests/emulation/emulation.h.
+struct Function {
+    void (*launch)(unsigned, unsigned, unsigned, unsigned, unsigned, void**, char*);
+    int parameters;
+    const char* arrays;
+};
+struct Argument {
+    uint64_t value, elements;
+};
+
+// A launch that waits in the default stream.
+struct Launch {
+    Function function;
+    unsigned grid[3], threads;
+    std::vector<Argument> arguments;
+};
+
+static void run(void* data) {
+    auto* launch = (Launch*)data;
+    std::vector<void*> arguments;
+    for (size_t i = 0; i < launch->arguments.size(); i++) {
+        Argument& argument = launch->arguments[i];
+        arguments.push_back(launch->function.arrays[i] ? (void*)argument.value : (void*)&argument.value);
+        arguments.push_back((void*)argument.elements);
+    }
+    char error[300];
+    const unsigned* grid = launch->grid;
+    launch->function.launch(grid[0], grid[1], grid[2], launch->threads, 1, arguments.data(), error);
+    if (*error) {
+        fprintf(stderr, "emulation: %s\n", error);
+        _exit(71);
+    }
+    delete launch;
+}
+
 extern "C" {
+int cuLaunchKernel(
+    void* function, unsigned gx, unsigned gy, unsigned gz, unsigned threads, unsigned, unsigned, unsigned, void*, void** parameters,
+    void**) {
+    auto* enqueue = (void (*)(void*, void (*)(void*), void*))dlsym(RTLD_DEFAULT, "sim_gpu_enqueue");
+    if (!enqueue) return 3;  // CUDA_ERROR_NOT_INITIALIZED
+    auto* launch = new Launch{*(Function*)function, {gx, gy, gz}, threads, {}};
+    for (int i = 0; i < launch->function.parameters; i++) launch->arguments.push_back(*(Argument*)parameters[i]);
+    enqueue(nullptr, run, launch);
+    return 0;
+}
 int cuInit(unsigned) { return 0; }
 int cuDriverGetVersion(int* version) { return *version = 12040, 0; }
 int cuDeviceGetCount(int* count) { return *count = 1, 0; }

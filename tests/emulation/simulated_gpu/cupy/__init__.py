@@ -116,6 +116,7 @@ class RawModule:
         def launch(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
             _enqueue(lambda: function(grid, block, arguments))
 
+        launch.kernel = function.kernel  # type: ignore[attr-defined]
         return launch
 
 
