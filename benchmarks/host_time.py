@@ -1,10 +1,10 @@
-"""How long the host takes to queue a block on the GPU: over a stand-in for CuPy whose kernels do nothing, so that only the host's work counts.
+"""How long the host takes to queue a block on the GPU: over a stand-in for CuPy whose kernels do nothing.
 
     python benchmarks/host_time.py
 
-34 blocks of one token, as in a pass of the whole model that lies on the card; medians over passes, of the time that the thread ran,
-which other programs on the machine disturb least. A real card adds what its driver takes for a launch, so the launches of a block are
-counted, too. It needs no card, and says nothing about one.
+34 blocks of one token, as in a pass of the whole model that lies on the card; medians over passes, of the time that the thread
+ran, which other programs on the machine disturb least. A real card adds what its driver takes for a launch, so the launches of a
+block are counted, too. It needs no card, and says nothing about one.
 """
 
 import argparse

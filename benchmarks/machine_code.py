@@ -2,9 +2,10 @@
 
     python benchmarks/machine_code.py --nvdisasm PATH [--architecture sm_90]
 
-nvdisasm is in the PyPI package nvidia-cuda-nvdisasm; the compiler is the tests' (nvidia-cuda-nvrtc-cu12). "In flight" is the most loads of 16 bytes
-that a thread has asked for and not yet used, along the code as it lies; bytes in flight per multiprocessor are that times the
-threads that its registers and shared memory hold. By Little's law 3.35 TB/s at about 0.7 us take 18 KiB on each of 132 multiprocessors.
+nvdisasm is in the PyPI package nvidia-cuda-nvdisasm; the compiler is the tests' (nvidia-cuda-nvrtc-cu12). "In flight" is the most
+loads of 16 bytes that a thread has asked for and not yet used, along the code as it lies; bytes in flight per multiprocessor are
+that times the threads that its registers and shared memory hold. By Little's law 3.35 TB/s at about 0.7 us take 18 KiB on each of
+132 multiprocessors.
 """
 
 import argparse
@@ -16,7 +17,11 @@ from pathlib import Path
 from moss_jt.kernels.cuda.launchers import NORM_THREADS, THREADS, folder, source
 from tests.emulation import nvrtc
 
-REGISTERS, THREADS_PER_PROCESSOR, SHARED_BYTES = 65536, 2048, 227 << 10  # of Hopper; a block takes 1 KiB more than it asks for
+REGISTERS, THREADS_PER_PROCESSOR, SHARED_BYTES = (
+    65536,
+    2048,
+    227 << 10,
+)  # of Hopper; a block takes 1 KiB more than it asks for
 LOAD = re.compile(r"LDG\S*\.128\S* R(\d+),")
 NAME = re.compile(r"^\.text\.(\w+):")
 REGISTER = re.compile(r"\bR(\d+)\b")
@@ -78,9 +83,7 @@ def main() -> None:
             )
             loads = loads_in_flight(code)
             kib = loads * 16 * threads * blocks / 1024
-            print(
-                f"{kernel:20} {report[kernel].registers:8} {shared:7} {blocks:7} {loads:10} {kib:14.0f}"
-            )
+            print(f"{kernel:20} {report[kernel].registers:8} {shared:7} {blocks:7} {loads:10} {kib:14.0f}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,20 @@
 """The GPU's operators over Jittor Vars, with the emulation in CuPy's place: whole blocks against the float64 oracle."""
 
+import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moss_jt.backend.jittor import jt
+from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.cuda.recording import Piece, Recorder, Start, queue
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.sizes import sizes_of_geometry
 from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry
 from tests.support.operator_weights import (
@@ -74,3 +82,150 @@ def test_what_does_not_fit_is_refused() -> None:
         operators.block(
             jt.zeros((1, 64)), replace(weights, fc_in_bias=weights.fc_out_bias), cache, cache, 0, 0
         )
+
+
+LONG = geometry(n_embd=64, n_head=2, rotary_dim=8, n_positions=160)
+
+
+def operators_and_cache(config: MossConfig) -> tuple[CudaOperators, list[np.ndarray]]:
+    shape = (config.n_layer, config.n_positions, config.n_head, config.head_dim)
+    return CudaOperators(config, FakeCupy()), [aligned(np.zeros(shape, np.float16)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8 act-order", "int4"])
+def test_a_block_gives_a_token_the_same_bits_in_every_short_pass(kind: str) -> None:
+    """Over two pages of the cache: all tokens at once, one by one, and in passes that end anywhere."""
+    if kind == "float16":
+        weights = dense_block(BlockArrays.random(LONG, 1))
+    else:
+        weights, _ = packed_block(LONG, int(kind[3]), 32, 1, ordered="act-order" in kind)
+    pieces, start = in_one_piece(weights), 50
+    draw = np.random.default_rng(2)
+    states = draw.standard_normal((FEW_TOKENS, LONG.n_embd)).astype(np.float32)
+    before = draw.standard_normal((2, start, LONG.n_head, LONG.head_dim)).astype(np.float16)
+
+    def in_passes(sizes: list[int]) -> np.ndarray:
+        operators, memory = operators_and_cache(LONG)
+        for array, old in zip(memory, before, strict=True):
+            array[1, :start] = old
+        keys, values = (jt.reuse_np_array(array) for array in memory)
+        found, first = [], 0
+        for tokens in sizes:
+            h = jt.array(states[first : first + tokens])
+            found.append(operators.block(h, pieces, keys, values, 1, start + first).numpy())
+            first += tokens
+        return np.concatenate(
+            [*found, *(array[1, start : start + FEW_TOKENS].reshape(FEW_TOKENS, -1) for array in memory)]
+        )
+
+    alone = in_passes([1] * FEW_TOKENS)
+    for sizes in ([FEW_TOKENS], [16, 7], [2, 3, 4, 5, 9]):
+        np.testing.assert_array_equal(in_passes(sizes), alone, str(sizes))
+
+
+@pytest.mark.parametrize(("kind", "launches"), [("float16", 8), ("int4", 10), ("int8 act-order", 10)])
+def test_a_block_is_recorded_once_and_queued_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, kind: str, launches: int
+) -> None:
+    """Eight launches, ten for packed weights; other blocks of the same layout, other layers and other positions are no new work."""
+    operators, memory = operators_and_cache(CONFIG)
+    keys, values = (jt.reuse_np_array(array) for array in memory)
+    recorded: list[int] = []
+    block = CudaOperators._block
+    monkeypatch.setattr(CudaOperators, "_block", lambda *a: (recorded.append(1), block(*a))[1])
+    for seed in (1, 2):
+        if kind == "float16":
+            weights = dense_block(BlockArrays.random(CONFIG, seed))
+        else:
+            weights, _ = packed_block(CONFIG, int(kind[3]), 32, seed, ordered="act-order" in kind)
+        pieces = in_one_piece(weights)
+        for layer, start in ((0, 0), (1, 0), (1, 7)):
+            operators.block(jt.ones((1, 64)), pieces, keys, values, layer, start).sync()
+    assert len(recorded) == 1
+    assert operators.launches_per_block(pieces) == launches
+    written = [array.reshape(2, 32, -1).any(axis=2) for array in memory]
+    for array in written:
+        assert list(np.flatnonzero(array[0])) == [0] and list(np.flatnonzero(array[1])) == [0, 7]
+    operators.block(jt.ones((2, 64)), pieces, keys, values, 0, 0).sync()
+    assert len(recorded) == 2, "another number of tokens"
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
+    """Of MOSS itself, and of the models of these tests: what a recording takes."""
+    for config in (MOSS_MOON_003, CONFIG, geometry(n_embd=1024, n_head=16, rotary_dim=32)):
+        operators = CudaOperators(
+            replace(config, n_positions=8), FakeCupy()
+        )  # its table is of no interest here
+        width, inner, context = config.n_embd, config.n_inner, config.n_positions
+        for tokens in (1, FEW_TOKENS):
+            recorder = Recorder(operators.kernels, 6)
+
+            def matrix(outputs: int, inputs: int, at: Any = recorder.empty) -> Any:
+                if bits == 16:
+                    return DenseMatrix(at((outputs, inputs), np.float16))
+                groups = (outputs, inputs // 32)
+                order = at((inputs, 1), np.int32)
+                packed = at((outputs, inputs * bits // 8), np.uint8)
+                return PackedMatrix(packed, at(groups, np.float16), at(groups, np.uint8), bits, 32, order)
+
+            vector = recorder.empty((inner,), np.float16)
+            weights = BlockWeights(
+                vector,
+                vector,
+                matrix(3 * width, width),
+                matrix(width, width),
+                matrix(inner, width),
+                vector,
+                matrix(width, inner),
+                vector,
+            )
+            h = recorder.empty((tokens, width), np.float32)
+            cache = recorder.empty((context, config.n_head, config.head_dim), np.float16)
+            rotary = recorder.empty((context, 2, config.rotary_dim // 2), np.float32)
+            inputs = recorder.recording().workspace_bytes
+            operators._block(recorder, h, weights, lambda piece: piece, (rotary, cache, cache), 0, h)
+            taken = recorder.recording().workspace_bytes - inputs
+            sizes = sizes_of_geometry(config, bits)
+            assert taken <= sizes.gpu_short_pass_bytes(tokens, context), (config, tokens)
+
+
+def test_what_a_card_is_told_is_what_the_table_says() -> None:
+    """Numbers, positions, arrays with their offsets and sizes, and a null pointer: as cuLaunchKernel gets them."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Told(ctypes.Structure):
+        _fields_ = [("value", ctypes.c_uint64), ("elements", ctypes.c_uint64)]
+
+    @ctypes.CFUNCTYPE(
+        ctypes.c_int, *[ctypes.c_size_t] * 9, ctypes.POINTER(ctypes.POINTER(Told)), ctypes.c_size_t
+    )
+    def told(function: int, *rest: Any) -> int:
+        arguments = [(rest[8][i].contents.value, rest[8][i].contents.elements) for i in range(7)]
+        seen.append((function, tuple(size & 0xFFFFFFFF for size in rest[:6]), arguments))
+        return 0
+
+    class Idle:
+        """A kernel's handle is 11."""
+
+        RawModule = staticmethod(
+            lambda code, options: SimpleNamespace(
+                get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=11))
+            )
+        )
+
+    recorder = Recorder(Launchers(Idle()), 3)
+    half = Piece(1, 32, (4, 8), np.dtype(np.float16), layered=True)
+    first, second = recorder.empty((5,), np.float32), recorder.empty((3,), np.float32)
+    arguments = half[2:], Start(9), 1.5, -2, None, second, Piece(1, 0, (64,), np.dtype(np.float32))
+    recorder.launch("linear.cu", "k", (7, 2), *arguments, threads=64)
+    assert first.offset == 0 and half[2:].shape == (2, 8) and half.reshape(-1, 2).shape == (16, 2)
+    inputs = [jt.zeros((8,)), jt.zeros((64,))]
+    address = float(ctypes.cast(told, ctypes.c_void_p).value or 0)
+    queue(recorder.recording(), address, (4,), inputs, start=70, layer_bytes=16).sync()
+    ((function, grid, got),) = seen
+    assert function == 11 and grid == (7, 2, 1, 64, 1, 1)
+    numbers = [value & 0xFFFFFFFF for value, _ in got]
+    assert numbers[1:5] == [70, int(np.float32(1.5).view(np.uint32)), 2**32 - 2, 0]
+    assert [elements for _, elements in got] == [16, 0, 0, 0, 0, 3, 64]
+    assert got[0][0] - got[6][0] == 32 + 2 * 16 + 16 and got[5][0] != 0

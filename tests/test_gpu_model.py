@@ -266,7 +266,8 @@ def test_what_comes_in_the_midst_of_a_pass_is_what_it_was(
 
 
 @pytest.mark.parametrize(
-    ("code", "expected", "message"), [(2, MossError, "GPU's memory is full"), (719, RuntimeError, "error 719")]
+    ("code", "expected", "message"),
+    [(2, MossError, "GPU's memory is full"), (719, RuntimeError, "error 719")],
 )
 def test_a_launch_that_fails_is_told(
     monkeypatch: pytest.MonkeyPatch, code: int, expected: type[Exception], message: str

@@ -84,7 +84,9 @@ class Product:
 
     @property
     def inputs(self) -> int:
-        return int(self.weight.shape[1]) * (1 if self.bits == 16 else 8) // (1 if self.bits == 16 else self.bits)
+        return (
+            int(self.weight.shape[1]) * (1 if self.bits == 16 else 8) // (1 if self.bits == 16 else self.bits)
+        )
 
     def check(self) -> None:
         groups = 1 if self.bits == 16 else self.scales.shape[1]
@@ -230,7 +232,7 @@ class Launchers:
         return out
 
     def products(self, products: Sequence[Product]) -> list[Array]:
-        """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed over parts."""
+        """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed."""
         return self._multiply(
             products,
             lambda product, parts: self.cupy.empty((parts, product.x.shape[0], product.outputs), np.float32),
@@ -275,7 +277,9 @@ class Launchers:
             rows_here = rows if product.outputs >= rows else 1  # as find_part in linear.cu
             row_blocks = -(-product.outputs // (rows_here * WARPS_PER_BLOCK))
             out = place(product, parts)
-            matrix = (product.weight,) if kind.name == "dense" else (product.weight, product.scales, product.zeros)
+            matrix = (
+                (product.weight,) if kind.name == "dense" else (product.weight, product.scales, product.zeros)
+            )
             groups = () if kind.name == "dense" else (product.scales.shape[1],)
             arguments += [*matrix, x, out, row_blocks, product.outputs, product.inputs, each, *groups]
             results.append(out)
@@ -291,7 +295,9 @@ class Launchers:
         tokens, kind = products[0].x.shape[0], KINDS[products[0].bits]
         span = kind.piece // WARP
         vectors = 3 * span // 16 + 1  # kVectors in linear.cu
-        shared = len(products) == 2 and products[0].x is products[1].x and products[0].order is products[1].order
+        shared = (
+            len(products) == 2 and products[0].x is products[1].x and products[0].order is products[1].order
+        )
         distinct = products[:1] if shared else products
         arguments: list[Any] = []
         made, spans = [], 0

@@ -1,8 +1,8 @@
 """The GPU's operators: our kernels, compiled by CuPy, over Jittor's own memory.
 
-Each operator is one operation for Jittor. Passes of few tokens are launched from C++ by a table that was recorded once (recording.py),
-for Python between the launches would take the host longer than the card takes to compute. Longer passes go through jt.numpy_code,
-which hands arrays over without a copy. A block's weights are regions of one Var: an operation takes few inputs.
+Each operator is one operation for Jittor. Passes of few tokens are launched from C++ by a table that was recorded once
+(recording.py), for Python between the launches would take the host longer than the card takes to compute. Longer passes go
+through jt.numpy_code, which hands arrays over without a copy. A block's weights are regions of one Var: an operation takes few inputs.
 """
 
 import weakref
@@ -96,7 +96,10 @@ class CudaOperators:
         key = tokens, shape[1]
         if key not in recordings:
             recordings[key] = self._record(
-                lambda kernels, a, out: work(kernels, a, out, Start(start_pos)), inputs, h.shape, layered=(3, 4)
+                lambda kernels, a, out: work(kernels, a, out, Start(start_pos)),
+                inputs,
+                h.shape,
+                layered=(3, 4),
             )
         layer_bytes = layer * shape[1] * shape[2] * shape[3] * 2
         return queue(recordings[key], self._launch, h.shape, inputs, start_pos, layer_bytes)
@@ -135,7 +138,9 @@ class CudaOperators:
         """The block over arrays on the device; tables: rotary, and the layer's keys and values."""
         norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
         normed = kernels.layer_norm(h, *norm, self.config.layer_norm_epsilon)
-        qkv, inner = kernels.products([_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)])
+        qkv, inner = kernels.products(
+            [_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)]
+        )
         q = kernels.rotary_cache(qkv, *tables, start_pos)
         inner = kernels.bias_gelu(inner, at(weights.fc_in_bias))
         context = kernels.attention(q, *tables[1:], start_pos)

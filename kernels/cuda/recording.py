@@ -1,7 +1,7 @@
 """What a block launches, noted once: every later pass of as many tokens queues it from C++, without Python between the launches.
 
-:class:`Recorder` is a :class:`moss_jt.kernels.cuda.launchers.Launchers` that launches nothing. Its arrays are :class:`Piece`, so many
-bytes on in one of an operation's memories, and what it notes holds wherever those memories lie. launch_queue.h reads the table.
+:class:`Recorder` is a :class:`moss_jt.kernels.cuda.launchers.Launchers` that launches nothing. Its arrays are :class:`Piece`, so
+many bytes on in one of an operation's memories, and what it notes holds wherever those lie. launch_queue.h reads the table.
 """
 
 import ctypes

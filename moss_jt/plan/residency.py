@@ -170,7 +170,7 @@ def plan_gpu(
         MossError: a budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context)
-    workspace = sizes.gpu_workspace_bytes(tokens)
+    workspace = sizes.gpu_workspace_bytes(tokens, context)
     empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))

@@ -21,6 +21,8 @@ FOOTPRINT_BYTES = 300 * MIB
 # The longest pass that the kernels take token by token, and the positions that share one of its partial results.
 FEW_TOKENS = 23
 ATTENTION_GROUP = 64
+# What the partial sums of one product on the GPU may have of outputs beyond its own: as many blocks as fill a card, 32 rows each.
+GPU_SPLIT_OUTPUTS = 800 * 32
 # Rows of logits that are computed at once.
 HEAD_ROWS = 64
 # Tiles of the kernels' threads, oneDNN's buffers.
@@ -93,10 +95,22 @@ class ModelSizes:
         logits = 2 * HEAD_ROWS * c.vocab_size
         return (tokens * per_token + logits) * FLOAT32 + widened
 
-    def gpu_workspace_bytes(self, tokens: int) -> int:
+    def gpu_short_pass_bytes(self, tokens: int, context: int) -> int:
+        """Results within one of the passes that go without cuBLAS, which are another allocator's.
+
+        Per token: eleven results of width C and three of width I, among them the inputs in digits; what K's splitting adds
+        to four products (see GPU_SPLIT_OUTPUTS); and attention's partial results, one per head and ATTENTION_GROUP positions.
+        """
+        c = self.config
+        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 4)
+        per_token = 11 * c.n_embd + 3 * c.n_inner + 4 * GPU_SPLIT_OUTPUTS + partial
+        return min(tokens, FEW_TOKENS) * per_token * FLOAT32
+
+    def gpu_workspace_bytes(self, tokens: int, context: int) -> int:
         """These, and what the two allocators on the card add: Jittor's gives each unit whole GPU_GRANULE_BYTES."""
         units = len(self.block_bytes) + len(self.head_slabs())
-        return self.gpu_results_bytes(tokens) + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
+        results = self.gpu_results_bytes(tokens) + self.gpu_short_pass_bytes(tokens, context)
+        return results + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""

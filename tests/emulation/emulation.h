@@ -132,7 +132,7 @@ struct Block {
     std::string error;
 };
 
-// The most times that a warp's access of shared memory had to be repeated, since this module was loaded or asked: 1 is none too many.
+// The most visits of a bank for one access of a warp, since somebody asked for it: 1 is no conflict.
 inline int worst_conflict = 0;
 
 inline Block* block = nullptr;

@@ -76,10 +76,10 @@ def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
     )
 
 
-# Launches a kernel by its handle, as launch_queue.h does; and the worst conflict of shared memory's banks since it was last asked for.
+# Launches a kernel by its handle, as launch_queue.h does; and the worst conflict of shared memory's banks since the last time.
 ENTRIES = """
-extern "C" int launch_kernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned, void*,
-                             void** parameters, void**) { return emu::launch_function(function, gx, gy, gz, bx, parameters); }
+extern "C" int launch_kernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned,
+                             void*, void** parameters, void**) { return emu::launch_function(function, gx, gy, gz, bx, parameters); }
 extern "C" int worst_conflict() { int worst = emu::worst_conflict; emu::worst_conflict = 0; return worst; }
 """
 
@@ -91,7 +91,11 @@ class FunctionHandle(ctypes.Structure):
 
 
 class RawModule:
-    """cupy.RawModule over the emulation. ``launches`` notes (kernel, grid, block) for the tests to look at."""
+    """cupy.RawModule over the emulation, which notes for the tests to look at:
+
+    launches   (kernel, grid, block)
+    conflicts  by kernel, how often the banks of shared memory were visited for one access of a warp, at most
+    """
 
     built: dict[str, ctypes.CDLL] = {}
 
@@ -127,6 +131,7 @@ class RawModule:
             self.built[key] = ctypes.CDLL(str(library))
         self.library = self.built[key]
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self.conflicts: dict[str, int] = {}
 
     def get_function(self, name: str) -> Callable[..., None]:
         parameters = self.parameters[name]
@@ -149,6 +154,7 @@ class RawModule:
             whole = (*grid, 1, 1)[:3]
             seed = len(self.launches)
             function(*whole, block[0], seed, (ctypes.c_void_p * len(pointers))(*pointers), error)
+            self.conflicts[name] = max(self.conflicts.get(name, 0), self.library.worst_conflict())
             if error.value:
                 raise EmulationError(f"{name}: {error.value.decode()}")
 
@@ -157,11 +163,6 @@ class RawModule:
         handle = FunctionHandle(address, len(parameters), arrays)
         launch.kernel = SimpleNamespace(ptr=ctypes.addressof(handle), handle=handle)  # type: ignore[attr-defined]
         return launch
-
-    def worst_conflict(self) -> int:
-        """How often the banks of shared memory were visited for one access of a warp, at most, since this was asked last."""
-        worst: int = self.library.worst_conflict()
-        return worst
 
 
 def check_launch(
