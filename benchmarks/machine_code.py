@@ -25,6 +25,8 @@ REGISTERS, THREADS_PER_PROCESSOR, SHARED_BYTES = (
 LOAD = re.compile(r"LDG\S*\.128\S* R(\d+),")
 NAME = re.compile(r"^\.text\.(\w+):")
 REGISTER = re.compile(r"\bR(\d+)\b")
+LABEL = re.compile(r"^(\.L_x_\d+):")
+BRANCH = re.compile(r"BRA\S* .*`\((\.L_x_\d+)\)")
 
 
 def loads_in_flight(code: list[str]) -> int:
@@ -46,13 +48,27 @@ def loads_in_flight(code: list[str]) -> int:
     return most
 
 
+def main_loop(code: list[str]) -> int:
+    """Instructions of the longest loop."""
+    at, longest, count = {}, 0, 0
+    for line in code:
+        if label := LABEL.match(line):
+            at[label[1]] = count
+            continue
+        count += 1
+        branch = BRANCH.search(line)
+        if branch and count - at.get(branch[1], count) > 1:
+            longest = max(longest, count - at[branch[1]])
+    return longest
+
+
 def kernels_of(listing: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in listing.splitlines():
         if match := NAME.match(line):
             lines = found[match[1]] = []
-        elif line.lstrip().startswith("/*"):
+        elif line.lstrip().startswith("/*") or LABEL.match(line):
             lines.append(line)
     return found
 
@@ -64,7 +80,7 @@ def main() -> None:
     parser.add_argument("--nvdisasm", required=True)
     parser.add_argument("--architecture", default="sm_90")
     options = parser.parse_args()
-    print("kernel              registers  shared  blocks  in flight  KiB in flight")
+    print("kernel              registers  shared  blocks  in flight  KiB in flight  main loop")
     for name in ("linear.cu", "attention.cu", "elementwise.cu"):
         cubin, report = nvrtc.compile_cubin(source(name), options.architecture, folder())
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -83,7 +99,9 @@ def main() -> None:
             )
             loads = loads_in_flight(code)
             kib = loads * 16 * threads * blocks / 1024
-            print(f"{kernel:20} {report[kernel].registers:8} {shared:7} {blocks:7} {loads:10} {kib:14.0f}")
+            print(
+                f"{kernel:20} {report[kernel].registers:8} {shared:7} {blocks:7} {loads:10} {kib:14.0f} {main_loop(code):10}"
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Each operator is one operation for Jittor. Passes of few tokens are launched from C++ by a table that was recorded once
 (recording.py), for Python between the launches would take the host longer than the card takes to compute. Longer passes go
-through jt.numpy_code, which hands arrays over without a copy. A block's weights are regions of one Var: an operation takes few inputs.
+through jt.numpy_code, which hands arrays over without a copy. A block's weights are regions of one Var: an operation takes few
+inputs.
 """
 
 import weakref

@@ -79,8 +79,14 @@ def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
 # Launches a kernel by its handle, as launch_queue.h does; and the worst conflict of shared memory's banks since the last time.
 ENTRIES = """
 extern "C" int launch_kernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned,
-                             void*, void** parameters, void**) { return emu::launch_function(function, gx, gy, gz, bx, parameters); }
-extern "C" int worst_conflict() { int worst = emu::worst_conflict; emu::worst_conflict = 0; return worst; }
+                             void*, void** parameters, void**) {
+    return emu::launch_function(function, gx, gy, gz, bx, parameters);
+}
+extern "C" int worst_conflict() {
+    int worst = emu::worst_conflict;
+    emu::worst_conflict = 0;
+    return worst;
+}
 """
 
 
