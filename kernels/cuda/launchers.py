@@ -333,7 +333,7 @@ class Launchers:
 
 def _parts(x: Array) -> tuple[int, int, int]:
     """(parts, T, width) of what a product gave, in parts or whole."""
-    return tuple(x.shape) if len(x.shape) == 3 else (1, *x.shape)  # type: ignore[return-value]
+    return tuple(x.shape) if len(x.shape) == 3 else (1, *x.shape)
 
 
 def _typed(argument: Any) -> Any:
