@@ -21,8 +21,9 @@ FOOTPRINT_BYTES = 300 * MIB
 # The longest pass that the kernels take token by token, and the positions that share one of its partial results.
 FEW_TOKENS = 23
 ATTENTION_GROUP = 64
-# What the partial sums of one product on the GPU may have of outputs beyond its own: as many blocks as fill a card, 32 rows each.
-GPU_SPLIT_OUTPUTS = 800 * 32
+# What the partial sums of one product on the GPU may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
+# and no part of fewer inputs.
+GPU_SPLIT_OUTPUTS, GPU_SPLIT_INPUTS = 800 * 32, 1024
 # Rows of logits that are computed at once.
 HEAD_ROWS = 64
 # Tiles of the kernels' threads, oneDNN's buffers.
@@ -98,13 +99,18 @@ class ModelSizes:
     def gpu_short_pass_bytes(self, tokens: int, context: int) -> int:
         """Results within one of the passes that go without cuBLAS, which are another allocator's.
 
-        Per token: eleven results of width C and three of width I, among them the inputs in digits; what K's splitting adds
-        to four products (see GPU_SPLIT_OUTPUTS); and attention's partial results, one per head and ATTENTION_GROUP positions.
+        Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by whole pieces; what
+        K's splitting adds to four products (see GPU_SPLIT_OUTPUTS); attention's partial results, one per head and
+        ATTENTION_GROUP positions. And a page for the room between them.
         """
         c = self.config
         partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 4)
-        per_token = 11 * c.n_embd + 3 * c.n_inner + 4 * GPU_SPLIT_OUTPUTS + partial
-        return min(tokens, FEW_TOKENS) * per_token * FLOAT32
+        shapes = (3 * c.n_embd, c.n_embd), (c.n_embd, c.n_embd), (c.n_inner, c.n_embd), (c.n_embd, c.n_inner)
+        split = sum(min(GPU_SPLIT_OUTPUTS, n * ((k - 1) // GPU_SPLIT_INPUTS)) for n, k in shapes)
+        spans = 3 * -(-c.n_embd // GPU_SPLIT_INPUTS) + -(-c.n_inner // GPU_SPLIT_INPUTS)
+        digits = 0 if self.bits == 16 else spans * GPU_SPLIT_INPUTS
+        per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
+        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + PAGE
 
     def gpu_workspace_bytes(self, tokens: int, context: int) -> int:
         """These, and what the two allocators on the card add: Jittor's gives each unit whole GPU_GRANULE_BYTES."""
