@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Device, Offload, check_choice, decide
+from moss_jt.backend.device import Device, Offload, check_choice, decide, parse_device
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.generate import Generation
@@ -73,7 +73,8 @@ class Moss:
 
         Args:
             model: its path, or the name of a converted model; by default the one converted last.
-            device: "cpu" or "gpu". A process keeps to the first that it loads for.
+            device: "cpu" or "gpu"; "gpu:1" is the second card in CUDA's order among those that CUDA_VISIBLE_DEVICES shows,
+                PyTorch's "cuda:1". A process keeps to the first that it loads for.
             memory: on the CPU, the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit
                 streams from disk. By default what is free, less a margin.
             gpu_memory: on the GPU, the same for the card's memory; what does not fit streams from the host's.
@@ -88,8 +89,9 @@ class Moss:
                 that a GPU needs is missing.
         """
         begin = time.perf_counter()
-        way = check_choice(device, offload)
-        on_gpu = device == "gpu"
+        kind, number = parse_device(device)
+        way = check_choice(kind, offload)
+        on_gpu = kind == "gpu"
         if on_gpu and memory is not None or not on_gpu and (gpu_memory, host_memory) != (None, None):
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
@@ -97,12 +99,12 @@ class Moss:
         store = open_store(resolve_model(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
-            card, _ = require_gpu()
+            card, _ = require_gpu(number)
             placed = plan_gpu_here(store, card, gpu_memory, host_memory, context, way)
         else:
             placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
-        loaded = _load(store, placed, "gpu" if on_gpu else "cpu", way)
+        loaded = _load(store, placed, kind, way, number)
         hold(placed)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
@@ -212,9 +214,9 @@ class Moss:
         self.close()
 
 
-def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload) -> "Model":
+def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload, card: int) -> "Model":
     """Start Jittor for the device, unless it runs, and load the weights."""
-    decide(device, offload)
+    decide(device, offload, card)
     from moss_jt.engine.load import load_model
 
     return load_model(store, plan, model_home(), device, offload)

@@ -8,24 +8,32 @@ import ctypes
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from moss_jt.backend.build import check_compiler, end_pool, ensure_built, quiet_output
-from moss_jt.backend.device import chosen_device, note_process, swaps
-from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.device import chosen_card, chosen_device, note_process, swaps
+from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
 from moss_jt.backend.signals import keep_signals
+from moss_jt.backend.toolkit import CUDA_13_FLAGS, composed
 from moss_jt.errors import MossError
 
 # Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
 HIDDEN = {"cpu": ("cupy", "torch"), "gpu": ("torch",)}
 
 
-def decide_environment() -> None:
-    """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
+def decide_environment() -> list[Path]:
+    """Set what Jittor reads from the environment. What the user has set stays, except what would break it.
+
+    Returns:
+        Shared libraries that must be there before Jittor's own are opened.
+    """
+    libraries: list[Path] = []
     if chosen_device() == "gpu":
-        cache = _decide_cuda()
+        cache, libraries = _decide_cuda()
     else:
+        _set_compiler_flags("")  # a load for a GPU that failed may have set some
         # No nvcc: one without its runtime library would make the import crash.
         os.environ["nvcc_path"] = ""
         cache = "default"
@@ -42,30 +50,44 @@ def decide_environment() -> None:
         os.environ["cache_name"] = cache
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if has_onednn_wheels():
-        link_onednn()
-    else:
+    if not has_onednn_wheels():
         os.environ.setdefault("use_mkl", "0")
+    if os.environ.get("use_mkl") != "0":
+        link_onednn()
+    return libraries
 
 
-def _decide_cuda() -> str:
-    """Jittor compiles with the toolkit that was found, and so does CuPy. Returns a name for the cache of that toolkit and card.
+def _decide_cuda() -> tuple[str, list[Path]]:
+    """Jittor compiles with the toolkit that was found, and so does CuPy.
+
+    Returns:
+        A name for the cache of that toolkit and card, and the libraries that must be open first.
 
     Raises:
         MossError: something that a GPU needs is missing.
     """
-    card, toolkit = require_gpu()
+    card, toolkit = require_gpu(chosen_card())
+    check_cuda_has_not_started()
+    toolkit = composed(toolkit)
     os.environ["nvcc_path"] = str(toolkit.nvcc)
     os.environ["CUDA_PATH"] = str(toolkit.home)
     # Without cuDNN, and without what Jittor would download from elsewhere: no operation of ours is theirs.
     os.environ.setdefault("conv_opt", "1")
     for library in ("cutt", "cutlass", "nccl"):
         os.environ.setdefault(f"use_{library}", "0")
-    # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
-    ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
+    _set_compiler_flags(toolkit.compiler_flags)
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # only what is used takes the card's memory
-    release, compute = (f"{pair[0]}.{pair[1]}" for pair in (toolkit.version, card.compute))
-    return f"moss-jt-cuda{release}-sm{compute}"
+    return f"moss-jt-cuda{toolkit.release}-sm{card.capability}", toolkit.to_load()
+
+
+def _set_compiler_flags(wanted: str) -> None:
+    """Beside the user's own, and without those of another toolkit."""
+    given = os.environ.get("cc_flags", "").replace(f" {CUDA_13_FLAGS}", "")
+    flags = f"{given} {wanted}" if wanted else given
+    if flags:
+        os.environ["cc_flags"] = flags
+    else:
+        os.environ.pop("cc_flags", None)
 
 
 def prepare() -> None:
@@ -77,13 +99,15 @@ def prepare() -> None:
     check_compiler()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        decide_environment()
+        libraries = decide_environment()
     except OSError as error:
         raise MossError(
             f"cannot write to {cache_folder()} ({error.strerror}), where Jittor keeps what it compiles. "
             "Make it writable, or set JITTOR_HOME to a folder that is."
         ) from error
-    ensure_built(HIDDEN[chosen_device()])
+    for library in libraries:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    ensure_built(HIDDEN[chosen_device()], libraries)
 
 
 def _start() -> Any:

@@ -3,7 +3,7 @@
 import weakref
 
 from moss_jt.backend.device import Offload
-from moss_jt.backend.gpu import Card
+from moss_jt.backend.cards import Card
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
 from moss_jt.plan.residency import ResidencyPlan, gib_up, plan, plan_gpu

@@ -1,10 +1,34 @@
-// libcuda.so.1 and libnvidia-ml.so.1 with one card: what moss_jt.backend.gpu and Jittor ask before any work starts.
+// libcuda.so.1 and libnvidia-ml.so.1 with one card or, for questions only, SIM_GPU_CARDS: what moss_jt.backend.cards and Jittor ask
+// before any work starts. CUDA_VISIBLE_DEVICES chooses among them by number.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
 
 static size_t memory() {
     const char* text = getenv("SIM_GPU_MEMORY");
     return text && *text ? (size_t)atof(text) : (size_t)2e9;
+}
+
+// Numbers of the cards that are shown, in their order; CUDA reads the variable when it starts.
+static std::vector<int> shown() {
+    const char *cards = getenv("SIM_GPU_CARDS"), *visible = getenv("CUDA_VISIBLE_DEVICES");
+    const int count = cards ? atoi(cards) : 1;
+    std::vector<int> found;
+    if (visible) {
+        std::stringstream numbers(visible);
+        for (std::string number; std::getline(numbers, number, ',') && atoi(number.c_str()) < count;)
+            found.push_back(atoi(number.c_str()));
+    } else {
+        for (int i = 0; i < count; i++) found.push_back(i);
+    }
+    return found;
+}
+static const std::vector<int>& cards() {
+    static const std::vector<int> found = shown();
+    return found;
 }
 
 struct Memory {
@@ -12,15 +36,21 @@ struct Memory {
 };
 
 extern "C" {
-int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* version) { return *version = 12040, 0; }
-int cuDeviceGetCount(int* count) { return *count = 1, 0; }
-int cuDeviceGet(int* device, int) { return *device = 0, 0; }
-int cuDeviceGetName(char* name, int, int) { return strcpy(name, "simulated GPU"), 0; }
+int cuInit(unsigned) { return cards().empty() ? 100 : 0; }
+int cuDriverGetVersion(int* version) {
+    const char* text = getenv("SIM_GPU_DRIVER");
+    return *version = text ? atoi(text) : 12040, 0;
+}
+int cuDeviceGetCount(int* count) { return *count = (int)cards().size(), 0; }
+int cuDeviceGet(int* device, int number) { return *device = cards()[number], 0; }
+int cuDeviceGetName(char* name, int size, int device) {
+    return snprintf(name, size, getenv("SIM_GPU_CARDS") ? "simulated GPU %d" : "simulated GPU", device), 0;
+}
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = memory(), 0; }
-int cuDeviceGetPCIBusId(char* bus, int, int) { return strcpy(bus, "0000:01:00.0"), 0; }
+int cuDeviceGetPCIBusId(char* bus, int size, int device) { return snprintf(bus, size, "0000:%02d:00.0", device + 1), 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int) { return *value = attribute == 75 ? 8 : 6, 0; }
 int nvmlInit_v2() { return 0; }
+int nvmlInitWithFlags(unsigned) { return 0; }
 int nvmlShutdown() { return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** handle) { return *handle = nullptr, 0; }
 int nvmlDeviceGetMemoryInfo(void*, Memory* found) { return *found = {memory(), memory(), 0}, 0; }
