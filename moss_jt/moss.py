@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Device, Offload, check_choice, decide, parse_device
+from moss_jt.backend.device import Offload, check_choice, decide, parse_device
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.plan.placement import hold, plan_gpu_here, plan_here, release
+from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import Store, open_store
@@ -100,11 +100,16 @@ class Moss:
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
             card, _ = require_gpu(number)
-            placed = plan_gpu_here(store, card, gpu_memory, host_memory, context, way)
+            planner = gpu_planner(store, card, gpu_memory, host_memory, context, way)
+            placed = planner.plan()
         else:
             placed = plan_here(store, memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
-        loaded = _load(store, placed, kind, way, number)
+        decide(kind, way, number)
+        if on_gpu:
+            loaded, placed = _load_on_gpu(store, planner, way)
+        else:
+            loaded = _load(store, placed, way)
         hold(placed)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
@@ -214,9 +219,16 @@ class Moss:
         self.close()
 
 
-def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload, card: int) -> "Model":
-    """Start Jittor for the device, unless it runs, and load the weights."""
-    decide(device, offload, card)
+def _load(store: Store, plan: ResidencyPlan, offload: Offload) -> "Model":
+    """Start Jittor, unless it runs, and load the weights."""
     from moss_jt.engine.load import load_model
 
-    return load_model(store, plan, model_home(), device, offload)
+    return load_model(store, plan, model_home(), offload)
+
+
+def _load_on_gpu(store: Store, planner: GpuPlanner, offload: Offload) -> tuple["Model", ResidencyPlan]:
+    """The same on a GPU, with the plan for what CUDA takes on the card."""
+    from moss_jt.engine.gpu_load import load_gpu_model
+
+    model = load_gpu_model(store, planner, model_home(), offload)
+    return model, model.plan

@@ -108,8 +108,9 @@ def test_cards_are_numbered_and_asked_for_their_memory(monkeypatch: pytest.Monke
     monkeypatch.setattr(cards, "ask_driver", answers())
     monkeypatch.setattr(cards, "free_bytes", lambda buses: {"0000:02:00.0": 5 * GIB})
     first, second = cards.find_cards()
-    assert first == Card("RTX 3060", 12 * GIB, 12 * GIB, (8, 6), (12, 4))
-    assert second == Card("RTX 3070", 12 * GIB, 5 * GIB, (8, 6), (12, 4), True, 1) == cards.find_card(1)
+    assert first == Card("RTX 3060", 12 * GIB, 12 * GIB, (8, 6), (12, 4), True, 0, "0000:01:00.0")
+    assert second == Card("RTX 3070", 12 * GIB, 5 * GIB, (8, 6), (12, 4), True, 1, "0000:02:00.0")
+    assert cards.find_card(1) == second
 
 
 def test_a_card_that_nvml_cannot_tell_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:

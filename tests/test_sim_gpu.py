@@ -19,11 +19,15 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
+from moss_jt.plan.residency import plan_gpu
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, environment_with, run_on_gpu, run_python
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
+FREE = sim_gpu.MEMORY - sim_gpu.CONTEXT  # of the card, for this and other programs
 PROMPTS = [list(range(3, 28)), [5, 9, 200]]
 ORDERS = [
     {"SIM_GPU_SEED": "0", "SIM_GPU_EAGER": "0", "SIM_GPU_FAVOUR": "default"},
@@ -231,14 +235,70 @@ def test_the_command_line_generates_and_measures(resident: Run, environment: dic
     assert "This card: memory" in out and json.loads(out.splitlines()[-1])["link_gb_s"] > 0
 
 
+def taken(environment: dict[str, str], n_bytes: int, after: int = 0) -> dict[str, str]:
+    """With another program that takes as much of what CUDA leaves of the card, once this one has had ``after`` bytes of it."""
+    return {**environment, "SIM_GPU_TAKEN": str(n_bytes), "SIM_GPU_TAKEN_AFTER": str(after)}
+
+
 @with_jittor
-def test_a_full_card_is_told(resident: Run, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (0, "the GPU's memory is full: another program"),  # nothing can be started at all
+        (4 * MIB, "is too little for this model"),  # nothing can be loaded, not even less of it
+    ],
+)
+def test_a_full_card_is_told(resident: Run, environment: dict[str, str], after: int, message: str) -> None:
     """Another program has taken what was free when the plan was made."""
-    full = {**environment, "SIM_GPU_TAKEN": str(sim_gpu.MEMORY - (1 << 20))}
+    full = taken(environment, FREE, after)
     process = command(["generate", str(tiny_model_folder()), "--prompt", "a", "--gpu"], full)
     _, error = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "the GPU's memory is full" in error and "nvidia-smi" in error and "Traceback" not in error
+    assert message in error and "nvidia-smi" in error and "Traceback" not in error
+
+
+@with_jittor
+def test_a_plan_that_turns_out_too_large_shrinks_once(resident: Run, environment: dict[str, str]) -> None:
+    """Another program comes while the weights are loaded: what fits no longer streams, to the same tokens."""
+    sizes = sizes_of_store(open_store(tiny_model_folder()))
+    whole = plan_gpu(sizes, sizes.config.n_positions, 1 << 40, 1 << 40)
+    loaded = whole.peak_bytes - whole.footprint_bytes
+    late = taken(
+        environment, FREE - loaded + max(sizes.block_bytes), whole.kv_cache_bytes + max(sizes.block_bytes)
+    )
+    options = ["--prompt", "1 + 1 =", "--greedy", "--max-new-tokens", "6", "--json", "--gpu"]
+    answers = []
+    for card in (environment, late):
+        process = command(["generate", str(tiny_model_folder()), *options], card)
+        out, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+        assert ("the card has no room for" in error) == (card is late), error
+        answers.append(json.loads(out)["token_ids"])
+    assert answers[0] == answers[1]
+
+
+@with_jittor
+def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str]) -> None:
+    """Twice as much as is allowed where no card is asked: the plan counts it, and the limit holds."""
+    greedy = {
+        **environment,
+        "SIM_GPU_CONTEXT": str(2 * sim_gpu.CONTEXT),
+        "SIM_GPU_MEMORY": str(2 * sim_gpu.MEMORY),
+    }
+    for run in run_on_gpu(tiny_model_folder(), STREAMED[:2], PROMPTS, greedy):
+        assert run.used > 2 * sim_gpu.CONTEXT
+        assert run.used <= run.budget and run.token_ids == resident.token_ids
+
+
+@with_jittor
+def test_a_card_that_is_not_there_is_told(environment: dict[str, str]) -> None:
+    cards = {**environment, "SIM_GPU_CARDS": "2"}
+    process = command(
+        ["generate", str(tiny_model_folder()), "--prompt", "a", "--gpu", "--device", "2"], cards
+    )
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "there is no gpu:2: here are 2 cards, gpu:0 (simulated GPU 0), gpu:1 (simulated GPU 1)" in error
 
 
 @with_jittor

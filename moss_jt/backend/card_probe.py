@@ -12,7 +12,12 @@ COMPUTE_MAJOR, COMPUTE_MINOR, CONCURRENT_MANAGED = 75, 76, 89
 
 
 def probe() -> dict[str, Any]:
-    """``code``: CUDA's error, 0 for none, None where there is no driver. ``driver``: 12040 for CUDA 12.4. ``cards``: in CUDA's order."""
+    """What the driver says.
+
+    Returns:
+        ``code``: CUDA's error, 0 for none, None where there is no driver; ``driver``: the newest CUDA that it knows, 12040 for
+        12.4; ``cards``: in CUDA's order.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

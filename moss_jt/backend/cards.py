@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Card:
     driver_cuda  the newest CUDA that the driver knows, (12, 4)
     unified      whether host and card may use managed memory at the same time, as prefetching it needs
     number       as CUDA counts among those that CUDA_VISIBLE_DEVICES shows; PyTorch's cuda:1 is 1
+    bus          its slot, by which NVML knows it
     """
 
     name: str
@@ -34,6 +35,7 @@ class Card:
     driver_cuda: tuple[int, int]
     unified: bool = True
     number: int = 0
+    bus: str = ""
 
     @property
     def capability(self) -> str:
@@ -71,6 +73,7 @@ def find_cards() -> list[Card]:
             known,
             card["unified"],
             number,
+            card["bus"],
         )
         for number, card in enumerate(found["cards"])
     ]
@@ -127,8 +130,14 @@ def ask_driver() -> dict[str, Any]:
     return found
 
 
+def refreshed(card: Card) -> Card:
+    """The card with what is free of its memory now."""
+    free = free_bytes([card.bus]).get(card.bus, card.total_bytes)
+    return replace(card, free_bytes=min(free, card.total_bytes))
+
+
 def free_bytes(buses: list[str]) -> dict[str, int]:
-    """Free memory of the cards in those slots, without those that NVML cannot tell. CUDA would tell only after starting work on them."""
+    """Free memory of the cards in those slots, of which NVML may not know all. CUDA would tell only after starting work on them."""
     try:
         import pynvml
     except ImportError:

@@ -113,8 +113,8 @@ def _mismatches(card: Card, toolkit: Toolkit, cupy: int | None) -> Iterator[str]
     release, series = toolkit.version[0], series_for(card)
     if card.compute < OLDEST_CARDS.get(release, card.compute):
         yield (
-            f"{card.name} (compute capability {card.capability}) is too old for CUDA {release}, which {toolkit.nvcc} is of; CUDA 12 "
-            f"is the last that knows it: {INSTALL[12]}, and pip install 'moss-jt[cuda12]'."
+            f"{card.name} (compute capability {card.capability}) is too old for CUDA {release}, which {toolkit.nvcc} is of; "
+            f"CUDA 12 is the last that knows it: {INSTALL[12]}, and pip install 'moss-jt[cuda12]'."
         )
     elif cupy is not None and cupy != release:
         yield (

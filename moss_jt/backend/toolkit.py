@@ -1,10 +1,11 @@
 """CUDA toolkits on this machine, and one that Jittor can build with, composed where the parts lie in several places.
 
-A toolkit is looked for where NVIDIA, distributions and Jittor install it, and among pip's wheels; what one lacks, wheels of the same CUDA
-complete. Jittor wants nvcc, ``../include`` and ``../lib64`` side by side, and libraries without a number behind ``.so``: nothing of that
-is so in wheels.
+A toolkit is looked for where NVIDIA, distributions and Jittor install it, and among pip's wheels; what one lacks, wheels of the
+same CUDA complete. Jittor wants nvcc, ``../include`` and ``../lib64`` side by side, and libraries without a number behind ``.so``:
+nothing of that is so in wheels.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -26,20 +27,15 @@ JITTORS_CUDA = "jtcuda/*/bin/nvcc"
 SYSTEM_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
 SYSTEM_NVCC = Path("/usr/bin/nvcc")
 TOOLKITS = (11, 12, 13)  # that Jittor 1.3.11 compiles with, 13 with CUDA_13_FLAGS
-# What Jittor compiles and links with when it is told to leave cuDNN out, and what CuPy compiles our kernels with: each library with its
-# number in each series, and a header with the library that it belongs to.
+# What Jittor compiles and links with when it is told to leave cuDNN out, and what CuPy compiles our kernels with. Of each library
+# the number behind .so, by CUDA's series.
 LIBRARIES = {
     "cudart": {11: "11.0", 12: "12", 13: "13"},
     "cublas": {11: "11", 12: "12", 13: "13"},
     "curand": {11: "10", 12: "10", 13: "10"},
     "nvrtc": {11: "11.2", 12: "12", 13: "13"},
 }
-HEADERS = {
-    "cuda_runtime.h": "cudart",
-    "cuda_fp16.h": "cudart",
-    "cublas_v2.h": "cublas",
-    "curand.h": "curand",
-}
+HEADERS = ("cuda_runtime.h", "cublas_v2.h", "curand.h", "cuda_fp16.h")
 # Names of pip's folders: one for all of CUDA 13, one for each part before.
 WHEEL_PARTS = ("cu1[3-9]", "cuda_runtime", "cublas", "curand", "cuda_nvrtc")
 LINKED = re.compile(r"lib(cudart|cudadevrt|culibos|cublas|cublasLt|curand|nvrtc|nvrtc-builtins)[._]")
@@ -83,8 +79,13 @@ class Toolkit:
         """What Jittor's own sources need to compile with it."""
         return CUDA_13_FLAGS if self.version[0] >= 13 else ""
 
+    def load(self) -> None:
+        """Open them, for all that this process opens later."""
+        for library in self.to_load():
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
     def to_load(self) -> list[Path]:
-        """Libraries that CuPy, Jittor's modules and NVRTC look for where the system's loader does, in the order in which they need each other.
+        """Libraries that CuPy, Jittor's modules and NVRTC look for where the system's loader does; each after those that it needs.
 
         One that is loaded already is found by its name, wherever it lies.
         """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jt.backend.device import Device, Offload
+from moss_jt.backend.device import Offload
 from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model
@@ -25,20 +25,16 @@ class SwappedModel(Model):
             return super().forward(token_ids, start_pos, rows)
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path, device: Device, offload: Offload) -> Model:
-    """The store's model, its weights where the plan says, or in Jittor's care.
+def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
+    """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
         home: the folder where the disk's speed is remembered.
-        device, offload: what Jittor was started for, see moss_jt.backend.device.
+        offload: what Jittor was started for, see moss_jt.backend.device.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
-    if device == "gpu":
-        from moss_jt.engine.gpu_load import load_gpu_model  # CuPy's kernels are no business of the CPU's
-
-        return load_gpu_model(store, plan, home, offload)
     warm_up(store.bits)
     operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
     if offload == "swap":

@@ -33,7 +33,7 @@ PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
 CONVERSION_BYTES = 45 * 10**9
 # What pip takes for the extras, as seen with CUDA 13.0's wheels and CuPy 13.6.
-EXTRA_SIZES = {13: "0.73 GB to download, 1.3 GB on the disk", 12: "0.11 GB to download, 0.3 GB on the disk"}
+EXTRA_SIZES = {13: "0.73 GB to download, 1.3 GB on the disk", 12: "0.11 GB to download, 0.23 GB on the disk"}
 
 Verdict = Literal["ok", "note", "problem"]
 

@@ -19,7 +19,8 @@ Tier = Literal["device", "host", "disk"]
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
 
-# CUDA's context, the kernels' code and the libraries' own memory on the card. An allowance, not measured.
+# CUDA's context, the kernels' code and the libraries' own memory on the card: an allowance where no card has been asked, as in
+# moss-jt plan. Where one computes, what they take is measured at its start.
 GPU_FOOTPRINT_BYTES = 600 * MIB
 # What a process holds on the host when it drives a GPU: as on the CPU, and CUDA's libraries. An allowance, too.
 GPU_HOST_FOOTPRINT_BYTES = FOOTPRINT_BYTES + 700 * MIB
@@ -159,11 +160,13 @@ def plan_gpu(
     host_budget_bytes: int,
     *,
     pass_tokens: int = PASS_TOKENS,
+    footprint_bytes: int = GPU_FOOTPRINT_BYTES,
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
     Args:
+        footprint_bytes: what CUDA and its libraries hold on the card.
         host_footprint_bytes: what the process holds on the host without weights.
 
     Raises:
@@ -171,7 +174,7 @@ def plan_gpu(
     """
     tokens = min(pass_tokens, context)
     workspace = sizes.gpu_workspace_bytes(tokens)
-    empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
+    empty = _without_residents(sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace)
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))
 

@@ -7,15 +7,16 @@
 #include <string>
 #include <vector>
 
-static size_t memory() {
-    const char* text = getenv("SIM_GPU_MEMORY");
-    return text && *text ? (size_t)atof(text) : (size_t)2e9;
+static double number(const char* name, double otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? atof(text) : otherwise;
 }
+static size_t memory() { return (size_t)number("SIM_GPU_MEMORY", 2e9); }
 
 // Numbers of the cards that are shown, in their order; CUDA reads the variable when it starts.
 static std::vector<int> shown() {
-    const char *cards = getenv("SIM_GPU_CARDS"), *visible = getenv("CUDA_VISIBLE_DEVICES");
-    const int count = cards ? atoi(cards) : 1;
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    const int count = (int)number("SIM_GPU_CARDS", 1);
     std::vector<int> found;
     if (visible) {
         std::stringstream numbers(visible);
@@ -37,18 +38,18 @@ struct Memory {
 
 extern "C" {
 int cuInit(unsigned) { return cards().empty() ? 100 : 0; }
-int cuDriverGetVersion(int* version) {
-    const char* text = getenv("SIM_GPU_DRIVER");
-    return *version = text ? atoi(text) : 12040, 0;
-}
+int cuDriverGetVersion(int* version) { return *version = (int)number("SIM_GPU_DRIVER", 12040), 0; }
 int cuDeviceGetCount(int* count) { return *count = (int)cards().size(), 0; }
 int cuDeviceGet(int* device, int number) { return *device = cards()[number], 0; }
 int cuDeviceGetName(char* name, int size, int device) {
-    return snprintf(name, size, getenv("SIM_GPU_CARDS") ? "simulated GPU %d" : "simulated GPU", device), 0;
+    return snprintf(name, size, "simulated GPU %d", device), 0;
 }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = memory(), 0; }
 int cuDeviceGetPCIBusId(char* bus, int size, int device) { return snprintf(bus, size, "0000:%02d:00.0", device + 1), 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int) { return *value = attribute == 75 ? 8 : 6, 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    const int compute = (int)number("SIM_GPU_COMPUTE", 86);
+    return *value = attribute == 75 ? compute / 10 : attribute == 76 ? compute % 10 : 1, 0;
+}
 int nvmlInit_v2() { return 0; }
 int nvmlInitWithFlags(unsigned) { return 0; }
 int nvmlShutdown() { return 0; }
