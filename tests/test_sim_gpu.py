@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.random_model import write_random_model
 from moss_jt import Moss
 from moss_jt.plan.residency import plan_gpu
 from moss_jt.store.model_folder import open_store
@@ -219,8 +221,8 @@ def command(arguments: list[str], environment: dict[str, str], **more: Any) -> s
 
 @with_jittor
 def test_the_command_line_generates_and_measures(resident: Run, environment: dict[str, str]) -> None:
-    folder = str(tiny_model_folder())
-    options = ["--gpu", "--gpu-memory", "679MiB", "--host-memory", "4GiB", "--context", "64"]
+    folder, environment = str(tiny_model_folder()), {**environment, "SIM_GPU_CARDS": "2"}
+    options = ["--gpu", "--device", "1", "--gpu-memory", "679MiB", "--host-memory", "4GiB", "--context", "64"]
     process = command(
         ["generate", folder, "--prompt", "1 + 1 =", "--max-new-tokens", "4", "--json", *options], environment
     )
@@ -257,24 +259,31 @@ def test_a_full_card_is_told(resident: Run, environment: dict[str, str], after: 
     assert message in error and "nvidia-smi" in error and "Traceback" not in error
 
 
+LOAD = """
+import sys
+from moss_jt import Moss
+with Moss.load(sys.argv[1], device="gpu", context=64) as moss:
+    print(moss.plan.streams)
+"""
+
+
 @with_jittor
-def test_a_plan_that_turns_out_too_large_shrinks_once(resident: Run, environment: dict[str, str]) -> None:
-    """Another program comes while the weights are loaded: what fits no longer streams, to the same tokens."""
-    sizes = sizes_of_store(open_store(tiny_model_folder()))
-    whole = plan_gpu(sizes, sizes.config.n_positions, 1 << 40, 1 << 40)
-    loaded = whole.peak_bytes - whole.footprint_bytes
-    late = taken(
-        environment, FREE - loaded + max(sizes.block_bytes), whole.kv_cache_bytes + max(sizes.block_bytes)
-    )
-    options = ["--prompt", "1 + 1 =", "--greedy", "--max-new-tokens", "6", "--json", "--gpu"]
-    answers = []
-    for card in (environment, late):
-        process = command(["generate", str(tiny_model_folder()), *options], card)
-        out, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error
-        assert ("the card has no room for" in error) == (card is late), error
-        answers.append(json.loads(out)["token_ids"])
-    assert answers[0] == answers[1]
+def test_a_plan_that_turns_out_too_large_shrinks_once(
+    resident: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Another program comes while the weights are loaded: what has no room any longer streams."""
+    # Of which the weights are more than what a plan allows for all else; nothing is computed with them.
+    write_random_model(tmp_path / "large", replace(SMALL, n_embd=1024, n_inner=4096, n_layer=10))
+    sizes = sizes_of_store(open_store(tmp_path / "large"))
+    whole = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
+    card = whole.peak_bytes * 11 // 10
+    left = whole.bytes_on("device") + sizes.gpu_results_bytes(whole.pass_tokens) // 2
+    late = taken(environment, card - sim_gpu.CONTEXT - left, 4 * MIB)
+    for options, streams in ((environment, False), (late, True)):
+        done = run_python(LOAD, [str(tmp_path / "large")], {**options, "SIM_GPU_MEMORY": str(card)}, 200)
+        assert done.returncode == 0, done.stderr
+        assert ("the card has no room for" in done.stderr) == streams, done.stderr
+        assert done.stdout.split() == [str(streams)]
 
 
 @with_jittor
