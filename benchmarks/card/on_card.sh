@@ -2,15 +2,18 @@
 # Run on a machine with a card (made for an NVIDIA H100, CUDA 13, Python 3.12, no network) in the root of a copy of the checkout with
 # .gpu/ in it: see prepare.sh. Results go to $OUT. Each step has its own limit; a failing one is noted and the next one runs.
 #   BUDGET_S=400 bash .gpu/on_card.sh     all of it within so many seconds: what has no time left is skipped
-#   SMALL=1                               tiny models and emulated kernels: a rehearsal on the tests' simulated card
+#   ONLY='doctor|bench-.*'                these steps alone, for a second run
+#   SMALL=1                               tiny models and emulated kernels: a rehearsal on the tests' simulated card, whose builds
+#                                         of Jittor lie in MOSS_JT_TEST_GPU_HOME
 #   UNIFIED=1                             managed memory, too: asking for more of it than the card has free can hang a card
 OUT=${OUT:-/tmp/out}; WORK=${WORK:-/tmp/moss}; BUDGET_S=${BUDGET_S:-540}; JOBS=${JOBS:-16}; PARALLEL=${PARALLEL:-1}
-PY=${PY:-python3}; HERE=$PWD; KIT=$HERE/benchmarks/card; SITE=$WORK/site; MODELS=$WORK/models; BUILD_S=${BUILD_S:-270}
+PY=${PY:-python3}; HERE=$PWD; KIT=$HERE/benchmarks/card; CARRIED=${CARRIED:-$HERE/.gpu}; ONLY=${ONLY:-.*}; SITE=$WORK/site; MODELS=$WORK/models; BUILD_S=${BUILD_S:-270}
 fake=""; small=""; [ "${SMALL:-0}" = 1 ] && { fake=--fake; small=--small; }
 mkdir -p "$OUT" "$SITE" "$MODELS" "$WORK/home"
 LOG=$OUT/log.txt; : > "$LOG"
 export PY PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PATH=$PATH:/usr/local/cuda/bin
 [ -n "$small" ] || export HOME=$WORK/home
+export GPU_HOME=${MOSS_JT_TEST_GPU_HOME:-$HOME}
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$SITE:$HERE
 table=(); failed=0
 left() { echo $((BUDGET_S - SECONDS)); }
@@ -22,6 +25,8 @@ note() {  # note VERDICT NAME SECONDS TEXT
 complaint() { grep -aE 'Error|error|FAILED|not found|terminate|what\(\)' "$1" | tail -1 | cut -c1-150; }
 step() {  # step NAME LIMIT NEEDS COMMAND: skipped where fewer than NEEDS seconds are left
     local name=$1 limit=$2 needs=$3 command=$4 begin=$SECONDS rc
+    [[ $name =~ ^($ONLY)$ ]] || return 9
+    [ "$needs" -lt 1 ] && needs=1  # no time at all is no limit, for timeout
     [ "$(left)" -lt "$needs" ] && { note SKIP "$name" 0 "only $(left) s left"; return 9; }
     [ "$limit" -gt "$(left)" ] && limit=$(left)
     echo "==== $name: $command" >> "$LOG"
@@ -51,9 +56,10 @@ SHOW=60 step facts 40 0 "bash '$WORK/facts.sh'"
 # 2. The packages, and moss-jt in the checkout's layout
 cat > "$WORK/unpack.sh" <<F
 set -e
-$PY -c "import tarfile; tarfile.open('$HERE/.gpu/site.tar.xz').extractall('$SITE')"
+$PY -c "import tarfile; tarfile.open('$CARRIED/site.tar.xz').extractall('$SITE')"
 [ -f $SITE/jittor_utils/__init__.py ] && sed -i 's/pool_size = min(16,max(int(mem_gib \/\/ 3), 1))/pool_size = $JOBS/' $SITE/jittor_utils/__init__.py
-for name in kernels convert demos; do [ -e moss_jt/\$name ] || ln -s ../\$name moss_jt/\$name; done
+# The code folders are moss_jt's subpackages: installed so here, or else linked.
+for name in kernels convert demos; do $PY -P -c "import moss_jt.\$name" 2>/dev/null || ln -s ../\$name moss_jt/\$name; done
 ls $SITE
 F
 step unpack 90 0 "bash '$WORK/unpack.sh'"
@@ -80,14 +86,16 @@ SHOW=70 step kernels-check 100 30 "$PY -P '$KIT/kernels.py' check $fake"
 # 5. Jittor, for the card and for the processor, side by side; meanwhile the kernels are timed
 build() {  # build DEVICE
     local begin=$SECONDS
-    MOSS_JT_DEVICE=$1 disable_lock=$PARALLEL nice -n 10 timeout -k 5 "$BUILD_S" $PY -P -c "
+    local home=$HOME; [ "$1" = gpu ] && home=$GPU_HOME
+    HOME=$home MOSS_JT_DEVICE=$1 disable_lock=$PARALLEL nice -n 10 timeout -k 5 "$BUILD_S" $PY -P -c "
 import time; begin = time.time()
 import moss_jt.backend.jittor as backend
 print('built and imported in', round(time.time() - begin), 's:', backend.jt.compiler.cache_path)" > "$WORK/build-$1.log" 2>&1
     echo "$? $((SECONDS - begin))" > "$WORK/build-$1.rc"
 }
 [ "$BUILD_S" -gt "$(left)" ] && BUILD_S=$(left)
-if [ "$(left)" -gt 20 ]; then
+if ! [[ jittor =~ ^($ONLY)$ ]]; then :
+elif [ "$(left)" -gt 20 ]; then
     build gpu & gpu=$!
     [ "$PARALLEL" = 1 ] || wait $gpu
     build cpu & cpu=$!
@@ -100,7 +108,7 @@ if [ "$(left)" -gt 20 ]; then
         if [ "$rc" = 0 ]; then note PASS "jittor-$device" "$seconds" ""
         else note FAIL "jittor-$device" "$seconds" "rc $rc: $(tail -1 "$WORK/build-$device.log" | cut -c1-140)"; fi
     done
-    tail -c 60000 "$HOME/.cache/jittor/moss-jt-build.log" 2>/dev/null | tr '\r' '\n' | grep -avE '^Compiling' | tail -150 > "$OUT/jittor-build.txt"
+    tail -c 60000 "$GPU_HOME/.cache/jittor/moss-jt-build.log" 2>/dev/null | tr '\r' '\n' | grep -avE '^Compiling' | tail -150 > "$OUT/jittor-build.txt"
 else
     note SKIP jittor 0 "only $(left) s left"
 fi
@@ -115,7 +123,7 @@ SHOW=25 step tests-quantised 120 40 "$(tests quantised)"
 shm=$(df -k --output=avail /dev/shm 2>/dev/null | tail -1); [ -z "$small" ] && [ "${shm:-0}" -gt 50000000 ] && MODELS=/dev/shm/moss
 mkdir -p "$MODELS"
 model() { echo "$PY -P '$KIT/model.py' '$MODELS/$1' $2 $3 $small"; }
-bench() { echo "set -o pipefail; $PY -P -m moss_jt bench '$MODELS/$1' --gpu $2 | tee -a '$OUT/bench.txt'"; }
+bench() { echo "set -o pipefail; HOME=$GPU_HOME $PY -P -m moss_jt bench '$MODELS/$1' --gpu $2 | tee -a '$OUT/bench.txt'"; }
 contexts=32,1024; tokens=16; [ -n "$small" ] && { contexts=8; tokens=2; }
 for bits in 16 4 8; do
     step write-4-blocks-$bits 60 50 "$(model four-$bits 4 $bits)" &&

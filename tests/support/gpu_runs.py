@@ -19,6 +19,7 @@ from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
 
 CONTEXT = 96
+GPU_HOME = "MOSS_JT_TEST_GPU_HOME"  # where Jittor's builds for a GPU are, if not with the others
 ROOT = Path(__file__).resolve().parents[2]
 
 # The process counts as empty on the host, or its size today would decide what goes to disk.
@@ -152,7 +153,9 @@ def run_python(
 def environment_with(more: dict[str, str]) -> dict[str, str]:
     """This process's environment, without what Jittor was started with here."""
     decided = ("cache_name", "nvcc_path", "JITTOR_HOME", DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
-    return {**{key: value for key, value in os.environ.items() if key not in decided}, **more}
+    kept = {key: value for key, value in os.environ.items() if key not in decided}
+    home = {"HOME": os.environ[GPU_HOME]} if GPU_HOME in os.environ else {}
+    return {**kept, **home, **more}
 
 
 def check_tiers(case: Case, tiers: list[str]) -> None:
