@@ -118,6 +118,8 @@ def test_a_toolkit_of_wheels_alone_is_composed(machine: Path, monkeypatch: pytes
         "libcublas.so.13",
         "libcurand.so.10",
     ]
+    with pytest.raises(MossError, match=r"cannot open .*libnvrtc-builtins.so.13.0 .*nvcc_path"):
+        made.load()  # of these files none is a library
     # Another start finds it as it is, and what is made of it is itself.
     monkeypatch.setenv("nvcc_path", str(made.nvcc))
     assert composed(find_toolkit()).home == made.home

@@ -80,9 +80,18 @@ class Toolkit:
         return CUDA_13_FLAGS if self.version[0] >= 13 else ""
 
     def load(self) -> None:
-        """Open them, for all that this process opens later."""
+        """Open them, for all that this process opens later.
+
+        Raises:
+            MossError: one is damaged, or lacks another one.
+        """
         for library in self.to_load():
-            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+            try:
+                ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise MossError(
+                    f"cannot open {library} ({error}). Install the CUDA toolkit again, or name another nvcc in nvcc_path."
+                ) from error
 
     def to_load(self) -> list[Path]:
         """Libraries that CuPy, Jittor's modules and NVRTC look for where the system's loader does; each after those that it needs.
