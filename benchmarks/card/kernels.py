@@ -1,6 +1,6 @@
 """moss-jt's CUDA kernels on a card, through their own launch code: against float64, and timed. Needs CuPy, not Jittor.
 
-python3 -P benchmarks/card/kernels.py check            every kernel against moss_jt.kernels.cuda.reference
+python3 -P benchmarks/card/kernels.py check            every kernel against the tests' oracle
 python3 -P benchmarks/card/kernels.py time OUT.json    bytes per second of the products at MOSS's width, attention, the rest, cuBLAS
 python3 -P benchmarks/card/kernels.py once             one launch each, for a profiler
 python3 -P benchmarks/card/kernels.py check --fake     the same checks in the tests' emulation, small shapes only: no card
@@ -21,10 +21,12 @@ import numpy as np
 
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.backend.toolkit import composed
-from moss_jt.kernels.cuda import reference
 from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.support import block_oracle as oracle  # noqa: E402
 
 STEP = 2.0**-23  # float32's
 GROUP = 128
@@ -52,7 +54,6 @@ def card() -> SimpleNamespace:
 
 def emulated() -> SimpleNamespace:
     """The same without a card."""
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
     from tests.emulation.emulator import FakeCupy, aligned
 
     return SimpleNamespace(cupy=FakeCupy, dev=aligned, host=np.asarray, small=True)
@@ -214,19 +215,26 @@ def check_attention(on: SimpleNamespace, kernels: Launchers, report: Report) -> 
 def attend(
     on: SimpleNamespace, kernels: Launchers, t: int, heads: int, dim: int, rotary: int, start: int
 ) -> tuple[bool, str]:
-    positions = start + t + 8
+    positions, place = start + t + 8, np.arange(start, start + t)
     table, qkv = rotary_table(positions, rotary), normal((t, 3 * heads * dim), 5)
     keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
     device_keys, device_values = on.dev(keys.copy()), on.dev(values.copy())
     q = kernels.rotary_cache(on.dev(qkv), on.dev(table), device_keys, device_values, start)
-    wanted = reference.rotary_cache(qkv, table, keys, values, start)
-    ours, our_keys = on.host(q), on.host(device_keys)
-    good = np.allclose(ours, wanted, rtol=1e-5, atol=1e-5) and np.array_equal(on.host(device_values), values)
-    good = good and np.allclose(our_keys.astype(np.float32), keys.astype(np.float32), rtol=2**-9, atol=1e-5)
-    if not good:
-        return False, f"queries off by {np.abs(ours - wanted).max():.1e}"
-    exact = reference.attention(ours, our_keys, on.host(device_values), start)
-    return close(on.host(kernels.attention(q, device_keys, device_values, start)), exact, 1e-4)
+    parts = qkv.astype(np.float64).reshape(t, 3, heads, dim).transpose(1, 0, 2, 3)
+    keys[place], values[place] = oracle.rotate(parts[1], place, rotary), parts[2]
+    ours, our_keys, our_values = (
+        on.host(q).reshape(t, heads, dim),
+        on.host(device_keys),
+        on.host(device_values),
+    )
+    off = float(np.abs(ours - oracle.rotate(parts[0], place, rotary)).max())
+    # A rounding to float16 may go the other way.
+    same = np.allclose(our_keys.astype(np.float32), keys.astype(np.float32), rtol=2**-9, atol=1e-5)
+    if off > 1e-5 or not same or not np.array_equal(our_values, values):
+        return False, f"queries off by {off:.1e}"
+    exact = oracle.attention(ours.astype(np.float64), our_keys, our_values, start)
+    attended = on.host(kernels.attention(q, device_keys, device_values, start))
+    return close(attended.reshape(t, heads, dim), exact, 1e-4)
 
 
 def check_elementwise(on: SimpleNamespace, kernels: Launchers, report: Report) -> None:
@@ -238,12 +246,16 @@ def check_elementwise(on: SimpleNamespace, kernels: Launchers, report: Report) -
 def layer_norm(on: SimpleNamespace, kernels: Launchers, t: int, k: int) -> tuple[bool, str]:
     x, weight, bias = normal((t, k), 1, 3.0), half((k,), 2), half((k,), 3)
     ours = on.host(kernels.layer_norm(on.dev(x), on.dev(weight), on.dev(bias), 1e-5))
-    return close(ours, reference.layer_norm(x, weight, bias, 1e-5), 1e-5)
+    return close(ours, oracle.layer_norm(x, weight.astype(np.float64), bias.astype(np.float64), 1e-5), 1e-5)
 
 
 def bias_gelu(on: SimpleNamespace, kernels: Launchers, t: int, k: int) -> tuple[bool, str]:
     x, bias = normal((t, k), 1, 3.0), half((k,), 3)
-    return close(on.host(kernels.bias_gelu(on.dev(x), on.dev(bias))), reference.bias_gelu(x, bias), 1e-5)
+    return close(
+        on.host(kernels.bias_gelu(on.dev(x), on.dev(bias))),
+        oracle.gelu_new(x.astype(np.float64) + bias.astype(np.float64)),
+        1e-5,
+    )
 
 
 # Time
