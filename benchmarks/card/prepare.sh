@@ -34,7 +34,7 @@ for wheel in $WHEELS; do
 done
 cd "$site/packages"
 # CuPy imports this one only where it is there (cupy/cuda/__init__.py), and it is large; tests are not needed there either.
-rm -rf cupy/cuda/thrust.*.so numpy/*/tests numpy/tests jittor/test numpy/core/lib numpy/random/lib
+rm -rf cupy/cuda/thrust.*.so numpy/*/tests numpy/tests numpy/f2py jittor/test numpy/core/lib numpy/random/lib
 mkdir moss_jt-0.1.0.dist-info  # moss_jt.commands.cli asks for its version
 printf 'Metadata-Version: 2.1\nName: moss-jt\nVersion: 0.1.0\n' > moss_jt-0.1.0.dist-info/METADATA
 cd "$OLDPWD"
