@@ -9,7 +9,7 @@ from typing import Any
 from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
-from moss_jt.engine.gpu_model import GpuModel, full_card, raise_if_full
+from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
 from moss_jt.engine.kv_cache import KVCache, device_room
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
@@ -31,14 +31,14 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
     cupy = import_cupy()
     try:
         warm_up_gpu(cupy, store.bits)
-    except Exception as error:  # noqa: BLE001  what says that the card is full
+    except FULL as error:
         raise_if_full(error)
         raise
     started = StartedCard(free_now(cupy), cuda_takes(cupy))
     plan = _plan_again(planner, started)
     try:
         return _load(store, plan, home, offload, cupy)
-    except Exception as error:  # noqa: BLE001  CuPy's own do not derive from RuntimeError
+    except FULL as error:
         if not says_full(error):
             raise
     # Only here has the failed attempt let go of its memory: the error held on to it.
@@ -52,7 +52,7 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
     )
     try:
         return _load(store, smaller, home, offload, cupy)
-    except Exception as error:  # noqa: BLE001
+    except FULL as error:
         raise_if_full(error, smaller)
         raise
 
@@ -75,13 +75,14 @@ def import_cupy() -> ModuleType:
     """CuPy itself: that its package is there does not mean that it works.
 
     Raises:
-        MossError: it does not; the message says why.
+        MossError: it does not; the message says why. The card may be full, too.
     """
     try:
         import cupy
 
         cupy.cuda.device.get_cublas_handle()  # its library is opened only now
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        raise_if_full(error)
         raise MossError(
             f"CuPy is installed and does not start ({error}). Its version must suit the CUDA toolkit: see moss-jt doctor."
         ) from error

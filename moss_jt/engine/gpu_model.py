@@ -13,6 +13,8 @@ from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.config import MossConfig
 
+FULL = (RuntimeError, MemoryError)  # in which Jittor, CUDA and CuPy say that the card's memory is full
+
 
 class GpuModel(Model):
     """See :class:`moss_jt.engine.model.Model`."""
@@ -33,7 +35,7 @@ class GpuModel(Model):
     def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
         try:
             return super().forward(token_ids, start_pos, rows)
-        except (RuntimeError, MemoryError) as error:
+        except FULL as error:
             raise_if_full(error, self.plan)
             raise
 
