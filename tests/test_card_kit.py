@@ -1,12 +1,17 @@
 """The kit for a machine with a card (benchmarks/card) is kept working without one: what it carries, its steps, its budget."""
 
+import ctypes
+import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -147,3 +152,42 @@ def test_all_steps_run_on_the_simulated_card(carried: Path, tmp_path: Path) -> N
     for bits in (16, 8, 4):
         assert steps[f"bench-4-blocks-{bits}"][0] == "PASS"
     assert "This card: memory" in (tmp_path / "bench.txt").read_text()
+
+
+def test_every_timing_calls_the_kernels_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At tiny sizes and in the emulation, each once: what it times is no card."""
+    from benchmarks.card import kernels
+
+    tiny = {
+        "WIDTH": 128,
+        "INNER": 256,
+        "HEADS": 2,
+        "DIM": 64,
+        "ROTARY": 16,
+        "VOCABULARY": 64,
+        "TOKENS": (1, 4),
+    }
+    matrices = {"qkv": (384, 128), "out": (128, 128), "fc_in": (256, 128), "fc_out": (128, 256)}
+    for name, value in {**tiny, "MATRICES": matrices, "MIB": 1 << 10, "GIB": 1 << 12}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+    def once(times: Any, call: Callable[[int], Any], *_: Any, **__: Any) -> float:
+        call(0)
+        return 1e-3
+
+    def copy(target: int, source: int, count: int, kind: int, stream: int) -> None:
+        ctypes.memmove(target, source, count)
+
+    monkeypatch.setattr(kernels.Times, "median", once)
+    on = kernels.emulated()
+    runtime = SimpleNamespace(
+        memcpyAsync=copy, deviceSynchronize=lambda: None, memGetInfo=lambda: (0, 1 << 30)
+    )
+    cuda = SimpleNamespace(**vars(on.cupy.cuda), runtime=runtime)
+    on.cupy = type("Cupy", (on.cupy,), {"cuda": cuda})
+    assert kernels.time_all(on, str(tmp_path / "times.json"))
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    names = {row["name"] for row in rows}
+    assert {"16 bits head T=1", "8 bits fc_out T=4", "4 bits qkv T=1", "attention T=16 after 1024"} <= names
+    assert {"layer_norm T=1", "bias_gelu T=16", "cuBLAS qkv T=1024", "dequantize int4 fc_in"} <= names
+    assert kernels.once(on)
