@@ -27,7 +27,7 @@ HEADERS = (
     "cuda_bf16.h",
     "library_types.h",
 )
-MEMORY = 10**9
+MEMORY = 2 * 10**9
 # What CUDA and its libraries take of the card; with what is allowed for later it is what a plan without a card allows.
 CONTEXT = GPU_FOOTPRINT_BYTES - CUDA_LATER_BYTES
 
