@@ -141,7 +141,7 @@ def ensure_built(hidden: Sequence[str], libraries: Sequence[Path] = ()) -> None:
         return
     with one_at_a_time():
         if not is_built(folder):  # by now, by the start that was waited for
-            compile_jittor(folder, hidden)
+            compile_jittor(folder, hidden, libraries)
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def compile_jittor(folder: Path, hidden: Sequence[str]) -> None:
+def compile_jittor(folder: Path, hidden: Sequence[str], libraries: Sequence[Path]) -> None:
     """Raises MossError where that fails; the message names the log."""
     log = log_path("build")
     command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), ",".join(hidden)]
