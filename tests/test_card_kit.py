@@ -144,6 +144,7 @@ def test_all_steps_run_on_the_simulated_card(carried: Path, tmp_path: Path) -> N
     """All but what only a real card's tools and full-size models can do."""
     simulated = sim_gpu.build()
     simulated[GPU_HOME] = simulated.pop("HOME")
+    simulated["CUDA_HOME"] = str(Path(simulated.pop("nvcc_path")).parents[1])  # which runs of a test inherit
     code, steps = rehearse(carried, tmp_path, **simulated)
     failed = {name: steps[name] for name in steps if steps[name][0] != "PASS"}
     assert failed.keys() == {"counters", "memcheck"} and code == 1, failed  # their programs are not here
