@@ -18,6 +18,7 @@ from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.placement import hold, plan_gpu_here, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
@@ -98,9 +99,11 @@ class Moss:
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
             card, _ = require_gpu()
-            placed = plan_gpu_here(store, card, gpu_memory, host_memory, context, way)
+            placed = plan_gpu_here(
+                store, CudaNeeds(store.config, store.bits), card, gpu_memory, host_memory, context, way
+            )
         else:
-            placed = plan_here(store, memory, context)
+            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
         loaded = _load(store, placed, "gpu" if on_gpu else "cpu", way)
         hold(placed)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moss_jt.kernels.cuda import reference
-from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers, source, split_parts
+from moss_jt.kernels.cuda.launchers import Launchers, source, split_parts
+from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned

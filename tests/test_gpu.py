@@ -11,6 +11,7 @@ import pytest
 from moss_jt.backend import gpu
 from moss_jt.backend.gpu import Card, Toolkit
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.placement import gpu_budget, plan_gpu_here
 from moss_jt.store.model_folder import open_store
 from tests.support.models import tiny_model_folder
@@ -103,9 +104,10 @@ def test_the_card_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_card_without_shared_managed_memory_is_refused_for_unified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", libraries(*BOTH, driver=Driver(managed=0)))
     store = open_store(tiny_model_folder())
+    needs = CudaNeeds(store.config, store.bits)
     with pytest.raises(MossError, match="cannot share managed memory.*--offload stream"):
-        plan_gpu_here(store, gpu.find_card(), None, None, None, "unified")
-    assert not plan_gpu_here(store, gpu.find_card(), None, None, None, "stream").streams
+        plan_gpu_here(store, needs, gpu.find_card(), None, None, None, "unified")
+    assert not plan_gpu_here(store, needs, gpu.find_card(), None, None, None, "stream").streams
 
 
 @pytest.mark.parametrize(

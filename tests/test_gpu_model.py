@@ -22,7 +22,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import Queue, Var
-from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, plan_gpu
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
@@ -33,6 +33,7 @@ from moss_jt.weights.gpu_weights import GpuWeights
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.unit_views import piece_of
 from tests.emulation.emulator import FakeCupy
+from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
 
 TINY: MossConfig = replace(

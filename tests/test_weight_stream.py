@@ -11,12 +11,14 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix
+from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.plan.placement import plan_here
-from moss_jt.plan.residency import ResidencyPlan, plan
+from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store, StoreFile, map_tensor, open_store
 from moss_jt.store.sizes import GIB, sizes_of_store
 from moss_jt.weights.file_reader import FileReader, Piece
 from moss_jt.weights.stream import WeightStream, open_weights
+from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
 
 
@@ -225,10 +227,11 @@ def test_opened_for_this_machine(tmp_path: Path) -> None:
 
 def test_a_plan_for_this_process_counts_what_it_holds() -> None:
     store = open_store(random_folder(SMALL))
-    placed = plan_here(store, "2GiB", None)
+    needs = CpuNeeds(store.config, store.bits)
+    placed = plan_here(store, needs, "2GiB", None)
     assert placed.budget_bytes == 2 * GIB and placed.context == SMALL.n_positions and not placed.streams
     ballast = np.ones(300 << 20, np.uint8)
-    assert plan_here(store, "2GiB", 64).footprint_bytes - placed.footprint_bytes > 250 << 20
+    assert plan_here(store, needs, "2GiB", 64).footprint_bytes - placed.footprint_bytes > 250 << 20
     assert ballast[0] == 1
     with pytest.raises(MossError, match="too little for this model"):
-        plan_here(store, "50MiB", None)
+        plan_here(store, needs, "50MiB", None)

@@ -1,6 +1,6 @@
 // Attention of new tokens over one layer of the float16 cache.
 //
-// Few tokens: the positions are cut into groups of 64; every (token, head, group) is softmaxed on its own and the groups
+// Few tokens: the positions are cut into groups; every (token, head, group) is softmaxed on its own and the groups
 // are merged in their order, so that threads can share one head's long past and the result depends on nothing but the
 // token's position. Many tokens: two sgemms per head over a widened copy of its keys and values.
 #pragma once
@@ -9,15 +9,15 @@
 
 namespace moss {
 
-constexpr int64_t kGroup = 64;
-constexpr int64_t kManyTokens = 24;  // from here on two sgemms per head are ahead
+constexpr int64_t kGroup = MOSS_ATTENTION_GROUP;
+constexpr int64_t kManyTokens = MOSS_FEW_TOKENS + 1;  // from here on two sgemms per head are ahead
 
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
     const uint16_t* keys;    // (P, H, D) float16: one layer
     const uint16_t* values;
     float* result;           // (T, C)
-    float* partial;          // (23, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
+    float* partial;          // (few tokens, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
     int64_t tokens, start_pos, heads, head_dim;
 
     int64_t width() const { return heads * head_dim; }
@@ -99,11 +99,10 @@ struct Piece {
 constexpr int64_t kPieceTokens = 4, kScores = kGroup + kLanes;
 
 inline void attend_piece(const Attention& a, const Piece& piece) {
-    struct Scores;
     const int64_t begin = piece.group * kGroup, stride = a.width(), heads = piece.end_head - piece.first_head;
     const int64_t tokens = piece.end_token - piece.first_token;
     const uint16_t *k = a.keys + begin * stride, *v = a.values + begin * stride;
-    float* all_scores = scratch<Scores>(tokens * heads * kScores);
+    float* all_scores = scratch<Widened>(tokens * heads * kScores);
     auto count = [&](int64_t t) { return std::min(kGroup, a.start_pos + t + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
         return all_scores + ((t - piece.first_token) * heads + head - piece.first_head) * kScores;
@@ -184,8 +183,7 @@ inline void widen_head(const uint16_t* rows, int64_t stride, int64_t count, int6
 inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_t count) {
     const int64_t seen = a.start_pos + first + count, stride = a.width(), offset = head * a.head_dim;
     const int64_t lds = (seen + kLanes - 1) / kLanes * kLanes;
-    struct Block;
-    float* k = scratch<Block>(2 * seen * a.head_dim + count * lds);
+    float* k = scratch<Widened>(2 * seen * a.head_dim + count * lds);
     float *v = k + seen * a.head_dim, *scores = v + seen * a.head_dim;
     widen_head(a.keys + offset, stride, seen, a.head_dim, k);
     widen_head(a.values + offset, stride, seen, a.head_dim, v);
@@ -204,7 +202,7 @@ inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_
 }
 
 inline void attend_many(const Attention& a) {
-    constexpr int64_t kBlock = 64;
+    constexpr int64_t kBlock = MOSS_ATTENTION_TOKENS;
     static_assert(kBlock <= kTileRows, "totals");
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t head = 0; head < a.heads; head++)

@@ -15,10 +15,14 @@ extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_
 
 namespace moss {
 
-constexpr int64_t kGemmTokens = 64;  // from here on sgemm is ahead
-constexpr int64_t kTileRows = 128, kTileInputs = 2048;
+constexpr int64_t kGemmTokens = MOSS_GEMM_TOKENS;  // from here on sgemm is ahead
+constexpr int64_t kTileRows = MOSS_TILE_ROWS, kTileInputs = MOSS_TILE_INPUTS;
 
-// Scratch memory of one thread: it grows and stays, so that no pass pays for fresh pages.
+// What a thread has scratch memory for: the rows that it works on, and beside them keys, values and scores, or a tile.
+struct Results;
+struct Widened;
+
+// Scratch memory of one thread: it grows and stays, so that no pass pays for fresh pages. kernels/needs.py counts it.
 template <class Tag>
 inline float* scratch(size_t floats) {
     struct Free {
@@ -72,8 +76,7 @@ inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, flo
 template <class M>
 inline void product_tiled(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
                           float* y, int64_t ldy, bool add) {
-    struct Tile;
-    float* tile = scratch<Tile>(kTileRows * kTileInputs);
+    float* tile = scratch<Widened>(kTileRows * kTileInputs);
     for (int64_t n = first; n < end; n += kTileRows) {
         const int64_t rows = std::min(kTileRows, end - n);
         for (int64_t k = 0; k < m.k; k += kTileInputs) {
@@ -105,7 +108,7 @@ inline void product(const M& m, int64_t first, int64_t end, const float* x, int6
 // Work for all threads: rows of a product with this many bytes in each, in pieces that suit the pass.
 inline RowQueue row_queue(int64_t rows, int64_t row_bytes, int64_t tokens) {
     if (many(tokens)) return RowQueue(rows, 1, kTileRows, kTileRows);
-    return RowQueue(rows, row_bytes, 128 << 10, 4 << 20);
+    return RowQueue(rows, row_bytes, MOSS_LEAST_TAKEN, MOSS_MOST_TAKEN);
 }
 
 }  // namespace moss

@@ -23,7 +23,6 @@ struct Head {
 };
 
 inline void run_head(const Head& a) {
-    struct Results;
     const int64_t width = a.weight.k, vocab = a.weight.n;
     float* normed = aligned(a.workspace);
     RowQueue queue = row_queue(vocab, a.weight.row_bytes(), a.rows);

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from moss_jt.kernels.cuda.cublas import Array, multiply
+from moss_jt.kernels.needs import FEW_TOKENS
 
 WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
 ROWS_PER_WARP = 2  # kRows in linear.cu
 TOKEN_VARIANTS = (1, 4, 16)  # of the kernels for few tokens
-# Passes of more tokens go through cuBLAS. Up to here a token's result is the same bits in any pass, as drafts need it.
-FEW_TOKENS = 23
 # Blocks that fill a card: K is split until a product has as many. Consumer cards have 10 to 170 multiprocessors.
 ENOUGH_BLOCKS = 256
 MAX_HEAD_DIM = 256

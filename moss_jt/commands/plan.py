@@ -2,8 +2,10 @@
 
 import click
 
+from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.report import GB, Speed, Speeds, report
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
@@ -94,13 +96,15 @@ def place(
     context = sizes.config.n_positions if context is None else context
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
-        return plan(sizes, context, budget)
+        needs = CpuNeeds(sizes.config, sizes.bits)
+        return plan(sizes, needs, context, budget, threads=compute_threads())
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
     if gpu_memory.strip().endswith("%"):
         raise MossError(
             "--gpu-memory is planned without the GPU, so a share means nothing. Write it like 8GiB."
         )
-    return plan_gpu(sizes, context, parse_memory(gpu_memory, 0), host)
+    needs = CudaNeeds(sizes.config, sizes.bits)
+    return plan_gpu(sizes, needs, context, parse_memory(gpu_memory, 0), host)
 
 
 def given_or_assumed(gigabytes: float | None, assumed: float) -> Speed:

@@ -11,6 +11,7 @@ from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
 from moss_jt.weights.disk_speed import disk_speed
@@ -25,7 +26,8 @@ def load_gpu_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offlo
     try:
         warm_up_gpu(cupy, store.bits)
         # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
-        cupy.get_default_memory_pool().set_limit(size=plan.sizes.gpu_results_bytes(plan.pass_tokens))
+        needs = CudaNeeds(store.config, store.bits)
+        cupy.get_default_memory_pool().set_limit(size=needs.workspace_bytes(plan.pass_tokens))
         cache = KVCache(store.config, plan.context, device_room)
         weights = GpuWeights(store, plan, _units(store, plan, home, offload))
         return GpuModel(store.config, CudaOperators(store.config, cupy), weights, cache, plan)

@@ -14,8 +14,8 @@ from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, Operators, Var
+from moss_jt.kernels.needs import HEAD_ROWS
 from moss_jt.store.config import MossConfig
-from moss_jt.store.sizes import HEAD_ROWS
 
 
 class HeadRows(Protocol):

@@ -23,11 +23,12 @@ from moss_jt.kernels.cuda import launchers
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Region, Weight
+from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.store.config import MossConfig
 
 WIDTH = 64
 TINY = MossConfig("codegen", 8, 32, WIDTH, 1, 2, 4, WIDTH, 1e-5, 0, 1)
-PASSES = (2, launchers.FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
+PASSES = (2, FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
 
 Make = Callable[[tuple[int, ...], str], Weight]
 

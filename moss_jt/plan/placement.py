@@ -4,9 +4,10 @@ import weakref
 
 from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import Card
+from moss_jt.backend.threads import compute_threads
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
-from moss_jt.plan.residency import ResidencyPlan, gib_up, plan, plan_gpu
+from moss_jt.plan.residency import CpuWorkspace, GpuWorkspace, ResidencyPlan, gib_up, plan, plan_gpu
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, sizes_of_store
 
@@ -46,10 +47,13 @@ def footprint_here(later_bytes: int = LATER_BYTES) -> int:
     return max(resident_memory_bytes() + later_bytes, first + promised)
 
 
-def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
+def plan_here(
+    store: Store, needs: CpuWorkspace, memory: str | int | None, context: int | None
+) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
     Args:
+        needs: of the operators that will compute.
         memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
 
@@ -58,11 +62,19 @@ def plan_here(store: Store, memory: str | int | None, context: int | None) -> Re
     """
     budget = memory_budget(memory)
     context = store.config.n_positions if context is None else context
-    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint_here())
+    return plan(
+        sizes_of_store(store),
+        needs,
+        context,
+        budget,
+        threads=compute_threads(),
+        footprint_bytes=footprint_here(),
+    )
 
 
 def plan_gpu_here(
     store: Store,
+    needs: GpuWorkspace,
     card: Card,
     gpu_memory: str | int | None,
     host_memory: str | int | None,
@@ -86,6 +98,7 @@ def plan_gpu_here(
     footprint = footprint_here(GPU_LATER_BYTES)
     placed = plan_gpu(
         sizes_of_store(store),
+        needs,
         context,
         gpu_budget(gpu_memory, card),
         memory_budget(host_memory),

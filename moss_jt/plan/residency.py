@@ -9,7 +9,7 @@ cycle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import FOOTPRINT_BYTES, GIB, MIB, PASS_TOKENS, ModelSizes, whole_pages
@@ -19,10 +19,27 @@ Tier = Literal["device", "host", "disk"]
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
 
+# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing, and what Jittor's rounds each
+# unit up to.
+GPU_POOLS_BYTES = 64 * MIB
+GPU_GRANULE_BYTES = 2 * MIB
+
 # CUDA's context, the kernels' code and the libraries' own memory on the card. An allowance, not measured.
 GPU_FOOTPRINT_BYTES = 600 * MIB
 # What a process holds on the host when it drives a GPU: as on the CPU, and CUDA's libraries. An allowance, too.
 GPU_HOST_FOOTPRINT_BYTES = FOOTPRINT_BYTES + 700 * MIB
+
+
+class CpuWorkspace(Protocol):
+    """What the operators say that they need: moss_jt.kernels.needs.CpuNeeds."""
+
+    def workspace_bytes(self, tokens: int, context: int, threads: int) -> int: ...
+
+
+class GpuWorkspace(Protocol):
+    """The same on a GPU: moss_jt.kernels.needs.CudaNeeds."""
+
+    def workspace_bytes(self, tokens: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -122,17 +139,21 @@ def spread(count: int, total: int) -> set[int]:
 
 def plan(
     sizes: ModelSizes,
+    needs: CpuWorkspace,
     context: int,
     budget_bytes: int,
     *,
+    threads: int,
     pass_tokens: int = PASS_TOKENS,
     footprint_bytes: int = FOOTPRINT_BYTES,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
     Args:
+        needs: of the operators that will compute.
         context: positions of the key/value cache.
         budget_bytes: what the whole process may hold.
+        threads: that compute: each has memory of its own.
         pass_tokens: the most new tokens that one pass takes.
         footprint_bytes: what the process holds without weights, cache and workspace.
 
@@ -140,7 +161,7 @@ def plan(
         MossError: the budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context)
-    workspace = sizes.workspace_bytes(tokens, context)
+    workspace = needs.workspace_bytes(tokens, context, threads)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace)
     return _place(empty, "--memory")
 
@@ -154,6 +175,7 @@ def smallest_bytes(sizes: ModelSizes, context: int) -> int:
 
 def plan_gpu(
     sizes: ModelSizes,
+    needs: GpuWorkspace,
     context: int,
     device_budget_bytes: int,
     host_budget_bytes: int,
@@ -164,13 +186,15 @@ def plan_gpu(
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
     Args:
+        needs: of the operators that will compute.
         host_footprint_bytes: what the process holds on the host without weights.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context)
-    workspace = sizes.gpu_workspace_bytes(tokens)
+    units = len(sizes.block_bytes) + len(sizes.head_slabs())
+    workspace = needs.workspace_bytes(tokens) + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
     empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))
