@@ -16,10 +16,11 @@ FEW_TOKENS = 23
 # Rows of logits that are computed at once.
 HEAD_ROWS = 64
 
-# The CPU's kernels. Positions that share one of a short pass's partial results; tokens that share one head's widened keys
-# and values in a long one.
+# The CPU's kernels. Positions that share one of a short pass's partial results; in a long one, tokens that share one head's
+# keys and values, and positions of which these are widened at a time.
 ATTENTION_GROUP = 64
 ATTENTION_TOKENS = 64
+TILE_POSITIONS = 512
 # Tokens from which on a product is done in tiles of this many rows and inputs, widened to float32, by oneDNN.
 GEMM_TOKENS = 64
 TILE_ROWS, TILE_INPUTS = 128, 2048
@@ -36,6 +37,7 @@ DEFINITIONS = {
     "MOSS_FEW_TOKENS": FEW_TOKENS,
     "MOSS_ATTENTION_GROUP": ATTENTION_GROUP,
     "MOSS_ATTENTION_TOKENS": ATTENTION_TOKENS,
+    "MOSS_TILE_POSITIONS": TILE_POSITIONS,
     "MOSS_GEMM_TOKENS": GEMM_TOKENS,
     "MOSS_TILE_ROWS": TILE_ROWS,
     "MOSS_TILE_INPUTS": TILE_INPUTS,
@@ -73,16 +75,17 @@ class CpuNeeds:
     def thread_floats(self, tokens: int, context: int) -> int:
         """What one thread may hold of its own (see scratch() in gemm.h): it grows, and stays.
 
-        The rows that it works on, and its scores. With oneDNN, which does the products of long passes, tiles or one head's
-        keys, values and scores as floats, and what oneDNN copies of those.
+        The rows that it works on, and its scores. With oneDNN, which does the products of long passes, tiles as floats with
+        their scores, and what oneDNN copies of those.
         """
         c = self.config
         rows, scores = self._taken_rows(), 4 * c.n_head * (ATTENTION_GROUP + LANES)
         without = rows * tokens + scores
         results, widened, copied = rows * min(tokens, GEMM_TOKENS - 1), scores, 0
         if tokens > FEW_TOKENS:
-            head = 2 * context * c.head_dim + ATTENTION_TOKENS * (context + LANES)
-            widened, copied = max(widened, head), (context + ATTENTION_TOKENS) * c.head_dim
+            positions = min(context, TILE_POSITIONS)
+            head = positions * c.head_dim + ATTENTION_TOKENS * (context + LANES)
+            widened, copied = max(widened, head), (positions + ATTENTION_TOKENS) * c.head_dim
         if tokens >= GEMM_TOKENS:
             results, widened = max(results, TILE_ROWS * tokens), max(widened, TILE_ROWS * TILE_INPUTS)
             copied = max(copied, (TILE_ROWS + tokens) * GEMM_INPUTS)

@@ -150,6 +150,9 @@ inline void run_block(const Block<M>& b) {
         }
         block_output(b, w, queues);
     }
+#ifdef MOSS_ONEDNN
+    if (tokens >= kManyTokens) give_back();
+#endif
 }
 
 }  // namespace moss

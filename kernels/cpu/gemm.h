@@ -1,9 +1,11 @@
 // Products with many tokens: tiles of the matrix are widened to float32 in the cache and given to oneDNN's sgemm.
 #pragma once
 
+#include <malloc.h>
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 
 #include "linear.h"
 #include "queue.h"
@@ -22,20 +24,36 @@ constexpr int64_t kTileRows = MOSS_TILE_ROWS, kTileInputs = MOSS_TILE_INPUTS;
 struct Results;
 struct Widened;
 
-// Scratch memory of one thread: it grows and stays, so that no pass pays for fresh pages. kernels/needs.py counts it.
-template <class Tag>
-inline float* scratch(size_t floats) {
-    struct Free {
-        void operator()(float* p) const { std::free(p); }
-    };
-    static thread_local std::unique_ptr<float, Free> memory;
-    static thread_local size_t size = 0;
-    if (floats > size) {
-        memory.reset((float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-        if (!memory) std::abort();
-        size = floats;
+// Memory that grows and stays, so that no pass pays for fresh pages. A mapping of its own: malloc has an arena for each
+// thread, and there every growth would leave a hole that nothing fits into.
+class Growing {
+  public:
+    ~Growing() { release(); }
+    float* floats(size_t count) {
+        const size_t bytes = count * sizeof(float);
+        if (bytes > bytes_) {
+            release();
+            memory_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (memory_ == MAP_FAILED) std::abort();
+            bytes_ = bytes;
+        }
+        return (float*)memory_;
     }
-    return memory.get();
+
+  private:
+    void release() {
+        if (bytes_ > 0) munmap(memory_, bytes_);
+        bytes_ = 0;
+    }
+    void* memory_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+// Scratch memory of one thread; kernels/needs.py counts it.
+template <class Tag>
+inline float* scratch(size_t count) {
+    static thread_local Growing memory;
+    return memory.floats(count);
 }
 
 // The next multiple of 64 bytes: inputs that straddle cache lines halve the speed of products with several tokens.
@@ -47,6 +65,14 @@ inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64)
 inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
                   int64_t ldb, bool add, float* c, int64_t ldc) {
     dnnl_sgemm('N', transposed_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, ldc);
+}
+
+// What oneDNN has freed stays in malloc's arenas, one per thread, in parts that its next buffers do not fit into: without
+// this the arenas grow to many times what is ever used at once.
+inline void give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 template <class M>

@@ -6,6 +6,9 @@
 // has allocators of its own, the second number is zero.
 #include <errno.h>
 #include <malloc.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -20,14 +23,13 @@
 extern "C" void* __libc_memalign(size_t, size_t);
 extern "C" void __libc_free(void*);
 
-// What was allocated with an alignment, as our scratch memory and oneDNN's buffers are.
+// What was mapped, as our scratch memory is, or allocated with an alignment, as oneDNN's buffers are.
 struct Held {
     std::mutex mutex;
     void* pointers[4096];
     size_t sizes[4096], now = 0, most = 0;
     int count = 0;
-    void* take(size_t alignment, size_t bytes) {
-        void* p = __libc_memalign(alignment, bytes);
+    void* take(void* p, size_t bytes) {
         std::lock_guard<std::mutex> lock(mutex);
         if (!p || count == 4096) abort();
         pointers[count] = p;
@@ -49,10 +51,16 @@ struct Held {
 };
 static Held held;
 
-extern "C" void* aligned_alloc(size_t alignment, size_t bytes) { return held.take(alignment, bytes); }
 extern "C" int posix_memalign(void** p, size_t alignment, size_t bytes) {
-    *p = held.take(alignment, bytes);
+    *p = held.take(__libc_memalign(alignment, bytes), bytes);
     return 0;
+}
+extern "C" void* mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset) {
+    return held.take((void*)syscall(SYS_mmap, at, bytes, protection, flags, file, offset), bytes);
+}
+extern "C" int munmap(void* p, size_t bytes) {
+    held.drop(p);
+    return (int)syscall(SYS_munmap, p, bytes);
 }
 extern "C" void free(void* p) {
     if (p) held.drop(p);
