@@ -13,7 +13,7 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
 from moss_jt.terminal.screen import Screen
-from moss_jt.weights.disk_speed import disk_speed
+from moss_jt.weights.disk_speed import disk_under
 
 # What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
 # PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
@@ -119,5 +119,4 @@ def disk_of(store: Store | None, gigabytes: float | None) -> Speed:
     """Measured where the model folder is there: a short read of its largest block."""
     if gigabytes is not None or store is None:
         return given_or_assumed(gigabytes, ASSUMED_DISK)
-    largest = max(store.blocks, key=lambda file: file.nbytes)
-    return Speed(disk_speed(largest.path, model_home() / "disk-speed.json").best, "measured")
+    return Speed(disk_under(store, model_home()).best, "measured")

@@ -14,10 +14,9 @@ from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.disk_speed import disk_speed
-from moss_jt.weights.file_reader import FileReader
-from moss_jt.weights.gpu_units import GpuUnits, StreamedUnits, SwappedUnits, UnifiedUnits
-from moss_jt.weights.gpu_weights import GpuWeights
+from moss_jt.weights.disk_speed import reader_for
+from moss_jt.weights.gpu_units import StreamedUnits, SwappedUnits, UnifiedUnits
+from moss_jt.weights.weights import Units, Weights
 
 
 def load_gpu_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
@@ -29,7 +28,7 @@ def load_gpu_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offlo
         needs = CudaNeeds(store.config, store.bits)
         cupy.get_default_memory_pool().set_limit(size=needs.workspace_bytes(plan.pass_tokens))
         cache = KVCache(store.config, plan.context, device_room)
-        weights = GpuWeights(store, plan, _units(store, plan, home, offload))
+        weights = Weights(store, plan, _units(store, plan, home, offload))
         return GpuModel(store.config, CudaOperators(store.config, cupy), weights, cache, plan)
     except BaseException as error:
         jt.gc()  # a second try finds the memory free
@@ -55,9 +54,8 @@ def import_cupy() -> ModuleType:
     return module
 
 
-def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> GpuUnits:
+def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Units:
     if offload == "swap":
         return SwappedUnits(store, plan)
-    speed = disk_speed(max(store.blocks, key=lambda file: file.nbytes).path, home / "disk-speed.json")
-    reader = FileReader(speed.prefer_direct, speed.best)
+    reader = reader_for(store, home)
     return UnifiedUnits(store, plan, reader) if offload == "unified" else StreamedUnits(store, plan, reader)

@@ -19,7 +19,7 @@ from moss_jt.store.config import MossConfig
 
 
 class HeadRows(Protocol):
-    """Some rows of the head: moss_jt.weights.stream.HeadSlab."""
+    """Some rows of the head: moss_jt.weights.weights.HeadSlab."""
 
     @property
     def first_row(self) -> int: ...
@@ -35,7 +35,7 @@ class HeadRows(Protocol):
 
 
 class Weights(Protocol):
-    """What the model asks of its weights: moss_jt.weights.stream.WeightStream.
+    """What the model asks of its weights: moss_jt.weights.weights.Weights.
 
     Where ``streams`` is true, a block's or slab's weights are gone once the next one has been asked for.
     """

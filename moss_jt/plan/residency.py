@@ -166,10 +166,11 @@ def plan(
     return _place(empty, "--memory")
 
 
-def smallest_bytes(sizes: ModelSizes, context: int) -> int:
+def smallest_bytes(sizes: ModelSizes, needs: CpuWorkspace, context: int, threads: int) -> int:
     """What the smallest CPU plan takes beside what the process holds itself."""
     tokens = min(PASS_TOKENS, context)
-    empty = _without_residents(sizes, context, 0, tokens, 0, sizes.workspace_bytes(tokens, context))
+    workspace = needs.workspace_bytes(tokens, context, threads)
+    empty = _without_residents(sizes, context, 0, tokens, 0, workspace)
     return min(empty.peak_bytes, _all_resident(empty).peak_bytes)
 
 
@@ -250,7 +251,11 @@ def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
 
 
 def _all_resident(empty: ResidencyPlan) -> ResidencyPlan:
-    return replace(empty, units=_on_device(empty.units, set()), ring_buffers=0, buffer_bytes=0)
+    """Without a ring; then the head needs no slabs of a buffer's size."""
+    sizes = empty.sizes
+    head = Unit("head", 0, sizes.head_bytes, 0, sizes.config.vocab_size)
+    units = (*_on_device([unit for unit in empty.units if unit.kind == "block"], set()), head)
+    return replace(empty, units=units, ring_buffers=0, buffer_bytes=0)
 
 
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
