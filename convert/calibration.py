@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.convert.gptq_quantizer import Hessian, quantize_gptq
+from moss_jt.store.architecture import MATRICES
 from moss_jt.store.config import MossConfig
 from moss_jt.store.quant import PackedArrays, dequantize_rows, row_slabs
 
 Matrix = np.ndarray | PackedArrays
 
-QKV, OUT, FC_IN, FC_OUT = "attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"
+QKV, OUT, FC_IN, FC_OUT = MATRICES
 
 
 @dataclass(frozen=True)

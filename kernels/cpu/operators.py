@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
+from moss_jt.kernels.checks import check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary import rotary_table
+from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
 from moss_jt.store.config import MossConfig
 
 EMBED = """
@@ -172,35 +173,16 @@ class CpuOperators:
         return needs.block_floats(tokens, positions, ordered=checked.ordered, onednn=onednn)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
-        width, inner = self.config.n_embd, self.config.n_inner
-        vectors = {
-            "ln_1_weight": (weights.ln_1_weight, width),
-            "ln_1_bias": (weights.ln_1_bias, width),
-            "fc_in_bias": (weights.fc_in_bias, inner),
-            "fc_out_bias": (weights.fc_out_bias, width),
-        }
-        for name, (vector, length) in vectors.items():
-            check_shape(name, vector, (length,))
-            check_dtype(name, vector, "float16")
-        matrices = {
-            "qkv": (weights.qkv, 3 * width, width),
-            "out": (weights.out, width, width),
-            "fc_in": (weights.fc_in, inner, width),
-            "fc_out": (weights.fc_out, width, inner),
-        }
-        arrays, bits, ordered = [], set(), False
-        for name, (matrix, outputs, inputs) in matrices.items():
-            check_matrix(name, matrix, outputs, inputs)
-            if isinstance(matrix, DenseMatrix):
-                bits.add(16)
-            else:
-                bits.add(matrix.bits)
-                ordered = ordered or matrix.input_order is not None
-            arrays += self._arrays(matrix)
+        check_block(weights, self.config)
+        fields = [getattr(weights, tensor.field) for tensor in BLOCK_TENSORS]
+        matrices = [field for field in fields if isinstance(field, (DenseMatrix, PackedMatrix))]
+        packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+        bits = {matrix.bits for matrix in packed} | ({16} if len(packed) < len(matrices) else set())
         if len(bits) > 1:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
-        vars_ = [vector for vector, _ in vectors.values()]
-        return CheckedBlock(bits.pop(), vars_, arrays, ordered)
+        vectors = [field for field in fields if not isinstance(field, (DenseMatrix, PackedMatrix))]
+        arrays = [array for matrix in matrices for array in self._arrays(matrix)]
+        return CheckedBlock(bits.pop(), vectors, arrays, any(m.input_order is not None for m in packed))
 
     def _arrays(self, matrix: Matrix) -> list[Var]:
         if isinstance(matrix, DenseMatrix):

@@ -5,6 +5,13 @@ from math import gcd
 from typing import NamedTuple
 
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import (
+    HEAD_WEIGHT,
+    block_tensors,
+    bytes_of,
+    embedding_tensors,
+    head_tensors,
+)
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.model_folder import Store
 
@@ -79,30 +86,20 @@ def sizes_of_store(store: Store) -> ModelSizes:
 
 def sizes_of_geometry(config: MossConfig, bits: int = 16, group_size: int = 128) -> ModelSizes:
     """Sizes of a model that is not there: what its model folder would hold, without act-order."""
-    c, inner = config.n_embd, config.n_inner
-    matrices = [(3 * c, c), (c, c), (inner, c), (c, inner)]
-    vectors = (2 * c + inner + c) * FLOAT16
-    block = whole_pages(sum(matrix_bytes(n, k, bits, group_size) for n, k in matrices) + vectors)
+    block = whole_pages(bytes_of(block_tensors(config, bits, group_size)))
     return _sizes(config, bits, (block,) * config.n_layer)
 
 
-def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """A matrix as stored: float16, or packed with a float16 scale and a one-byte zero point per group."""
-    if bits == 16:
-        return rows * columns * FLOAT16
-    groups = -(-columns // group_size)
-    return rows * (columns * bits // 8 + groups * (FLOAT16 + 1))
-
-
 def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes:
-    table = config.vocab_size * config.n_embd * FLOAT16
+    head = head_tensors(config)
+    weight = {HEAD_WEIGHT: head.pop(HEAD_WEIGHT)}
     return ModelSizes(
         config=config,
         bits=bits,
         block_bytes=blocks,
-        head_bytes=table,
-        small_bytes=(config.vocab_size + 2 * config.n_embd) * FLOAT16,
-        embedding_bytes=table,
+        head_bytes=bytes_of(weight),
+        small_bytes=bytes_of(head),
+        embedding_bytes=bytes_of(embedding_tensors(config)),
     )
 
 

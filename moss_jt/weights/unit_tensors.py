@@ -8,10 +8,9 @@ import numpy as np
 
 from moss_jt.errors import MossError
 from moss_jt.plan.residency import Unit
+from moss_jt.store.architecture import HEAD_WEIGHT
 from moss_jt.store.model_folder import Store, StoreFile
 from moss_jt.weights.file_reader import Extent
-
-HEAD_WEIGHT = "lm_head.weight"
 
 
 class UnitTensor(NamedTuple):

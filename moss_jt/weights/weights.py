@@ -15,8 +15,9 @@ from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var, Weight
 from moss_jt.plan.residency import ResidencyPlan, Unit
+from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
 from moss_jt.store.model_folder import Store, map_tensor
-from moss_jt.weights.unit_tensors import HEAD_WEIGHT, RowReader, UnitTensor, tensors_of
+from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
 
 
 class UnitMemory(NamedTuple):
@@ -184,16 +185,8 @@ def block_weights(
             input_order=weights.get(f"{name}.input_order"),
         )
 
-    return BlockWeights(
-        ln_1_weight=weights["ln_1.weight"],
-        ln_1_bias=weights["ln_1.bias"],
-        qkv=matrix("attn.qkv_proj"),
-        out=matrix("attn.out_proj"),
-        fc_in=matrix("mlp.fc_in"),
-        fc_in_bias=weights["mlp.fc_in.bias"],
-        fc_out=matrix("mlp.fc_out"),
-        fc_out_bias=weights["mlp.fc_out.bias"],
-    )
+    fields = {t.field: matrix(t.name) if t.is_matrix else weights[t.name] for t in BLOCK}
+    return BlockWeights(**fields)
 
 
 def _small(array: np.ndarray) -> Var:

@@ -7,16 +7,15 @@
 #include <errno.h>
 #include <malloc.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
 
-#include "block.h"
-#include "head.h"
+#include "simd.h"
 
 #ifndef __SANITIZE_ADDRESS__
 
@@ -55,13 +54,16 @@ extern "C" int posix_memalign(void** p, size_t alignment, size_t bytes) {
     *p = held.take(__libc_memalign(alignment, bytes), bytes);
     return 0;
 }
-extern "C" void* mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset) {
-    return held.take((void*)syscall(SYS_mmap, at, bytes, protection, flags, file, offset), bytes);
+static void* counted_mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset) {
+    return held.take(mmap(at, bytes, protection, flags, file, offset), bytes);
 }
-extern "C" int munmap(void* p, size_t bytes) {
+static int counted_munmap(void* p, size_t bytes) {
     held.drop(p);
-    return (int)syscall(SYS_munmap, p, bytes);
+    return munmap(p, bytes);
 }
+// Ours only: oneDNN maps what it compiles.
+#define mmap counted_mmap
+#define munmap counted_munmap
 extern "C" void free(void* p) {
     if (p) held.drop(p);
     __libc_free(p);
@@ -75,6 +77,9 @@ static size_t most_held() { return 0; }
 static size_t held_now() { return 0; }
 
 #endif
+
+#include "block.h"
+#include "head.h"
 
 using namespace moss;
 
