@@ -67,9 +67,6 @@ class PortableOperators:
         swapped[: config.rotary_dim] ^= 1
         self.swapped = jt.array(swapped.astype(np.int32))
 
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        return table[token_ids].float32().reshape((token_ids.shape[0], table.shape[1]))
-
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
         normed = layer_norm(h, norm_weight, norm_bias, self.config.layer_norm_epsilon)
         return linear(normed, DenseMatrix(weight)) + bias.float32()

@@ -15,10 +15,6 @@ from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
 from moss_jt.store.config import MossConfig
 
-EMBED = """
-moss::run_embed((const int32_t*)in0_p, in0_shape0, (const uint16_t*)in1_p, in1_shape1, (float*)out0_p);
-"""
-
 HEAD = """
 moss::Head head{};
 head.h = (const float*)in0_p;
@@ -124,12 +120,6 @@ class CpuOperators:
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
-
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        check_dtype("token_ids", token_ids, "int32")
-        check_dtype("table", table, "float16")
-        shape = (token_ids.shape[0], table.shape[1])
-        return run(self.simd, "head.h", EMBED, [shape], [token_ids, table])[0]
 
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
         rows, width, vocab = h.shape[0], self.config.n_embd, weight.shape[0]

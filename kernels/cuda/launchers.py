@@ -71,11 +71,6 @@ class Launchers:
         """One thread for each of ``count`` elements."""
         self.launch(module, kernel, (-(-count // THREADS),), *arguments)
 
-    def embed(self, token_ids: Array, table: Array, out: Array) -> None:
-        """token_ids (T,) int32, table (V, C) float16 -> out (T, C) float32."""
-        tokens, width = token_ids.shape[0], table.shape[1]
-        self.each("elementwise.cu", "embed", tokens * width, token_ids, table, out, tokens, width)
-
     def layer_norm(self, x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
         """x (T, C) float32, weight and bias (C,) float16 -> (T, C) float32."""
         out = self.cupy.empty(x.shape, np.float32)
