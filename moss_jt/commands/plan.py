@@ -103,8 +103,8 @@ def place(
         raise MossError(
             "--gpu-memory is planned without the GPU, so a share means nothing. Write it like 8GiB."
         )
-    needs = CudaNeeds(sizes.config, sizes.bits)
-    return plan_gpu(sizes, needs, context, parse_memory(gpu_memory, 0), host)
+    card = parse_memory(gpu_memory, 0)
+    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
 
 
 def given_or_assumed(gigabytes: float | None, assumed: float) -> Speed:

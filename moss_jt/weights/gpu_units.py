@@ -137,7 +137,7 @@ class UnifiedUnits(CardUnits):
             self._engine = CudaCopyEngine()
             self._computed = self._engine.new_event()
             self._moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
-            self._order = self._moving
+            self._order: Sequence[int] = self._moving
             with staged(self._engine, reader, sum(unit.n_bytes for unit in plan.units)) as fill:
                 for number, unit in enumerate(plan.units):
                     extent = extent_of(store, unit)
