@@ -18,6 +18,7 @@ from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
@@ -100,10 +101,11 @@ class Moss:
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
             card, _ = require_gpu(number)
-            planner = gpu_planner(store, card, gpu_memory, host_memory, context, way)
+            needs = CudaNeeds(store.config, store.bits)
+            planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way)
             placed = planner.plan()
         else:
-            placed = plan_here(store, memory, context)
+            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         if on_gpu:

@@ -14,6 +14,7 @@ from moss_jt.backend import gpu, toolkit
 from moss_jt.backend.cards import Card
 from moss_jt.backend.toolkit import Toolkit
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.placement import gpu_budget, gpu_planner
 from moss_jt.store.model_folder import open_store
 from tests.support.models import tiny_model_folder
@@ -24,9 +25,10 @@ CARD = Card("RTX 3060", 12 * GIB, 11 * GIB, (8, 6), (12, 4))
 
 def test_a_card_without_shared_managed_memory_is_refused_for_unified() -> None:
     store, card = open_store(tiny_model_folder()), replace(CARD, unified=False)
+    needs = CudaNeeds(store.config, store.bits)
     with pytest.raises(MossError, match="cannot share managed memory.*--offload stream"):
-        gpu_planner(store, card, None, None, None, "unified")
-    assert not gpu_planner(store, card, None, None, None, "stream").plan().streams
+        gpu_planner(store, needs, card, None, None, None, "unified")
+    assert not gpu_planner(store, needs, card, None, None, None, "stream").plan().streams
 
 
 def test_the_default_limit_leaves_a_margin_and_too_much_is_refused() -> None:

@@ -21,12 +21,13 @@ import pytest
 
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
-from moss_jt.plan.residency import plan_gpu
+from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, environment_with, run_on_gpu, run_python
 from tests.support.models import tiny_model_folder
+from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
 
 FREE = sim_gpu.MEMORY - sim_gpu.CONTEXT  # of the card, for this and other programs
@@ -277,7 +278,9 @@ def test_a_plan_that_turns_out_too_large_shrinks_once(
     sizes = sizes_of_store(open_store(tmp_path / "large"))
     whole = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
     card = whole.peak_bytes * 11 // 10
-    left = whole.bytes_on("device") + sizes.gpu_results_bytes(whole.pass_tokens) // 2
+    left = (
+        whole.bytes_on("device") + CudaNeeds(sizes.config, sizes.bits).workspace_bytes(whole.pass_tokens) // 2
+    )
     late = taken(environment, card - sim_gpu.CONTEXT - left, 4 * MIB)
     for options, streams in ((environment, False), (late, True)):
         done = run_python(LOAD, [str(tmp_path / "large")], {**options, "SIM_GPU_MEMORY": str(card)}, 200)

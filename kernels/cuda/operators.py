@@ -41,14 +41,6 @@ class CudaOperators:
         pool.free_all_blocks()
         pool.set_limit(size=0)  # none
 
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        check_dtype("table", table, "float16")
-
-        def work(a: Sequence[Array], out: Array) -> None:
-            self.kernels.embed(a[0].reshape(-1), a[1], out)
-
-        return _code((token_ids.shape[0], table.shape[1]), [token_ids, table], work)
-
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var) -> Var:
         check_shape("h", h, (h.shape[0], self.config.n_embd))
         check_shape("weight", weight, (bias.shape[0], self.config.n_embd))

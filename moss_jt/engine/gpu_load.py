@@ -14,13 +14,13 @@ from moss_jt.engine.kv_cache import KVCache, device_room
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, StartedCard, less_margin
 from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.disk_speed import disk_speed
-from moss_jt.weights.file_reader import FileReader
-from moss_jt.weights.gpu_units import GpuUnits, StreamedUnits, SwappedUnits, UnifiedUnits
-from moss_jt.weights.gpu_weights import GpuWeights
+from moss_jt.weights.disk_speed import reader_for
+from moss_jt.weights.gpu_units import StreamedUnits, SwappedUnits, UnifiedUnits
+from moss_jt.weights.weights import Units, Weights
 
 
 def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offload) -> GpuModel:
@@ -101,11 +101,11 @@ def _plan_again(planner: GpuPlanner, started: StartedCard, at_most: int | None =
 
 
 def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy: Any) -> GpuModel:
-    results = plan.sizes.gpu_results_bytes(plan.pass_tokens)
+    results = CudaNeeds(store.config, store.bits).workspace_bytes(plan.pass_tokens)
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     cache = KVCache(store.config, plan.context, device_room)
-    weights = GpuWeights(store, plan, _units(store, plan, home, offload))
+    weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
         # Whether the results have room is seen now, and not in the midst of an answer.
         cupy.cuda.runtime.free(cupy.cuda.runtime.malloc(results))
@@ -115,9 +115,8 @@ def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy:
         raise
 
 
-def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> GpuUnits:
+def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Units:
     if offload == "swap":
         return SwappedUnits(store, plan)
-    speed = disk_speed(max(store.blocks, key=lambda file: file.nbytes).path, home / "disk-speed.json")
-    reader = FileReader(speed.prefer_direct, speed.best)
+    reader = reader_for(store, home)
     return UnifiedUnits(store, plan, reader) if offload == "unified" else StreamedUnits(store, plan, reader)

@@ -13,8 +13,9 @@ from moss_jt.engine.warm_up import warm_up
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.stream import open_weights
-from moss_jt.weights.swap import SwappedWeights, swap_errors, swap_folder
+from moss_jt.weights.cpu_units import open_weights
+from moss_jt.weights.swap import SwappedTensors, swap_errors, swap_folder
+from moss_jt.weights.weights import Weights
 
 
 class SwappedModel(Model):
@@ -38,5 +39,6 @@ def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) 
     warm_up(store.bits)
     operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
     if offload == "swap":
-        return SwappedModel(store.config, operators, SwappedWeights(store, plan), cache, plan.pass_tokens)
+        swapped = Weights(store, plan, SwappedTensors(store, plan))
+        return SwappedModel(store.config, operators, swapped, cache, plan.pass_tokens)
     return Model(store.config, operators, open_weights(store, plan, home), cache, plan.pass_tokens)

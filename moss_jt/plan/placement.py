@@ -6,9 +6,18 @@ from dataclasses import dataclass
 
 from moss_jt.backend.cards import Card
 from moss_jt.backend.device import Offload
+from moss_jt.backend.threads import compute_threads
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
-from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, gib_up, plan, plan_gpu
+from moss_jt.plan.residency import (
+    GPU_FOOTPRINT_BYTES,
+    CpuWorkspace,
+    GpuWorkspace,
+    ResidencyPlan,
+    gib_up,
+    plan,
+    plan_gpu,
+)
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, sizes_of_store
 
@@ -50,10 +59,13 @@ def footprint_here(later_bytes: int = LATER_BYTES) -> int:
     return max(resident_memory_bytes() + later_bytes, first + promised)
 
 
-def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
+def plan_here(
+    store: Store, needs: CpuWorkspace, memory: str | int | None, context: int | None
+) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
     Args:
+        needs: of the operators that will compute.
         memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
 
@@ -62,7 +74,14 @@ def plan_here(store: Store, memory: str | int | None, context: int | None) -> Re
     """
     budget = memory_budget(memory)
     context = store.config.n_positions if context is None else context
-    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint_here())
+    return plan(
+        sizes_of_store(store),
+        needs,
+        context,
+        budget,
+        threads=compute_threads(),
+        footprint_bytes=footprint_here(),
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,7 @@ class GpuPlanner:
     """
 
     store: Store
+    needs: GpuWorkspace
     card: Card
     gpu_memory: str | int | None
     host_budget_bytes: int
@@ -119,6 +139,7 @@ class GpuPlanner:
     def _place(self, budget: int, footprint: int) -> ResidencyPlan:
         placed = plan_gpu(
             sizes_of_store(self.store),
+            self.needs,
             self.context,
             budget,
             self.host_budget_bytes,
@@ -132,6 +153,7 @@ class GpuPlanner:
 
 def gpu_planner(
     store: Store,
+    needs: GpuWorkspace,
     card: Card,
     gpu_memory: str | int | None,
     host_memory: str | int | None,
@@ -152,7 +174,7 @@ def gpu_planner(
         )
     context = store.config.n_positions if context is None else context
     footprint = footprint_here(GPU_LATER_BYTES)
-    return GpuPlanner(store, card, gpu_memory, memory_budget(host_memory), footprint, context, offload)
+    return GpuPlanner(store, needs, card, gpu_memory, memory_budget(host_memory), footprint, context, offload)
 
 
 def gpu_budget(text: str | int | None, card: Card) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
 from moss_jt.plan.placement import GPU_LATER_BYTES
-from moss_jt.plan.residency import plan_gpu
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
+from tests.support.plans import plan_gpu
 
 CONTEXT = 96
 GPU_HOME = "MOSS_JT_TEST_GPU_HOME"  # where Jittor's builds for a GPU are, if not with the others
