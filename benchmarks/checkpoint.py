@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from moss_jt.store.architecture import block_tensors, embedding_tensors, full_name, head_tensors
+from moss_jt.store.config import MossConfig
+
 TOKENIZER = Path(__file__).resolve().parents[1] / "demos" / "moss-tiny"
 
 # Salesforce's sizes: CodeGen-350M and CodeGen-2B (2.7 billion parameters).
@@ -37,30 +40,11 @@ def config_of(geometry: str) -> dict[str, object]:
     }
 
 
-def tensors_of(config: dict[str, object], layer: int | None) -> dict[str, tuple[int, ...]]:
+def tensors_of(config: MossConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one block's tensors, or of those outside the blocks."""
-    width, vocabulary = int(str(config["n_embd"])), int(str(config["vocab_size"]))
-    if layer is None:
-        return {
-            "transformer.wte.weight": (vocabulary, width),
-            "transformer.ln_f.weight": (width,),
-            "transformer.ln_f.bias": (width,),
-            "lm_head.weight": (vocabulary, width),
-            "lm_head.bias": (vocabulary,),
-        }
-    return {
-        f"transformer.h.{layer}.{name}": shape
-        for name, shape in {
-            "ln_1.weight": (width,),
-            "ln_1.bias": (width,),
-            "attn.qkv_proj.weight": (3 * width, width),
-            "attn.out_proj.weight": (width, width),
-            "mlp.fc_in.weight": (4 * width, width),
-            "mlp.fc_in.bias": (4 * width,),
-            "mlp.fc_out.weight": (width, 4 * width),
-            "mlp.fc_out.bias": (width,),
-        }.items()
-    }
+    outside = {**embedding_tensors(config), **head_tensors(config)}
+    tensors = outside if layer is None else block_tensors(config, 16, 0)
+    return {full_name(name, layer): shape for name, (_, shape) in tensors.items()}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> np.ndarray:
@@ -77,11 +61,12 @@ def write_checkpoint(folder: Path, geometry: str, seed: int = 0) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     config, draw, weight_map = config_of(geometry), np.random.default_rng(seed), {}
-    layers = [None, *range(int(str(config["n_layer"])))]
+    shapes = MossConfig.from_json(config)
+    layers = [None, *range(shapes.n_layer)]
     for number, layer in enumerate(layers, 1):
         shard = f"model-{number:05d}-of-{len(layers):05d}.safetensors"
         tensors = {
-            name: random_tensor(name, shape, draw) for name, shape in tensors_of(config, layer).items()
+            name: random_tensor(name, shape, draw) for name, shape in tensors_of(shapes, layer).items()
         }
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, shard))

@@ -2,6 +2,7 @@
 
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.report import BITS_NAMES, GB, Speed, Speeds
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
 from moss_jt.store.config import MOSS_MOON_003
@@ -13,10 +14,17 @@ HOSTS = (16, 32, 64)
 BITS = (16, 8, 4)
 # A machine's operating system and other programs want some, too: 2 GiB are left to them.
 SYSTEM = 2
+# Each thread that computes has memory of its own.
+THREADS = 8
 
 
 def speed(gigabytes: float) -> Speed:
     return Speed(gigabytes * GB, "assumed")
+
+
+def cpu_plan(bits: int, context: int, budget: int) -> ResidencyPlan:
+    needs = CpuNeeds(MOSS_MOON_003, bits)
+    return plan(sizes_of_geometry(MOSS_MOON_003, bits), needs, context, budget, threads=THREADS)
 
 
 def cpu_table() -> str:
@@ -28,7 +36,7 @@ def cpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_MEMORY))
     for ram in HOSTS:
         for bits in BITS:
-            placed = plan(sizes_of_geometry(MOSS_MOON_003, bits), CONTEXT, (ram - SYSTEM) * GIB)
+            placed = cpu_plan(bits, CONTEXT, (ram - SYSTEM) * GIB)
             lines.append(
                 f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(placed)} | "
                 f"{placed.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(placed):.2f} |"
@@ -48,7 +56,8 @@ def gpu_table() -> str:
     for card in CARDS:
         for bits in BITS:
             sizes = sizes_of_geometry(MOSS_MOON_003, bits)
-            plans = [plan_gpu(sizes, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
+            needs = CudaNeeds(MOSS_MOON_003, bits)
+            plans = [plan_gpu(sizes, needs, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
             disk = " / ".join(f"{placed.disk_bytes_per_pass / GB:.1f}" for placed in plans)
             seconds = " / ".join(f"{speeds.seconds(placed):.2f}" for placed in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"
@@ -69,12 +78,11 @@ def smallest_table() -> str:
 
 def smallest(bits: int, context: int) -> int:
     """The smallest budget, found as a user would: by trying."""
-    sizes = sizes_of_geometry(MOSS_MOON_003, bits)
     low, high = 0, 64 * GIB
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            plan(sizes, context, middle)
+            cpu_plan(bits, context, middle)
             high = middle
         except MossError:
             low = middle

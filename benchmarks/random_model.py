@@ -22,6 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.convert.tokenizer import build_tokenizer
+from moss_jt.store.architecture import (
+    DTYPE_BYTES,
+    Wanted,
+    block_tensors,
+    embedding_tensors,
+    full_name,
+    head_tensors,
+)
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.locations import tiny_checkpoint
 
@@ -34,43 +42,16 @@ GEOMETRIES = {
 }
 PAGE = 4096
 POOL_BYTES = 64 << 20
-DTYPES = {"F16": 2, "U8": 1}
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 
-def matrix_specs(name: str, rows: int, columns: int, bits: int, group_size: int) -> list[Spec]:
-    if bits == 16:
-        return [(f"{name}.weight", "F16", (rows, columns))]
-    groups = columns // group_size
-    return [
-        (f"{name}.packed", "U8", (rows, columns * bits // 8)),
-        (f"{name}.scales", "F16", (rows, groups)),
-        (f"{name}.zeros", "U8", (rows, groups)),
-    ]
-
-
-def block_specs(config: MossConfig, block: int, bits: int, group_size: int) -> list[Spec]:
-    c, inner = config.n_embd, config.n_inner
-    matrices = {
-        "attn.qkv_proj": (3 * c, c),
-        "attn.out_proj": (c, c),
-        "mlp.fc_in": (inner, c),
-        "mlp.fc_out": (c, inner),
-    }
-    specs: list[Spec] = [
-        ("ln_1.weight", "F16", (c,)),
-        ("ln_1.bias", "F16", (c,)),
-        ("mlp.fc_in.bias", "F16", (inner,)),
-        ("mlp.fc_out.bias", "F16", (c,)),
-    ]
-    for name, (rows, columns) in matrices.items():
-        specs += matrix_specs(name, rows, columns, bits, group_size)
-    return [(f"transformer.h.{block}.{name}", dtype, shape) for name, dtype, shape in specs]
+def specs_of(tensors: Wanted, layer: int | None = None) -> list[Spec]:
+    return [(full_name(name, layer), dtype, shape) for name, (dtype, shape) in tensors.items()]
 
 
 def n_bytes_of(spec: Spec) -> int:
-    return DTYPES[spec[1]] * int(np.prod(spec[2]))
+    return DTYPE_BYTES[spec[1]] * int(np.prod(spec[2]))
 
 
 class RandomPool:
@@ -176,16 +157,12 @@ def write_random_model(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     pool, hasher = RandomPool(seed, bits), Hasher()
-    table = (config.vocab_size, config.n_embd)
-    head: list[Spec] = [
-        ("transformer.ln_f.weight", "F16", (config.n_embd,)),
-        ("transformer.ln_f.bias", "F16", (config.n_embd,)),
-        ("lm_head.weight", "F16", table),
-        ("lm_head.bias", "F16", (config.vocab_size,)),
-    ]
-    files = {"embedding.safetensors": [("transformer.wte.weight", "F16", table)], "head.safetensors": head}
+    files = {
+        "embedding.safetensors": specs_of(embedding_tensors(config)),
+        "head.safetensors": specs_of(head_tensors(config)),
+    }
     for block in range(config.n_layer):
-        files[f"block-{block:02d}.safetensors"] = block_specs(config, block, bits, group_size)
+        files[f"block-{block:02d}.safetensors"] = specs_of(block_tensors(config, bits, group_size), block)
     entries = {name: write_file(folder / name, specs, pool, hasher) for name, specs in files.items()}
     digests = hasher.finish()
     for entry in entries.values():

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.convert.gptq_quantizer import Hessian, quantize_gptq
+from moss_jt.kernels.rotary import rotary_table
+from moss_jt.store.architecture import MATRICES
 from moss_jt.store.config import MossConfig
 from moss_jt.store.quant import PackedArrays, dequantize_rows, row_slabs
 
 Matrix = np.ndarray | PackedArrays
 
-QKV, OUT, FC_IN, FC_OUT = "attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"
+QKV, OUT, FC_IN, FC_OUT = MATRICES
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Calibration:
         self.sequences = [
             slice(first, min(first + length, len(hidden))) for first in range(0, len(hidden), length)
         ]
-        self.cosines, self.sines = _rotary_table(length, config.rotary_dim)
+        self.cosines, self.sines = rotary_table(length, config.rotary_dim).swapaxes(0, 1)
 
     def quantize_block(
         self, weights: Mapping[str, np.ndarray], settings: GptqSettings
@@ -129,13 +131,6 @@ class Calibration:
         turned[:, :, : self.config.rotary_dim : 2] = even * cosines - odd * sines
         turned[:, :, 1 : self.config.rotary_dim : 2] = odd * cosines + even * sines
         return turned
-
-
-def _rotary_table(positions: int, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, each (positions, rotary_dim // 2) float32."""
-    frequencies = 10000.0 ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
-    angles = np.outer(np.arange(positions), frequencies)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def linear(x: np.ndarray, matrix: Matrix) -> np.ndarray:

@@ -9,16 +9,9 @@ import numpy as np
 from moss_jt.convert.checkpoint import Checkpoint
 from moss_jt.convert.tensors import SourceTensor, to_float16
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import MATRICES, block_tensors, embedding_tensors, full_name, head_tensors
 from moss_jt.store.config import MossConfig
-from moss_jt.store.model_folder import (
-    EMBEDDING,
-    HEAD,
-    MATRICES,
-    block_file_name,
-    block_tensors,
-    embedding_tensors,
-    head_tensors,
-)
+from moss_jt.store.model_folder import EMBEDDING, HEAD, block_file_name
 
 # The checkpoint's qkv rows come in four chunks (one per TPU core that trained CodeGen), each query, value, key.
 MP_NUM = 4
@@ -80,20 +73,16 @@ def is_quantised(checkpoint: Checkpoint) -> bool:
 
 def expected_names(config: MossConfig, quantised: bool) -> dict[str, list[str]]:
     """File of the model folder -> names of the checkpoint's tensors that it is made of."""
-    files = {EMBEDDING: [f"transformer.{name}" for name in embedding_tensors(config)]}
+    files = {EMBEDDING: [full_name(name) for name in embedding_tensors(config)]}
     for layer in range(config.n_layer):
         names = []
         for name in block_tensors(config, 16, 0):
             stem = name.removesuffix(".weight")
-            parts = QUANTISED_PARTS if quantised and stem in MATRICES and stem != name else ("",)
-            names += [
-                f"transformer.h.{layer}.{stem}.{part}" if part else f"transformer.h.{layer}.{name}"
-                for part in parts
-            ]
+            packed = quantised and stem in MATRICES and stem != name
+            parts = [f"{stem}.{part}" for part in QUANTISED_PARTS] if packed else [name]
+            names += [full_name(part, layer) for part in parts]
         files[block_file_name(layer)] = names
-    files[HEAD] = [
-        name if name.startswith("lm_head") else f"transformer.{name}" for name in head_tensors(config)
-    ]
+    files[HEAD] = [full_name(name) for name in head_tensors(config)]
     return files
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
 from moss_jt.convert.verify import verify_file, verify_store
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import block_tensors, bytes_of, embedding_tensors, head_tensors
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import read_json, read_small, write_json, write_text, writing
 from moss_jt.store.manifest import (
@@ -37,13 +37,10 @@ from moss_jt.store.model_folder import (
     EMBEDDING,
     HEAD,
     block_file_name,
-    block_tensors,
-    embedding_tensors,
-    head_tensors,
     open_file,
     open_store,
 )
-from moss_jt.store.safetensors_header import DTYPES, read_header
+from moss_jt.store.safetensors_header import read_header
 
 SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 
@@ -92,18 +89,14 @@ class Source(Protocol):
 
 def file_bytes(config: MossConfig, bits: int, group_size: int) -> dict[str, int]:
     """Bytes of the tensors in each file of the model folder, headers and input orders apart."""
-    block = _bytes(block_tensors(config, bits, group_size))
+    block = bytes_of(block_tensors(config, bits, group_size))
     blocks = {block_file_name(layer): block for layer in range(config.n_layer)}
-    return {EMBEDDING: _bytes(embedding_tensors(config)), **blocks, HEAD: _bytes(head_tensors(config))}
+    return {EMBEDDING: bytes_of(embedding_tensors(config)), **blocks, HEAD: bytes_of(head_tensors(config))}
 
 
 def weight_bytes(config: MossConfig, bits: int, group_size: int) -> int:
     """Bytes of all tensors of the model folder, headers and input orders apart."""
     return sum(file_bytes(config, bits, group_size).values())
-
-
-def _bytes(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
-    return sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values())
 
 
 def recipe_for(checkpoint: Checkpoint) -> Recipe:

@@ -18,9 +18,10 @@ from moss_jt.convert.layout import FilePlan, Target
 from moss_jt.convert.pipeline import SCRATCH, Recipe, weight_bytes
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import MATRICES
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import replacing, writing
-from moss_jt.store.model_folder import EMBEDDING, MATRICES, block_file_name, local_name
+from moss_jt.store.model_folder import EMBEDDING, block_file_name, local_name
 from moss_jt.store.quant import PackedArrays, check_group_size, quantize_rtn, working_group_sizes
 from moss_jt.store.safetensors_header import DTYPES, read_header
 

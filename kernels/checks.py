@@ -1,6 +1,8 @@
 """What the operators check before native code or an index trusts a shape."""
 
-from moss_jt.kernels.interface import DenseMatrix, Matrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
+from moss_jt.store.architecture import BLOCK
+from moss_jt.store.config import MossConfig
 
 
 def check_shape(name: str, var: Var, shape: tuple[int, ...]) -> None:
@@ -36,6 +38,17 @@ def check_matrix(name: str, matrix: Matrix, outputs: int, inputs: int) -> None:
     if matrix.input_order is not None:
         check_shape(f"{name}.input_order", matrix.input_order, (inputs, 1))
         check_dtype(f"{name}.input_order", matrix.input_order, "int32")
+
+
+def check_block(weights: BlockWeights, config: MossConfig) -> None:
+    """Raises ValueError unless all of a block's weights have the shapes of this geometry."""
+    for tensor in BLOCK:
+        weight, shape = getattr(weights, tensor.field), tensor.shape(config)
+        if tensor.is_matrix:
+            check_matrix(tensor.field, weight, *shape)
+        else:
+            check_shape(tensor.field, weight, shape)
+            check_dtype(tensor.field, weight, "float16")
 
 
 def check_cache(

@@ -97,20 +97,11 @@ class BlockWeights:
 
 
 class Operators(Protocol):
-    """The three steps of a pass. Results are lazy Vars; weights and results are never written to, the cache is.
+    """The two steps of a pass. Results are lazy Vars; weights and results are never written to, the cache is.
 
     The cache is written in place, and a pass reads what earlier passes wrote, without Jittor knowing of it:
     **the caller must sync the last block's result (or the logits made of it) before it starts the next pass.**
     """
-
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        """Rows of the embedding, widened.
-
-        token_ids  (T, 1) int32: two axes, because Jittor bakes a Var of shape (1,) into its kernels
-        table      (V, C) float16
-        Returns (T, C) float32. Ids must be in [0, V): they are not checked here.
-        """
-        ...
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
         """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.

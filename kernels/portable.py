@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_cache, check_matrix
+from moss_jt.kernels.checks import check_block, check_cache
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
 from moss_jt.kernels.rotary import spread_rotary_table
 from moss_jt.store.config import MossConfig
@@ -67,30 +67,18 @@ class PortableOperators:
         swapped[: config.rotary_dim] ^= 1
         self.swapped = jt.array(swapped.astype(np.int32))
 
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        return table[token_ids].float32().reshape((token_ids.shape[0], table.shape[1]))
-
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
         normed = layer_norm(h, norm_weight, norm_bias, self.config.layer_norm_epsilon)
         return linear(normed, DenseMatrix(weight)) + bias.float32()
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
-        self._check(h, weights, keys, values, layer, start_pos)
+        check_block(weights, self.config)
+        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, h.shape[0])
         normed = layer_norm(h, weights.ln_1_weight, weights.ln_1_bias, self.config.layer_norm_epsilon)
         attended = self._attention(linear(normed, weights.qkv), keys, values, layer, start_pos)
         inner = gelu_new(linear(normed, weights.fc_in) + weights.fc_in_bias.float32())
         mlp = linear(inner, weights.fc_out) + weights.fc_out_bias.float32()
         return h + linear(attended, weights.out) + mlp
-
-    def _check(
-        self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int
-    ) -> None:
-        width, inner = self.config.n_embd, self.config.n_inner
-        check_matrix("qkv", weights.qkv, 3 * width, width)
-        check_matrix("out", weights.out, width, width)
-        check_matrix("fc_in", weights.fc_in, inner, width)
-        check_matrix("fc_out", weights.fc_out, width, inner)
-        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, h.shape[0])
 
     def _rotate(self, x: Var, positions: Var) -> Var:
         """x (T, H, D), positions (T, 1)."""

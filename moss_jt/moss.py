@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Device, Offload, check_choice, decide
+from moss_jt.backend.device import Offload, check_choice, decide, parse_device
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.errors import MossError
-from moss_jt.plan.placement import hold, plan_gpu_here, plan_here, release
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import Store, open_store
@@ -73,7 +74,8 @@ class Moss:
 
         Args:
             model: its path, or the name of a converted model; by default the one converted last.
-            device: "cpu" or "gpu". A process keeps to the first that it loads for.
+            device: "cpu" or "gpu"; "gpu:1" is the second card in CUDA's order among those that CUDA_VISIBLE_DEVICES shows,
+                PyTorch's "cuda:1". A process keeps to the first that it loads for.
             memory: on the CPU, the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit
                 streams from disk. By default what is free, less a margin.
             gpu_memory: on the GPU, the same for the card's memory; what does not fit streams from the host's.
@@ -88,8 +90,9 @@ class Moss:
                 that a GPU needs is missing.
         """
         begin = time.perf_counter()
-        way = check_choice(device, offload)
-        on_gpu = device == "gpu"
+        kind, number = parse_device(device)
+        way = check_choice(kind, offload)
+        on_gpu = kind == "gpu"
         if on_gpu and memory is not None or not on_gpu and (gpu_memory, host_memory) != (None, None):
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
@@ -97,12 +100,18 @@ class Moss:
         store = open_store(resolve_model(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
-            card, _ = require_gpu()
-            placed = plan_gpu_here(store, card, gpu_memory, host_memory, context, way)
+            card, _ = require_gpu(number)
+            needs = CudaNeeds(store.config, store.bits)
+            planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way)
+            placed = planner.plan()
         else:
-            placed = plan_here(store, memory, context)
+            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
-        loaded = _load(store, placed, "gpu" if on_gpu else "cpu", way)
+        decide(kind, way, number)
+        if on_gpu:
+            loaded, placed = _load_on_gpu(store, planner, way)
+        else:
+            loaded = _load(store, placed, way)
         hold(placed)
         return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
 
@@ -212,9 +221,16 @@ class Moss:
         self.close()
 
 
-def _load(store: Store, plan: ResidencyPlan, device: Device, offload: Offload) -> "Model":
-    """Start Jittor for the device, unless it runs, and load the weights."""
-    decide(device, offload)
+def _load(store: Store, plan: ResidencyPlan, offload: Offload) -> "Model":
+    """Start Jittor, unless it runs, and load the weights."""
     from moss_jt.engine.load import load_model
 
-    return load_model(store, plan, model_home(), device, offload)
+    return load_model(store, plan, model_home(), offload)
+
+
+def _load_on_gpu(store: Store, planner: GpuPlanner, offload: Offload) -> tuple["Model", ResidencyPlan]:
+    """The same on a GPU, with the plan for what CUDA takes on the card."""
+    from moss_jt.engine.gpu_load import load_gpu_model
+
+    model = load_gpu_model(store, planner, model_home(), offload)
+    return model, model.plan

@@ -10,11 +10,11 @@ from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
 from moss_jt.measure.bench import Times, measure, prefill_operations, prompt_ids, shares
 from moss_jt.measure.cpu_limits import MachineLimits
-from moss_jt.plan.residency import plan
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import GIB, sizes_of_geometry, sizes_of_store
 from tests.support.models import tiny_model_folder
+from tests.support.plans import plan
 
 
 class Counting:

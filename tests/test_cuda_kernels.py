@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moss_jt.kernels.cuda import reference
 from moss_jt.kernels.cuda.launchers import (
     ENOUGH_BLOCKS,
-    FEW_TOKENS,
     KINDS,
     LEAST_PIECES,
     Launchers,
     Product,
     folder,
 )
+from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
+from tests.support import cuda_reference
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
 FLOAT32_STEP = 2.0**-23
@@ -76,7 +76,9 @@ def assert_sums_agree(ours: np.ndarray, x: np.ndarray, weight: np.ndarray) -> No
 def test_dense_product(tokens: int, outputs: int, inputs: int) -> None:
     x, weight = normal((tokens, inputs)), half((outputs, inputs), 1)
     assert_sums_agree(kernels().dense(x, weight), x, weight)
-    np.testing.assert_allclose(reference.dense(x, weight), kernels().dense(x, weight), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        cuda_reference.dense(x, weight), kernels().dense(x, weight), rtol=2e-3, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -89,7 +91,7 @@ def test_packed_product(bits: int, tokens: int, outputs: int, inputs: int, group
     ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, bits)
     assert_sums_agree(ours, x, dequantize(matrix))
     np.testing.assert_allclose(
-        reference.packed(x, matrix.packed, matrix.scales, matrix.zeros, bits), ours, rtol=2e-3, atol=2e-3
+        cuda_reference.packed(x, matrix.packed, matrix.scales, matrix.zeros, bits), ours, rtol=2e-3, atol=2e-3
     )
 
 
@@ -252,7 +254,7 @@ def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_di
     expected_keys, expected_values = keys.copy(), values.copy()
     qkv = normal((tokens, 3 * width), 5)
     q = kernels().rotary_cache(qkv, rotary, keys, values, start)
-    expected_q = reference.rotary_cache(qkv, rotary, expected_keys, expected_values, start)
+    expected_q = cuda_reference.rotary_cache(qkv, rotary, expected_keys, expected_values, start)
     # A product and a sum may be one rounding or two; float16 in the cache may then round to its neighbour.
     np.testing.assert_allclose(q, expected_q, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
@@ -260,7 +262,7 @@ def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_di
     )
     np.testing.assert_array_equal(values, expected_values)
     ours = kernels().attention(q, keys, values, start)
-    np.testing.assert_allclose(ours, reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours, cuda_reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
 
 
 def test_the_cache_saturates() -> None:
@@ -270,7 +272,7 @@ def test_the_cache_saturates() -> None:
     keys, values = half((8, 2, 16)), half((8, 2, 16))
     expected = keys.copy(), values.copy()
     kernels().rotary_cache(qkv, rotary, keys, values, 3)
-    reference.rotary_cache(qkv, rotary, *expected, 3)
+    cuda_reference.rotary_cache(qkv, rotary, *expected, 3)
     assert np.abs(keys).max() == np.abs(values).max() == 65504
     np.testing.assert_array_equal(values, expected[1])
 
@@ -282,7 +284,7 @@ def test_attention_over_pages(tokens: int, start: int) -> None:
     keys, values = half((230, 2, 32), 1), half((230, 2, 32), 2)
     q = normal((tokens, 64), 3)
     ours = kernels().attention(q, keys, values, start)
-    np.testing.assert_allclose(ours, reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours, cuda_reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
     if tokens <= FEW_TOKENS:
         for t in range(tokens):
             alone = kernels().attention(aligned(q[t : t + 1]), keys, values, start + t)
@@ -303,21 +305,18 @@ def test_elementwise_kernels() -> None:
     run = kernels()
     np.testing.assert_allclose(
         run.layer_norm(x, weight, bias, 1e-5),
-        reference.layer_norm(x, weight, bias, 1e-5),
+        cuda_reference.layer_norm(x, weight, bias, 1e-5),
         rtol=1e-5,
         atol=1e-5,
     )
-    np.testing.assert_allclose(run.bias_gelu(x, bias), reference.bias_gelu(x, bias), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        run.bias_gelu(x, bias), cuda_reference.bias_gelu(x, bias), rtol=1e-5, atol=1e-6
+    )
     out = FakeCupy.empty(x.shape, np.float32)
     run.add_bias(x, bias, out)
     np.testing.assert_array_equal(out, x + bias.astype(np.float32))
     run.add_block(x, aligned(np.stack([x, x])), bias, out)
     np.testing.assert_allclose(out, 3 * x + bias.astype(np.float32), rtol=1e-6)
-    ids = aligned(np.array([4, 0, 6], np.int32))
-    table = half((7, 50))
-    rows = FakeCupy.empty((3, 50), np.float32)
-    run.embed(ids, table, rows)
-    np.testing.assert_array_equal(rows, table[ids].astype(np.float32))
 
 
 def test_impossible_shapes_are_refused_before_a_launch() -> None:

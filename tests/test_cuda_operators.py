@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers
+from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.cuda.recording import Piece, Recorder, Start, queue
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix
+from moss_jt.kernels.needs import FEW_TOKENS, CudaNeeds
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
-from moss_jt.store.sizes import sizes_of_geometry
 from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry
 from tests.support.operator_weights import (
     dense_block,
     head_in_one_piece,
     in_one_piece,
-    index_var,
     packed_block,
 )
 
@@ -52,14 +51,10 @@ def test_blocks_agree_with_float64(kind: str) -> None:
     assert not memory[0][0].any(), "another layer's cache was written"
 
 
-def test_embedding_and_head() -> None:
+def test_head() -> None:
     draw = np.random.default_rng(3)
     operators = CudaOperators(CONFIG, FakeCupy())
     table = draw.standard_normal((50, 64)).astype(np.float16)
-    ids = np.array([3, 49, 0])
-    np.testing.assert_array_equal(
-        operators.embed(index_var(ids), jt.array(table)).numpy(), table[ids].astype(np.float32)
-    )
     norm_weight, norm_bias = draw.standard_normal((2, 64)).astype(np.float16)
     bias = draw.standard_normal(50).astype(np.float16)
     h = draw.standard_normal((2, 64)).astype(np.float32)
@@ -186,8 +181,7 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             inputs = recorder.recording().workspace_bytes
             operators._block(recorder, h, weights, lambda piece: piece, (rotary, cache, cache), 0, h)
             taken = recorder.recording().workspace_bytes - inputs
-            sizes = sizes_of_geometry(config, bits)
-            assert taken <= sizes.gpu_short_pass_bytes(tokens, context), (config, tokens)
+            assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
 
 
 def test_what_a_card_is_told_is_what_the_table_says() -> None:

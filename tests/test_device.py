@@ -8,7 +8,15 @@ from click.testing import CliRunner
 
 from moss_jt import Moss
 from moss_jt.backend import device
-from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH, check_choice, decide
+from moss_jt.backend.device import (
+    CARDS_SWITCH,
+    DEVICE_SWITCH,
+    MANAGED_SWITCH,
+    SWAP_SWITCH,
+    check_choice,
+    decide,
+    parse_device,
+)
 from moss_jt.commands.generate import command as generate
 from moss_jt.errors import MossError
 
@@ -18,10 +26,11 @@ SWITCHES = (DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process in which nothing was decided and Jittor does not run."""
-    for switch in SWITCHES:
+    for switch in (*SWITCHES, CARDS_SWITCH):
         monkeypatch.setenv(switch, "set, so that it is restored")
         monkeypatch.delenv(switch)
     monkeypatch.delitem(sys.modules, "moss_jt.backend.jittor", raising=False)
+    monkeypatch.setattr(device, "cards_given", lambda: None)
     return monkeypatch
 
 
@@ -57,6 +66,43 @@ def test_a_running_jittor_keeps_its_choice(
     assert device.chosen_device() == "cpu" and not device.swaps() and not device.managed()
 
 
+def test_a_card_is_chosen_before_cuda_starts_and_kept(fresh: pytest.MonkeyPatch) -> None:
+    decide("gpu", "stream", 1)
+    assert os.environ[DEVICE_SWITCH] == "gpu:1" and os.environ[CARDS_SWITCH] == "1"
+    assert (device.chosen_device(), device.chosen_card()) == ("gpu", 1)
+    decide("gpu", "stream")  # a second load, where the first has failed
+    assert os.environ[DEVICE_SWITCH] == "gpu" and os.environ[CARDS_SWITCH] == "0"
+    decide("cpu", "stream")
+    assert CARDS_SWITCH not in os.environ
+    decide("gpu", "stream", 1)
+    fresh.setitem(sys.modules, "moss_jt.backend.jittor", sys)
+    decide("gpu", "stream", 1)
+    with pytest.raises(MossError, match=r"runs in this process for the GPU 1 without.*device='gpu:2'"):
+        decide("gpu", "stream", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cpu", ("cpu", 0)),
+        ("gpu", ("gpu", 0)),
+        ("gpu:0", ("gpu", 0)),
+        ("gpu:12", ("gpu", 12)),
+        ("cuda:1", ("gpu", 1)),
+    ],
+)
+def test_a_device_is_written_as_in_pytorch(text: str, wanted: tuple[str, int]) -> None:
+    assert parse_device(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "tpu", "cpu:1", "gpu:", "gpu:-1", "gpu:1\n", "gpu:1234", "GPU", "gpu: 1", "gpu:１"]
+)
+def test_what_is_no_device_is_told(text: str) -> None:
+    with pytest.raises(MossError, match="no device .*give 'cpu', 'gpu', or 'gpu:1' for the second card"):
+        parse_device(text)
+
+
 def test_auto_streams_and_unknown_choices_are_refused() -> None:
     assert check_choice("cpu", "auto") == check_choice("gpu", "auto") == "stream"
     with pytest.raises(MossError, match="no offload 'magic' on the GPU: give auto, stream, swap, unified"):
@@ -81,6 +127,8 @@ def test_limits_of_the_other_device_are_refused() -> None:
         (["--gpu-memory", "8GiB"], "--gpu-memory needs --gpu"),
         (["--host-memory", "8GiB"], "--host-memory needs --gpu"),
         (["--offload", "unified"], "--offload unified needs --gpu"),
+        (["--device", "1"], "--device needs --gpu"),
+        (["--gpu", "--device", "-1"], "-1 is not in the range"),
     ],
 )
 def test_the_command_line_says_which_limit_is_whose(options: list[str], message: str) -> None:

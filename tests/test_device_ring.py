@@ -16,66 +16,69 @@ SIZE = 8
 SEEDS = range(60)
 
 
-class Pieces:
-    """Piece k is SIZE times k. Those in ``passing`` lie in two buffers; one is overwritten as soon as it is handed back."""
+class HostUnits:
+    """Unit k is SIZE times k. Those in ``passing`` lie in two buffers; one is overwritten as soon as it is handed back."""
 
     def __init__(self, count: int, passing: set[int], seed: int = 0) -> None:
-        self.pinned = {piece: np.full(SIZE, piece) for piece in range(count) if piece not in passing}
+        self.pinned = {unit: np.full(SIZE, unit) for unit in range(count) if unit not in passing}
         self.buffers = [np.full(SIZE, -1) for _ in range(2)]
         self.passing = passing
         self.fails_at: int | None = None
         self._taken: int | None = None
         self._random = random.Random(seed)
 
-    def is_passing(self, piece: int) -> bool:
-        return piece in self.passing
+    def is_passing(self, unit: int) -> bool:
+        return unit in self.passing
 
-    def is_ready(self, piece: int) -> bool:
-        if piece == self.fails_at:
+    def is_ready(self, unit: int) -> bool:
+        if unit == self.fails_at:
             return False
-        return piece not in self.passing or self._random.random() < 0.5
+        return unit not in self.passing or self._random.random() < 0.5
 
-    def take(self, piece: int) -> np.ndarray:
-        if piece not in self.passing:
-            return self.pinned[piece]
+    def take(self, unit: int) -> np.ndarray:
+        if unit not in self.passing:
+            return self.pinned[unit]
         if self._taken is not None:
             self.buffers[self._taken][:] = -7
-        if self.fails_at == piece:
+        if self.fails_at == unit:
             self._taken, self.fails_at = None, None
             raise MossError("the disk fails")
         self._taken = 0 if self._taken is None else 1 - self._taken
-        self.buffers[self._taken][:] = piece
+        self.buffers[self._taken][:] = unit
         return self.buffers[self._taken]
 
 
-def compute(device: SimulatedDevice, ring: DeviceRing, piece: int) -> None:
-    """Take the piece, and queue what looks whether its buffer holds it."""
-    memory = ring.memories[ring.take(piece)]
+def compute(device: SimulatedDevice, ring: DeviceRing, unit: int) -> None:
+    """Take the unit, and queue what looks whether its buffer holds it."""
+    memory = ring.memories[ring.take(unit)]
 
     def look(part: slice) -> None:
-        if not (memory[part] == piece).all():
-            raise WrongOrder(f"piece {piece} is computed with {memory[part]}")
+        if not (memory[part] == unit).all():
+            raise WrongOrder(f"unit {unit} is computed with {memory[part]}")
 
     device.compute(look, SIZE)
 
 
-def run(device: SimulatedDevice, pieces: int, buffers: int, passing: set[int], seed: int) -> None:
-    """Passes over all pieces, some without the last ones, some broken off."""
+def run(device: SimulatedDevice, units: int, buffers: int, passing: set[int], seed: int) -> None:
+    """Walks over all units, some without the last ones, some backwards, some broken off."""
     chance = random.Random(seed)
-    host = Pieces(pieces, passing, seed)
-    ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], pieces)
+    host = HostUnits(units, passing, seed)
+    ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], range(units))
     for _ in range(4):
-        last = chance.randrange(pieces) if chance.random() < 0.3 else pieces - 1
-        broken = chance.randrange(pieces) if chance.random() < 0.2 else pieces
+        last = chance.randrange(units) if chance.random() < 0.3 else units - 1
+        broken = chance.randrange(units) if chance.random() < 0.2 else units
         if passing and chance.random() < 0.2:
             host.fails_at = chance.choice(sorted(passing))
-        ring.end_cycle_after(last)
+        order = list(range(last + 1))
+        if chance.random() < 0.3:
+            order.reverse()
+        ring.walk(order)
         try:
-            for piece in range(min(last + 1, broken)):
-                compute(device, ring, piece)
+            for unit in order[:broken]:
+                compute(device, ring, unit)
         except MossError:
             continue
-        if broken == pieces:
+        if broken == units:
             ring.hand_back()
     ring.close()
     host.buffers[0][:] = host.buffers[1][:] = -9
@@ -85,18 +88,18 @@ def run(device: SimulatedDevice, pieces: int, buffers: int, passing: set[int], s
 def cases() -> Iterator[tuple[int, int, set[int], int]]:
     for seed in SEEDS:
         chance = random.Random(seed)
-        pieces, buffers = chance.randint(1, 6), chance.randint(2, 3)
-        passing = {piece for piece in range(pieces) if chance.random() < chance.choice([0, 0.5, 1])}
-        yield pieces, buffers, passing, seed
+        units, buffers = chance.randint(1, 6), chance.randint(2, 3)
+        passing = {unit for unit in range(units) if chance.random() < chance.choice([0, 0.5, 1])}
+        yield units, buffers, passing, seed
 
 
 ORDERS = [(favour, eager) for favour in (None, *Queue) for eager in (0.0, 0.3, 0.9)]
 
 
 @pytest.mark.parametrize(("favour", "eager"), ORDERS)
-def test_every_computation_sees_its_piece_in_every_order(favour: Queue | None, eager: float) -> None:
-    for pieces, buffers, passing, seed in cases():
-        run(SimulatedDevice(seed, favour, eager), pieces, buffers, passing, seed)
+def test_every_computation_sees_its_unit_in_every_order(favour: Queue | None, eager: float) -> None:
+    for units, buffers, passing, seed in cases():
+        run(SimulatedDevice(seed, favour, eager), units, buffers, passing, seed)
 
 
 class InterruptedDevice(SimulatedDevice):
@@ -113,15 +116,15 @@ class InterruptedDevice(SimulatedDevice):
 @pytest.mark.parametrize(("favour", "eager"), ORDERS)
 def test_an_interruption_anywhere_spoils_nothing_that_comes_after(favour: Queue | None, eager: float) -> None:
     interrupted = 0
-    for pieces, buffers, passing, seed in cases():
+    for units, buffers, passing, seed in cases():
         device = InterruptedDevice(seed, favour, eager)
-        host = Pieces(pieces, passing, seed)
-        ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], pieces)
+        host = HostUnits(units, passing, seed)
+        ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(buffers)], range(units))
         for chance in (0.1, 0.1, 0.1, 0.0):
             device.chance = chance
             try:
-                for piece in range(pieces):
-                    compute(device, ring, piece)
+                for unit in range(units):
+                    compute(device, ring, unit)
                 ring.hand_back()
             except KeyboardInterrupt:
                 interrupted += 1
@@ -137,14 +140,14 @@ def test_an_interruption_anywhere_spoils_nothing_that_comes_after(favour: Queue 
 def test_a_missing_event_is_found(forgotten: str) -> None:
     with pytest.raises(WrongOrder):
         for (favour, eager), case in itertools.product(ORDERS, cases()):
-            pieces, buffers, passing, seed = case
-            run(ForgetfulDevice(forgotten, seed, favour, eager), pieces, buffers, passing, seed)
+            units, buffers, passing, seed = case
+            run(ForgetfulDevice(forgotten, seed, favour, eager), units, buffers, passing, seed)
 
 
-def test_the_next_copies_are_done_while_a_piece_is_computed() -> None:
-    """With the computation held back, the copies of the next piece run to their end: nothing that they wait for is later."""
+def test_the_next_copies_are_done_while_a_unit_is_computed() -> None:
+    """With the computation held back, the copies of the next unit run to their end: nothing that they wait for is later."""
     device = SimulatedDevice(0, Queue.COPIES, eager=0.0)
-    ring = DeviceRing(device, Pieces(5, set()), [np.full(SIZE, -2) for _ in range(2)], 5)
+    ring = DeviceRing(device, HostUnits(5, set()), [np.full(SIZE, -2) for _ in range(2)], range(5))
     compute(device, ring, 0)
     assert device.calls.count("copy") == 2, "the second buffer is filled from the start"
     compute(device, ring, 1)
@@ -157,13 +160,13 @@ def test_the_next_copies_are_done_while_a_piece_is_computed() -> None:
 
 def test_the_host_does_not_wait_for_the_device_where_all_is_pinned() -> None:
     device = SimulatedDevice(0, eager=0.0)
-    ring = DeviceRing(device, Pieces(4, set()), [np.full(SIZE, -2) for _ in range(2)], 4)
-    for piece in (0, 1, 2, 3, 0, 1):
-        compute(device, ring, piece)
+    ring = DeviceRing(device, HostUnits(4, set()), [np.full(SIZE, -2) for _ in range(2)], range(4))
+    for unit in (0, 1, 2, 3, 0, 1):
+        compute(device, ring, unit)
     assert "synchronize" not in device.calls
     device.finish()
 
 
 def test_a_ring_needs_two_buffers() -> None:
     with pytest.raises(ValueError, match="two buffers"):
-        DeviceRing(SimulatedDevice(0), Pieces(2, set()), [np.zeros(SIZE)], 2)
+        DeviceRing(SimulatedDevice(0), HostUnits(2, set()), [np.zeros(SIZE)], range(2))

@@ -8,7 +8,7 @@ import pytest
 from moss_jt.errors import MossError
 from moss_jt.weights import disk_speed as module
 from moss_jt.weights.disk_speed import DiskSpeed, disk_speed
-from moss_jt.weights.file_reader import Piece
+from moss_jt.weights.file_reader import Extent
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_probed_once_and_remembered(weights: Path, tmp_path: Path, monkeypatch: 
     first = disk_speed(weights, memory)
     assert first.buffered > 0 and first.best >= first.buffered
 
-    def never(piece: Piece, direct: bool) -> float:
+    def never(piece: Extent, direct: bool) -> float:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(module, "_timed", never)
@@ -48,7 +48,7 @@ def test_a_home_that_cannot_be_written_is_no_fault(weights: Path, tmp_path: Path
 def test_a_disk_without_direct_reads_is_read_buffered(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def timed(piece: Piece, direct: bool) -> float:
+    def timed(piece: Extent, direct: bool) -> float:
         if direct:
             raise MossError("cannot read: Invalid argument")
         return 7e8

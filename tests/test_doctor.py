@@ -1,11 +1,15 @@
 """moss-jt doctor: a verdict for everything, also where things are missing or damaged."""
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moss_jt.backend.gpu import Card, Toolkit
+from moss_jt.backend.cards import Card
+from moss_jt.backend.toolkit import Toolkit
 from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
 from moss_jt.measure import doctor
@@ -92,34 +96,84 @@ def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pyte
     assert doctor.compiler().verdict == "problem"
 
 
+CARD = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (13, 0))
+
+
+def missing(text: str) -> Callable[..., Any]:
+    def probe(*_: object) -> Any:
+        raise MossError(text)
+
+    return probe
+
+
 def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    card = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (12, 9))
-
-    def missing() -> Toolkit:
-        raise MossError("nvcc is missing: install it.")
-
-    monkeypatch.setattr(doctor, "find_card", lambda: card)
-    monkeypatch.setattr(doctor, "find_toolkit", missing)
-    monkeypatch.setattr(doctor, "find_cupy", lambda: 12)
+    monkeypatch.setattr(doctor, "find_cards", lambda: [CARD])
+    monkeypatch.setattr(doctor, "find_toolkit", missing("nvcc is missing: install it."))
+    monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
     found = {finding.what: finding for finding in doctor.gpu_findings()}
     assert (
         found["GPU"].text
-        == "Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 12.9"
+        == "0: Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 13.0"
     )
     assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
     assert "moss-jt --gpu" not in found
-    monkeypatch.setattr(doctor, "find_toolkit", lambda: Toolkit(Path("/x/bin/nvcc"), (12, 4), {}))
-    monkeypatch.setattr(doctor, "require_gpu", lambda: None)
-    assert list(doctor.gpu_findings())[-1].text == "all that it needs is there"
-
-    def unsuitable() -> None:
-        raise MossError("update the driver.")
-
-    monkeypatch.setattr(doctor, "require_gpu", unsuitable)
+    monkeypatch.setattr(
+        doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}, scattered=True)
+    )
+    monkeypatch.setattr(doctor, "require_gpu", lambda number: None)
+    toolkit, last = list(doctor.gpu_findings())[1], list(doctor.gpu_findings())[-1]
+    assert toolkit.text == "13.0, /x/bin/nvcc, completed with pip's wheels at the first start"
+    assert last.text == "all that it needs is there"
+    monkeypatch.setattr(doctor, "require_gpu", missing("update the driver."))
     last = list(doctor.gpu_findings())[-1]
     assert (last.what, last.verdict, last.advice) == ("moss-jt --gpu", "problem", "update the driver.")
+
+
+def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(CARD, name="Card 1", compute=(5, 2), number=1)
+    monkeypatch.setattr(doctor, "find_cards", lambda: [CARD, old])
+    monkeypatch.setattr(doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}))
+    monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
+    monkeypatch.setattr(doctor, "require_gpu", lambda number: number and missing("too old")())
+    found = list(doctor.gpu_findings())
+    assert [(finding.what, finding.verdict) for finding in found] == [
+        ("GPU", "ok"),
+        ("GPU", "note"),
+        ("CUDA toolkit", "ok"),
+        ("CuPy", "ok"),
+        ("moss-jt --gpu --device 0", "ok"),
+        ("moss-jt --gpu --device 1", "problem"),
+    ]
+    assert found[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in found[1].advice
+
+
+@pytest.mark.parametrize(
+    ("cards", "wanted"),
+    [
+        (missing("no driver"), ("a card of compute capability 6.0", "moss-jt[cuda13]")),
+        (lambda: [CARD], ("moss-jt[cuda13]", "GB to download")),
+        (lambda: [replace(CARD, compute=(6, 1))], ("moss-jt[cuda12]", "CUDA Toolkit 12 with nvcc")),
+    ],
+)
+def test_with_gpu_doctor_says_what_it_takes(
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    cards: Any,
+    wanted: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(doctor, "find_cards", cards)
+    monkeypatch.setattr(doctor, "find_toolkit", missing("nvcc is missing."))
+    monkeypatch.setattr(doctor, "find_cupy", missing("CuPy is missing."))
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", "--gpu"])
+    text = capsys.readouterr().out
+    assert left.value.code == 1 and "Only to compute on a GPU" not in text
+    assert "what it takes" in text and "Nothing was downloaded" in text
+    for words in wanted:
+        assert words in text
 
 
 def test_what_cannot_be_told_does_not_end_the_examination(

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from moss_jt import moss as moss_module
+from moss_jt.backend.threads import compute_threads
 from moss_jt.commands.cli import main
 from moss_jt.commands.eval import TOKENIZER_BYTES, _read
+from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.measure.perplexity import workspace_bytes
 from moss_jt.plan import placement
 from moss_jt.plan.placement import LATER_BYTES
@@ -94,7 +96,10 @@ def test_two_models_under_a_limit_that_neither_fits_into(
     plans: list[ResidencyPlan] = []
     monkeypatch.setattr(moss_module, "hold", lambda plan: (plans.append(plan), placement.hold(plan)))
 
-    needed = sum(smallest_bytes(one, 64) + TOKENIZER_BYTES for one in sizes)
+    needed = sum(
+        smallest_bytes(one, CpuNeeds(one.config, one.bits), 64, compute_threads()) + TOKENIZER_BYTES
+        for one in sizes
+    )
     scoring = workspace_bytes(WIDE.vocab_size, 2)
     limit = here + LATER_BYTES + needed + scoring + 60 * MIB
     arguments = ("eval", models[0], text, "--against", models[1], "--context", "64", "--max-tokens", "200")

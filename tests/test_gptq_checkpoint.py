@@ -11,7 +11,8 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.gptq_checkpoint import format_notes
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
-from moss_jt.store.model_folder import MANIFEST, matrix_shape, open_store
+from moss_jt.store.architecture import matrix_shape
+from moss_jt.store.model_folder import MANIFEST, open_store
 from moss_jt.store.quant import PackedArrays, dequantize_float16, pack
 from tests.support.models import (
     convert_checkpoint,

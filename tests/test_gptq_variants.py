@@ -19,7 +19,8 @@ from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.measure.perplexity import evaluate
 from moss_jt.moss import Moss
-from moss_jt.store.model_folder import MATRICES, map_tensor, open_store
+from moss_jt.store.architecture import MATRICES
+from moss_jt.store.model_folder import map_tensor, open_store
 from moss_jt.store.quant import dequantize
 from tests.support.models import (
     convert_checkpoint,

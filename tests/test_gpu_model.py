@@ -24,17 +24,18 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import Queue, Var
-from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan, plan_gpu
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.weights import gpu_units
 from moss_jt.weights.file_reader import FileReader
 from moss_jt.weights.gpu_units import StreamedUnits, UnifiedUnits
-from moss_jt.weights.gpu_weights import GpuWeights
 from moss_jt.weights.page_buffer import page_buffer
-from moss_jt.weights.unit_views import piece_of
+from moss_jt.weights.unit_tensors import extent_of
+from moss_jt.weights.weights import Weights
 from tests.emulation.emulator import FakeCupy
+from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
 
 TINY: MossConfig = replace(
@@ -139,7 +140,7 @@ def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model
     units = UnifiedUnits(store, plan, reader) if unified else StreamedUnits(store, plan, reader)
     cache = KVCache(store.config, plan.context)
     operators = CudaOperators(store.config, FakeCupy())
-    return GpuModel(store.config, operators, GpuWeights(store, plan, units), cache, plan)
+    return GpuModel(store.config, operators, Weights(store, plan, units), cache, plan)
 
 
 def answers(model: Model) -> list[np.ndarray]:
@@ -181,7 +182,7 @@ def test_unified_memory_gives_them_too_and_fetches_what_comes_next() -> None:
         np.testing.assert_array_equal(found, wanted)
     moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
     following = [next((m for m in moving if m > number), moving[0]) for number in range(len(plan.units))]
-    one_pass = [piece_of(store, plan.units[number]).n_bytes for number in following]
+    one_pass = [extent_of(store, plan.units[number]).n_bytes for number in following]
     assert engines[-1].prefetched[-len(one_pass) :] == one_pass
     model.close()
 

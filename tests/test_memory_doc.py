@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.memory_tables import TABLES
+from benchmarks.memory_tables import TABLES, THREADS
 from moss_jt.commands.plan import command
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
@@ -21,7 +21,8 @@ def test_computed_tables_are_current(name: str) -> None:
     )
 
 
-def test_the_example_is_current() -> None:
+def test_the_example_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(THREADS))
     shown = re.search(r"```\n\$ moss-jt plan (.*?)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert shown is not None
     result = CliRunner().invoke(command, shown.group(1).split())

@@ -3,9 +3,10 @@
 import re
 
 from moss_jt.plan.report import Speed, Speeds, places, report
-from moss_jt.plan.residency import Unit, plan, plan_gpu
+from moss_jt.plan.residency import Unit
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.sizes import GIB, sizes_of_geometry
+from tests.support.plans import plan, plan_gpu
 
 MOON = sizes_of_geometry(MOSS_MOON_003)
 CPU = Speeds(Speed(1e9, "given"), Speed(20e9, "assumed"))

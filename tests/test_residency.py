@@ -5,9 +5,10 @@ import re
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.plan.residency import plan, plan_gpu, seconds_per_pass, spread
+from moss_jt.plan.residency import seconds_per_pass, spread
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
-from moss_jt.store.sizes import GIB, MIB, ModelSizes, geometry_of_name, sizes_of_geometry
+from moss_jt.store.sizes import GIB, ModelSizes, geometry_of_name, sizes_of_geometry
+from tests.support.plans import plan, plan_gpu
 
 SMALL = MossConfig("moss", 5000, 256, 256, 7, 4, 32, 1024, 1e-5, 0, 1)
 WIDE_HEAD = MossConfig("moss", 50000, 256, 64, 3, 4, 16, 256, 1e-5, 0, 1)  # head of many slabs, tiny blocks
@@ -145,8 +146,3 @@ def test_geometries_by_name() -> None:
     assert geometry_of_name("some/folder") is None
     with pytest.raises(MossError, match="int3"):
         geometry_of_name("fnlp/moss-moon-003-sft-int3")
-
-
-def test_workspace_shrinks_with_the_pass() -> None:
-    sizes = sizes_of_geometry(MOSS_MOON_003)
-    assert sizes.workspace_bytes(1, 2048) < 64 * MIB < sizes.workspace_bytes(512, 2048)

@@ -12,30 +12,30 @@ import pytest
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import PAGE
 from moss_jt.weights.disk_ring import Ring
-from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 
-PIECES = [Piece(Path("weights"), i * PAGE, PAGE) for i in range(7)]
+UNITS = {i: Extent(Path("weights"), i * PAGE, PAGE) for i in range(7)}
 
 
 class FakeReader:
-    """Fills a buffer with the piece's number, in two halves; can be told to fail, and to wait for a go."""
+    """Fills a buffer with the unit's number, in two halves; can be told to fail, and to wait for a go."""
 
     def __init__(self) -> None:
         self.fail: set[int] = set()
-        self.read_pieces: list[int] = []
+        self.read_units: list[int] = []
         self.closed = False
         self.go: threading.Semaphore | None = None
 
-    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
-        number = piece.offset // PAGE
-        self.read_pieces.append(number)
+    def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
+        number = extent.offset // PAGE
+        self.read_units.append(number)
         if self.go is not None:
             while not self.go.acquire(timeout=0.01):
                 if stopped():
                     return False
         if number in self.fail:
-            raise MossError(f"piece {number} is unreadable.")
+            raise MossError(f"unit {number} is unreadable.")
         target[: PAGE // 2] = number
         if stopped():
             return False
@@ -51,57 +51,70 @@ def reader_threads() -> int:
 
 
 @pytest.mark.parametrize("buffers", [2, 3])
-def test_passes_in_order_read_every_piece_once_per_pass(buffers: int) -> None:
+def test_passes_in_order_read_every_unit_once_per_pass(buffers: int) -> None:
     reader = FakeReader()
-    ring = Ring(PIECES, buffers, PAGE, reader)
+    ring = Ring(UNITS, buffers, PAGE, reader)
     for _ in range(5):
         for number in range(7):
             assert (ring.buffers[ring.take(number)] == number).all()
     ring.close()
-    ahead = len(reader.read_pieces) - 35
+    ahead = len(reader.read_units) - 35
     assert 0 <= ahead <= buffers
-    assert reader.read_pieces == [i % 7 for i in range(35 + ahead)]
+    assert reader.read_units == [i % 7 for i in range(35 + ahead)]
     assert reader.closed and reader_threads() == 0
 
 
-def test_any_order_of_use_gives_the_right_piece_and_leaves_it_alone() -> None:
-    """Interrupted passes, left-out pieces, starts over: what was taken is right and stays until the next take."""
+def test_any_order_of_use_gives_the_right_unit_and_leaves_it_alone() -> None:
+    """Interrupted passes, left-out units, turns, starts over: what was taken is right and stays until the next take."""
     choose = random.Random(7)
-    ring = Ring(PIECES, 2, PAGE, FakeReader())
-    piece = 0
+    ring = Ring(UNITS, 2, PAGE, FakeReader())
+    unit = 0
     for _ in range(2000):
-        ring.end_cycle_after(choose.choice([4, 6]))
-        piece = choose.choice(
-            [piece, 0, choose.randrange(7), (piece + 1) % 7, (piece + 1) % 7, (piece + 1) % 7]
-        )
-        contents = ring.buffers[ring.take(piece)]
-        assert (contents == piece).all()
+        if choose.random() < 0.2:
+            ring.walk(choose.choice([range(5), range(7), range(6, -1, -1), [1, 3, 9]]))
+        after = (unit + 1) % 7
+        unit = choose.choice([unit, 0, choose.randrange(7), after, after, after])
+        contents = ring.buffers[ring.take(unit)]
+        assert (contents == unit).all()
         if choose.random() < 0.1:
             ring.hand_back()
     ring.close()
 
 
-def test_passes_without_the_last_pieces_do_not_read_them() -> None:
+def test_passes_without_the_last_units_do_not_read_them() -> None:
     reader = FakeReader()
-    ring = Ring(PIECES, 2, PAGE, reader)
-    ring.end_cycle_after(4)
+    ring = Ring(UNITS, 2, PAGE, reader)
+    ring.walk(range(5))
     for _ in range(4):
         for number in range(5):
             ring.take(number)
     ring.close()
-    assert 5 not in reader.read_pieces and 6 not in reader.read_pieces
+    assert 5 not in reader.read_units and 6 not in reader.read_units
+
+
+def test_forwards_and_backwards_in_turn_nothing_is_read_that_was_not_asked_for() -> None:
+    """As training walks. What is read ahead at a turn is a guess, and at most as many units as there are buffers."""
+    reader = FakeReader()
+    ring = Ring(UNITS, 2, PAGE, reader)
+    for order in (range(7), range(6, -1, -1)) * 3:
+        ring.walk(order)
+        for number in order:
+            assert (ring.buffers[ring.take(number)] == number).all()
+        ring.hand_back()
+    ring.close()
+    assert 6 * 7 <= len(reader.read_units) <= 6 * (7 + 3)
 
 
 def test_a_read_error_reaches_the_consumer_and_a_second_try_can_succeed() -> None:
     reader = FakeReader()
     reader.fail = {2}
-    ring = Ring(PIECES, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, PAGE, reader)
     assert ring.take(0) is not None and ring.take(1) is not None
-    with pytest.raises(MossError, match="piece 2"):
+    with pytest.raises(MossError, match="unit 2"):
         ring.take(2)
-    with pytest.raises(MossError, match="piece 2"):
+    with pytest.raises(MossError, match="unit 2"):
         ring.take(2)
-    assert (ring.buffers[ring.take(5)] == 5).all(), "another piece is not spoiled by the error"
+    assert (ring.buffers[ring.take(5)] == 5).all(), "another unit is not spoiled by the error"
     reader.fail = set()
     assert (ring.buffers[ring.take(2)] == 2).all()
     ring.close()
@@ -110,7 +123,7 @@ def test_a_read_error_reaches_the_consumer_and_a_second_try_can_succeed() -> Non
 def test_closing_while_a_read_waits_ends_the_thread() -> None:
     reader = FakeReader()
     reader.go = threading.Semaphore(0)
-    ring = Ring(PIECES, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, PAGE, reader)
     ring.close()
     assert reader_threads() == 0 and reader.closed
     with pytest.raises(MossError, match="closed"):
@@ -118,10 +131,10 @@ def test_closing_while_a_read_waits_ends_the_thread() -> None:
 
 
 def test_an_interruption_while_waiting_leaves_the_ring_usable() -> None:
-    """Ctrl-C in the consumer's wait: the next pass begins at the first piece and gets it."""
+    """Ctrl-C in the consumer's wait: the next pass begins at the first unit and gets it."""
     reader = FakeReader()
     reader.go = threading.Semaphore(2)
-    ring = Ring(PIECES, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, PAGE, reader)
     ring.take(0)
     ring.take(1)
     interrupted = threading.Event()
@@ -162,7 +175,7 @@ def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cac
     for offset, n_bytes in ((0, PAGE), (PAGE, 3 * PAGE), (2 * PAGE, len(contents) - 2 * PAGE)):
         target = page_buffer(n_bytes + 5 * PAGE)
         try:
-            assert reader.read(Piece(weights, offset, n_bytes, keep_cached), target, never)
+            assert reader.read(Extent(weights, offset, n_bytes, keep_cached), target, never)
         except MossError as error:
             if direct and "Invalid argument" in str(error):
                 pytest.skip("this file system has no direct reads")
@@ -175,16 +188,16 @@ def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cac
 def test_a_file_that_shrinks_is_named_and_one_deleted_is_still_read(weights: Path) -> None:
     reader = FileReader(False, 1e9)
     target = page_buffer(8 * PAGE)
-    piece = Piece(weights, 0, 8 * PAGE)
-    assert reader.read(piece, target, never)
+    extent = Extent(weights, 0, 8 * PAGE)
+    assert reader.read(extent, target, never)
     os.truncate(weights, 3 * PAGE)
     with pytest.raises(MossError, match=r"weights ends early: it has 12288 bytes, 32768 are needed"):
-        reader.read(piece, target, never)
+        reader.read(extent, target, never)
     weights.unlink()
-    assert reader.read(Piece(weights, 0, 3 * PAGE), target, never)
+    assert reader.read(Extent(weights, 0, 3 * PAGE), target, never)
     reader.close()
     with pytest.raises(MossError, match="No such file"):
-        reader.read(piece, target, never)
+        reader.read(extent, target, never)
     reader.close()
 
 
@@ -195,7 +208,7 @@ def test_a_disk_s_error_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "preadv", broken)
     reader = FileReader(False, 1e9)
     with pytest.raises(MossError, match="cannot read .*weights: Input/output error"):
-        reader.read(Piece(weights, 0, PAGE), page_buffer(PAGE), never)
+        reader.read(Extent(weights, 0, PAGE), page_buffer(PAGE), never)
     reader.close()
 
 
@@ -203,5 +216,5 @@ def test_a_stop_between_requests_is_obeyed(weights: Path) -> None:
     reader = FileReader(False, 1e9)
     reader.request_bytes = PAGE
     answers = iter([False, False, True])
-    assert not reader.read(Piece(weights, 0, 5 * PAGE), page_buffer(5 * PAGE), lambda: next(answers))
+    assert not reader.read(Extent(weights, 0, 5 * PAGE), page_buffer(5 * PAGE), lambda: next(answers))
     reader.close()

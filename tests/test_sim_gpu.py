@@ -12,18 +12,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.random_model import write_random_model
 from moss_jt import Moss
+from moss_jt.kernels.needs import CudaNeeds
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, environment_with, run_on_gpu, run_python
 from tests.support.models import tiny_model_folder
+from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
 
+FREE = sim_gpu.MEMORY - sim_gpu.CONTEXT  # of the card, for this and other programs
 PROMPTS = [list(range(3, 28)), [5, 9, 200]]
 ORDERS = [
     {"SIM_GPU_SEED": "0", "SIM_GPU_EAGER": "0", "SIM_GPU_FAVOUR": "default"},
@@ -215,8 +222,8 @@ def command(arguments: list[str], environment: dict[str, str], **more: Any) -> s
 
 @with_jittor
 def test_the_command_line_generates_and_measures(resident: Run, environment: dict[str, str]) -> None:
-    folder = str(tiny_model_folder())
-    options = ["--gpu", "--gpu-memory", "679MiB", "--host-memory", "4GiB", "--context", "64"]
+    folder, environment = str(tiny_model_folder()), {**environment, "SIM_GPU_CARDS": "2"}
+    options = ["--gpu", "--device", "1", "--gpu-memory", "679MiB", "--host-memory", "4GiB", "--context", "64"]
     process = command(
         ["generate", folder, "--prompt", "1 + 1 =", "--max-new-tokens", "4", "--json", *options], environment
     )
@@ -231,14 +238,79 @@ def test_the_command_line_generates_and_measures(resident: Run, environment: dic
     assert "This card: memory" in out and json.loads(out.splitlines()[-1])["link_gb_s"] > 0
 
 
+def taken(environment: dict[str, str], n_bytes: int, after: int = 0) -> dict[str, str]:
+    """With another program that takes as much of what CUDA leaves of the card, once this one has had ``after`` bytes of it."""
+    return {**environment, "SIM_GPU_TAKEN": str(n_bytes), "SIM_GPU_TAKEN_AFTER": str(after)}
+
+
 @with_jittor
-def test_a_full_card_is_told(resident: Run, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (0, "the GPU's memory is full: another program"),  # nothing can be started at all
+        (4 * MIB, "is too little for this model"),  # nothing can be loaded, not even less of it
+    ],
+)
+def test_a_full_card_is_told(resident: Run, environment: dict[str, str], after: int, message: str) -> None:
     """Another program has taken what was free when the plan was made."""
-    full = {**environment, "SIM_GPU_TAKEN": str(sim_gpu.MEMORY - (1 << 20))}
+    full = taken(environment, FREE, after)
     process = command(["generate", str(tiny_model_folder()), "--prompt", "a", "--gpu"], full)
     _, error = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "the GPU's memory is full" in error and "nvidia-smi" in error and "Traceback" not in error
+    assert message in error and "nvidia-smi" in error and "Traceback" not in error
+
+
+LOAD = """
+import sys
+from moss_jt import Moss
+with Moss.load(sys.argv[1], device="gpu", context=64) as moss:
+    print(moss.plan.streams)
+"""
+
+
+@with_jittor
+def test_a_plan_that_turns_out_too_large_shrinks_once(
+    resident: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Another program comes while the weights are loaded: what has no room any longer streams."""
+    # Of which the weights are more than what a plan allows for all else; nothing is computed with them.
+    write_random_model(tmp_path / "large", replace(SMALL, n_embd=1024, n_inner=4096, n_layer=10))
+    sizes = sizes_of_store(open_store(tmp_path / "large"))
+    whole = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
+    card = whole.peak_bytes * 11 // 10
+    left = (
+        whole.bytes_on("device") + CudaNeeds(sizes.config, sizes.bits).workspace_bytes(whole.pass_tokens) // 2
+    )
+    late = taken(environment, card - sim_gpu.CONTEXT - left, 4 * MIB)
+    for options, streams in ((environment, False), (late, True)):
+        done = run_python(LOAD, [str(tmp_path / "large")], {**options, "SIM_GPU_MEMORY": str(card)}, 200)
+        assert done.returncode == 0, done.stderr
+        assert ("the card has no room for" in done.stderr) == streams, done.stderr
+        assert done.stdout.split() == [str(streams)]
+
+
+@with_jittor
+def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str]) -> None:
+    """Twice as much as is allowed where no card is asked: the plan counts it, and the limit holds."""
+    greedy = {
+        **environment,
+        "SIM_GPU_CONTEXT": str(2 * sim_gpu.CONTEXT),
+        "SIM_GPU_MEMORY": str(2 * sim_gpu.MEMORY),
+    }
+    for run in run_on_gpu(tiny_model_folder(), STREAMED[:2], PROMPTS, greedy):
+        assert run.used > 2 * sim_gpu.CONTEXT
+        assert run.used <= run.budget and run.token_ids == resident.token_ids
+
+
+@with_jittor
+def test_a_card_that_is_not_there_is_told(environment: dict[str, str]) -> None:
+    cards = {**environment, "SIM_GPU_CARDS": "2"}
+    process = command(
+        ["generate", str(tiny_model_folder()), "--prompt", "a", "--gpu", "--device", "2"], cards
+    )
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "there is no gpu:2: here are 2 cards, gpu:0 (simulated GPU 0), gpu:1 (simulated GPU 1)" in error
 
 
 @with_jittor

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,27 @@ import pytest
 
 from benchmarks.memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
 from moss_jt import Moss
+from moss_jt.backend.threads import compute_threads
 from moss_jt.engine.warm_up import warm_up
-from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
 from moss_jt.plan import placement
 from moss_jt.plan.placement import LATER_BYTES
-from moss_jt.plan.residency import plan
-from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.model_folder import open_store
-from moss_jt.store.sizes import MIB, sizes_of_geometry, sizes_of_store
+from moss_jt.store.sizes import MIB, sizes_of_store
+from tests.support.plans import plan
 from tests.support.random_models import SMALL, WIDE, random_folder
 
+THREADS = compute_threads()
+# What a process holds beside what the plan counts for the model.
+PROCESS = 235 * MIB
+# Few weights, and heads as large as MOSS's over as many positions.
+MOSS_HEADS = replace(WIDE, n_positions=2048, n_embd=1024, n_head=4, n_inner=1024, n_layer=4)
 PROMPT = [5, 9, 200, 31, 5, 9, 200, 77, 8, 5, 9]
 
 
-def budget_for(folder: Path, context: int, share: float) -> int:
+def budget_for(folder: Path, context: int, share: float, threads: int = THREADS) -> int:
     """Bytes with which about ``share`` of what could be resident is, in a process that holds nothing else yet."""
     sizes = sizes_of_store(open_store(folder))
-    empty = plan(sizes, context, 1 << 40)
+    empty = plan(sizes, context, 1 << 40, threads=threads)
     fixed = empty.kv_cache_bytes + empty.workspace_bytes + sizes.small_bytes + 2 * max(sizes.block_bytes)
     return fixed + int(share * sum(sizes.block_bytes))
 
@@ -81,27 +86,12 @@ def test_plans_and_drafts_never_change_the_answer(sampling: dict[str, float]) ->
     assert len({tuple(tokens) for tokens in answers.values()}) == 1, answers
 
 
-@pytest.mark.parametrize("config", [MOSS_MOON_003, SMALL])
-def test_the_planned_workspace_covers_what_the_operators_take(config: MossConfig) -> None:
-    """Their largest temporary (act-order is the worst case), the block's input and output, and a copy of the hidden."""
-    sizes, operators = sizes_of_geometry(config), CpuOperators(config)
-    worst = CheckedBlock("", [], [], packed=True, ordered=True)
-    for tokens in (1, 17, 23, 24, 63, 64, 256):
-        for context in (256, config.n_positions):
-            taken = 4 * operators._workspace(worst, tokens, context) + 3 * 4 * tokens * config.n_embd
-            assert taken <= sizes.workspace_bytes(tokens, context)
-
-
 PROGRAM = """
 import json, sys
 from moss_jt import Moss
-from moss_jt.plan import placement
-from moss_jt.store.config import MOSS_MOON_003, MossConfig
-from moss_jt.kernels.cpu.operators import CheckedBlock, CpuOperators
-from moss_jt.plan.placement import LATER_BYTES
-folder, memory, draft = sys.argv[1:]
-with Moss.load(folder, memory=int(memory), context=256, draft=draft) as moss:
-    answer = moss.generate(list(range(200)), max_new_tokens=6, temperature=0)
+folder, memory, context, prompt = sys.argv[1], *map(int, sys.argv[2:])
+with Moss.load(folder, memory=memory, context=context, draft="off") as moss:
+    answer = moss.generate([i % 500 for i in range(prompt)], max_new_tokens=6, temperature=0)
     for piece in answer:
         pass
     streamed = moss.plan.disk_bytes_per_pass
@@ -109,9 +99,11 @@ print(json.dumps({"token_ids": answer.token_ids, "streamed": streamed}))
 """
 
 
-def answer_within(folder: Path, budget: int, group: Path | None = None) -> tuple[dict[str, object], Usage]:
+def answer_within(
+    folder: Path, budget: int, group: Path | None = None, context: int = 256, prompt: int = 200
+) -> tuple[dict[str, object], Usage]:
     forget_cached(folder)
-    command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget), "off"]
+    command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget), str(context), str(prompt)]
     usage = run(command, group, timeout_s=90)
     assert usage.exit_code == 0, usage.errors
     return json.loads(usage.output.splitlines()[-1]), usage
@@ -123,7 +115,7 @@ def test_the_limit_holds_from_start_to_exit() -> None:
     everything, _ = answer_within(folder, 2 << 30)
     assert everything["streamed"] == 0
     for share in (0.5, 0.0):
-        budget = budget_for(folder, 256, share) + 215 * MIB
+        budget = budget_for(folder, 256, share) + PROCESS
         answer, usage = answer_within(folder, budget)
         assert answer["token_ids"] == everything["token_ids"]
         assert 0 < int(str(answer["streamed"])) <= sum(sizes_of_store(open_store(folder)).block_bytes)
@@ -133,7 +125,7 @@ def test_the_limit_holds_from_start_to_exit() -> None:
 def test_a_control_group_s_limit_is_kept() -> None:
     """The kernel enforces the limit plus a tenth, page cache included: nothing is killed, the answer is complete."""
     folder = random_folder(WIDE)
-    budget = budget_for(folder, 256, 0.0) + 215 * MIB
+    budget = budget_for(folder, 256, 0.0) + PROCESS
     try:
         with memory_group(budget + budget // 10) as group:
             answer, usage = answer_within(folder, budget, group)
@@ -141,6 +133,21 @@ def test_a_control_group_s_limit_is_kept() -> None:
         pytest.skip(str(reason))
     assert not usage.killed_for_memory and len(answer["token_ids"]) == 6  # type: ignore[arg-type]
     assert usage.peak_process <= budget
+
+
+def test_the_limit_counts_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads on however few processors, each with scratch memory and buffers of oneDNN's of its own: they took 580 MiB."""
+    folder, context = random_folder(MOSS_HEADS), MOSS_HEADS.n_positions
+    budgets = {threads: budget_for(folder, context, 0.0, threads) + PROCESS for threads in (2, 16)}
+    assert budgets[16] - budgets[2] > 14 * 3 * MIB
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    try:
+        with memory_group(budgets[16] + budgets[16] // 10) as group:
+            answer, usage = answer_within(folder, budgets[16], group, context, context - 8)
+    except NoGroup:
+        answer, usage = answer_within(folder, budgets[16], None, context, context - 8)
+    assert not usage.killed_for_memory and len(answer["token_ids"]) == 6  # type: ignore[arg-type]
+    assert usage.peak_process <= budgets[16], f"{usage.peak_process / MIB:.0f} MiB, {budgets}"
 
 
 def command_line(folder: Path, budget: int, tokens: int) -> list[str]:
@@ -160,7 +167,7 @@ def command_line(folder: Path, budget: int, tokens: int) -> list[str]:
 
 def test_two_processes_at_once_say_the_same() -> None:
     folder = random_folder(WIDE)
-    command = [*command_line(folder, budget_for(folder, 256, 0.2) + 215 * MIB, 5), "--json"]
+    command = [*command_line(folder, budget_for(folder, 256, 0.2) + PROCESS, 5), "--json"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     answers = [json.loads(process.communicate(timeout=90)[0]) for process in both]
     assert answers[0]["token_ids"] == answers[1]["token_ids"] and answers[0]["new_tokens"] == 5
@@ -169,7 +176,7 @@ def test_two_processes_at_once_say_the_same() -> None:
 def test_ctrl_c_while_blocks_stream_stops_at_once() -> None:
     """Sent once text comes, so in the middle of reading ahead: exit code 130, nothing but a line on stderr."""
     folder = random_folder(WIDE)
-    command = command_line(folder, budget_for(folder, 256, 0.2) + 215 * MIB, 250)
+    command = command_line(folder, budget_for(folder, 256, 0.2) + PROCESS, 250)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(1)

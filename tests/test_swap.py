@@ -11,9 +11,10 @@ import pytest
 from moss_jt import Moss
 from moss_jt.backend.build import build_folder, is_built
 from moss_jt.backend.device import SWAP_SWITCH
-from moss_jt.plan.residency import plan
+from moss_jt.backend.threads import compute_threads
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
+from tests.support.plans import plan
 from tests.support.random_models import WIDE, random_folder
 
 # After the answer, no file may grow any more: the disk is full, as Jittor sees it.
@@ -52,7 +53,8 @@ def test_swapping_gives_the_same_answer_and_a_full_disk_is_told() -> None:
         assert all(isinstance(piece, str) for piece in answer)
     sizes = sizes_of_store(open_store(folder))
     # Of 200 MB of weights 80 may be in memory; 170 MiB are the process with its libraries.
-    budget = plan(sizes, 64, 1 << 40).workspace_bytes + sizes.kv_cache_bytes(64) + 80 * 10**6 + 170 * MIB
+    everything = plan(sizes, 64, 1 << 40, threads=compute_threads())
+    budget = everything.workspace_bytes + everything.kv_cache_bytes + 80 * 10**6 + 170 * MIB
     environment = {key: value for key, value in os.environ.items() if key not in ("cache_name", SWAP_SWITCH)}
     command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)

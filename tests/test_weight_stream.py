@@ -11,12 +11,16 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix
+from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.plan.placement import plan_here
-from moss_jt.plan.residency import ResidencyPlan, plan
+from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store, StoreFile, map_tensor, open_store
 from moss_jt.store.sizes import GIB, sizes_of_store
-from moss_jt.weights.file_reader import FileReader, Piece
-from moss_jt.weights.stream import WeightStream, open_weights
+from moss_jt.weights.cpu_units import DiskUnits, MappedUnits, open_weights
+from moss_jt.weights.disk_ring import Reader
+from moss_jt.weights.file_reader import Extent, FileReader
+from moss_jt.weights.weights import Weights
+from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
 
 
@@ -41,6 +45,16 @@ def smallest(store: Store) -> int:
         except MossError:
             low = middle
     return high
+
+
+def weights_of(store: Store, plan: ResidencyPlan, reader: Reader | None = None) -> Weights:
+    if not plan.streams:
+        return Weights(store, plan, MappedUnits(store, plan))
+    return Weights(store, plan, DiskUnits(store, plan, reader or FileReader(False, 1e9)))
+
+
+def never() -> bool:
+    return False
 
 
 def file_arrays(file: StoreFile) -> dict[str, np.ndarray]:
@@ -68,7 +82,7 @@ def block_arrays(weights: BlockWeights) -> dict[str, np.ndarray]:
     }
 
 
-def assert_pass_is_right(stream: WeightStream, store: Store, then_head: bool = True) -> None:
+def assert_pass_is_right(stream: Weights, store: Store, then_head: bool = True) -> None:
     for index, (number, weights) in enumerate(stream.blocks(then_head)):
         assert number == index
         wanted = file_arrays(store.blocks[number])
@@ -93,7 +107,7 @@ def reader_threads() -> list[threading.Thread]:
 def test_every_plan_gives_the_file_s_values(bits: int) -> None:
     store = open_store(random_folder(SMALL, bits))
     for placed in plans(store):
-        stream = WeightStream(store, placed)
+        stream = weights_of(store, placed)
         assert_pass_is_right(stream, store)
         assert_pass_is_right(stream, store, then_head=False)
         assert_pass_is_right(stream, store)
@@ -102,10 +116,31 @@ def test_every_plan_gives_the_file_s_values(bits: int) -> None:
         assert not reader_threads()
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_walk_has_an_order(bits: int) -> None:
+    """Forwards, backwards, and parts of it: each unit's own values, whatever was read ahead."""
+    store = open_store(random_folder(SMALL, bits))
+    for placed in plans(store):
+        stream = weights_of(store, placed)
+        count = len(placed.units)
+        for order in (range(count), range(count - 1, -1, -1), range(count - 1, -1, -1), range(0, count, 2)):
+            for number, (unit, weights) in zip(order, stream.walk(order), strict=True):
+                assert unit == placed.units[number]
+                if unit.kind == "block":
+                    wanted = file_arrays(store.blocks[unit.index])
+                    assert all(
+                        np.array_equal(given, wanted[name]) for name, given in block_arrays(weights).items()
+                    )
+                else:
+                    rows = file_arrays(store.head)["lm_head.weight"][unit.first_row : unit.last_row]
+                    assert np.array_equal(weights.numpy(), rows)
+        stream.close()
+
+
 def test_vars_over_buffers_are_made_once() -> None:
     """Making a Var costs more than a small block's read, and a Var per pass would grow without end."""
     store = open_store(random_folder(SMALL))
-    stream = WeightStream(store, plans(store)[2])
+    stream = weights_of(store, plans(store)[2])
     seen = [{id(weights) for _, weights in stream.blocks()} for _ in range(3)]
     assert len(seen[0] | seen[1] | seen[2]) == 2, "two buffers, one layout"
     stream.close()
@@ -114,7 +149,7 @@ def test_vars_over_buffers_are_made_once() -> None:
 def test_an_abandoned_pass_is_followed_by_a_right_one() -> None:
     store = open_store(random_folder(SMALL))
     for placed in plans(store):
-        stream = WeightStream(store, placed)
+        stream = weights_of(store, placed)
         for number, _ in stream.blocks():
             if number == 3:
                 break
@@ -124,7 +159,7 @@ def test_an_abandoned_pass_is_followed_by_a_right_one() -> None:
 
 def test_two_models_at_once_do_not_disturb_each_other() -> None:
     store = open_store(random_folder(SMALL))
-    streams = [WeightStream(store, placed) for placed in plans(store)]
+    streams = [weights_of(store, placed) for placed in plans(store)]
     for _ in range(2):
         for stream in streams:
             assert_pass_is_right(stream, store)
@@ -135,7 +170,7 @@ def test_two_models_at_once_do_not_disturb_each_other() -> None:
 def test_rows_of_the_embedding() -> None:
     store = open_store(random_folder(SMALL))
     table = file_arrays(store.embedding)["wte.weight"]
-    stream = WeightStream(store, plans(store)[0])
+    stream = weights_of(store, plans(store)[0])
     ids = [0, 5, 5, SMALL.vocab_size - 1]
     assert np.array_equal(stream.embedding_rows(ids), table[ids])
     for wrong in (-1, SMALL.vocab_size):
@@ -151,16 +186,16 @@ class FailingReader(FileReader):
         super().__init__(False, 1e9)
         self.block, self.failures = block, failures
 
-    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
-        if piece.path.name == self.block and self.failures:
+    def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = never) -> bool:
+        if extent.path.name == self.block and self.failures:
             self.failures -= 1
-            raise MossError(f"cannot read {piece.path}: Input/output error.")
-        return super().read(piece, target, stopped)
+            raise MossError(f"cannot read {extent.path}: Input/output error.")
+        return super().read(extent, target, stopped)
 
 
 def test_a_read_error_stops_the_pass_and_the_next_one_works() -> None:
     store = open_store(random_folder(SMALL))
-    stream = WeightStream(store, plans(store)[2], FailingReader("block-04.safetensors", 1))
+    stream = weights_of(store, plans(store)[2], FailingReader("block-04.safetensors", 1))
     with pytest.raises(MossError, match=r"block-04.safetensors: Input/output error"):
         assert_pass_is_right(stream, store)
     assert_pass_is_right(stream, store)
@@ -174,7 +209,7 @@ def test_an_error_while_resident_weights_are_read_leaves_nothing_open() -> None:
     first = next(unit.index for unit in half.units if unit.resident)
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(MossError, match="Input/output error"):
-        WeightStream(store, half, FailingReader(f"block-{first:02d}.safetensors", 1))
+        weights_of(store, half, FailingReader(f"block-{first:02d}.safetensors", 1))
     assert set(os.listdir("/proc/self/fd")) == before and not reader_threads()
 
 
@@ -182,7 +217,7 @@ def test_a_file_that_shrinks_or_goes_while_streaming(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(random_folder(SMALL), folder)
     store = open_store(folder)
-    stream = WeightStream(store, plans(store)[2])
+    stream = weights_of(store, plans(store)[2])
     assert_pass_is_right(stream, store)
     store.blocks[5].path.unlink()
     assert sum(1 for _ in stream.blocks()) == SMALL.n_layer, "files stay open: what is deleted is still read"
@@ -197,7 +232,7 @@ def test_a_file_that_shrinks_or_goes_while_streaming(tmp_path: Path) -> None:
 def test_a_closed_stream_says_so_and_closing_twice_is_fine() -> None:
     store = open_store(random_folder(SMALL))
     for placed in plans(store):
-        stream = WeightStream(store, placed)
+        stream = weights_of(store, placed)
         next(iter(stream.blocks()))
         stream.close()
         stream.close()
@@ -207,7 +242,7 @@ def test_a_closed_stream_says_so_and_closing_twice_is_fine() -> None:
 
 def test_a_forgotten_stream_takes_its_thread_with_it() -> None:
     store = open_store(random_folder(SMALL))
-    stream = WeightStream(store, plans(store)[2])
+    stream = weights_of(store, plans(store)[2])
     assert_pass_is_right(stream, store)
     assert reader_threads()
     del stream
@@ -225,10 +260,11 @@ def test_opened_for_this_machine(tmp_path: Path) -> None:
 
 def test_a_plan_for_this_process_counts_what_it_holds() -> None:
     store = open_store(random_folder(SMALL))
-    placed = plan_here(store, "2GiB", None)
+    needs = CpuNeeds(store.config, store.bits)
+    placed = plan_here(store, needs, "2GiB", None)
     assert placed.budget_bytes == 2 * GIB and placed.context == SMALL.n_positions and not placed.streams
     ballast = np.ones(300 << 20, np.uint8)
-    assert plan_here(store, "2GiB", 64).footprint_bytes - placed.footprint_bytes > 250 << 20
+    assert plan_here(store, needs, "2GiB", 64).footprint_bytes - placed.footprint_bytes > 250 << 20
     assert ballast[0] == 1
     with pytest.raises(MossError, match="too little for this model"):
-        plan_here(store, "50MiB", None)
+        plan_here(store, needs, "50MiB", None)

@@ -1,23 +1,23 @@
 // Attention of new tokens over one layer of the float16 cache.
 //
-// Few tokens: the positions are cut into groups of 64; every (token, head, group) is softmaxed on its own and the groups
+// Few tokens: the positions are cut into groups; every (token, head, group) is softmaxed on its own and the groups
 // are merged in their order, so that threads can share one head's long past and the result depends on nothing but the
-// token's position. Many tokens: two sgemms per head over a widened copy of its keys and values.
+// token's position. Many tokens: two sgemms per head and tile of positions, over a widened copy of its keys or values.
 #pragma once
 
 #include "gemm.h"
 
 namespace moss {
 
-constexpr int64_t kGroup = 64;
-constexpr int64_t kManyTokens = 24;  // from here on two sgemms per head are ahead
+constexpr int64_t kGroup = MOSS_ATTENTION_GROUP;
+constexpr int64_t kManyTokens = MOSS_FEW_TOKENS + 1;  // from here on two sgemms per head are ahead
 
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
     const uint16_t* keys;    // (P, H, D) float16: one layer
     const uint16_t* values;
     float* result;           // (T, C)
-    float* partial;          // (23, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
+    float* partial;          // (few tokens, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
     int64_t tokens, start_pos, heads, head_dim;
 
     int64_t width() const { return heads * head_dim; }
@@ -99,11 +99,10 @@ struct Piece {
 constexpr int64_t kPieceTokens = 4, kScores = kGroup + kLanes;
 
 inline void attend_piece(const Attention& a, const Piece& piece) {
-    struct Scores;
     const int64_t begin = piece.group * kGroup, stride = a.width(), heads = piece.end_head - piece.first_head;
     const int64_t tokens = piece.end_token - piece.first_token;
     const uint16_t *k = a.keys + begin * stride, *v = a.values + begin * stride;
-    float* all_scores = scratch<Scores>(tokens * heads * kScores);
+    float* all_scores = scratch<Widened>(tokens * heads * kScores);
     auto count = [&](int64_t t) { return std::min(kGroup, a.start_pos + t + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
         return all_scores + ((t - piece.first_token) * heads + head - piece.first_head) * kScores;
@@ -173,6 +172,8 @@ inline void attend_few(const Attention& a) {
 
 #ifdef MOSS_ONEDNN
 
+constexpr int64_t kTilePositions = MOSS_TILE_POSITIONS;
+
 inline void widen_head(const uint16_t* rows, int64_t stride, int64_t count, int64_t head_dim, float* result) {
     for (int64_t j = 0; j < count; j++)
         for_lanes(head_dim, [&](int64_t d, int n) {
@@ -184,12 +185,19 @@ inline void widen_head(const uint16_t* rows, int64_t stride, int64_t count, int6
 inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_t count) {
     const int64_t seen = a.start_pos + first + count, stride = a.width(), offset = head * a.head_dim;
     const int64_t lds = (seen + kLanes - 1) / kLanes * kLanes;
-    struct Block;
-    float* k = scratch<Block>(2 * seen * a.head_dim + count * lds);
-    float *v = k + seen * a.head_dim, *scores = v + seen * a.head_dim;
-    widen_head(a.keys + offset, stride, seen, a.head_dim, k);
-    widen_head(a.values + offset, stride, seen, a.head_dim, v);
-    sgemm(true, count, seen, a.head_dim, a.q + first * stride + offset, stride, k, a.head_dim, false, scores, lds);
+    float* tile = scratch<Widened>(std::min(seen, kTilePositions) * a.head_dim + count * lds);
+    float* scores = tile + std::min(seen, kTilePositions) * a.head_dim;
+    auto for_tiles = [&](const uint16_t* cache, auto body) {  // body(j, positions) with each tile's rows widened
+        for (int64_t j = 0; j < seen; j += kTilePositions) {
+            const int64_t positions = std::min(kTilePositions, seen - j);
+            widen_head(cache + j * stride + offset, stride, positions, a.head_dim, tile);
+            body(j, positions);
+        }
+    };
+    for_tiles(a.keys, [&](int64_t j, int64_t positions) {
+        const float* q = a.q + first * stride + offset;
+        sgemm(true, count, positions, a.head_dim, q, stride, tile, a.head_dim, false, scores + j, lds);
+    });
     float* result = a.result + first * stride + offset;
     float totals[kTileRows];
     for (int64_t t = 0; t < count; t++) {
@@ -198,13 +206,15 @@ inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_
         totals[t] = exponentials(row, own, largest_of(row, own));
         std::fill(row + own, row + seen, 0.0f);
     }
-    sgemm(false, count, a.head_dim, seen, scores, lds, v, a.head_dim, false, result, stride);
+    for_tiles(a.values, [&](int64_t j, int64_t positions) {
+        sgemm(false, count, a.head_dim, positions, scores + j, lds, tile, a.head_dim, j > 0, result, stride);
+    });
     for (int64_t t = 0; t < count; t++)
         for (int64_t d = 0; d < a.head_dim; d++) result[t * stride + d] /= totals[t];
 }
 
 inline void attend_many(const Attention& a) {
-    constexpr int64_t kBlock = 64;
+    constexpr int64_t kBlock = MOSS_ATTENTION_TOKENS;
     static_assert(kBlock <= kTileRows, "totals");
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t head = 0; head < a.heads; head++)

@@ -23,7 +23,7 @@ struct Block {
     int64_t width() const { return heads * head_dim; }
 };
 
-// Where the intermediate results lie in the workspace; operators.py computes the same size.
+// Where the intermediate results lie in the workspace; kernels/needs.py counts the same.
 template <class M>
 struct Workspace {
     float *normed, *q, *attended, *inner;              // (T, C), (T, C), (T, C), (T, I)
@@ -89,7 +89,6 @@ struct Queues {
 // Both products that read the normed input.
 template <class M>
 inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
-    struct Results;
     const int64_t tokens = b.tokens, inner = b.fc_in.n;
     const int64_t ld = std::max(queues.qkv.most_rows(), queues.fc_in.most_rows());
     float* y = scratch<Results>(ld * tokens);
@@ -107,7 +106,6 @@ inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& que
 
 template <class M>
 inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
-    struct Results;
     const int64_t tokens = b.tokens, width = b.width(), ld = queues.output.most_rows();
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.output.take(); rows.first < rows.end; rows = queues.output.take()) {
@@ -152,6 +150,9 @@ inline void run_block(const Block<M>& b) {
         }
         block_output(b, w, queues);
     }
+#ifdef MOSS_ONEDNN
+    if (tokens >= kManyTokens) give_back();
+#endif
 }
 
 }  // namespace moss

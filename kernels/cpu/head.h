@@ -1,16 +1,9 @@
-// The two ends of a pass: the embedding's rows, and the final norm with the head's product.
+// The end of a pass: the final norm with the head's product.
 #pragma once
 
 #include "gemm.h"
 
 namespace moss {
-
-inline void run_embed(const int32_t* ids, int64_t tokens, const uint16_t* table, int64_t width, float* result) {
-    for (int64_t t = 0; t < tokens; t++)
-        for_lanes(width, [&](int64_t i, int n) {
-            store_n(result + t * width + i, load_half_n(table + ids[t] * width + i, n), n);
-        });
-}
 
 struct Head {
     const float* h;                           // (R, C)
@@ -23,7 +16,6 @@ struct Head {
 };
 
 inline void run_head(const Head& a) {
-    struct Results;
     const int64_t width = a.weight.k, vocab = a.weight.n;
     float* normed = aligned(a.workspace);
     RowQueue queue = row_queue(vocab, a.weight.row_bytes(), a.rows);

@@ -6,21 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
+from moss_jt.kernels.checks import check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
-from moss_jt.kernels.cpu.source import run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
+from moss_jt.kernels.cpu.source import onednn_folder, run
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary import rotary_table
+from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
 from moss_jt.store.config import MossConfig
-
-GROUP = 64  # attention.h: positions per group
-FEW_IN_ATTENTION = 23  # attention.h: tokens that it cuts into groups
-FEW_IN_PRODUCTS = 63  # gemm.h: tokens for which packed matrices may take their inputs in another order
-ALIGNMENT = 16  # floats of a workspace that aligning its start may take
-
-EMBED = """
-moss::run_embed((const int32_t*)in0_p, in0_shape0, (const uint16_t*)in1_p, in1_shape1, (float*)out0_p);
-"""
 
 HEAD = """
 moss::Head head{};
@@ -95,19 +88,19 @@ BLOCK_SOURCES = {16: dense_source(), 8: packed_source(8), 4: packed_source(4)}
 
 @dataclass(frozen=True)
 class CheckedBlock:
-    """A block's weights, found to fit together: the operation's source, norm and biases, and the matrices' arrays."""
+    """A block's weights, which fit together: bits of the matrices, norm and biases, and the matrices' arrays."""
 
-    source: str
+    bits: int
     vectors: list[Var]
     matrices: list[Var]
-    packed: bool
     ordered: bool  # some matrix has an input_order
 
 
 class CpuOperators:
     """See :class:`moss_jt.kernels.interface.Operators`.
 
-    For passes of 1 to 23 tokens, each token's result is the same, bit for bit, however many tokens share the pass.
+    For passes of 1 to FEW_TOKENS tokens (see moss_jt.kernels.needs), each token's result is the same, bit for bit,
+    however many tokens share the pass.
 
     Args:
         config: the model's geometry.
@@ -128,12 +121,6 @@ class CpuOperators:
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        check_dtype("token_ids", token_ids, "int32")
-        check_dtype("table", table, "float16")
-        shape = (token_ids.shape[0], table.shape[1])
-        return run(self.simd, "head.h", EMBED, [shape], [token_ids, table])[0]
-
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
         rows, width, vocab = h.shape[0], self.config.n_embd, weight.shape[0]
         check_shape("h", h, (rows, width))
@@ -147,7 +134,14 @@ class CpuOperators:
             check_dtype(name, var, "float16")
         inputs = [h, norm_weight, norm_bias, weight, bias]
         data = {"epsilon": self.config.layer_norm_epsilon}
-        return run(self.simd, "head.h", HEAD, [(rows, vocab), (rows * width + ALIGNMENT,)], inputs, data)[0]
+        return run(
+            self.simd,
+            "head.h",
+            HEAD,
+            [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)],
+            inputs,
+            data,
+        )[0]
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
         config, tokens = self.config, h.shape[0]
@@ -161,48 +155,24 @@ class CpuOperators:
         inputs = [h, *checked.vectors, self.rotary, keys, values, *checked.matrices]
         data = {"layer": layer, "start_pos": start_pos, "epsilon": config.layer_norm_epsilon}
         shapes = [(tokens, config.n_embd), (self._workspace(checked, tokens, keys.shape[1]),)]
-        return run(self.simd, "block.h", checked.source, shapes, inputs, data)[0]
+        return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits], shapes, inputs, data)[0]
 
     def _workspace(self, checked: CheckedBlock, tokens: int, positions: int) -> int:
-        """Floats that Workspace in block.h takes at most: the same all along the cache, so that memory is reused."""
-        config = self.config
-        columns = 3 * config.n_embd + config.n_inner
-        if checked.ordered or (checked.packed and tokens <= FEW_IN_PRODUCTS):
-            columns += 3 * config.n_embd + config.n_inner  # the matrices' inputs once more
-        groups = -(-positions // GROUP)
-        partial = config.n_head * groups * (config.head_dim + 2)
-        return ALIGNMENT + tokens * columns + min(tokens, FEW_IN_ATTENTION) * partial
+        needs = CpuNeeds(self.config, checked.bits)
+        onednn = onednn_folder() is not None
+        return needs.block_floats(tokens, positions, ordered=checked.ordered, onednn=onednn)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
-        width, inner = self.config.n_embd, self.config.n_inner
-        vectors = {
-            "ln_1_weight": (weights.ln_1_weight, width),
-            "ln_1_bias": (weights.ln_1_bias, width),
-            "fc_in_bias": (weights.fc_in_bias, inner),
-            "fc_out_bias": (weights.fc_out_bias, width),
-        }
-        for name, (vector, length) in vectors.items():
-            check_shape(name, vector, (length,))
-            check_dtype(name, vector, "float16")
-        matrices = {
-            "qkv": (weights.qkv, 3 * width, width),
-            "out": (weights.out, width, width),
-            "fc_in": (weights.fc_in, inner, width),
-            "fc_out": (weights.fc_out, width, inner),
-        }
-        arrays, bits, ordered = [], set(), False
-        for name, (matrix, outputs, inputs) in matrices.items():
-            check_matrix(name, matrix, outputs, inputs)
-            if isinstance(matrix, DenseMatrix):
-                bits.add(16)
-            else:
-                bits.add(matrix.bits)
-                ordered = ordered or matrix.input_order is not None
-            arrays += self._arrays(matrix)
+        check_block(weights, self.config)
+        fields = [getattr(weights, tensor.field) for tensor in BLOCK_TENSORS]
+        matrices = [field for field in fields if isinstance(field, (DenseMatrix, PackedMatrix))]
+        packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+        bits = {matrix.bits for matrix in packed} | ({16} if len(packed) < len(matrices) else set())
         if len(bits) > 1:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
-        vars_ = [vector for vector, _ in vectors.values()]
-        return CheckedBlock(BLOCK_SOURCES[min(bits)], vars_, arrays, packed=bits != {16}, ordered=ordered)
+        vectors = [field for field in fields if not isinstance(field, (DenseMatrix, PackedMatrix))]
+        arrays = [array for matrix in matrices for array in self._arrays(matrix)]
+        return CheckedBlock(bits.pop(), vectors, arrays, any(m.input_order is not None for m in packed))
 
     def _arrays(self, matrix: Matrix) -> list[Var]:
         if isinstance(matrix, DenseMatrix):

@@ -21,7 +21,10 @@ class RowQueue {
     RowQueue(int64_t rows, int64_t row_bytes, int64_t least_bytes, int64_t most_bytes)
         : rows_(rows), least_(eights(least_bytes / row_bytes)), most_(std::max(least_, eights(most_bytes / row_bytes))) {}
 
-    int64_t most_rows() const { return most_; }
+    // The most that take() gives at once; kernels/needs.py counts the same.
+    int64_t most_rows() const {
+        return std::min((rows_ + 7) / 8 * 8, std::max(least_, std::min(most_, eights(rows_ / 2))));
+    }
 
     // The next piece, or an empty one when all rows are given out.
     Rows take() {

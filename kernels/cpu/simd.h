@@ -58,7 +58,6 @@ struct Simd {
     static F load_half_partial(const uint16_t* p, int n) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
     }
-    static F set1_half(uint16_t x) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)x)); }
     // The numbers in kLanes bytes, and the 32 in the nibbles of 16 bytes: all low ones, then all high ones.
     static F load_bytes(const uint8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -126,7 +125,6 @@ struct Simd {
         std::memcpy(padded, p, n * sizeof(uint16_t));
         return load_half(padded);
     }
-    static F set1_half(uint16_t x) { return _mm256_cvtph_ps(_mm_set1_epi16((short)x)); }
     static F load_bytes(const uint8_t* p) { return widen_bytes(_mm_loadl_epi64((const __m128i*)p)); }
     static F load_bytes_partial(const uint8_t* p, int n) {
         uint8_t padded[kLanes] = {};
@@ -212,10 +210,6 @@ struct Simd {
         uint16_t padded[kLanes] = {};
         std::memcpy(padded, p, n * sizeof(uint16_t));
         return load_half(padded);
-    }
-    static F set1_half(uint16_t x) {
-        const uint16_t lanes[kLanes] = {x, x, x, x, x, x, x, x};
-        return load_half(lanes);
     }
     static F load_bytes(const uint8_t* p) { return widen_bytes(p, 0, 255); }
     static F load_bytes_partial(const uint8_t* p, int n) {

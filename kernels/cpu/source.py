@@ -7,6 +7,7 @@ from typing import Any
 from moss_jt.backend.home import cache_folder
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import Var
+from moss_jt.kernels.needs import DEFINITIONS
 
 FOLDER = Path(__file__).parent
 
@@ -23,10 +24,11 @@ def onednn_folder() -> Path | None:
 @functools.cache
 def cpu_header(simd: int, include: str) -> str:
     """Jittor watches included files, but finds them by an absolute path or in a folder given by -I only."""
-    lines = [f"#define MOSS_SIMD {simd}", f'#include "{FOLDER / include}"', ""]
+    definitions = {"MOSS_SIMD": simd, **DEFINITIONS}
     if onednn_folder() is not None:
-        lines.insert(0, "#define MOSS_ONEDNN 1")
-    return "\n".join(lines)
+        definitions["MOSS_ONEDNN"] = 1
+    lines = [f"#define {name} {value}" for name, value in definitions.items()]
+    return "\n".join([*lines, f'#include "{FOLDER / include}"', ""])
 
 
 @functools.cache

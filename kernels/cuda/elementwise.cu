@@ -1,4 +1,4 @@
-// Layer norm, embedding, and what stands between the products of a block. What products gave comes in parts, (parts, T, width).
+// Layer norm, and what stands between the products of a block. What products gave comes in parts, (parts, T, width).
 #include "device.cuh"
 
 constexpr int kNormWarps = 16, kNormThreads = kWarp * kNormWarps;
@@ -46,11 +46,6 @@ extern "C" __global__ void layer_norm(IN(float) x, IN(__half) weight, IN(__half)
     const float inverse = rsqrtf(block_sum(squares, variances) / width + epsilon);
     for (int i = threadIdx.x; i < width; i += kNormThreads)
         y[row + i] = (x[row + i] - mean) * inverse * __half2float(weight[i]) + __half2float(bias[i]);
-}
-
-extern "C" __global__ void embed(IN(int) ids, IN(__half) table, OUT(float) h, int tokens, int width) {
-    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < (long long)tokens * width) h[i] = __half2float(table[(long long)ids[i / width] * width + i % width]);
 }
 
 // y = gelu_new(x + bias), the tanh form that GPT-2's config calls gelu_new.

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from moss_jt.kernels.cuda.cublas import Array, multiply
+from moss_jt.kernels.needs import FEW_TOKENS
 
 WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
 NORM_THREADS = 512  # kNormThreads in elementwise.cu
-# Passes of more tokens go through cuBLAS. Up to here a token's result is the same bits in any pass, as drafts need it.
-FEW_TOKENS = 23
 # Blocks that fill a card: K is split until a product has as many, but no part is shorter than LEAST_PIECES of a warp's loads. 132
 # multiprocessors with four to six blocks each are the most that these kernels meet.
 ENOUGH_BLOCKS = 800
@@ -151,11 +150,6 @@ class Launchers:
     def each(self, module: str, kernel: str, count: int, *arguments: Any) -> None:
         """One thread for each of ``count`` elements."""
         self.launch(module, kernel, (-(-count // THREADS),), *arguments)
-
-    def embed(self, token_ids: Array, table: Array, out: Array) -> None:
-        """token_ids (T,) int32, table (V, C) float16 -> out (T, C) float32."""
-        tokens, width = token_ids.shape[0], table.shape[1]
-        self.each("elementwise.cu", "embed", tokens * width, token_ids, table, out, tokens, width)
 
     def layer_norm(self, x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
         """x (T, C) float32, weight and bias (C,) float16 -> (T, C) float32."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_cache, check_dtype, check_matrix, check_shape
+from moss_jt.kernels.checks import check_block, check_cache, check_shape
 from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Array, Launchers, Product
 from moss_jt.kernels.cuda.recording import Piece, Recorder, Recording, Start, launch_address, queue
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Region, Var
@@ -47,14 +47,6 @@ class CudaOperators:
         pool = self.kernels.cupy.get_default_memory_pool()
         pool.free_all_blocks()
         pool.set_limit(size=0)  # none
-
-    def embed(self, token_ids: Var, table: Var) -> Var:
-        check_dtype("table", table, "float16")
-
-        def work(a: Sequence[Array], out: Array) -> None:
-            self.kernels.embed(a[0].reshape(-1), a[1], out)
-
-        return _code((token_ids.shape[0], table.shape[1]), [token_ids, table], work)
 
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var) -> Var:
         check_shape("h", h, (h.shape[0], self.config.n_embd))
@@ -157,15 +149,7 @@ class CudaOperators:
         Once for each object, for it goes with a piece of memory that native code will trust. Where in a unit's memory its tensors
         lie is all that recordings know of them, and most units are alike.
         """
-        width, inner = self.config.n_embd, self.config.n_inner
-        check_matrix("qkv", weights.qkv, 3 * width, width)
-        check_matrix("out", weights.out, width, width)
-        check_matrix("fc_in", weights.fc_in, inner, width)
-        check_matrix("fc_out", weights.fc_out, width, inner)
-        for name in ("ln_1_weight", "ln_1_bias", "fc_in_bias", "fc_out_bias"):
-            vector = getattr(weights, name)
-            check_shape(name, vector, (inner if name == "fc_in_bias" else width,))
-            check_dtype(name, vector, "float16")
+        check_block(weights, self.config)
         return self._layouts.setdefault(_layout(weights), {})
 
 

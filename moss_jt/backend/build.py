@@ -29,11 +29,13 @@ ATTEMPTS = 3  # Jittor leaves, asking to be started again, when it has renewed i
 # A toolkit that Jittor installed itself would make it look for another one, download that, or start this program anew: which
 # toolkit it uses is decided by nvcc_path, so that it is told that there is none.
 SCRIPT = """
-import pathlib, sys
+import ctypes, pathlib, sys
 import jittor_utils.install_cuda
 jittor_utils.install_cuda.has_installation = bool
-for name in sys.argv[2:]:
+for name in sys.argv[2].split(","):
     sys.modules[name] = None
+for library in sys.argv[3:]:
+    ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 import jittor
 pathlib.Path(sys.argv[1]).write_text(jittor.compiler.cache_path)
 """
@@ -124,8 +126,12 @@ def marker(folder: Path) -> Path:
     return folder / "moss-jt-built"
 
 
-def ensure_built(hidden: Sequence[str]) -> None:
-    """Compile Jittor unless that is done. ``hidden``: modules that it shall not find.
+def ensure_built(hidden: Sequence[str], libraries: Sequence[Path] = ()) -> None:
+    """Compile Jittor unless that is done.
+
+    Args:
+        hidden: modules that it shall not find.
+        libraries: shared libraries that what it compiles needs, and might not find by itself.
 
     Raises:
         MossError: the compiling failed; the message names the log.
@@ -135,7 +141,7 @@ def ensure_built(hidden: Sequence[str]) -> None:
         return
     with one_at_a_time():
         if not is_built(folder):  # by now, by the start that was waited for
-            compile_jittor(folder, hidden)
+            compile_jittor(folder, hidden, libraries)
 
 
 @contextlib.contextmanager
@@ -150,10 +156,11 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-def compile_jittor(folder: Path, hidden: Sequence[str]) -> None:
+def compile_jittor(folder: Path, hidden: Sequence[str], libraries: Sequence[Path]) -> None:
     """Raises MossError where that fails; the message names the log."""
     log = log_path("build")
-    command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), *hidden]
+    command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), ",".join(hidden)]
+    command += map(str, libraries)
     marker(folder).unlink(missing_ok=True)
     for _ in range(ATTEMPTS):
         with open(log, "ab") as output, home_kept():

@@ -5,7 +5,9 @@ must make the same choice.
 """
 
 import os
+import re
 import sys
+from functools import cache
 from typing import Literal, cast
 
 from moss_jt.errors import MossError
@@ -13,24 +15,34 @@ from moss_jt.errors import MossError
 Device = Literal["cpu", "gpu"]
 Offload = Literal["stream", "swap", "unified"]
 
-DEVICES = ("cpu", "gpu")
 WAYS = {"cpu": ("auto", "stream", "swap"), "gpu": ("auto", "stream", "swap", "unified")}
 
 DEVICE_SWITCH = "MOSS_JT_DEVICE"
 SWAP_SWITCH = "JT_SAVE_MEM"  # Jittor reads it when it is compiled and when it starts
 MANAGED_SWITCH = "use_cuda_managed_allocator"  # and this one when it starts
+CARDS_SWITCH = "CUDA_VISIBLE_DEVICES"  # CUDA reads it when it starts
 
 _process: int | None = None  # the one that Jittor was started in
 
 
-def check_choice(device: str, offload: str) -> Offload:
+def parse_device(text: str) -> tuple[Device, int]:
+    """The device, and on a GPU the card's number: "gpu" is the first card, "gpu:1" the second; PyTorch's "cuda:1" is understood.
+
+    Raises:
+        MossError: there is no such device.
+    """
+    found = re.fullmatch(r"(cpu)|(?:gpu|cuda)(?::([0-9]{1,3}))?", text)
+    if found is None:
+        raise MossError(f"there is no device {text!r}: give 'cpu', 'gpu', or 'gpu:1' for the second card.")
+    return ("cpu" if found.group(1) else "gpu"), int(found.group(2) or 0)
+
+
+def check_choice(device: Device, offload: str) -> Offload:
     """The way to offload that ``offload`` means on the device; "auto" streams what does not fit.
 
     Raises:
-        MossError: there is no such device, or no such way on it.
+        MossError: there is no such way on it.
     """
-    if device not in DEVICES:
-        raise MossError(f"there is no device {device!r}: give 'cpu' or 'gpu'.")
     if offload not in WAYS[device]:
         raise MossError(
             f"there is no offload {offload!r} on the {device.upper()}: give {', '.join(WAYS[device])}."
@@ -38,29 +50,31 @@ def check_choice(device: str, offload: str) -> Offload:
     return "stream" if offload == "auto" else cast(Offload, offload)
 
 
-def decide(device: Device, offload: Offload) -> None:
-    """Make Jittor start for this device and this way.
+def decide(device: Device, offload: Offload, card: int = 0) -> None:
+    """Make Jittor start for this device, on a GPU with that card alone, and for this way.
 
     Raises:
-        MossError: Jittor already runs in this process, and otherwise.
+        MossError: Jittor already runs in this process, and otherwise; or there is no such card.
     """
     check_process()
     wanted = {
-        DEVICE_SWITCH: device,
+        CARDS_SWITCH: visible(card) if device == "gpu" else cards_given(),
+        DEVICE_SWITCH: f"{device}:{card}" if card else device,
         SWAP_SWITCH: "1" if offload == "swap" else None,
         MANAGED_SWITCH: "1" if offload == "unified" else None,
     }
     if "moss_jt.backend.jittor" in sys.modules:
         if (
-            device == chosen_device()
+            (device, card) == (chosen_device(), chosen_card())
             and (offload != "swap" or swaps())
             and (offload == "unified") == managed()
         ):
             return
+        running = chosen_device().upper() + (f" {chosen_card()}" if chosen_card() else "")
         raise MossError(
-            f"Jittor runs in this process for the {chosen_device().upper()}"
+            f"Jittor runs in this process for the {running}"
             f"{' with' if swaps() else ' without'} swapping{' in unified memory' if managed() else ''}, and cannot change that. "
-            f"Load with device={device!r} and offload={offload!r} in a new process, before anything else."
+            f"Load with device={wanted[DEVICE_SWITCH]!r} and offload={offload!r} in a new process, before anything else."
         )
     for name, value in wanted.items():
         if value is not None:
@@ -90,7 +104,32 @@ def check_process() -> None:
 
 
 def chosen_device() -> Device:
-    return "gpu" if os.environ.get(DEVICE_SWITCH) == "gpu" else "cpu"
+    return parse_device(os.environ.get(DEVICE_SWITCH, "cpu"))[0]
+
+
+def chosen_card() -> int:
+    return parse_device(os.environ.get(DEVICE_SWITCH, "cpu"))[1]
+
+
+@cache
+def cards_given() -> str | None:
+    """CUDA_VISIBLE_DEVICES as this process was started with, before anything was decided."""
+    return os.environ.get(CARDS_SWITCH)
+
+
+def visible(card: int) -> str:
+    """What CUDA_VISIBLE_DEVICES must be for CUDA to see that card alone, of those that were given.
+
+    Raises:
+        MossError: fewer were given.
+    """
+    given = cards_given()
+    if given is None:
+        return str(card)
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if card >= len(names):
+        raise MossError(f"there is no gpu:{card}: {CARDS_SWITCH} is {given!r}.")
+    return names[card]
 
 
 def swaps() -> bool:

@@ -4,28 +4,36 @@ Importing this module takes a second, and minutes on the first time that a machi
 does the compiling and says so. Jittor's own output goes into logs, see moss_jt.backend.home.log_path.
 """
 
-import ctypes
 import importlib
 import os
 import sys
 from typing import Any
 
 from moss_jt.backend.build import check_compiler, end_pool, ensure_built, quiet_output
-from moss_jt.backend.device import chosen_device, note_process, swaps
-from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.cards import Card, refreshed
+from moss_jt.backend.device import chosen_card, chosen_device, note_process, swaps
+from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
 from moss_jt.backend.signals import keep_signals
+from moss_jt.backend.toolkit import CUDA_13_FLAGS, Toolkit, composed
 from moss_jt.errors import MossError
 
 # Jittor imports these where they are installed: cupy without a driver makes that fail, torch takes 180 MB.
 HIDDEN = {"cpu": ("cupy", "torch"), "gpu": ("torch",)}
 
 
-def decide_environment() -> None:
-    """Set what Jittor reads from the environment. What the user has set stays, except what would break it."""
+def decide_environment() -> tuple[Card, Toolkit] | None:
+    """Set what Jittor reads from the environment. What the user has set stays, except what would break it.
+
+    Returns:
+        On a GPU the card, and the toolkit with which all is compiled.
+    """
+    cuda = None
     if chosen_device() == "gpu":
-        cache = _decide_cuda()
+        cuda = _decide_cuda()
+        cache = f"moss-jt-cuda{cuda[1].release}-sm{cuda[0].capability}"
     else:
+        _set_compiler_flags("")  # a load for a GPU that failed may have set some
         # No nvcc: one without its runtime library would make the import crash.
         os.environ["nvcc_path"] = ""
         cache = "default"
@@ -42,34 +50,48 @@ def decide_environment() -> None:
         os.environ["cache_name"] = cache
     # Threads that have nothing to do wait for microseconds, not for milliseconds: other programs run here, too.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if has_onednn_wheels():
-        link_onednn()
-    else:
+    if not has_onednn_wheels():
         os.environ.setdefault("use_mkl", "0")
+    if os.environ.get("use_mkl") != "0":
+        link_onednn()
+    return cuda
 
 
-def _decide_cuda() -> str:
-    """Jittor compiles with the toolkit that was found, and so does CuPy. Returns a name for the cache of that toolkit and card.
+def _decide_cuda() -> tuple[Card, Toolkit]:
+    """Jittor compiles with the toolkit that was found, and so does CuPy.
 
     Raises:
         MossError: something that a GPU needs is missing.
     """
-    card, toolkit = require_gpu()
+    card, toolkit = require_gpu(chosen_card())
+    check_cuda_has_not_started()
+    toolkit = composed(toolkit)
     os.environ["nvcc_path"] = str(toolkit.nvcc)
     os.environ["CUDA_PATH"] = str(toolkit.home)
     # Without cuDNN, and without what Jittor would download from elsewhere: no operation of ours is theirs.
     os.environ.setdefault("conv_opt", "1")
     for library in ("cutt", "cutlass", "nccl"):
         os.environ.setdefault(f"use_{library}", "0")
-    # CuPy looks for it where the system's loader does; a library that is loaded already is found by its name.
-    ctypes.CDLL(str(toolkit.libraries["nvrtc"]), ctypes.RTLD_GLOBAL)
+    _set_compiler_flags(toolkit.compiler_flags)
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # only what is used takes the card's memory
-    release, compute = (f"{pair[0]}.{pair[1]}" for pair in (toolkit.version, card.compute))
-    return f"moss-jt-cuda{release}-sm{compute}"
+    return card, toolkit
 
 
-def prepare() -> None:
-    """Everything before the import: environment, folders, and Jittor itself compiled.
+def _set_compiler_flags(wanted: str) -> None:
+    """Beside the user's own, and without those of another toolkit."""
+    given = os.environ.get("cc_flags", "").replace(f" {CUDA_13_FLAGS}", "")
+    flags = f"{given} {wanted}" if wanted else given
+    if flags:
+        os.environ["cc_flags"] = flags
+    else:
+        os.environ.pop("cc_flags", None)
+
+
+def prepare() -> int:
+    """Everything before the import: environment, folders, libraries, and Jittor itself compiled.
+
+    Returns:
+        On a GPU the bytes that are free on the card, before anything of this process is there.
 
     Raises:
         MossError: something is missing; the message says what, and how to get it.
@@ -77,17 +99,24 @@ def prepare() -> None:
     check_compiler()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        decide_environment()
+        cuda = decide_environment()
     except OSError as error:
         raise MossError(
             f"cannot write to {cache_folder()} ({error.strerror}), where Jittor keeps what it compiles. "
             "Make it writable, or set JITTOR_HOME to a folder that is."
         ) from error
-    ensure_built(HIDDEN[chosen_device()])
+    if cuda is None:
+        ensure_built(HIDDEN["cpu"])
+        return 0
+    card, toolkit = cuda
+    toolkit.load()
+    ensure_built(HIDDEN["gpu"], toolkit.to_load())
+    return refreshed(card).free_bytes
 
 
-def _start() -> Any:
-    prepare()
+def _start() -> tuple[Any, int]:
+    """Jittor, and what :func:`prepare` returns."""
+    card_free_bytes = prepare()
     hidden = [name for name in HIDDEN[chosen_device()] if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -111,7 +140,7 @@ def _start() -> Any:
     if chosen_device() == "gpu":
         jittor.flags.use_cuda = 1
     note_process()
-    return jittor
+    return jittor, card_free_bytes
 
 
-jt = _start()
+jt, card_free_bytes = _start()

@@ -11,7 +11,7 @@ from moss_jt.store.locations import model_home, resolve_model
 from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.output import json_text
 from moss_jt.terminal.screen import Screen
-from moss_jt.weights.disk_speed import disk_speed
+from moss_jt.weights.disk_speed import disk_under
 
 if TYPE_CHECKING:
     from moss_jt.measure.cpu_limits import MachineLimits
@@ -41,8 +41,7 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
     limits = limits_of(options["gpu"], tokens, plan.sizes.config.n_embd)
     speed = None
     if plan.disk_bytes_per_pass:
-        largest = max(store.blocks, key=lambda file: file.nbytes)
-        speed = disk_speed(largest.path, model_home() / "disk-speed.json").best
+        speed = disk_under(store, model_home()).best
     text, summary = report(store.path.name, plan, times, limits, speed, peak)
     screen = Screen()
     screen.line(text)

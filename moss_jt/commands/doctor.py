@@ -12,18 +12,20 @@ MARKS = {"ok": "✓", "note": "·", "problem": "✗"}
 
 
 @click.command()
-def command() -> None:
-    """Check this machine: compiler, Jittor, oneDNN, processor, memory, disk, GPU, CUDA, models.
+@click.option("--gpu", is_flag=True, help="What --gpu lacks counts as a problem, with all that it takes.")
+def command(gpu: bool) -> None:
+    """Check this machine: compiler, Jittor, oneDNN, processor, memory, disk, GPU, CUDA, models. Downloads nothing.
 
     Each line has a verdict and, where something is to be done, says what. Exit code 1 when there is a problem.
     """
     screen, problems = Screen(), 0
-    for finding in examine():
+    for finding in examine(gpu):
         screen.write(MARKS[finding.verdict], finding.verdict)
         screen.write(f" {finding.what:14} {finding.text}\n")
         if finding.advice:
             screen.line(f"  {'':14} {bounded(finding.advice)}")
         problems += finding.verdict == "problem"
     if problems:
-        screen.line(f"{problems} problem(s): moss-jt cannot run before they are mended.")
+        name = "moss-jt --gpu" if gpu else "moss-jt"
+        screen.line(f"{problems} problem(s): {name} cannot run before they are mended.")
         sys.exit(1)

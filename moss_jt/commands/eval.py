@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from moss_jt.backend.threads import compute_threads
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.measure.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
 from moss_jt.moss import Moss
 from moss_jt.plan.machine import memory_budget
@@ -124,7 +126,7 @@ def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
     """
     if len(stores) == 1:
         return [budget]
-    first, second = (smallest_bytes(sizes_of_store(store), context) + TOKENIZER_BYTES for store in stores)
+    first, second = (_smallest_bytes(store, context) for store in stores)
     footprint = footprint_here()
     if budget < footprint + first + second:
         lacking = footprint + first + second - budget
@@ -134,6 +136,11 @@ def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
         )
     half = (budget - footprint) // 2
     return [footprint + min(max(half, first), budget - footprint - second), budget]
+
+
+def _smallest_bytes(store: Store, context: int) -> int:
+    needs = CpuNeeds(store.config, store.bits)
+    return smallest_bytes(sizes_of_store(store), needs, context, compute_threads()) + TOKENIZER_BYTES
 
 
 def _fields(result: Evaluation, context: int) -> dict[str, Any]:

@@ -29,6 +29,12 @@ model_argument = click.argument("model", required=False)
 memory_options = _all_of(
     click.option("--gpu", is_flag=True, help="Compute on the GPU; what does not fit there streams to it."),
     click.option(
+        "--device",
+        type=click.IntRange(min=0, max=999),
+        metavar="N",
+        help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
+    ),
+    click.option(
         "--memory",
         metavar="AMOUNT",
         help="Without --gpu: the most that this process may hold, as 8GiB or 80%. What does not fit streams from disk. "
@@ -114,7 +120,7 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
 
 
 def device_of(options: dict[str, Any]) -> str:
-    """ "gpu" or "cpu", as the loading options among a command's say.
+    """ "gpu", "gpu:1" or "cpu", as the loading options among a command's say.
 
     Raises:
         UsageError: options of the one were given for the other.
@@ -124,12 +130,14 @@ def device_of(options: dict[str, Any]) -> str:
             "--memory is the limit without a GPU; with --gpu give --gpu-memory and --host-memory."
         )
     if not options["gpu"]:
-        for name in ("gpu_memory", "host_memory"):
+        for name in ("device", "gpu_memory", "host_memory"):
             if options[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --gpu.")
         if options["offload"] == "unified":
             raise click.UsageError("--offload unified needs --gpu.")
-    return "gpu" if options["gpu"] else "cpu"
+    if not options["gpu"]:
+        return "cpu"
+    return f"gpu:{options['device']}" if options["device"] else "gpu"
 
 
 def read_text(stream: Any) -> str:

@@ -2,8 +2,10 @@
 
 import click
 
+from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.report import GB, Speed, Speeds, report
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
@@ -11,7 +13,7 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
 from moss_jt.terminal.screen import Screen
-from moss_jt.weights.disk_speed import disk_speed
+from moss_jt.weights.disk_speed import disk_under
 
 # What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
 # PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
@@ -94,13 +96,15 @@ def place(
     context = sizes.config.n_positions if context is None else context
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
-        return plan(sizes, context, budget)
+        needs = CpuNeeds(sizes.config, sizes.bits)
+        return plan(sizes, needs, context, budget, threads=compute_threads())
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
     if gpu_memory.strip().endswith("%"):
         raise MossError(
             "--gpu-memory is planned without the GPU, so a share means nothing. Write it like 8GiB."
         )
-    return plan_gpu(sizes, context, parse_memory(gpu_memory, 0), host)
+    card = parse_memory(gpu_memory, 0)
+    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
 
 
 def given_or_assumed(gigabytes: float | None, assumed: float) -> Speed:
@@ -115,5 +119,4 @@ def disk_of(store: Store | None, gigabytes: float | None) -> Speed:
     """Measured where the model folder is there: a short read of its largest block."""
     if gigabytes is not None or store is None:
         return given_or_assumed(gigabytes, ASSUMED_DISK)
-    largest = max(store.blocks, key=lambda file: file.nbytes)
-    return Speed(disk_speed(largest.path, model_home() / "disk-speed.json").best, "measured")
+    return Speed(disk_under(store, model_home()).best, "measured")

@@ -9,9 +9,10 @@ stream, a fraction of a pass per token where they are in memory.
 from collections.abc import Sequence
 
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import FEW_TOKENS
 
-# The kernels give a token the same bits in passes of up to 23 tokens: the draft, and the token before it.
-LONGEST_DRAFT = 22
+# The draft, and the token before it, must be one pass in which a token gets the same bits as alone.
+LONGEST_DRAFT = FEW_TOKENS - 1
 DEFAULT_LONGEST = 16
 LONGEST_NGRAM = 4
 

@@ -13,6 +13,8 @@ from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.config import MossConfig
 
+FULL = (RuntimeError, MemoryError)  # in which Jittor, CUDA and CuPy say that the card's memory is full
+
 
 class GpuModel(Model):
     """See :class:`moss_jt.engine.model.Model`."""
@@ -28,13 +30,13 @@ class GpuModel(Model):
         plan: ResidencyPlan,
     ) -> None:
         super().__init__(config, operators, weights, cache, plan.pass_tokens)
-        self._plan = plan
+        self.plan = plan
 
     def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
         try:
             return super().forward(token_ids, start_pos, rows)
-        except (RuntimeError, MemoryError) as error:
-            raise_if_full(error, self._plan)
+        except FULL as error:
+            raise_if_full(error, self.plan)
             raise
 
     def close(self) -> None:
@@ -42,10 +44,15 @@ class GpuModel(Model):
         self.operators.free()
 
 
-def raise_if_full(error: BaseException, plan: ResidencyPlan) -> None:
+def raise_if_full(error: BaseException, plan: ResidencyPlan | None = None) -> None:
     """Raises MossError where the error says that the card's memory is full."""
     if says_full(error):
-        raise MossError(
-            f"the GPU's memory is full, although {gib(plan.budget_bytes)} were planned with: another program may use it "
-            "(nvidia-smi shows them). Give --gpu-memory a smaller amount, or lower --context."
-        ) from error
+        raise full_card(plan) from error
+
+
+def full_card(plan: ResidencyPlan | None) -> MossError:
+    planned = f", although {gib(plan.budget_bytes)} were planned with" if plan else ""
+    return MossError(
+        f"the GPU's memory is full{planned}: another program may use it "
+        "(nvidia-smi shows them). Give --gpu-memory a smaller amount, or lower --context."
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jt.backend.device import Device, Offload
+from moss_jt.backend.device import Offload
 from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model
@@ -13,8 +13,9 @@ from moss_jt.engine.warm_up import warm_up
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.stream import open_weights
-from moss_jt.weights.swap import SwappedWeights, swap_errors, swap_folder
+from moss_jt.weights.cpu_units import open_weights
+from moss_jt.weights.swap import SwappedTensors, swap_errors, swap_folder
+from moss_jt.weights.weights import Weights
 
 
 class SwappedModel(Model):
@@ -25,22 +26,19 @@ class SwappedModel(Model):
             return super().forward(token_ids, start_pos, rows)
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path, device: Device, offload: Offload) -> Model:
-    """The store's model, its weights where the plan says, or in Jittor's care.
+def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
+    """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
         home: the folder where the disk's speed is remembered.
-        device, offload: what Jittor was started for, see moss_jt.backend.device.
+        offload: what Jittor was started for, see moss_jt.backend.device.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
-    if device == "gpu":
-        from moss_jt.engine.gpu_load import load_gpu_model  # CuPy's kernels are no business of the CPU's
-
-        return load_gpu_model(store, plan, home, offload)
     warm_up(store.bits)
     operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
     if offload == "swap":
-        return SwappedModel(store.config, operators, SwappedWeights(store, plan), cache, plan.pass_tokens)
+        swapped = Weights(store, plan, SwappedTensors(store, plan))
+        return SwappedModel(store.config, operators, swapped, cache, plan.pass_tokens)
     return Model(store.config, operators, open_weights(store, plan, home), cache, plan.pass_tokens)

@@ -14,12 +14,12 @@ from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, Operators, Var
+from moss_jt.kernels.needs import HEAD_ROWS
 from moss_jt.store.config import MossConfig
-from moss_jt.store.sizes import HEAD_ROWS
 
 
 class HeadRows(Protocol):
-    """Some rows of the head: moss_jt.weights.stream.HeadSlab."""
+    """Some rows of the head: moss_jt.weights.weights.HeadSlab."""
 
     @property
     def first_row(self) -> int: ...
@@ -35,7 +35,7 @@ class HeadRows(Protocol):
 
 
 class Weights(Protocol):
-    """What the model asks of its weights: moss_jt.weights.stream.WeightStream.
+    """What the model asks of its weights: moss_jt.weights.weights.Weights.
 
     Where ``streams`` is true, a block's or slab's weights are gone once the next one has been asked for.
     """

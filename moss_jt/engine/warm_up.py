@@ -23,11 +23,13 @@ from moss_jt.kernels.cuda import launchers
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Region, Weight
+from moss_jt.kernels.needs import FEW_TOKENS
+from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 
 WIDTH = 64
 TINY = MossConfig("codegen", 8, 32, WIDTH, 1, 2, 4, WIDTH, 1e-5, 0, 1)
-PASSES = (2, launchers.FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
+PASSES = (2, FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
 
 Make = Callable[[tuple[int, ...], str], Weight]
 
@@ -102,17 +104,11 @@ def _fingerprint(text: str, folder: Path) -> str:
 
 
 def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...]) -> None:
-    norm = make((WIDTH,), "float16")
-    weights = BlockWeights(
-        ln_1_weight=norm,
-        ln_1_bias=norm,
-        qkv=_matrix(3 * WIDTH, bits, make),
-        out=_matrix(WIDTH, bits, make),
-        fc_in=_matrix(WIDTH, bits, make),
-        fc_in_bias=norm,
-        fc_out=_matrix(WIDTH, bits, make),
-        fc_out_bias=norm,
-    )
+    fields = {}
+    for tensor in BLOCK:
+        shape = tensor.shape(TINY)
+        fields[tensor.field] = _matrix(shape[0], bits, make) if tensor.is_matrix else make(shape, "float16")
+    weights = BlockWeights(**fields)
     cache = (1, TINY.n_positions, TINY.n_head, TINY.head_dim)
     keys, values = _zeros(cache, "float16"), _zeros(cache, "float16")
     for tokens in passes:

@@ -5,14 +5,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from moss_jt.backend.build import check_compiler
-from moss_jt.backend.gpu import find_card, find_cupy, find_toolkit, installed_cupy, require_gpu
+from moss_jt.backend.cards import OLDEST_CARD, Card, find_cards
+from moss_jt.backend.gpu import CUPY_WHEELS, NEWEST_SERIES, find_cupy, installed_cupy, require_gpu, series_for
 from moss_jt.backend.home import (
     ONEDNN_WHEELS,
     cache_folder,
@@ -21,6 +22,7 @@ from moss_jt.backend.home import (
     onednn_is_linked,
     wheel_folder,
 )
+from moss_jt.backend.toolkit import find_toolkit
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import default_budget, process_memory
 from moss_jt.store.locations import model_home, models_folder
@@ -30,6 +32,8 @@ GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
 CONVERSION_BYTES = 45 * 10**9
+# What pip takes for the extras, as seen with CUDA 13.0's wheels and CuPy 13.6.
+EXTRA_SIZES = {13: "0.73 GB to download, 1.3 GB on the disk", 12: "0.11 GB to download, 0.23 GB on the disk"}
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -44,8 +48,12 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> Iterator[Finding]:
-    """Every finding, the needed ones first. Starts no Jittor and downloads nothing."""
+def examine(gpu_wanted: bool = False) -> Iterator[Finding]:
+    """Every finding, the needed ones first. Starts no Jittor and downloads nothing.
+
+    Args:
+        gpu_wanted: what --gpu lacks is a problem, and not only a note.
+    """
     probes: tuple[tuple[str, Callable[[], Finding]], ...] = (
         ("Python", python),
         ("C++ compiler", compiler),
@@ -60,31 +68,58 @@ def examine() -> Iterator[Finding]:
             yield probe()
         except MossError as error:
             yield Finding(what, "problem", "cannot be told", str(error))
-    yield from gpu_findings()
+    yield from gpu_findings(gpu_wanted)
     yield from models()
 
 
-def gpu_findings() -> Iterator[Finding]:
-    """The parts that only --gpu needs, and whether they suit each other: nothing that is missing is a problem."""
-    parts: tuple[tuple[str, Callable[[], Finding]], ...] = (
-        ("GPU", gpu),
-        ("CUDA toolkit", cuda_toolkit),
-        ("CuPy", cupy),
+def gpu_findings(wanted: bool = False) -> Iterator[Finding]:
+    """The parts that only --gpu needs, and whether they suit each other."""
+    lacking: Verdict = "problem" if wanted else "note"
+    cards, complete = list[Card](), True
+
+    def all_cards() -> Iterator[Finding]:
+        cards.extend(find_cards())
+        return map(gpu, cards)
+
+    parts: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
+        ("GPU", all_cards),
+        ("CUDA toolkit", lambda: [cuda_toolkit(series_for(cards[0] if cards else None))]),
+        ("CuPy", lambda: [cupy(series_for(cards[0] if cards else None))]),
     )
-    complete = True
     for what, probe in parts:
         try:
-            yield probe()
+            yield from probe()
         except MossError as error:
             complete = False
-            yield Finding(what, "note", "not ready for --gpu", f"Only to compute on a GPU: {error}")
+            purpose = "" if wanted else "Only to compute on a GPU: "
+            yield Finding(what, lacking, "not ready for --gpu", f"{purpose}{error}")
     if complete:
-        try:
-            require_gpu()
-        except MossError as error:
-            yield Finding("moss-jt --gpu", "problem", "the parts do not suit each other", str(error))
-        else:
-            yield Finding("moss-jt --gpu", "ok", "all that it needs is there")
+        for card in cards:
+            yield suits(card, len(cards) > 1)
+    elif wanted:
+        yield what_it_takes(cards[0] if cards else None)
+
+
+def suits(card: Card, one_of_several: bool) -> Finding:
+    what = f"moss-jt --gpu --device {card.number}" if one_of_several else "moss-jt --gpu"
+    try:
+        require_gpu(card.number)
+    except MossError as error:
+        return Finding(what, "problem", "the parts do not suit each other", str(error))
+    return Finding(what, "ok", "all that it needs is there")
+
+
+def what_it_takes(card: Card | None) -> Finding:
+    """The way to --gpu for that card."""
+    series = series_for(card)
+    steps = [] if card else ["a card of compute capability 6.0 or newer, and its driver"]
+    steps.append(f"pip install 'moss-jt[cuda{series}]' ({EXTRA_SIZES[series]})")
+    if series != NEWEST_SERIES:
+        steps.append("a CUDA Toolkit 12 with nvcc, from NVIDIA or with python -m jittor_utils.install_cuda")
+    steps.append("the first start, which compiles Jittor once more, for minutes")
+    return Finding(
+        "moss-jt --gpu", "note", "what it takes", "; ".join(steps) + ". Nothing was downloaded now."
+    )
 
 
 def python() -> Finding:
@@ -171,25 +206,30 @@ def disk() -> Finding:
     return Finding("Disk", "note", text, advice)
 
 
-def gpu() -> Finding:
-    """The driver and the card."""
-    card = find_card()
+def gpu(card: Card) -> Finding:
+    """The driver and a card."""
     cuda = f"{card.driver_cuda[0]}.{card.driver_cuda[1]}"
     text = (
-        f"{card.name}, sm_{card.compute[0]}{card.compute[1]}, {card.total_bytes / GIB:.1f} GiB, of which "
+        f"{card.number}: {card.name}, sm_{card.compute[0]}{card.compute[1]}, {card.total_bytes / GIB:.1f} GiB, of which "
         f"{card.free_bytes / GIB:.1f} are free; the driver knows CUDA up to {cuda}"
     )
+    if card.is_too_old:
+        oldest = f"{OLDEST_CARD[0]}.{OLDEST_CARD[1]}"
+        return Finding(
+            "GPU", "note", text, f"Too old: --gpu needs compute capability {oldest} (Pascal) or newer."
+        )
     return Finding("GPU", "ok", text)
 
 
-def cuda_toolkit() -> Finding:
+def cuda_toolkit(series: int = NEWEST_SERIES) -> Finding:
     """What Jittor and CuPy compile with."""
-    toolkit = find_toolkit()
-    return Finding("CUDA toolkit", "ok", f"{toolkit.version[0]}.{toolkit.version[1]}, {toolkit.nvcc}")
+    toolkit = find_toolkit(next(filter(None, map(CUPY_WHEELS.get, installed_cupy())), None), series)
+    parts = ", completed with pip's wheels at the first start" if toolkit.scattered else ""
+    return Finding("CUDA toolkit", "ok", f"{toolkit.release}, {toolkit.nvcc}{parts}")
 
 
-def cupy() -> Finding:
-    find_cupy()
+def cupy(series: int = NEWEST_SERIES) -> Finding:
+    find_cupy(series)
     names = [f"{name} {installed(name)}" for name in installed_cupy()]
     return Finding("CuPy", "ok", ", ".join(names) or "not installed by pip")
 

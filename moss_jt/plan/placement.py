@@ -1,12 +1,23 @@
 """The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
 
+import contextlib
 import weakref
+from dataclasses import dataclass
 
+from moss_jt.backend.cards import Card
 from moss_jt.backend.device import Offload
-from moss_jt.backend.gpu import Card
+from moss_jt.backend.threads import compute_threads
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
-from moss_jt.plan.residency import ResidencyPlan, gib_up, plan, plan_gpu
+from moss_jt.plan.residency import (
+    GPU_FOOTPRINT_BYTES,
+    CpuWorkspace,
+    GpuWorkspace,
+    ResidencyPlan,
+    gib_up,
+    plan,
+    plan_gpu,
+)
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, sizes_of_store
 
@@ -15,6 +26,8 @@ from moss_jt.store.sizes import MIB, sizes_of_store
 LATER_BYTES = 120 * MIB
 # The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
 GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
+# On the card, after CUDA has started: cuBLAS loads a kernel when its shape first comes. An allowance.
+CUDA_LATER_BYTES = 64 * MIB
 
 # Plans of the models that this process has loaded: what they may still come to hold is no other's.
 _held: list[weakref.ref[ResidencyPlan]] = []
@@ -46,10 +59,13 @@ def footprint_here(later_bytes: int = LATER_BYTES) -> int:
     return max(resident_memory_bytes() + later_bytes, first + promised)
 
 
-def plan_here(store: Store, memory: str | int | None, context: int | None) -> ResidencyPlan:
+def plan_here(
+    store: Store, needs: CpuWorkspace, memory: str | int | None, context: int | None
+) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
     Args:
+        needs: of the operators that will compute.
         memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
 
@@ -58,25 +74,99 @@ def plan_here(store: Store, memory: str | int | None, context: int | None) -> Re
     """
     budget = memory_budget(memory)
     context = store.config.n_positions if context is None else context
-    return plan(sizes_of_store(store), context, budget, footprint_bytes=footprint_here())
+    return plan(
+        sizes_of_store(store),
+        needs,
+        context,
+        budget,
+        threads=compute_threads(),
+        footprint_bytes=footprint_here(),
+    )
 
 
-def plan_gpu_here(
+@dataclass(frozen=True)
+class StartedCard:
+    """A card on which this process computes: what is free there now, and what CUDA and its libraries took when they started."""
+
+    free_bytes: int
+    taken_bytes: int
+
+
+@dataclass(frozen=True)
+class GpuPlanner:
+    """The same on the machine's GPU, once before anything starts there and again when it is known what that took.
+
+    gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
+    """
+
+    store: Store
+    needs: GpuWorkspace
+    card: Card
+    gpu_memory: str | int | None
+    host_budget_bytes: int
+    host_footprint_bytes: int
+    context: int
+    offload: Offload
+
+    def plan(self) -> ResidencyPlan:
+        """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
+
+        Raises:
+            MossError: a limit is none, or too small; the message names the smallest that works.
+        """
+        budget = gpu_budget(self.gpu_memory, self.card)
+        try:
+            return self._place(budget, GPU_FOOTPRINT_BYTES)
+        except MossError:
+            with contextlib.suppress(MossError):
+                return self._place(budget, 0)
+            raise
+
+    def plan_again(self, started: StartedCard, at_most: int | None = None) -> ResidencyPlan:
+        """With what was measured on the card.
+
+        Args:
+            at_most: a smaller limit than the user's.
+
+        Raises:
+            MossError: as :meth:`plan`.
+        """
+        room = started.free_bytes + started.taken_bytes
+        budget = less_margin(room) if self.gpu_memory is None else gpu_budget(self.gpu_memory, self.card)
+        footprint = started.taken_bytes + CUDA_LATER_BYTES
+        return self._place(budget if at_most is None else min(budget, at_most), footprint)
+
+    def _place(self, budget: int, footprint: int) -> ResidencyPlan:
+        placed = plan_gpu(
+            sizes_of_store(self.store),
+            self.needs,
+            self.context,
+            budget,
+            self.host_budget_bytes,
+            footprint_bytes=footprint,
+            host_footprint_bytes=self.host_footprint_bytes,
+        )
+        if self.offload != "stream":
+            _check_host(placed, self.offload)
+        return placed
+
+
+def gpu_planner(
     store: Store,
+    needs: GpuWorkspace,
     card: Card,
     gpu_memory: str | int | None,
     host_memory: str | int | None,
     context: int | None,
     offload: Offload,
-) -> ResidencyPlan:
-    """The same on the machine's GPU.
+) -> GpuPlanner:
+    """For this process, which counts what it holds on the host already.
 
     Args:
-        gpu_memory: the limit of what the process may hold on the card; None for what is free there less a margin.
         host_memory: the limit in RAM; None for what is free less a margin.
 
     Raises:
-        MossError: a limit is none, or too small; the message names the smallest that works.
+        MossError: a limit is none, or the card cannot do what ``offload`` needs.
     """
     if offload == "unified" and not card.unified:
         raise MossError(
@@ -84,16 +174,7 @@ def plan_gpu_here(
         )
     context = store.config.n_positions if context is None else context
     footprint = footprint_here(GPU_LATER_BYTES)
-    placed = plan_gpu(
-        sizes_of_store(store),
-        context,
-        gpu_budget(gpu_memory, card),
-        memory_budget(host_memory),
-        host_footprint_bytes=footprint,
-    )
-    if offload != "stream":
-        _check_host(placed, offload)
-    return placed
+    return GpuPlanner(store, needs, card, gpu_memory, memory_budget(host_memory), footprint, context, offload)
 
 
 def gpu_budget(text: str | int | None, card: Card) -> int:
@@ -103,13 +184,17 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
         MossError: it is no amount of memory, or more than the card has.
     """
     if text is None:
-        return card.free_bytes - card.free_bytes // 20
+        return less_margin(card.free_bytes)
     n_bytes = parse_memory(text, card.total_bytes)
     if n_bytes > card.total_bytes:
         raise MossError(
             f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
         )
     return n_bytes
+
+
+def less_margin(n_bytes: int) -> int:
+    return n_bytes - n_bytes // 20
 
 
 def _check_host(plan: ResidencyPlan, offload: Offload) -> None:

@@ -9,7 +9,7 @@ cycle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import FOOTPRINT_BYTES, GIB, MIB, PASS_TOKENS, ModelSizes, whole_pages
@@ -19,10 +19,30 @@ Tier = Literal["device", "host", "disk"]
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
 
-# CUDA's context, the kernels' code and the libraries' own memory on the card. An allowance, not measured.
+# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing, and what Jittor's rounds each
+# unit up to.
+GPU_POOLS_BYTES = 64 * MIB
+GPU_GRANULE_BYTES = 2 * MIB
+
+# CUDA's context, the kernels' code and the libraries' own memory on the card: an allowance where no card has been asked, as in
+# moss-jt plan. Where one computes, what they take is measured at its start.
 GPU_FOOTPRINT_BYTES = 600 * MIB
 # What a process holds on the host when it drives a GPU: as on the CPU, and CUDA's libraries. An allowance, too.
 GPU_HOST_FOOTPRINT_BYTES = FOOTPRINT_BYTES + 700 * MIB
+
+
+class CpuWorkspace(Protocol):
+    """What the operators say that they need: moss_jt.kernels.needs.CpuNeeds."""
+
+    def workspace_bytes(self, tokens: int, context: int, threads: int) -> int: ...
+
+
+class GpuWorkspace(Protocol):
+    """The same on a GPU: moss_jt.kernels.needs.CudaNeeds."""
+
+    def workspace_bytes(self, tokens: int) -> int: ...
+
+    def short_pass_bytes(self, tokens: int, context: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -122,17 +142,21 @@ def spread(count: int, total: int) -> set[int]:
 
 def plan(
     sizes: ModelSizes,
+    needs: CpuWorkspace,
     context: int,
     budget_bytes: int,
     *,
+    threads: int,
     pass_tokens: int = PASS_TOKENS,
     footprint_bytes: int = FOOTPRINT_BYTES,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
     Args:
+        needs: of the operators that will compute.
         context: positions of the key/value cache.
         budget_bytes: what the whole process may hold.
+        threads: that compute: each has memory of its own.
         pass_tokens: the most new tokens that one pass takes.
         footprint_bytes: what the process holds without weights, cache and workspace.
 
@@ -140,38 +164,45 @@ def plan(
         MossError: the budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context)
-    workspace = sizes.workspace_bytes(tokens, context)
+    workspace = needs.workspace_bytes(tokens, context, threads)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace)
     return _place(empty, "--memory")
 
 
-def smallest_bytes(sizes: ModelSizes, context: int) -> int:
+def smallest_bytes(sizes: ModelSizes, needs: CpuWorkspace, context: int, threads: int) -> int:
     """What the smallest CPU plan takes beside what the process holds itself."""
     tokens = min(PASS_TOKENS, context)
-    empty = _without_residents(sizes, context, 0, tokens, 0, sizes.workspace_bytes(tokens, context))
+    workspace = needs.workspace_bytes(tokens, context, threads)
+    empty = _without_residents(sizes, context, 0, tokens, 0, workspace)
     return min(empty.peak_bytes, _all_resident(empty).peak_bytes)
 
 
 def plan_gpu(
     sizes: ModelSizes,
+    needs: GpuWorkspace,
     context: int,
     device_budget_bytes: int,
     host_budget_bytes: int,
     *,
     pass_tokens: int = PASS_TOKENS,
+    footprint_bytes: int = GPU_FOOTPRINT_BYTES,
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
     Args:
+        needs: of the operators that will compute.
+        footprint_bytes: what CUDA and its libraries hold on the card.
         host_footprint_bytes: what the process holds on the host without weights.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context)
-    workspace = sizes.gpu_workspace_bytes(tokens, context)
-    empty = _without_residents(sizes, context, device_budget_bytes, tokens, GPU_FOOTPRINT_BYTES, workspace)
+    units = len(sizes.block_bytes) + len(sizes.head_slabs())
+    results = needs.workspace_bytes(tokens) + needs.short_pass_bytes(tokens, context)
+    workspace = results + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
+    empty = _without_residents(sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace)
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))
 
@@ -226,7 +257,11 @@ def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
 
 
 def _all_resident(empty: ResidencyPlan) -> ResidencyPlan:
-    return replace(empty, units=_on_device(empty.units, set()), ring_buffers=0, buffer_bytes=0)
+    """Without a ring; then the head needs no slabs of a buffer's size."""
+    sizes = empty.sizes
+    head = Unit("head", 0, sizes.head_bytes, 0, sizes.config.vocab_size)
+    units = (*_on_device([unit for unit in empty.units if unit.kind == "block"], set()), head)
+    return replace(empty, units=units, ring_buffers=0, buffer_bytes=0)
 
 
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import Wanted, block_tensors, embedding_tensors, head_tensors, order_tensors
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import parse_json, read_small
 from moss_jt.store.manifest import (
@@ -31,8 +32,6 @@ from moss_jt.store.safetensors_header import TensorSpec, read_header
 
 EMBEDDING, HEAD = "embedding.safetensors", "head.safetensors"
 ALIGNMENT = 4096
-MATRICES = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
-Wanted = dict[str, tuple[str, tuple[int, ...]]]  # local name -> (safetensors dtype, shape)
 
 
 @dataclass(frozen=True)
@@ -74,61 +73,6 @@ def local_name(name: str) -> str:
     """``transformer.h.3.ln_1.weight`` -> ``ln_1.weight``; ``transformer.wte.weight`` -> ``wte.weight``."""
     name = name.removeprefix("transformer.")
     return name.split(".", 2)[2] if name.startswith("h.") else name
-
-
-def matrix_shape(config: MossConfig, layer: str) -> tuple[int, int]:
-    """(N out, K in) of a block's matrix."""
-    width, inner = config.n_embd, config.n_inner
-    return {
-        "attn.qkv_proj": (3 * width, width),
-        "attn.out_proj": (width, width),
-        "mlp.fc_in": (inner, width),
-        "mlp.fc_out": (width, inner),
-    }[layer]
-
-
-def block_tensors(config: MossConfig, bits: int, group_size: int) -> Wanted:
-    """Local name -> (safetensors dtype, shape) of the tensors that every block has."""
-    width, inner = config.n_embd, config.n_inner
-    found: Wanted = {}
-    for layer in MATRICES:
-        rows, columns = matrix_shape(config, layer)
-        if bits == 16:
-            found[f"{layer}.weight"] = ("F16", (rows, columns))
-            continue
-        groups = columns // group_size
-        found[f"{layer}.packed"] = ("U8", (rows, columns * bits // 8))
-        found[f"{layer}.scales"] = ("F16", (rows, groups))
-        found[f"{layer}.zeros"] = ("U8", (rows, groups))
-    for name, shape in {
-        "ln_1.weight": (width,),
-        "ln_1.bias": (width,),
-        "mlp.fc_in.bias": (inner,),
-        "mlp.fc_out.bias": (width,),
-    }.items():
-        found[name] = ("F16", shape)
-    return found
-
-
-def order_tensors(config: MossConfig, bits: int) -> Wanted:
-    """The same for those that a quantised block may have: where act-order permuted a matrix's inputs."""
-    if bits == 16:
-        return {}
-    return {f"{layer}.input_order": ("I32", (matrix_shape(config, layer)[1],)) for layer in MATRICES}
-
-
-def embedding_tensors(config: MossConfig) -> Wanted:
-    return {"wte.weight": ("F16", (config.vocab_size, config.n_embd))}
-
-
-def head_tensors(config: MossConfig) -> Wanted:
-    width, vocabulary = config.n_embd, config.vocab_size
-    return {
-        "lm_head.weight": ("F16", (vocabulary, width)),
-        "lm_head.bias": ("F16", (vocabulary,)),
-        "ln_f.weight": ("F16", (width,)),
-        "ln_f.bias": ("F16", (width,)),
-    }
 
 
 def open_store(path: str | Path) -> Store:

@@ -5,6 +5,13 @@ from math import gcd
 from typing import NamedTuple
 
 from moss_jt.errors import MossError
+from moss_jt.store.architecture import (
+    HEAD_WEIGHT,
+    block_tensors,
+    bytes_of,
+    embedding_tensors,
+    head_tensors,
+)
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.model_folder import Store
 
@@ -12,25 +19,10 @@ PAGE = 4096
 GIB = 1 << 30
 MIB = 1 << 20
 FLOAT16 = 2
-FLOAT32 = 4
 
 # What a process holds besides weights, cache and workspace, for MOSS: Python, NumPy and the tokenizer (155 MiB measured),
 # and what moss_jt.plan.placement adds for Jittor and all that comes later. A running model counts what it really holds.
 FOOTPRINT_BYTES = 300 * MIB
-
-# The longest pass that the kernels take token by token, and the positions that share one of its partial results.
-FEW_TOKENS = 23
-ATTENTION_GROUP = 64
-# What the partial sums of one product on the GPU may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
-# and no part of fewer inputs.
-GPU_SPLIT_OUTPUTS, GPU_SPLIT_INPUTS = 800 * 32, 1024
-# Rows of logits that are computed at once.
-HEAD_ROWS = 64
-# Tiles of the kernels' threads, oneDNN's buffers.
-THREADS_BYTES = 32 * MIB
-# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing.
-GPU_POOLS_BYTES = 64 * MIB
-GPU_GRANULE_BYTES = 2 * MIB
 
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
@@ -71,53 +63,6 @@ class ModelSizes:
         """Keys and values of ``context`` positions in all blocks, float16."""
         return 2 * self.config.n_layer * context * self.config.n_embd * FLOAT16
 
-    def workspace_bytes(self, tokens: int, context: int) -> int:
-        """Float32 activations of one pass of ``tokens`` new tokens, with what the allocator keeps between them.
-
-        Per token: the residual stream, its copies and the operators' intermediate results (12 C), the MLP's inner
-        layer twice (2 I, the second for act-order). In passes of few tokens, attention's partial results too: one per
-        head and ATTENTION_GROUP positions. Then those passes' logits, twice, and what the threads have of their own.
-        """
-        c = self.config
-        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 2)
-        per_token = 12 * c.n_embd + 2 * c.n_inner
-        few = min(tokens, FEW_TOKENS) * (partial + 2 * c.vocab_size)
-        return (tokens * per_token + few) * FLOAT32 + THREADS_BYTES
-
-    def gpu_results_bytes(self, tokens: int) -> int:
-        """Results within one pass of ``tokens`` new tokens on a GPU, where passes of many tokens widen packed weights.
-
-        Per token: twelve results of width C and four of width I (before and after GELU, for act-order, as float16 for
-        cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
-        """
-        c = self.config
-        per_token = 12 * c.n_embd + 4 * c.n_inner
-        widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
-        logits = 2 * HEAD_ROWS * c.vocab_size
-        return (tokens * per_token + logits) * FLOAT32 + widened
-
-    def gpu_short_pass_bytes(self, tokens: int, context: int) -> int:
-        """Results within one of the passes that go without cuBLAS, which are another allocator's.
-
-        Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by whole pieces; what
-        K's splitting adds to four products (see GPU_SPLIT_OUTPUTS); attention's partial results, one per head and
-        ATTENTION_GROUP positions. And a page for the room between them.
-        """
-        c = self.config
-        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 4)
-        shapes = (3 * c.n_embd, c.n_embd), (c.n_embd, c.n_embd), (c.n_inner, c.n_embd), (c.n_embd, c.n_inner)
-        split = sum(min(GPU_SPLIT_OUTPUTS, n * ((k - 1) // GPU_SPLIT_INPUTS)) for n, k in shapes)
-        spans = 3 * -(-c.n_embd // GPU_SPLIT_INPUTS) + -(-c.n_inner // GPU_SPLIT_INPUTS)
-        digits = 0 if self.bits == 16 else spans * GPU_SPLIT_INPUTS
-        per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
-        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + PAGE
-
-    def gpu_workspace_bytes(self, tokens: int, context: int) -> int:
-        """These, and what the two allocators on the card add: Jittor's gives each unit whole GPU_GRANULE_BYTES."""
-        units = len(self.block_bytes) + len(self.head_slabs())
-        results = self.gpu_results_bytes(tokens) + self.gpu_short_pass_bytes(tokens, context)
-        return results + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
-
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""
         rows = self.config.vocab_size
@@ -141,30 +86,20 @@ def sizes_of_store(store: Store) -> ModelSizes:
 
 def sizes_of_geometry(config: MossConfig, bits: int = 16, group_size: int = 128) -> ModelSizes:
     """Sizes of a model that is not there: what its model folder would hold, without act-order."""
-    c, inner = config.n_embd, config.n_inner
-    matrices = [(3 * c, c), (c, c), (inner, c), (c, inner)]
-    vectors = (2 * c + inner + c) * FLOAT16
-    block = whole_pages(sum(matrix_bytes(n, k, bits, group_size) for n, k in matrices) + vectors)
+    block = whole_pages(bytes_of(block_tensors(config, bits, group_size)))
     return _sizes(config, bits, (block,) * config.n_layer)
 
 
-def matrix_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """A matrix as stored: float16, or packed with a float16 scale and a one-byte zero point per group."""
-    if bits == 16:
-        return rows * columns * FLOAT16
-    groups = -(-columns // group_size)
-    return rows * (columns * bits // 8 + groups * (FLOAT16 + 1))
-
-
 def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes:
-    table = config.vocab_size * config.n_embd * FLOAT16
+    head = head_tensors(config)
+    weight = {HEAD_WEIGHT: head.pop(HEAD_WEIGHT)}
     return ModelSizes(
         config=config,
         bits=bits,
         block_bytes=blocks,
-        head_bytes=table,
-        small_bytes=(config.vocab_size + 2 * config.n_embd) * FLOAT16,
-        embedding_bytes=table,
+        head_bytes=bytes_of(weight),
+        small_bytes=bytes_of(head),
+        embedding_bytes=bytes_of(embedding_tensors(config)),
     )
 
 

@@ -37,30 +37,33 @@ class CopyEngine(Protocol):
         ...
 
 
-class HostPieces(Protocol):
-    """Where the pieces come from: moss_jt.weights.host_pieces.PinnedPieces, or a test's."""
+class HostUnits(Protocol):
+    """Where the units come from: moss_jt.weights.pinned_units.PinnedUnits, or a test's."""
 
-    def is_passing(self, piece: int) -> bool:
-        """Whether the piece's memory is filled anew once another passing piece is taken."""
+    def is_passing(self, unit: int) -> bool:
+        """Whether the unit's memory is filled anew once another passing unit is taken."""
         ...
 
-    def is_ready(self, piece: int) -> bool:
+    def is_ready(self, unit: int) -> bool:
         """Whether taking it would not wait."""
         ...
 
-    def take(self, piece: int) -> np.ndarray:
-        """The piece, waited for."""
+    def take(self, unit: int) -> np.ndarray:
+        """The unit, waited for."""
         ...
 
 
 class DeviceRing:
-    """Takes ``pieces`` pieces around and around through the buffers ``memories``, ahead of the computation.
+    """Takes the ``units`` through the buffers ``memories``, ahead of the computation: in the order of the walk, and then once
+    more, for the next walk is most often the same.
 
-    The one who computes takes a piece, queues what reads its buffer, and takes the next.
+    The one who computes takes a unit, queues what reads its buffer, and takes the next.
     """
 
-    def __init__(self, engine: CopyEngine, host: HostPieces, memories: Sequence[Any], pieces: int) -> None:
-        if len(memories) < 2 or pieces < 1:
+    def __init__(
+        self, engine: CopyEngine, host: HostUnits, memories: Sequence[Any], units: Sequence[int]
+    ) -> None:
+        if len(memories) < 2 or not units:
             raise ValueError("a ring needs two buffers at least, and something to copy")
         self.memories = memories
         self._engine = engine
@@ -68,49 +71,59 @@ class DeviceRing:
         self._filled = [engine.new_event() for _ in memories]
         self._used = [engine.new_event() for _ in memories]
         self._free = deque(range(len(memories)))
-        self._queued: deque[tuple[int, int]] = deque()  # (piece, buffer), in the order of their copies
+        self._queued: deque[tuple[int, int]] = deque()  # (unit, buffer), in the order of their copies
         self._taken: int | None = None
         self._passing: int | None = None  # the buffer whose copy reads host memory that will be filled anew
-        self._next = 0
-        self._last = pieces - 1
-        self._whole = False  # whether what is noted here is what was queued
+        self._units = units
+        self._order = list(units)
+        self._next = 0  # where in the order it copies next
+        self._true = False  # whether what is noted here is what was queued
         self._begin_anew()
         self._fill(None)
-        self._whole = True
+        self._true = True
 
-    def end_cycle_after(self, piece: int) -> None:
-        """Passes that leave out the last pieces say so, so that these are not copied in vain."""
-        self._last = piece
+    def walk(self, order: Sequence[int]) -> None:
+        """The next walk takes those of its units that are in ``order``, in this order."""
+        wanted = [unit for unit in order if unit in self._units]
+        if wanted:
+            ahead = [unit for unit, _ in self._queued]
+            follows = ahead == [wanted[i % len(wanted)] for i in range(len(ahead))]
+            self._next = 0  # first of all: it must be within the order whenever Ctrl-C comes
+            self._order = wanted
+            if follows:
+                self._next = len(ahead) % len(wanted)
 
-    def take(self, piece: int) -> int:
-        """The number of the buffer that holds ``piece`` for what is queued now. The buffer taken before is handed back.
+    def take(self, unit: int) -> int:
+        """The number of the buffer that holds ``unit`` for what is queued now. The buffer taken before is handed back.
 
         Raises:
-            MossError: the piece could not be read from disk. Taking again tries again.
+            MossError: the unit could not be read from disk. Taking again tries again.
         """
-        if not self._whole:
+        if not self._true:
             self._begin_anew()
-        self._whole = False
+        self._true = False
         self._release()
-        while self._queued and self._queued[0][0] != piece:
+        while self._queued and self._queued[0][0] != unit:
             self._free.append(self._queued.popleft()[1])
         if not self._queued:
-            self._next = piece
-        self._fill(piece)
+            if unit not in self._order:  # nobody said that it would be wanted
+                self._order = list(self._units)
+            self._next = self._order.index(unit)
+        self._fill(unit)
         _, buffer = self._queued.popleft()
         self._engine.wait(Queue.COMPUTE, self._filled[buffer])
         self._taken = buffer
-        self._whole = True
+        self._true = True
         return buffer
 
     def hand_back(self) -> None:
         """All that reads the buffer taken last has been queued."""
-        if not self._whole:
+        if not self._true:
             return
-        self._whole = False
+        self._true = False
         self._release()
         self._fill(None)
-        self._whole = True
+        self._true = True
 
     def close(self) -> None:
         """Wait until no copy reads or writes any memory."""
@@ -134,22 +147,22 @@ class DeviceRing:
             self._taken = None
 
     def _fill(self, wanted: int | None) -> None:
-        """Queue copies into all free buffers; where that would wait for the disk, only up to the piece that is wanted."""
+        """Queue copies into all free buffers; where that would wait for the disk, only up to the unit that is wanted."""
         missing = wanted is not None and not self._queued
-        while self._free and (missing or self._host.is_ready(self._next)):
-            self._copy(self._next, self._free[0])
+        while self._free and (missing or self._host.is_ready(self._order[self._next])):
+            self._copy(self._order[self._next], self._free[0])
             self._free.popleft()
             missing = False
-            self._next = 0 if self._next >= self._last else self._next + 1
+            self._next = (self._next + 1) % len(self._order)
 
-    def _copy(self, piece: int, buffer: int) -> None:
-        passing = self._host.is_passing(piece)
+    def _copy(self, unit: int, buffer: int) -> None:
+        passing = self._host.is_passing(unit)
         if passing and self._passing is not None:
             self._engine.synchronize(self._filled[self._passing])
-        source = self._host.take(piece)
+        source = self._host.take(unit)
         self._engine.wait(Queue.COPIES, self._used[buffer])
         self._engine.copy(self.memories[buffer], 0, source)
         self._engine.record(self._filled[buffer], Queue.COPIES)
         if passing:
             self._passing = buffer
-        self._queued.append((piece, buffer))
+        self._queued.append((unit, buffer))

@@ -1,47 +1,50 @@
-"""A ring of page-aligned buffers that one thread fills ahead of a consumer which takes pieces in a cycle.
+"""A ring of page-aligned buffers that one thread fills ahead of a consumer which walks over units in an order.
 
-The thread reads the pieces in order, around and around, as long as a buffer is free; the consumer takes them in the
-same order and hands each buffer back when it asks for the next. A consumer that starts over (after an interruption)
-or leaves pieces out makes the ring begin again at the piece it asks for. Knows files and memory, not models.
+The thread reads the units in the order that it was told, as long as a buffer is free, and then once more, for the next walk
+is most often the same; the consumer takes them in that order and hands each buffer back when it asks for the next. A
+consumer that starts over (after an interruption), turns around or leaves units out makes the ring begin again at the unit
+it asks for. Knows files and memory, not models: a unit is a number and a range of a file.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from moss_jt.errors import MossError
-from moss_jt.weights.file_reader import Piece
+from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.page_buffer import page_buffer
 
 
 class Reader(Protocol):
     """What fills the buffers: moss_jt.weights.file_reader.FileReader, or a test's."""
 
-    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool: ...
+    def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = ...) -> bool: ...
 
     def close(self) -> None: ...
 
 
 class Ring:
-    """``buffers`` buffers of ``buffer_bytes``, filled ahead with ``pieces``. Close it, or its thread stays."""
+    """``buffers`` buffers of ``buffer_bytes``, filled ahead with ``units``, at first in the order of their numbers. Close it,
+    or its thread stays.
+    """
 
-    def __init__(self, pieces: Sequence[Piece], buffers: int, buffer_bytes: int, reader: Reader) -> None:
-        if buffers < 2 or not pieces:
+    def __init__(self, units: Mapping[int, Extent], buffers: int, buffer_bytes: int, reader: Reader) -> None:
+        if buffers < 2 or not units:
             raise ValueError("a ring needs two buffers at least, and something to read")
         self.buffers = [page_buffer(buffer_bytes) for _ in range(buffers)]
-        self._pieces = pieces
+        self._units = units
         self._reader = reader
         self._changed = threading.Condition()
         # All of these change only while self._changed is held.
         self._free = list(range(buffers))
-        self._ready: deque[tuple[int, int]] = deque()  # (piece, buffer), in reading order
+        self._ready: deque[tuple[int, int]] = deque()  # (unit, buffer), in reading order
         self._filling: tuple[int, int] | None = None
         self._taken: int | None = None
-        self._next = 0
-        self._last = len(pieces) - 1  # the piece after which the cycle starts over
+        self._order = sorted(units)
+        self._next = 0  # where in the order it reads next
         self._discard = False  # what is being filled is no longer wanted
         self._error: MossError | None = None
         self._closing = False
@@ -49,20 +52,33 @@ class Ring:
         self._thread = threading.Thread(target=self._fill, name="moss-jt reader", daemon=True)
         self._thread.start()
 
-    def end_cycle_after(self, piece: int) -> None:
-        """Passes that leave out the last pieces say so, so that they are not read in vain."""
+    def walk(self, order: Sequence[int]) -> None:
+        """The next walk takes those of its units that are in ``order``, in this order. What was read ahead stays if it is
+        what comes first.
+        """
         with self._changed:
-            self._last = piece
+            self._order = [unit for unit in order if unit in self._units] or self._order
+            ahead = [unit for unit, _ in self._ready]
+            if self._filling is not None and not self._discard:
+                ahead.append(self._filling[0])
+            if ahead != [self._order[i % len(self._order)] for i in range(len(ahead))]:
+                self._free += [buffer for _, buffer in self._ready]
+                self._ready.clear()
+                self._discard = self._filling is not None
+                ahead = []
+            self._next = len(ahead) % len(self._order)
+            self._error = None  # what could not be read is tried again
+            self._changed.notify_all()
 
-    def take(self, piece: int) -> int:
-        """The number of the buffer that holds ``piece``, waited for. The buffer taken before is handed back.
+    def take(self, unit: int) -> int:
+        """The number of the buffer that holds ``unit``, waited for. The buffer taken before is handed back.
 
         Raises:
             MossError: it could not be read. Taking again tries again.
         """
         with self._changed:
             self._hand_back()
-            self._aim(piece)
+            self._aim(unit)
             while not self._ready:
                 if self._error is not None:
                     error, self._error = self._error, None
@@ -71,17 +87,17 @@ class Ring:
                     raise MossError("the weight stream is closed.")
                 self._changed.wait()
             taken, buffer = self._ready.popleft()
-            assert taken == piece, f"the ring holds piece {taken}, not {piece}"
+            assert taken == unit, f"the ring holds unit {taken}, not {unit}"
             self._taken = buffer
             return buffer
 
-    def is_ready(self, piece: int) -> bool:
-        """Whether taking ``piece`` next would not wait, and would not fail."""
+    def is_ready(self, unit: int) -> bool:
+        """Whether taking ``unit`` next would not wait, and would not fail."""
         with self._changed:
-            return bool(self._ready) and self._ready[0][0] == piece
+            return bool(self._ready) and self._ready[0][0] == unit
 
     def hand_back(self) -> None:
-        """Free the buffer taken last for the pieces to come."""
+        """Free the buffer taken last for the units to come."""
         with self._changed:
             self._hand_back()
 
@@ -99,16 +115,21 @@ class Ring:
             self._taken = None
             self._changed.notify_all()
 
-    def _aim(self, piece: int) -> None:
-        """Drop what was read ahead before ``piece``, and begin again there if nothing read ahead is it."""
-        while self._ready and self._ready[0][0] != piece:
+    def _aim(self, unit: int) -> None:
+        """Drop what was read ahead before ``unit``, and begin again there if nothing read ahead is it."""
+        while self._ready and self._ready[0][0] != unit:
             self._free.append(self._ready.popleft()[1])
-        if not self._ready and not (self._filling and self._filling[0] == piece and not self._discard):
+        if not self._ready and not (self._filling and self._filling[0] == unit and not self._discard):
             self._discard = self._filling is not None
-            if self._next != piece:
-                self._next = piece
-                self._error = None  # it was about another piece
+            if self._order[self._next] != unit:
+                self._read_next(unit)
+                self._error = None  # it was about another unit
         self._changed.notify_all()
+
+    def _read_next(self, unit: int) -> None:
+        if unit not in self._order:  # nobody said that it would be wanted
+            self._order = sorted(self._units)
+        self._next = self._order.index(unit)
 
     def _fill(self) -> None:
         try:
@@ -120,35 +141,35 @@ class Ring:
                 self._changed.notify_all()
 
     def _start_next(self) -> bool:
-        """Wait for a free buffer and choose the next piece; False when closing."""
+        """Wait for a free buffer and choose the next unit; False when closing."""
         with self._changed:
             while not self._closing and (not self._free or self._error is not None):
                 self._changed.wait()
             if self._closing:
                 return False
-            self._filling = (self._next, self._free.pop())
+            self._filling = (self._order[self._next], self._free.pop())
             self._discard = False
-            self._next = 0 if self._next >= self._last else self._next + 1
+            self._next = (self._next + 1) % len(self._order)
             return True
 
     def _fill_one(self) -> None:
         assert self._filling is not None
-        piece, buffer = self._filling
+        unit, buffer = self._filling
         error = None
         complete = False
         try:
-            complete = self._reader.read(self._pieces[piece], self.buffers[buffer], self._unwanted)
+            complete = self._reader.read(self._units[unit], self.buffers[buffer], self._unwanted)
         except MossError as raised:
             error = raised
         with self._changed:
             self._filling = None
             if complete and not self._discard:
-                self._ready.append((piece, buffer))
+                self._ready.append((unit, buffer))
             else:
                 self._free.append(buffer)
                 if error is not None and not self._discard:
                     self._error = error
-                    self._next = piece
+                    self._read_next(unit)
             self._changed.notify_all()
 
     def _unwanted(self) -> bool:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from moss_jt.errors import MossError
 from moss_jt.store.files import write_json
+from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, PAGE
-from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 
 # Enough to be past the start of a request, and 0.3 s on a disk of 1 GB/s.
@@ -35,6 +36,21 @@ class DiskSpeed:
     @property
     def prefer_direct(self) -> bool:
         return self.direct > self.buffered
+
+
+def disk_under(store: Store, home: Path) -> DiskSpeed:
+    """The speed of the disk under a model folder, remembered in the folder ``home``.
+
+    Raises:
+        MossError: the folder's largest file cannot be read.
+    """
+    return disk_speed(max(store.blocks, key=lambda file: file.nbytes).path, home / "disk-speed.json")
+
+
+def reader_for(store: Store, home: Path) -> FileReader:
+    """What reads this model folder in the way that is faster here."""
+    speed = disk_under(store, home)
+    return FileReader(speed.prefer_direct, speed.best)
 
 
 def disk_speed(file: Path, remembered_in: Path) -> DiskSpeed:
@@ -62,26 +78,26 @@ def _probe(file: Path) -> DiskSpeed:
     n_bytes = min(PROBE_BYTES, half)
     if n_bytes == 0:
         raise MossError(f"{file} is too small to measure the disk with. Convert the model again.")
-    buffered = _timed(Piece(file, 0, n_bytes), direct=False)
+    buffered = _timed(Extent(file, 0, n_bytes), direct=False)
     try:
-        direct = _timed(Piece(file, half, n_bytes), direct=True)
+        direct = _timed(Extent(file, half, n_bytes), direct=True)
     except MossError:
         direct = 0.0  # tmpfs and some network file systems refuse O_DIRECT
     return DiskSpeed(buffered, direct)
 
 
-def _timed(piece: Piece, direct: bool) -> float:
-    target = page_buffer(piece.n_bytes)
+def _timed(extent: Extent, direct: bool) -> float:
+    target = page_buffer(extent.n_bytes)
     target[::PAGE] = 1  # the memory itself must be there before the clock runs
-    with open(piece.path, "rb") as file:
-        os.posix_fadvise(file.fileno(), piece.offset, piece.n_bytes, os.POSIX_FADV_DONTNEED)
+    with open(extent.path, "rb") as file:
+        os.posix_fadvise(file.fileno(), extent.offset, extent.n_bytes, os.POSIX_FADV_DONTNEED)
     reader = FileReader(direct, PROBE_REQUEST)
     start = time.perf_counter()
     try:
-        reader.read(piece, target, lambda: False)
+        reader.read(extent, target)
     finally:
         reader.close()
-    return piece.n_bytes / (time.perf_counter() - start)
+    return extent.n_bytes / (time.perf_counter() - start)
 
 
 def _remembered(path: Path) -> dict[str, DiskSpeed]:

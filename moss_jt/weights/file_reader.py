@@ -17,7 +17,7 @@ SMALLEST_REQUEST = 8 * MIB
 
 
 @dataclass(frozen=True)
-class Piece:
+class Extent:
     """A range of a file that starts on a page. ``keep_cached``: its pages may stay in the page cache."""
 
     path: Path
@@ -26,11 +26,15 @@ class Piece:
     keep_cached: bool = False
 
 
+def _never() -> bool:
+    return False
+
+
 class FileReader:
     """Fills memory from weight files. Files stay open, so that a file deleted meanwhile can still be read.
 
     Args:
-        direct: read past the page cache (O_DIRECT), except pieces that may stay in it.
+        direct: read past the page cache (O_DIRECT), except extents that may stay in it.
         bytes_per_s: about what the disk gives; decides how long one request may be.
     """
 
@@ -39,45 +43,45 @@ class FileReader:
         self.request_bytes = max(SMALLEST_REQUEST, int(bytes_per_s) // PAGE * PAGE)
         self._files: dict[tuple[Path, bool], int] = {}
 
-    def read(self, piece: Piece, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
-        """Fill ``target`` (uint8, whole pages, page-aligned) with the piece.
+    def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = _never) -> bool:
+        """Fill ``target`` (uint8, whole pages, page-aligned) with the extent.
 
         Returns:
             False where ``stopped`` answered true between two requests, so that target is not complete.
 
         Raises:
-            MossError: the file cannot be opened or read, or ends before the piece does.
+            MossError: the file cannot be opened or read, or ends before the extent does.
         """
-        direct = self.direct and not piece.keep_cached and piece.offset % PAGE == 0
+        direct = self.direct and not extent.keep_cached and extent.offset % PAGE == 0
         memory = target.data
         done = 0
         try:
-            file = self._open(piece.path, direct)
-            while done < piece.n_bytes:
+            file = self._open(extent.path, direct)
+            while done < extent.n_bytes:
                 if stopped():
                     return False
                 # A direct read asks for whole pages; the file may end within the last one.
-                end = whole_pages(piece.n_bytes) if direct else piece.n_bytes
+                end = whole_pages(extent.n_bytes) if direct else extent.n_bytes
                 request = memory[done : min(done + self.request_bytes, end)]
-                count = os.preadv(file, [request], piece.offset + done)
-                if not direct and not piece.keep_cached:
-                    os.posix_fadvise(file, piece.offset + done, count, os.POSIX_FADV_DONTNEED)
-                if count < len(request) and done + count < piece.n_bytes:
-                    self._check_size(file, piece)
+                count = os.preadv(file, [request], extent.offset + done)
+                if not direct and not extent.keep_cached:
+                    os.posix_fadvise(file, extent.offset + done, count, os.POSIX_FADV_DONTNEED)
+                if count < len(request) and done + count < extent.n_bytes:
+                    self._check_size(file, extent)
                     if count == 0 or direct:
                         raise OSError(errno.EIO, "short read")
                 done += count
         except OSError as error:
             raise MossError(
-                f"cannot read {piece.path}: {error.strerror}. Check the disk, then the folder with moss-jt verify."
+                f"cannot read {extent.path}: {error.strerror}. Check the disk, then the folder with moss-jt verify."
             ) from error
         return True
 
-    def _check_size(self, file: int, piece: Piece) -> None:
+    def _check_size(self, file: int, extent: Extent) -> None:
         size = os.fstat(file).st_size
-        if size < piece.offset + piece.n_bytes:
+        if size < extent.offset + extent.n_bytes:
             raise MossError(
-                f"{piece.path} ends early: it has {size} bytes, {piece.offset + piece.n_bytes} are needed. "
+                f"{extent.path} ends early: it has {size} bytes, {extent.offset + extent.n_bytes} are needed. "
                 "It changed while it was in use; convert the model again."
             )
 

@@ -3,62 +3,70 @@
 A unit is a block or a slab of the head, one uint8 Var; what must be queued before it may be read is queued when it is asked for.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
-from moss_jt.kernels.interface import Queue, Var
+from moss_jt.kernels.interface import Queue, Region, Var
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB
 from moss_jt.weights.device_ring import DeviceRing
 from moss_jt.weights.disk_ring import Reader
-from moss_jt.weights.file_reader import Piece
-from moss_jt.weights.host_pieces import PinnedPieces
+from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
-from moss_jt.weights.unit_views import map_unit, piece_of
+from moss_jt.weights.pinned_units import PinnedUnits
+from moss_jt.weights.unit_tensors import UnitTensor, extent_of, map_unit
+from moss_jt.weights.weights import UnitMemory
 
 STAGING_BYTES = 32 * MIB
+ALIGNMENT = 16  # bytes that the kernels load at once
 
 
-class Place(NamedTuple):
-    """A unit's memory, and a name for it that is the same whenever a unit lies there."""
+class CardUnits:
+    """What GPU units share: each is one Var, and its tensors are regions of that.
 
-    key: Hashable
-    memory: Var
+    Raises:
+        MossError: a tensor does not begin where the kernels could load it.
+    """
 
+    closed_at_exit = (
+        False  # closing needs Jittor, which may be gone by then; the process's end frees all of it
+    )
 
-class GpuUnits(Protocol):
-    """``streams``: a unit's memory is only its own until the next one is asked for."""
+    def __init__(self, store: Store, plan: ResidencyPlan) -> None:
+        for file in store.blocks:
+            for spec in file.tensors.values():
+                if (spec.offset - file.data_offset) % ALIGNMENT:
+                    raise MossError(
+                        f"{file.path}: {spec.name} does not begin at a multiple of {ALIGNMENT} bytes, as a GPU needs it. "
+                        "This model runs on the CPU only."
+                    )
+        self.streams = plan.streams
+        self._memories: dict[int, Var] = {}
 
-    streams: bool
+    def walk(self, order: Sequence[int]) -> None:
+        pass
 
-    def begin(self, last: int) -> None:
-        """A pass over units 0 .. ``last`` begins."""
-        ...
+    def take(self, number: int) -> UnitMemory:
+        return UnitMemory(number, self._memories[number])
 
-    def place(self, number: int) -> Place:
-        """Where unit ``number`` lies for what is queued from now on.
-
-        Raises:
-            MossError: it cannot be read from disk. Asking again tries again.
-        """
-        ...
+    def weight(self, memory: Var, tensor: UnitTensor) -> Region:
+        return Region(memory, *tensor)
 
     def end(self) -> None:
-        """Everything that reads the unit asked for last has been queued."""
-        ...
+        pass
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._memories.clear()
 
 
-class StreamedUnits:
+class StreamedUnits(CardUnits):
     """The plan's residents on the card, the others through two buffers there. See moss_jt.weights.device_ring.
 
     Raises:
@@ -66,55 +74,41 @@ class StreamedUnits:
     """
 
     def __init__(self, store: Store, plan: ResidencyPlan, reader: Reader) -> None:
-        self.streams = plan.streams
-        self._engine = CudaCopyEngine()
-        self._resident: dict[int, Place] = {}
-        self._pieces: dict[int, int] = {}  # number of a piece in the ring by unit number
-        self._host: PinnedPieces | None = None
-        self._ring: DeviceRing | None = None
         self._reader = reader
-        pieces = [piece_of(store, unit) for unit in plan.units]
-        residents = [number for number, unit in enumerate(plan.units) if unit.resident]
+        self._host: PinnedUnits | None = None
+        self._ring: DeviceRing | None = None
         try:
-            with staged(self._engine, reader, sum(pieces[number].n_bytes for number in residents)) as fill:
+            super().__init__(store, plan)
+            self._engine = CudaCopyEngine()
+            extents = {number: extent_of(store, unit) for number, unit in enumerate(plan.units)}
+            residents = [number for number, unit in enumerate(plan.units) if unit.resident]
+            total = sum(extents[number].n_bytes for number in residents)
+            with staged(self._engine, reader, total) as fill:
                 for number in residents:
-                    memory = device_memory(pieces[number].n_bytes)
-                    fill(memory, pieces[number])
-                    self._resident[number] = Place(number, memory)
+                    extent = extents.pop(number)
+                    memory = device_memory(extent.n_bytes)
+                    fill(memory, extent)
+                    self._memories[number] = memory
             if plan.streams:
-                self._stream(plan, pieces)
+                on_host = {number for number in extents if plan.units[number].tier == "host"}
+                buffers = plan.host_ring_buffers, plan.buffer_bytes
+                self._host = PinnedUnits(extents, on_host, *buffers, reader, self._engine)
+                memories = [device_memory(plan.buffer_bytes) for _ in range(plan.ring_buffers)]
+                self._ring = DeviceRing(self._engine, self._host, memories, list(extents))
         except BaseException:
             self.close()
             raise
 
-    def _stream(self, plan: ResidencyPlan, pieces: Sequence[Piece]) -> None:
-        streamed = [number for number in range(len(pieces)) if number not in self._resident]
-        self._pieces = {number: piece for piece, number in enumerate(streamed)}
-        self._host = PinnedPieces(
-            [pieces[number] for number in streamed],
-            [plan.units[number].tier == "host" for number in streamed],
-            plan.host_ring_buffers,
-            plan.buffer_bytes,
-            self._reader,
-            self._engine,
-        )
-        memories = [device_memory(plan.buffer_bytes) for _ in range(plan.ring_buffers)]
-        self._ring = DeviceRing(self._engine, self._host, memories, len(streamed))
+    def walk(self, order: Sequence[int]) -> None:
+        if self._ring is not None and self._host is not None:
+            self._host.walk(order)
+            self._ring.walk(order)
 
-    def begin(self, last: int) -> None:
-        if self._ring is None or self._host is None:
-            return
-        wanted = [piece for number, piece in self._pieces.items() if number <= last]
-        if wanted:
-            self._ring.end_cycle_after(max(wanted))
-            self._host.end_cycle_after(max(wanted))
-
-    def place(self, number: int) -> Place:
-        if number in self._resident:
-            return self._resident[number]
-        assert self._ring is not None
-        buffer = self._ring.take(self._pieces[number])
-        return Place(("buffer", buffer), self._ring.memories[buffer])
+    def take(self, number: int) -> UnitMemory:
+        if self._ring is None or number in self._memories:
+            return super().take(number)
+        buffer = self._ring.take(number)
+        return UnitMemory(("buffer", buffer), self._ring.memories[buffer])
 
     def end(self) -> None:
         if self._ring is not None:
@@ -128,66 +122,61 @@ class StreamedUnits:
         finally:
             (self._host or self._reader).close()
             self._ring = self._host = None
-            self._resident.clear()
+            super().close()
 
 
-class UnifiedUnits:
+class UnifiedUnits(CardUnits):
     """All units in managed memory, more of it than the card has: the driver moves pages, told ahead what comes next.
 
     Nobody writes to weights, so host and card may both have a copy, and the card drops its copies without writing them back.
     """
 
     def __init__(self, store: Store, plan: ResidencyPlan, reader: Reader) -> None:
-        self.streams = plan.streams
-        self._engine = CudaCopyEngine()
-        self._computed = self._engine.new_event()
-        self._moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
-        self._memories: list[Var] = []
-        pieces = [piece_of(store, unit) for unit in plan.units]
         try:
-            with staged(self._engine, reader, sum(piece.n_bytes for piece in pieces)) as fill:
-                for piece in pieces:
-                    memory = device_memory(piece.n_bytes)
-                    fill(memory, piece)
+            super().__init__(store, plan)
+            self._engine = CudaCopyEngine()
+            self._computed = self._engine.new_event()
+            self._moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
+            self._order: Sequence[int] = self._moving
+            with staged(self._engine, reader, sum(unit.n_bytes for unit in plan.units)) as fill:
+                for number, unit in enumerate(plan.units):
+                    extent = extent_of(store, unit)
+                    memory = device_memory(extent.n_bytes)
+                    fill(memory, extent)
                     self._engine.read_mostly(memory)
-                    self._memories.append(memory)
+                    self._memories[number] = memory
         finally:
             reader.close()
 
-    def begin(self, last: int) -> None:
-        pass
+    def walk(self, order: Sequence[int]) -> None:
+        self._order = order
 
-    def place(self, number: int) -> Place:
+    def take(self, number: int) -> UnitMemory:
         """The next unit that is not on the card is fetched while this one is computed with, but not earlier."""
         if self._moving:
-            following = next((other for other in self._moving if other > number), self._moving[0])
+            order = list(self._order)
+            at = order.index(number) + 1 if number in order else 0
+            following = next(other for other in (*order[at:], *order, *self._moving) if other in self._moving)
             self._engine.record(self._computed, Queue.COMPUTE)
             self._engine.wait(Queue.COPIES, self._computed)
             self._engine.prefetch(self._memories[following])
-        return Place(number, self._memories[number])
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._memories.clear()
+        return super().take(number)
 
 
-class SwappedUnits:
+class SwappedUnits(CardUnits):
     """All units in Jittor's care, under its limit for the card; the host holds what it moves away."""
 
-    streams = True  # one block at a time is computed, so that no other needs to be on the card
-
     def __init__(self, store: Store, plan: ResidencyPlan) -> None:
+        super().__init__(store, plan)
+        self.streams = True  # one block at a time is computed, so that no other needs to be on the card
         # CUDA's own footprint and CuPy's workspace are not Jittor's.
         jt.flags.device_mem_limit = plan.budget_bytes - plan.footprint_bytes - plan.workspace_bytes
         progress = LoadingProgress(sum(unit.n_bytes for unit in plan.units))
-        self._memories: list[Var] = []
         try:
-            for unit in plan.units:
+            for number, unit in enumerate(plan.units):
                 memory = jt.array(np.asarray(map_unit(store, unit)))
                 memory.sync()
-                self._memories.append(memory)
+                self._memories[number] = memory
                 progress.advance(unit.n_bytes)
         except BaseException as error:
             self.close()
@@ -197,24 +186,15 @@ class SwappedUnits:
         finally:
             progress.close()
 
-    def begin(self, last: int) -> None:
-        pass
-
-    def place(self, number: int) -> Place:
-        return Place(number, self._memories[number])
-
-    def end(self) -> None:
-        pass
-
     def close(self) -> None:
-        self._memories.clear()
+        super().close()
         jt.flags.device_mem_limit = -1
 
 
 @contextmanager
 def staged(
     engine: CudaCopyEngine, reader: Reader, total_bytes: int
-) -> Iterator[Callable[[Var, Piece], None]]:
+) -> Iterator[Callable[[Var, Extent], None]]:
     """A function that fills device memory from a file through two pinned buffers: one is read while the other is copied.
 
     What it filled is there once the context ends.
@@ -225,15 +205,15 @@ def staged(
     progress = LoadingProgress(total_bytes)
     turn = 0
 
-    def fill(memory: Var, piece: Piece) -> None:
+    def fill(memory: Var, extent: Extent) -> None:
         nonlocal turn
         # The memory may have been something else's, which is still computed with.
         engine.record(computed, Queue.COMPUTE)
         engine.wait(Queue.COPIES, computed)
-        for start in range(0, piece.n_bytes, STAGING_BYTES):
-            count = min(STAGING_BYTES, piece.n_bytes - start)
+        for start in range(0, extent.n_bytes, STAGING_BYTES):
+            count = min(STAGING_BYTES, extent.n_bytes - start)
             engine.synchronize(copied[turn])
-            reader.read(Piece(piece.path, piece.offset + start, count), buffers[turn], lambda: False)
+            reader.read(Extent(extent.path, extent.offset + start, count), buffers[turn])
             engine.copy(memory, start, buffers[turn][:count])
             engine.record(copied[turn], Queue.COPIES)
             turn = (turn + 1) % len(buffers)

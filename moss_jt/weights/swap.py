@@ -7,7 +7,6 @@ them; nothing is read ahead, and weights are written again at every eviction alt
 import contextlib
 import os
 import shutil
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,58 +14,68 @@ import numpy as np
 
 from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
-from moss_jt.kernels.interface import BlockWeights, Var
-from moss_jt.plan.residency import ResidencyPlan, Unit, gib
-from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.kernels.interface import Var
+from moss_jt.plan.residency import ResidencyPlan, gib
+from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB
-from moss_jt.weights.stream import HeadSlab, block_weights, indices_as_column
-from moss_jt.weights.unit_views import HEAD_WEIGHT, RowReader
+from moss_jt.weights.unit_tensors import UnitTensor, map_unit, tensors_of
+from moss_jt.weights.weights import UnitMemory
 
 NO_LIMIT = -1
 
 
-class SwappedWeights:
-    """All weights in Jittor's care, for moss_jt.engine.model.Model. One at a time per process: the limit is Jittor's.
+class SwappedTensors:
+    """All tensors in Jittor's care, each a Var of its own. One at a time per process: the limit is Jittor's.
+
+    See moss_jt.weights.weights.Units.
 
     Raises:
         MossError: the limit is too small for one block, or the disk for the weights.
     """
 
     streams = True  # one block at a time is computed, so that no other needs to be in memory
+    closed_at_exit = True
 
     def __init__(self, store: Store, plan: ResidencyPlan) -> None:
-        self.store = store
         # The cache is not Jittor's own memory; Jittor counts the workspace.
         limit = plan.budget_bytes - plan.footprint_bytes - plan.kv_cache_bytes
         largest = max(spec.nbytes for file in (*store.blocks, store.head) for spec in file.tensors.values())
         _check_limit(plan, limit, largest)
-        folder = swap_folder()
-        _check_disk(folder, plan)
-        self._rows = RowReader(store.embedding, "wte.weight")
-        self._closing = weakref.finalize(self, _close, self._rows, folder)
+        self._folder = swap_folder()
+        _check_disk(self._folder, plan)
+        self._vars: dict[tuple[int, UnitTensor], Var] = {}
         # While a weight is taken over it is there twice more: as the file's map, and as Jittor's copy.
         jt.flags.cpu_mem_limit = limit - 2 * largest
-        with swap_errors(folder):
-            self.norm_weight = _taken(map_tensor(store.head, "ln_f.weight"))
-            self.norm_bias = _taken(map_tensor(store.head, "ln_f.bias"))
-            self._blocks = [_block(store, layer) for layer in range(store.config.n_layer)]
-            self._slabs = [_slab(store, unit) for unit in plan.units if unit.kind == "head"]
+        try:
+            with swap_errors(self._folder):
+                for number, unit in enumerate(plan.units):
+                    memory = map_unit(store, unit)
+                    for tensor in tensors_of(store, unit).values():
+                        self._vars[number, tensor] = _taken(tensor.view(memory))
+        except BaseException:
+            self.close()
+            raise
         jt.flags.cpu_mem_limit = limit
 
-    def blocks(self, then_head: bool = True) -> Iterator[tuple[int, BlockWeights]]:
-        return iter(enumerate(self._blocks))
+    def walk(self, order: Sequence[int]) -> None:
+        pass
 
-    def head_slabs(self) -> Iterator[HeadSlab]:
-        return iter(self._slabs)
+    def take(self, number: int) -> UnitMemory:
+        return UnitMemory(number, number)
 
-    def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
-        return self._rows.read(token_ids)
+    def weight(self, memory: int, tensor: UnitTensor) -> Var:
+        return self._vars[memory, tensor]
+
+    def end(self) -> None:
+        pass
 
     def close(self) -> None:
-        """Let the weights go, and Jittor's files with them."""
-        self._blocks, self._slabs = [], []
+        """Let the weights go. Jittor removes its files with their Vars; what a failed write left is removed here."""
+        self._vars.clear()
         jt.flags.cpu_mem_limit = NO_LIMIT
-        self._closing()
+        jt.gc()
+        for path in self._folder.glob(f"{os.getpid()}-*.bin"):
+            path.unlink(missing_ok=True)
 
 
 def swap_folder() -> Path:
@@ -114,29 +123,8 @@ def _check_disk(folder: Path, plan: ResidencyPlan) -> None:
         )
 
 
-def _block(store: Store, layer: int) -> BlockWeights:
-    file = store.blocks[layer]
-    return block_weights(store, {name: map_tensor(file, name) for name in file.tensors}, _taken)
-
-
-def _slab(store: Store, unit: Unit) -> HeadSlab:
-    rows = slice(unit.first_row, unit.last_row)
-    weight = _taken(map_tensor(store.head, HEAD_WEIGHT)[rows])
-    return HeadSlab(
-        unit.first_row, unit.last_row, weight, _taken(map_tensor(store.head, "lm_head.bias")[rows])
-    )
-
-
 def _taken(array: np.ndarray) -> Var:
     """A Var with a copy of its own, which Jittor may swap."""
-    var = jt.array(indices_as_column(np.asarray(array)))
+    var = jt.array(array)
     var.sync()
     return var
-
-
-def _close(rows: RowReader, folder: Path) -> None:
-    """Jittor removes its files with their Vars; what a failed write left is removed here."""
-    rows.close()
-    jt.gc()
-    for path in folder.glob(f"{os.getpid()}-*.bin"):
-        path.unlink(missing_ok=True)

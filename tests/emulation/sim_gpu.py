@@ -12,6 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moss_jt.backend.toolkit import Toolkit
+from moss_jt.plan.placement import CUDA_LATER_BYTES
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES
+
 HERE = Path(__file__).resolve().parent / "simulated_gpu"
 ROOT = HERE.parents[2]
 # CUDA's headers that Jittor and our copies include; here they are one.
@@ -23,18 +27,25 @@ HEADERS = (
     "cuda_bf16.h",
     "library_types.h",
 )
-MEMORY = 10**9
+MEMORY = 2 * 10**9
+# What CUDA and its libraries take of the card; with what is allowed for later it is what a plan without a card allows.
+CONTEXT = GPU_FOOTPRINT_BYTES - CUDA_LATER_BYTES
 
 
 def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss-jt-simulated-gpu"
 
 
-def build() -> dict[str, str]:
+def build(real: Toolkit | None = None) -> dict[str, str]:
     """Make toolkit and driver, unless they are there, and return the environment of a process with that GPU.
 
     Jittor's own build goes into a home beside them: it depends on the headers, not on the runtime's inside.
+
+    Args:
+        real: NVIDIA's compiler and headers for it, in one folder, and only the libraries stand in: a card of sm_90.
     """
+    if real is not None:
+        return build_on(real)
     toolkit = cache() / fingerprint("stand_in_nvcc.py", "sim_cuda.h", "cublas_v2.h", "curand.h") / "toolkit"
     driver = toolkit.parent / "driver"
     for folder in (toolkit / "bin", toolkit / "include", toolkit / "lib64", toolkit.parent / "home", driver):
@@ -47,6 +58,31 @@ def build() -> dict[str, str]:
     compiler = toolkit / "bin" / "nvcc"
     compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{HERE}/stand_in_nvcc.py" "$@"\n')
     compiler.chmod(0o755)
+    return environment_of(toolkit, driver, {})
+
+
+def build_on(real: Toolkit) -> dict[str, str]:
+    """See :func:`build`."""
+    toolkit = cache() / f"{fingerprint()}-cuda{real.release}" / "toolkit"
+    driver = toolkit.parent / "driver"
+    for folder in (toolkit / "bin", toolkit / "lib64", toolkit.parent / "home", driver):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (toolkit / "include").exists():
+        (toolkit / "include").symlink_to(real.home / "include")
+    compiler = toolkit / "bin" / "nvcc"
+    compiler.write_text(f'#!/bin/sh\nexec "{real.nvcc}" "$@"\n')
+    compiler.chmod(0o755)
+    static = real.home / "lib64" / "libcudadevrt.a"  # nvcc links with it
+    if not (toolkit / "lib64" / static.name).exists():
+        (toolkit / "lib64" / static.name).symlink_to(static)
+    return environment_of(
+        toolkit, driver, {"SIM_GPU_DRIVER": f"{real.version[0]}000", "SIM_GPU_COMPUTE": "90"}
+    )
+
+
+def environment_of(toolkit: Path, driver: Path, more: dict[str, str]) -> dict[str, str]:
+    """With the libraries that stand in."""
+    compiler = toolkit / "bin" / "nvcc"
     runtime = library("cudart.cc", toolkit, toolkit / "lib64" / "libcudart.so")
     for name in ("cublas", "curand", "nvrtc"):
         library("libraries.cc", toolkit, toolkit / "lib64" / f"lib{name}.so")
@@ -60,6 +96,8 @@ def build() -> dict[str, str]:
         "HOME": str(toolkit.parent / "home"),
         "SIM_GPU_CUDART": str(runtime),
         "SIM_GPU_MEMORY": str(MEMORY),
+        "SIM_GPU_CONTEXT": str(CONTEXT),
+        **more,
     }
 
 

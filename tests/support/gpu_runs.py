@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,11 +14,13 @@ import numpy as np
 
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
 from moss_jt.plan.placement import GPU_LATER_BYTES
-from moss_jt.plan.residency import plan_gpu
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
+from tests.support.plans import plan_gpu
 
 CONTEXT = 96
+GPU_HOME = "MOSS_JT_TEST_GPU_HOME"  # where Jittor's builds for a GPU are, if not with the others
+ROOT = Path(__file__).resolve().parents[2]
 
 # The process counts as empty on the host, or its size today would decide what goes to disk.
 PROGRAM = """
@@ -28,8 +30,14 @@ import numpy as np
 from moss_jt import Moss
 from moss_jt.plan import placement
 placement.resident_memory_bytes = lambda: 0
+sys.path.append(sys.argv[5])
+from tests.support.gpu_runs import CONTEXT, Case, options_of
 folder, cases, prompts, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
-for number, options in enumerate(cases):
+cases = [Case(**case) for case in cases]
+with Moss.load(folder, device="gpu", context=CONTEXT, offload=cases[0].offload) as moss:
+    footprint = moss.plan.footprint_bytes
+for number, case in enumerate(cases):
+    options = options_of(Path(folder), case, footprint)
     with Moss.load(folder, device="gpu", **options) as moss:
         tokens = []
         for prompt in prompts:
@@ -68,16 +76,16 @@ UNIFIED = Case("unified", 0.3, offload="unified")
 SWAPPED = Case("swap", 0.5, offload="swap")
 
 
-def options_of(folder: Path, case: Case) -> dict[str, Any]:
-    """Options of Moss.load with which the plan is the case's."""
+def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
+    """Options of Moss.load with which the plan is the case's, where CUDA takes ``footprint`` bytes."""
     sizes = sizes_of_store(open_store(folder))
-    room = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40)
+    room = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint)
     total = room.bytes_on("device")
     budget = room.peak_bytes
     if case.share < 1:
         # Jittor keeps what it frees in pieces that fit nothing: its swapping needs room for two more units.
         budget += 2 * max(sizes.block_bytes) - int((1 - case.share) * total)
-    placed = plan_gpu(sizes, CONTEXT, budget, 1 << 40)
+    placed = plan_gpu(sizes, CONTEXT, budget, 1 << 40, footprint_bytes=footprint)
     host = GPU_LATER_BYTES + 2 * placed.buffer_bytes + int(case.on_host * placed.bytes_on("host"))
     if case.on_host == 1:
         host += total
@@ -113,11 +121,10 @@ def run_on_gpu(
     timeout: float = 500,
 ) -> list[Run]:
     """The cases, of one way to offload, one after the other in a process; ``environment`` is added to this process's own."""
-    options = [options_of(folder, case) for case in cases]
+    asked = json.dumps([asdict(case) for case in cases])
     with TemporaryDirectory() as out:
-        done = run_python(
-            PROGRAM, [str(folder), json.dumps(options), json.dumps(prompts), out], environment, timeout
-        )
+        arguments = [str(folder), asked, json.dumps(prompts), out, str(ROOT)]
+        done = run_python(PROGRAM, arguments, environment, timeout)
         assert done.returncode == 0, done.stderr[-3000:]
         said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         runs = [
@@ -146,7 +153,9 @@ def run_python(
 def environment_with(more: dict[str, str]) -> dict[str, str]:
     """This process's environment, without what Jittor was started with here."""
     decided = ("cache_name", "nvcc_path", "JITTOR_HOME", DEVICE_SWITCH, SWAP_SWITCH, MANAGED_SWITCH)
-    return {**{key: value for key, value in os.environ.items() if key not in decided}, **more}
+    kept = {key: value for key, value in os.environ.items() if key not in decided}
+    home = {"HOME": os.environ[GPU_HOME]} if GPU_HOME in os.environ else {}
+    return {**kept, **home, **more}
 
 
 def check_tiers(case: Case, tiers: list[str]) -> None:

@@ -4,10 +4,13 @@
 // only through events. All streams but the default one are non-blocking; others are refused. The environment chooses:
 //   SIM_GPU_SEED, SIM_GPU_EAGER   the order, and the chance (0 to 1) of another step after each call
 //   SIM_GPU_FAVOUR                the streams that mostly go first whenever they can: default, or others
-//   SIM_GPU_MEMORY, SIM_GPU_TAKEN  bytes of the card, and those that other programs take; fresh memory is full of NaNs
+//   SIM_GPU_MEMORY, SIM_GPU_CONTEXT, SIM_GPU_TAKEN  bytes of the card, those that CUDA itself takes, and those that other programs
+//                                 do, from the moment on when this one has had SIM_GPU_TAKEN_AFTER; fresh memory is full of NaNs
+//   SIM_GPU_COMPUTE               its compute capability, 86 for 8.6
 //   SIM_GPU_FORGET                a planted fault: calls of one kind do nothing on streams other than the default one (wait, record,
 //                                 copy) or on that (default wait, default record)
 // What a card would take ill in silence ends the program: device memory that is none, and pinned memory that is let go under a copy.
+// It is compiled with the headers of the simulated toolkit or, for a real nvcc, with NVIDIA's.
 #include <cuda_runtime.h>
 #include <unistd.h>
 
@@ -72,13 +75,16 @@ struct Device {
     std::vector<Stream*> streams{&main};
     std::mt19937 random{(unsigned)number("SIM_GPU_SEED", 0)};
     double eager = number("SIM_GPU_EAGER", 0.3);
-    const size_t limit = (size_t)number("SIM_GPU_MEMORY", 2e9), taken = (size_t)number("SIM_GPU_TAKEN", 0);
+    const size_t limit = (size_t)number("SIM_GPU_MEMORY", 2e9), others = (size_t)number("SIM_GPU_TAKEN", 0);
+    const size_t context = (size_t)number("SIM_GPU_CONTEXT", 0), late = (size_t)number("SIM_GPU_TAKEN_AFTER", 0);
     const std::string favour = word("SIM_GPU_FAVOUR"), forget = word("SIM_GPU_FORGET");
-    size_t used = 0;
+    size_t used = 0, most = 0;
     Ranges pinned, allocated;
     cudaError_t last = cudaSuccess;
     bool running = false;
 
+    // What others than this process's allocations take of the card.
+    size_t taken() const { return context + (most >= late ? others : 0); }
     // One part of some stream's first work; false where every stream is empty or waits.
     bool step() {
         std::vector<Stream*> able;
@@ -186,8 +192,9 @@ void sim_gpu_enqueue(cudaStream_t stream, void (*call)(void*), void* data) {
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
     Device& d = device();
-    if (d.taken + d.used + bytes > d.limit) return answer(cudaErrorMemoryAllocation);
+    if (d.taken() + d.used + bytes > d.limit) return answer(cudaErrorMemoryAllocation);
     d.used += bytes;
+    d.most = std::max(d.most, d.used);
     return allocate(memory, {bytes, true}, d.allocated);
 }
 cudaError_t cudaMallocManaged(void** memory, size_t bytes, unsigned) { return allocate(memory, {bytes}, device().allocated); }
@@ -242,11 +249,17 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t 
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return cudaMemsetAsync(memory, value, bytes, nullptr); }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     *total = device().limit;
-    *free = device().limit - device().taken - device().used;
+    const size_t gone = device().taken() + device().used;
+    *free = device().limit > gone ? device().limit - gone : 0;
     return cudaSuccess;
 }
+#if CUDART_VERSION >= 13000
+cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, cudaMemLocation) { return cudaSuccess; }
+cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned, cudaStream_t stream) {
+#else
 cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, int) { return cudaSuccess; }
 cudaError_t cudaMemPrefetchAsync(const void*, size_t, int, cudaStream_t stream) {
+#endif
     device().add(of(stream), Work{});
     return cudaSuccess;
 }
@@ -330,16 +343,30 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     memset(properties, 0, sizeof *properties);
     strcpy(properties->name, "simulated GPU");
     properties->totalGlobalMem = device().limit;
-    properties->major = 8;
-    properties->minor = 6;
+    const int compute = (int)number("SIM_GPU_COMPUTE", 86);
+    properties->major = compute / 10;
+    properties->minor = compute % 10;
     properties->multiProcessorCount = 1;
-    properties->clockRate = 1000000;
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {
-    *version = 12040;
+    *version = CUDART_VERSION;
     return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+
+// What nvcc puts into every library with kernels: they are announced, and a launch ends the program.
+static int announced;
+void** __cudaRegisterFatBinary(void*) { return (void**)&announced; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 1; }
+void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*, void*, int*) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+cudaError_t __cudaGetKernel(void**, const void*) { return cudaSuccess; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { wrong("one of Jittor's kernels is launched"); }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { wrong("one of Jittor's kernels is launched"); }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { wrong("one of Jittor's kernels is launched"); }
+cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t) { wrong("one of Jittor's kernels is launched"); }
 
 }  // extern "C"

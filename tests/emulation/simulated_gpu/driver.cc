@@ -1,4 +1,5 @@
-// libcuda.so.1 and libnvidia-ml.so.1 with one card: what moss_jt.backend.gpu and Jittor ask before any work starts.
+// libcuda.so.1 and libnvidia-ml.so.1 with one card or, for questions only, SIM_GPU_CARDS: what moss_jt.backend.cards and Jittor ask
+// before any work starts. CUDA_VISIBLE_DEVICES chooses among them by number.
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -6,11 +7,33 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
+#include <string>
 #include <vector>
 
-static size_t memory() {
-    const char* text = getenv("SIM_GPU_MEMORY");
-    return text && *text ? (size_t)atof(text) : (size_t)2e9;
+static double number(const char* name, double otherwise) {
+    const char* text = getenv(name);
+    return text && *text ? atof(text) : otherwise;
+}
+static size_t memory() { return (size_t)number("SIM_GPU_MEMORY", 2e9); }
+
+// Numbers of the cards that are shown, in their order; CUDA reads the variable when it starts.
+static std::vector<int> shown() {
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    const int count = (int)number("SIM_GPU_CARDS", 1);
+    std::vector<int> found;
+    if (visible) {
+        std::stringstream numbers(visible);
+        for (std::string number; std::getline(numbers, number, ',') && atoi(number.c_str()) < count;)
+            found.push_back(atoi(number.c_str()));
+    } else {
+        for (int i = 0; i < count; i++) found.push_back(i);
+    }
+    return found;
+}
+static const std::vector<int>& cards() {
+    static const std::vector<int> found = shown();
+    return found;
 }
 
 struct Memory {
@@ -63,15 +86,21 @@ int cuLaunchKernel(
     enqueue(nullptr, run, launch);
     return 0;
 }
-int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* version) { return *version = 12040, 0; }
-int cuDeviceGetCount(int* count) { return *count = 1, 0; }
-int cuDeviceGet(int* device, int) { return *device = 0, 0; }
-int cuDeviceGetName(char* name, int, int) { return strcpy(name, "simulated GPU"), 0; }
+int cuInit(unsigned) { return cards().empty() ? 100 : 0; }
+int cuDriverGetVersion(int* version) { return *version = (int)number("SIM_GPU_DRIVER", 12040), 0; }
+int cuDeviceGetCount(int* count) { return *count = (int)cards().size(), 0; }
+int cuDeviceGet(int* device, int number) { return *device = cards()[number], 0; }
+int cuDeviceGetName(char* name, int size, int device) {
+    return snprintf(name, size, "simulated GPU %d", device), 0;
+}
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = memory(), 0; }
-int cuDeviceGetPCIBusId(char* bus, int, int) { return strcpy(bus, "0000:01:00.0"), 0; }
-int cuDeviceGetAttribute(int* value, int attribute, int) { return *value = attribute == 75 ? 8 : 6, 0; }
+int cuDeviceGetPCIBusId(char* bus, int size, int device) { return snprintf(bus, size, "0000:%02d:00.0", device + 1), 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    const int compute = (int)number("SIM_GPU_COMPUTE", 86);
+    return *value = attribute == 75 ? compute / 10 : attribute == 76 ? compute % 10 : 1, 0;
+}
 int nvmlInit_v2() { return 0; }
+int nvmlInitWithFlags(unsigned) { return 0; }
 int nvmlShutdown() { return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** handle) { return *handle = nullptr, 0; }
 int nvmlDeviceGetMemoryInfo(void*, Memory* found) { return *found = {memory(), memory(), 0}, 0; }

@@ -1,13 +1,11 @@
-// Stand-ins for libcublas and libcurand: they can be opened, and do nothing else.
-#include "cublas_v2.h"
-#include "curand.h"
-
-cublasStatus_t cublasCreate_v2(cublasHandle_t*) { return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasDestroy_v2(cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSgemm_v2(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const float*, const float*, int,
-                              const float*, int, const float*, float*, int) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
+// Stand-ins for libcublas, libcurand and libnvrtc: they can be opened, and do nothing else. No types: real headers have other ones.
+extern "C" {
+int cublasCreate_v2() { return 0; }
+int cublasDestroy_v2() { return 0; }
+int cublasSgemm_v2() { return 15; }  // not supported
+int cublasGemmEx() { return 15; }
+int cublasGemmStridedBatchedEx() { return 15; }
+int curandCreateGenerator() { return 0; }
+int curandDestroyGenerator() { return 0; }
+int curandSetPseudoRandomGeneratorSeed() { return 0; }
 }
-curandStatus_t curandCreateGenerator(curandGenerator_t*, curandRngType_t) { return CURAND_STATUS_SUCCESS; }
-curandStatus_t curandDestroyGenerator(curandGenerator_t) { return CURAND_STATUS_SUCCESS; }
-curandStatus_t curandSetPseudoRandomGeneratorSeed(curandGenerator_t, unsigned long long) { return CURAND_STATUS_SUCCESS; }

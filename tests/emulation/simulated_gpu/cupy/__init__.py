@@ -153,6 +153,13 @@ def _memcpy(target: int, source: int, size: int, kind: int, stream: int) -> None
         raise RuntimeError(f"cudaMemcpyAsync: {code}")
 
 
+def _malloc(size: int) -> int:
+    pointer = ctypes.c_void_p()
+    if _runtime.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size)):
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+    return int(pointer.value or 0)
+
+
 class _Unowned:
     def __init__(self, ptr: int, size: int, owner: Any, device_id: int = -1) -> None:
         self.ptr = ptr
@@ -180,6 +187,8 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
         memGetInfo=_memory_info,
+        malloc=_malloc,
+        free=lambda pointer: _runtime.cudaFree(ctypes.c_void_p(pointer)),
         memcpyAsync=_memcpy,
         deviceSynchronize=lambda: _runtime.cudaDeviceSynchronize(),
     ),

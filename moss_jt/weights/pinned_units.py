@@ -3,7 +3,7 @@
 Pinned memory cannot be paged out, so that the card reads it at the link's full speed without the processor's help.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from moss_jt.errors import MossError, reason_of
 from moss_jt.plan.residency import gib
 from moss_jt.weights.disk_ring import Reader, Ring
-from moss_jt.weights.file_reader import Piece
+from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.page_buffer import page_buffer
 
 
@@ -23,34 +23,33 @@ class Pinning(Protocol):
     def unpin(self, array: np.ndarray) -> None: ...
 
 
-class PinnedPieces:
-    """See :class:`moss_jt.weights.device_ring.HostPieces`. Close it when no copy reads its memory any more.
+class PinnedUnits:
+    """See :class:`moss_jt.weights.device_ring.HostUnits`. Close it when no copy reads its memory any more.
 
     Args:
-        pieces: in the order in which a pass takes them.
-        on_host: of each, whether it stays in host memory; the others pass through ``buffers`` buffers.
+        units: the range of a file of each, by number.
+        on_host: which of them stay in host memory; the others pass through ``buffers`` buffers.
         buffer_bytes: of one such buffer.
         reader: reads both kinds, and is closed with this.
 
     Raises:
-        MossError: a piece cannot be read, or the system does not pin that much memory.
+        MossError: a unit cannot be read, or the system does not pin that much memory.
     """
 
     def __init__(
         self,
-        pieces: Sequence[Piece],
-        on_host: Sequence[bool],
+        units: Mapping[int, Extent],
+        on_host: Container[int],
         buffers: int,
         buffer_bytes: int,
         reader: Reader,
         pinning: Pinning,
     ) -> None:
-        self._pieces = pieces
+        self._units = units
         self._reader = reader
         self._pinning = pinning
         self._pinned: list[np.ndarray] = []
         self._kept: dict[int, np.ndarray] = {}
-        self._passing: dict[int, int] = {}  # a piece's number in the ring
         self._ring: Ring | None = None
         try:
             self._fill(on_host, buffers, buffer_bytes)
@@ -58,19 +57,16 @@ class PinnedPieces:
             self.close()
             raise
 
-    def _fill(self, on_host: Sequence[bool], buffers: int, buffer_bytes: int) -> None:
-        for number, piece in enumerate(self._pieces):
-            if on_host[number]:
-                memory = page_buffer(piece.n_bytes)
-                self._reader.read(piece, memory, _never)
+    def _fill(self, on_host: Container[int], buffers: int, buffer_bytes: int) -> None:
+        for number, extent in self._units.items():
+            if number in on_host:
+                memory = page_buffer(extent.n_bytes)
+                self._reader.read(extent, memory)
                 self._pin(memory)
-                self._kept[number] = memory[: piece.n_bytes]
-        numbers = [number for number in range(len(self._pieces)) if number not in self._kept]
-        self._passing = {number: place for place, number in enumerate(numbers)}
-        if numbers:
-            self._ring = Ring(
-                [self._pieces[number] for number in numbers], buffers, buffer_bytes, self._reader
-            )
+                self._kept[number] = memory[: extent.n_bytes]
+        passing = {number: extent for number, extent in self._units.items() if number not in self._kept}
+        if passing:
+            self._ring = Ring(passing, buffers, buffer_bytes, self._reader)
             for memory in self._ring.buffers:
                 self._pin(memory)
 
@@ -85,27 +81,22 @@ class PinnedPieces:
             ) from error
         self._pinned.append(memory)
 
-    def end_cycle_after(self, piece: int) -> None:
-        """As :meth:`moss_jt.weights.device_ring.DeviceRing.end_cycle_after`."""
-        wanted = [place for number, place in self._passing.items() if number <= piece]
-        if self._ring is not None and wanted:
-            self._ring.end_cycle_after(max(wanted))
+    def walk(self, order: Sequence[int]) -> None:
+        """As :meth:`moss_jt.weights.device_ring.DeviceRing.walk`."""
+        if self._ring is not None:
+            self._ring.walk(order)
 
-    def is_passing(self, piece: int) -> bool:
-        return piece in self._passing
+    def is_passing(self, unit: int) -> bool:
+        return unit not in self._kept
 
-    def is_ready(self, piece: int) -> bool:
-        if piece in self._kept:
-            return True
+    def is_ready(self, unit: int) -> bool:
+        return unit in self._kept or (self._ring is not None and self._ring.is_ready(unit))
+
+    def take(self, unit: int) -> np.ndarray:
+        if unit in self._kept:
+            return self._kept[unit]
         assert self._ring is not None
-        return self._ring.is_ready(self._passing[piece])
-
-    def take(self, piece: int) -> np.ndarray:
-        if piece in self._kept:
-            return self._kept[piece]
-        assert self._ring is not None
-        buffer = self._ring.take(self._passing[piece])
-        return self._ring.buffers[buffer][: self._pieces[piece].n_bytes]
+        return self._ring.buffers[self._ring.take(unit)][: self._units[unit].n_bytes]
 
     def close(self) -> None:
         """Stop reading, and let the memory go. Closing twice is no fault."""
@@ -116,7 +107,3 @@ class PinnedPieces:
         while self._pinned:
             self._pinning.unpin(self._pinned.pop())
         self._kept.clear()
-
-
-def _never() -> bool:
-    return False

@@ -1,11 +1,12 @@
 """What the launchers compute, in NumPy: the oracle of each CUDA kernel, with the launcher's own signature.
 
-Written from the formulas, in float64 where the kernels sum; arrays as in moss_jt.kernels.cuda.launchers.
+The block's formulas are block_oracle's, in float64 where the kernels sum; arrays are as in moss_jt.kernels.cuda.launchers.
 """
 
 import numpy as np
 
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16
+from tests.support import block_oracle
 
 
 def dense(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -53,25 +54,13 @@ def rotated(x: np.ndarray, rotary: np.ndarray) -> np.ndarray:
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int) -> np.ndarray:
-    tokens, (_, heads, head_dim) = len(q), keys.shape
-    out = np.empty((tokens, heads, head_dim))
-    for t in range(tokens):
-        seen = slice(0, start_pos + t + 1)
-        query = q[t].reshape(heads, head_dim).astype(np.float64)
-        scores = np.einsum("hd,phd->hp", query, keys[seen].astype(np.float64)) / np.sqrt(head_dim)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-        out[t] = np.einsum("hp,phd->hd", weights, values[seen].astype(np.float64))
-    return out.reshape(tokens, -1).astype(np.float32)
+    heads = q.reshape(len(q), *keys.shape[1:]).astype(np.float64)
+    return block_oracle.attention(heads, keys, values, start_pos).reshape(len(q), -1).astype(np.float32)
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
-    wide = x.astype(np.float64)
-    centred = wide - wide.mean(axis=1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + epsilon)
-    return (normed * weight.astype(np.float64) + bias.astype(np.float64)).astype(np.float32)
+    return block_oracle.layer_norm(x, weight, bias, epsilon).astype(np.float32)
 
 
 def bias_gelu(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    v = x.astype(np.float64) + bias.astype(np.float64)
-    return (0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))).astype(np.float32)
+    return block_oracle.gelu_new(x.astype(np.float64) + bias.astype(np.float64)).astype(np.float32)

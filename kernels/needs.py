@@ -1,0 +1,166 @@
+"""What the operators need beside weights and cache: the limits of a pass, and the memory that it takes.
+
+No Jittor here: plans are made before it starts. The C++ gets these numbers as definitions (kernels/cpu/source.py), and
+tests/test_needs.py compiles it and counts what it takes.
+"""
+
+from dataclasses import dataclass
+
+from moss_jt.store.config import MossConfig
+from moss_jt.store.sizes import PAGE
+
+FLOAT32, FLOAT16 = 4, 2
+
+# Passes of up to so many tokens give a token the same bits in any of them, as drafts need it: a draft, and the token
+# before it. Longer passes go through a library's matrix product, which rounds in another order.
+FEW_TOKENS = 23
+# Rows of logits that are computed at once.
+HEAD_ROWS = 64
+
+# The CPU's kernels. Positions that share one of a short pass's partial results; in a long one, tokens that share one head's
+# keys and values, and positions of which these are widened at a time.
+ATTENTION_GROUP = 64
+ATTENTION_TOKENS = 64
+TILE_POSITIONS = 512
+# Tokens from which on a product is done in tiles of this many rows and inputs, widened to float32, by oneDNN.
+GEMM_TOKENS = 64
+TILE_ROWS, TILE_INPUTS = 128, 2048
+# Bytes of a matrix that a thread takes at once, otherwise.
+LEAST_TAKEN, MOST_TAKEN = 128 << 10, 4 << 20
+# Floats of a workspace that aligning its start may take.
+ALIGNMENT = 16
+LANES = 16
+# Inputs of oneDNN's product that it copies at once; what else a thread holds, its stack among it.
+GEMM_INPUTS = 512
+THREAD_FLOATS = 64 << 10
+
+# The GPU's. What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
+# and no part of fewer inputs.
+SPLIT_OUTPUTS, SPLIT_INPUTS = 800 * 32, 1024
+
+DEFINITIONS = {
+    "MOSS_FEW_TOKENS": FEW_TOKENS,
+    "MOSS_ATTENTION_GROUP": ATTENTION_GROUP,
+    "MOSS_ATTENTION_TOKENS": ATTENTION_TOKENS,
+    "MOSS_TILE_POSITIONS": TILE_POSITIONS,
+    "MOSS_GEMM_TOKENS": GEMM_TOKENS,
+    "MOSS_TILE_ROWS": TILE_ROWS,
+    "MOSS_TILE_INPUTS": TILE_INPUTS,
+    "MOSS_LEAST_TAKEN": LEAST_TAKEN,
+    "MOSS_MOST_TAKEN": MOST_TAKEN,
+}
+
+
+@dataclass(frozen=True)
+class CpuNeeds:
+    """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight."""
+
+    config: MossConfig
+    bits: int
+
+    def block_floats(self, tokens: int, positions: int, *, ordered: bool, onednn: bool) -> int:
+        """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
+
+        Args:
+            positions: of the cache.
+            ordered: some matrix has an input_order. Its inputs are there once more, in that order; and in passes of few
+                tokens, which without oneDNN all are, in the form that packed matrices are quicker with.
+        """
+        c = self.config
+        few = tokens < GEMM_TOKENS or not onednn
+        rearranged = ordered or (self.bits < 16 and few)
+        columns = (3 * c.n_embd + c.n_inner) * (2 if rearranged else 1)
+        partial = c.n_head * -(-positions // ATTENTION_GROUP) * (c.head_dim + 2)
+        return ALIGNMENT + tokens * columns + min(tokens, FEW_TOKENS) * partial
+
+    def head_floats(self, rows: int) -> int:
+        """What run_head takes for its normed rows."""
+        return ALIGNMENT + rows * self.config.n_embd
+
+    def thread_floats(self, tokens: int, context: int) -> int:
+        """What one thread may hold of its own (see scratch() in gemm.h): it grows, and stays.
+
+        The rows that it works on, and its scores. With oneDNN, which does the products of long passes, tiles as floats with
+        their scores, and what oneDNN copies of those.
+        """
+        c = self.config
+        rows, scores = self._taken_rows(), 4 * c.n_head * (ATTENTION_GROUP + LANES)
+        without = rows * tokens + scores
+        results, widened, copied = rows * min(tokens, GEMM_TOKENS - 1), scores, 0
+        if tokens > FEW_TOKENS:
+            positions = min(context, TILE_POSITIONS)
+            head = positions * c.head_dim + ATTENTION_TOKENS * (context + LANES)
+            widened, copied = max(widened, head), (positions + ATTENTION_TOKENS) * c.head_dim
+        if tokens >= GEMM_TOKENS:
+            results, widened = max(results, TILE_ROWS * tokens), max(widened, TILE_ROWS * TILE_INPUTS)
+            copied = max(copied, (TILE_ROWS + tokens) * GEMM_INPUTS)
+        return max(without, results + widened + copied) + THREAD_FLOATS
+
+    def workspace_bytes(self, tokens: int, context: int, threads: int) -> int:
+        """One pass of ``tokens`` new tokens, with what the allocator keeps between passes.
+
+        Per token: the residual stream and its copies (6 C) and twice the operators' intermediate results. In passes of few
+        tokens those passes' logits, too, twice. Then what each of the threads has of its own.
+        """
+        c = self.config
+        block = self.block_floats(tokens, context, ordered=True, onednn=False)
+        few = min(tokens, FEW_TOKENS) * 2 * c.vocab_size
+        own = threads * self.thread_floats(tokens, context)
+        return (block + tokens * 6 * c.n_embd + few + own) * FLOAT32
+
+    def _taken_rows(self) -> int:
+        """The most rows that a thread takes at once of any product with few tokens: RowQueue::most_rows()."""
+        c = self.config
+        width, inner = (k * self.bits // 8 for k in (c.n_embd, c.n_inner))
+        products = (
+            (3 * c.n_embd, width),
+            (c.n_inner, width),
+            (c.n_embd, width + inner),
+            (c.vocab_size, c.n_embd * FLOAT16),
+        )
+        return max(_most_rows(rows, row_bytes) for rows, row_bytes in products)
+
+
+def _most_rows(rows: int, row_bytes: int) -> int:
+    least, most, half = (_eights(n) for n in (LEAST_TAKEN // row_bytes, MOST_TAKEN // row_bytes, rows // 2))
+    return min(-(-rows // 8) * 8, max(least, min(most, half)))
+
+
+def _eights(rows: int) -> int:
+    return max(1, rows // 8) * 8
+
+
+@dataclass(frozen=True)
+class CudaNeeds:
+    """Of the GPU's operators: memory on the card."""
+
+    config: MossConfig
+    bits: int
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """Results within one pass of ``tokens`` new tokens, where passes of many tokens widen packed weights.
+
+        Per token: twelve results of width C and four of width I (before and after GELU, for act-order, as float16 for
+        cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
+        """
+        c = self.config
+        per_token = 12 * c.n_embd + 4 * c.n_inner
+        widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
+        logits = 2 * HEAD_ROWS * c.vocab_size
+        return (tokens * per_token + logits) * FLOAT32 + widened
+
+    def short_pass_bytes(self, tokens: int, context: int) -> int:
+        """Results within one of the passes that go without cuBLAS, which are another allocator's.
+
+        Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by whole pieces; what
+        K's splitting adds to four products (see SPLIT_OUTPUTS); attention's partial results, one per head and
+        ATTENTION_GROUP positions. And a page for the room between them.
+        """
+        c = self.config
+        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 4)
+        shapes = (3 * c.n_embd, c.n_embd), (c.n_embd, c.n_embd), (c.n_inner, c.n_embd), (c.n_embd, c.n_inner)
+        split = sum(min(SPLIT_OUTPUTS, n * ((k - 1) // SPLIT_INPUTS)) for n, k in shapes)
+        spans = 3 * -(-c.n_embd // SPLIT_INPUTS) + -(-c.n_inner // SPLIT_INPUTS)
+        digits = 0 if self.bits == 16 else spans * SPLIT_INPUTS
+        per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
+        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + PAGE

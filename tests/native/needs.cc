@@ -1,0 +1,178 @@
+// Runs the CPU's kernels over memory of exactly the size that they were promised, and says what they took of it.
+//
+// Each line of input is a pass: bits, tokens, start_pos, positions, heads, head_dim, pairs, inner, vocabulary, group_size,
+// ordered, floats of the block's workspace. Each line of output: the floats of it that were written to, and the most bytes
+// that the threads held of their own so far, oneDNN's among them, since the first line. Compiled with a sanitizer, which
+// has allocators of its own, the second number is zero.
+#include <errno.h>
+#include <malloc.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+#include "simd.h"
+
+#ifndef __SANITIZE_ADDRESS__
+
+extern "C" void* __libc_memalign(size_t, size_t);
+extern "C" void __libc_free(void*);
+
+// What was mapped, as our scratch memory is, or allocated with an alignment, as oneDNN's buffers are.
+struct Held {
+    std::mutex mutex;
+    void* pointers[4096];
+    size_t sizes[4096], now = 0, most = 0;
+    int count = 0;
+    void* take(void* p, size_t bytes) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!p || count == 4096) abort();
+        pointers[count] = p;
+        sizes[count++] = bytes;
+        now += bytes;
+        most = std::max(most, now);
+        return p;
+    }
+    void drop(void* p) {
+        std::lock_guard<std::mutex> lock(mutex);
+        for (int i = count - 1; i >= 0; i--)
+            if (pointers[i] == p) {
+                now -= sizes[i];
+                pointers[i] = pointers[--count];
+                sizes[i] = sizes[count];
+                return;
+            }
+    }
+};
+static Held held;
+
+extern "C" int posix_memalign(void** p, size_t alignment, size_t bytes) {
+    *p = held.take(__libc_memalign(alignment, bytes), bytes);
+    return 0;
+}
+static void* counted_mmap(void* at, size_t bytes, int protection, int flags, int file, off_t offset) {
+    return held.take(mmap(at, bytes, protection, flags, file, offset), bytes);
+}
+static int counted_munmap(void* p, size_t bytes) {
+    held.drop(p);
+    return munmap(p, bytes);
+}
+// Ours only: oneDNN maps what it compiles.
+#define mmap counted_mmap
+#define munmap counted_munmap
+extern "C" void free(void* p) {
+    if (p) held.drop(p);
+    __libc_free(p);
+}
+static size_t most_held() { return held.most; }
+static size_t held_now() { return held.now; }
+
+#else
+
+static size_t most_held() { return 0; }
+static size_t held_now() { return 0; }
+
+#endif
+
+#include "block.h"
+#include "head.h"
+
+using namespace moss;
+
+constexpr uint32_t kUntouched = 0x7fc12345;
+
+// Bytes that are fine as packed fields, as zero points and, two of them, as a small float16.
+template <class T>
+static std::vector<T> filled(int64_t count) {
+    std::vector<T> values(count);
+    auto* bytes = (uint8_t*)values.data();
+    for (size_t i = 0; i < count * sizeof(T); i++) bytes[i] = i % 2 ? 0x20 : (uint8_t)(i * 37 % 251);
+    return values;
+}
+
+struct Arrays {
+    std::vector<uint8_t> packed, zeros;
+    std::vector<uint16_t> scales;
+    std::vector<int32_t> order;
+};
+
+struct Pass {
+    int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace;
+};
+
+static void set(Dense& m, Arrays& a, int64_t n, int64_t k, const Pass&) {
+    a.scales = filled<uint16_t>(n * k);
+    m = Dense{a.scales.data(), n, k};
+}
+
+template <class Natural, class Few>
+static void set(Packed<Natural, Few>& m, Arrays& a, int64_t n, int64_t k, const Pass& pass) {
+    const int64_t groups = k / pass.group;
+    a.packed = filled<uint8_t>(n * k * Natural::kBits / 8);
+    a.zeros = filled<uint8_t>(n * groups);
+    a.scales = filled<uint16_t>(n * groups);
+    for (int64_t i = k - 1; i >= 0; i--) a.order.push_back((int32_t)i);
+    m = Packed<Natural, Few>{a.packed.data(), a.scales.data(), a.zeros.data(), pass.ordered ? a.order.data() : nullptr, n, k, groups};
+}
+
+template <class M>
+static int64_t run(const Pass& pass) {
+    const int64_t width = pass.heads * pass.head_dim, tokens = pass.tokens;
+    Arrays arrays[4];
+    auto vectors = filled<uint16_t>(std::max(width, pass.inner));
+    auto h = std::vector<float>(tokens * width, 0.5f), result = h;
+    auto rotary = std::vector<float>(pass.positions * 2 * pass.pairs, 0.5f);
+    auto keys = filled<uint16_t>(pass.positions * width), values = keys;
+    auto* workspace = (uint32_t*)malloc(pass.workspace * sizeof(float));
+    std::fill(workspace, workspace + pass.workspace, kUntouched);
+    Block<M> b{};
+    b.h = h.data();
+    b.norm_weight = b.norm_bias = b.fc_in_bias = b.fc_out_bias = vectors.data();
+    set(b.qkv, arrays[0], 3 * width, width, pass);
+    set(b.out_proj, arrays[1], width, width, pass);
+    set(b.fc_in, arrays[2], pass.inner, width, pass);
+    set(b.fc_out, arrays[3], width, pass.inner, pass);
+    b.keys = keys.data();
+    b.values = values.data();
+    b.rotary = rotary.data();
+    b.result = result.data();
+    b.workspace = (float*)workspace;
+    b.tokens = tokens;
+    b.start_pos = pass.start;
+    b.heads = pass.heads;
+    b.head_dim = pass.head_dim;
+    b.pairs = pass.pairs;
+    b.epsilon = 1e-5f;
+    run_block(b);
+    int64_t taken = pass.workspace;
+    while (taken > 0 && workspace[taken - 1] == kUntouched) taken--;
+    free(workspace);
+    return taken;
+}
+
+static void head(const Pass& pass) {
+    const int64_t width = pass.heads * pass.head_dim, rows = std::min<int64_t>(pass.tokens, MOSS_HEAD_ROWS);
+    auto vectors = filled<uint16_t>(std::max(width, pass.vocabulary)), weight = filled<uint16_t>(pass.vocabulary * width);
+    auto h = std::vector<float>(rows * width, 0.5f), logits = std::vector<float>(rows * pass.vocabulary);
+    auto workspace = std::vector<float>(rows * width + MOSS_ALIGNMENT);
+    run_head(Head{h.data(), vectors.data(), vectors.data(), Dense{weight.data(), pass.vocabulary, width}, vectors.data(),
+                  workspace.data(), logits.data(), rows, 1e-5f});
+}
+
+int main() {
+    size_t before = 0;
+    Pass p;
+    for (bool first = true;
+         scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
+               &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace) == 12;
+         first = false) {
+        const int64_t taken = p.bits == 16 ? run<Dense>(p) : p.bits == 8 ? run<Int8>(p) : run<Int4>(p);
+        head(p);
+        if (first) before = held_now();  // what oneDNN compiled, and a little of ours
+        printf("%ld %zu\n", taken, first ? 0 : most_held() - before);
+    }
+}

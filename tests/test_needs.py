@@ -1,0 +1,166 @@
+"""The operators take what they say that they need, and not a byte more: their C++ is compiled, run and counted.
+
+Also without oneDNN, as on any machine that is not x86-64, and there under AddressSanitizer: every array has its exact size.
+"""
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moss_jt.backend.home import onednn_folder
+from moss_jt.backend.threads import compute_threads
+from moss_jt.kernels import needs
+from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
+from moss_jt.kernels.needs import DEFINITIONS, FEW_TOKENS, GEMM_TOKENS, HEAD_ROWS, CpuNeeds
+from moss_jt.store.config import MOSS_MOON_003, MossConfig
+from moss_jt.store.sizes import MIB
+from tests.support.block_oracle import geometry
+
+ROOT = Path(__file__).resolve().parents[1]
+# The flags of x86-64 processors that have a width of vectors; other processors compile plain C++.
+FLAGS = {512: ["-march=x86-64-v4", "-mavx512vnni"], 256: ["-march=x86-64-v3"], 0: []}
+BITS = (16, 8, 4)
+THREADS = 3
+TOKENS = (1, FEW_TOKENS, FEW_TOKENS + 1, GEMM_TOKENS - 1, GEMM_TOKENS, 130)
+
+SMALL = geometry(256, 2, 32, n_positions=192, n_inner=384)
+MOSS_HEADS = replace(
+    MOSS_MOON_003, n_embd=512, n_head=2, n_inner=512, vocab_size=2048
+)  # heads of 256, 2048 positions
+NARROW = geometry(64, 4, 8, n_positions=512, n_inner=2048)  # rows of few bytes: many are taken at once
+
+
+def compiled(folder: Path, simd: int, onednn: bool, *flags: str) -> Path:
+    """tests/native/needs.cc over the kernels' headers, as source.py compiles them, or with a sanitizer."""
+    program = folder / f"needs-{simd}-{onednn}-{len(flags)}"
+    definitions = {
+        **DEFINITIONS,
+        "MOSS_SIMD": simd,
+        "MOSS_HEAD_ROWS": HEAD_ROWS,
+        "MOSS_ALIGNMENT": needs.ALIGNMENT,
+        **({"MOSS_ONEDNN": 1} if onednn else {}),
+    }
+    library = onednn_folder().resolve() / "lib"
+    link = [f"-L{library}", "-lmkldnn", f"-Wl,-rpath,{library.resolve()}"] if onednn else []
+    command = [
+        "g++", "-std=c++17", "-fopenmp", "-fno-fast-math", "-ffp-contract=off", "-w", *FLAGS[simd], *flags,
+        *(f"-D{name}={value}" for name, value in definitions.items()),
+        f"-I{ROOT / 'kernels' / 'cpu'}", str(ROOT / "tests" / "native" / "needs.cc"), "-o", str(program), *link,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "cannot find" in done.stderr and "asan" in done.stderr:
+        pytest.skip("this compiler has no AddressSanitizer")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return program
+
+
+def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """(floats of the workspace, bytes of the threads) after each pass: (bits, tokens, group_size, ordered, workspace)."""
+    lines = []
+    for bits, tokens, group_size, ordered, floats in passes:
+        start = config.n_positions - tokens  # the whole cache is seen
+        shape = (config.n_positions, config.n_head, config.head_dim, config.rotary_dim // 2, config.n_inner)
+        lines.append((bits, tokens, start, *shape, config.vocab_size, group_size, ordered, floats))
+    text = "\n".join(" ".join(map(str, line)) for line in (lines[0], *lines))  # the first is not counted
+    done = subprocess.run(
+        [str(program)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": str(THREADS), "ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
+    assert len(found) == len(passes)
+    return [(taken, held) for taken, held in found]
+
+
+@pytest.mark.parametrize("simd", sorted({chosen_simd(), 0}))
+def test_without_onednn_nothing_is_written_beyond_its_end(simd: int, tmp_path: Path) -> None:
+    """int4 and int8 wrote a second set of inputs past the workspace, from 64 tokens on."""
+    program = compiled(tmp_path, simd, False, "-O0", "-fsanitize=address")
+    passes = [
+        (
+            bits,
+            tokens,
+            group_size,
+            ordered,
+            CpuNeeds(SMALL, bits).block_floats(
+                tokens, SMALL.n_positions, ordered=bool(ordered), onednn=False
+            ),
+        )
+        for bits, group_size, ordered in ((16, 0, 0), (8, 128, 0), (8, 32, 1), (4, 128, 0), (4, 32, 1))
+        for tokens in (1, FEW_TOKENS + 1, GEMM_TOKENS, 130)
+    ]
+    found = run(program, SMALL, passes)
+    for (*line, ordered, promised), (taken, _) in zip(passes, found, strict=True):
+        assert taken <= promised
+        if ordered or line[0] == 16:
+            assert promised - taken <= 2 * needs.ALIGNMENT, "the count is of something else"
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -> None:
+    if onednn and not (onednn_folder() / "lib").exists():
+        pytest.skip("there is no oneDNN here")
+    program = compiled(tmp_path, chosen_simd(), onednn, "-O1")
+    for config in (SMALL, MOSS_HEADS, NARROW):
+        for bits in BITS:
+            group_size, own = min(128, config.n_embd), CpuNeeds(config, bits)
+            passes = [
+                (
+                    bits,
+                    tokens,
+                    group_size,
+                    0,
+                    own.block_floats(tokens, config.n_positions, ordered=False, onednn=onednn),
+                )
+                for tokens in TOKENS
+            ]
+            for line, (taken, held) in zip(passes, run(program, config, passes), strict=True):
+                assert taken <= line[-1]
+                planned = THREADS * 4 * own.thread_floats(line[1], config.n_positions)
+                assert held <= planned, (config, line)
+            if onednn and config is MOSS_HEADS:
+                assert held > planned // 2, "the count is of something else"
+
+
+def test_the_plan_counts_each_thread() -> None:
+    moss = CpuNeeds(MOSS_MOON_003, 16)
+    assert moss.workspace_bytes(1, 2048, 2) < 64 * MIB < moss.workspace_bytes(512, 2048, 2)
+    each = (moss.workspace_bytes(512, 2048, 64) - moss.workspace_bytes(512, 2048, 2)) / 62
+    assert each == 4 * moss.thread_floats(512, 2048)
+    assert 2 * MIB < each < 5 * MIB
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "16"}, 16),
+        ({"OMP_NUM_THREADS": "5,2"}, 5),
+        ({"OMP_NUM_THREADS": "16", "OMP_THREAD_LIMIT": "6"}, 6),
+        ({"OMP_NUM_THREADS": "none"}, len(os.sched_getaffinity(0))),
+        ({"OMP_NUM_THREADS": "0"}, len(os.sched_getaffinity(0))),
+        ({}, len(os.sched_getaffinity(0))),
+    ],
+)
+def test_threads_are_counted_as_openmp_starts_them(
+    variables: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert compute_threads() == threads
+    asked = "import ctypes; print(ctypes.CDLL('libgomp.so.1').omp_get_max_threads())"
+    done = subprocess.run(["python3", "-c", asked], capture_output=True, text=True, env=dict(os.environ))
+    limit = int(os.environ.get("OMP_THREAD_LIMIT", "0")) or threads
+    assert min(int(done.stdout), limit) == threads
+
+
+def test_every_width_that_runs_here_has_flags() -> None:
+    assert set(available_simd()) <= FLAGS.keys()
