@@ -78,7 +78,7 @@ def rules(program: str, environment: dict[str, str], **more: str) -> str:
 
 def test_fresh_memory_is_no_number_and_limited(environment: dict[str, str]) -> None:
     program = """
-print(copy_out() == {255}, cuda.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(10**9)),
+print(copy_out() == {255}, cuda.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(int(os.environ["SIM_GPU_MEMORY"]))),
       cuda.cudaStreamCreateWithFlags(ctypes.byref(ctypes.c_void_p()), 0), cuda.cudaHostRegister(host, size, 0))
 """
     assert rules(program, environment) == "True 2 801 712"
