@@ -13,6 +13,7 @@ from moss_jt.engine.engine import Engine
 from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE
@@ -153,29 +154,19 @@ def test_who_finds_no_room_waits_and_is_told_its_place() -> None:
 def test_interactive_jobs_go_before_background_ones_and_these_come_to_their_turn() -> None:
     model = GatedModel(capacity=PAGE, pages=1)
     engine = Engine(model)
-    order: list[str] = []
 
-    def ask(name: str, background: bool) -> threading.Thread:
+    def ask(token: int, background: bool) -> Answer:
         text = Text(engine, background=background)
-        text.extend([1])
-        answer = text.begin(GREEDY, 2, ahead=None)
+        text.extend([token])
+        return text.begin(GREEDY, 2, ahead=None)
 
-        def wait() -> None:
-            list(answer)
-            order.append(name)
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        return thread
-
-    threads = [ask("first", False)]
+    answers = [ask(1, False)]
     assert model.entered.wait(10)
-    threads += [ask("background", True), ask("interactive", False)]
+    answers += [ask(10, True), ask(20, False)]
     for _ in range(60):
         model.gate.release()
-    for thread in threads:
-        thread.join(10)
-    assert order == ["first", "interactive", "background"]
+    assert [list(answer) for answer in answers] == [[2, 3], [11, 12], [21, 22]]
+    assert [tokens[0] for _, tokens, _ in model.passes] == [1, 2, 20, 21, 10, 11]
 
 
 def test_an_idle_conversation_s_pages_go_to_the_disk_and_come_back(tmp_path: Path) -> None:
