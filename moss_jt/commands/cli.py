@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": ("convert", "Turn a Hugging Face checkpoint into a model folder."),
     "chat": ("chat", "Talk to a model, with plugins."),
     "generate": ("generate", "Continue a text."),
+    "batch": ("batch", "Answer many prompts from a file, many at once."),
     "plan": ("plan", "Show where the weights would live, and how fast that can be."),
     "eval": ("eval", "Perplexity on a text, and what quantization costs."),
     "bench": ("bench", "Measure speed beside the machine's own limits."),
