@@ -18,6 +18,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.demos.drawing_server import drawing_server
 from moss_jt.plugins.registry import PluginSettings
 from moss_jt.store.locations import TINY, model_home
+from moss_jt.terminal.ending import open_closed_streams, told_on_one_line
 from moss_jt.terminal.line_input import make_reader
 from moss_jt.terminal.loop import PROMPT, Terminal, TurnView
 from moss_jt.terminal.pictures import make_shower
@@ -117,4 +118,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    open_closed_streams()
+    with told_on_one_line():
+        sys.exit(main())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.backend.home import environment, home_kept, log_path
+from moss_jt.backend.units import files_done, start_anew
 from moss_jt.errors import MossError
 
 OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means something
@@ -32,9 +33,12 @@ SCRIPT = """
 import ctypes, pathlib, sys
 import jittor_utils.install_cuda
 jittor_utils.install_cuda.has_installation = bool
-for name in sys.argv[2].split(","):
+if sys.argv[2] == "units":
+    import moss_jt.backend.units
+    moss_jt.backend.units.install(jittor_utils)
+for name in sys.argv[3].split(","):
     sys.modules[name] = None
-for library in sys.argv[3:]:
+for library in sys.argv[4:]:
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 import jittor
 pathlib.Path(sys.argv[1]).write_text(jittor.compiler.cache_path)
@@ -158,20 +162,29 @@ def one_at_a_time() -> Iterator[None]:
 
 def compile_jittor(folder: Path, hidden: Sequence[str], libraries: Sequence[Path]) -> None:
     """Raises MossError where that fails; the message names the log."""
-    log = log_path("build")
-    command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), ",".join(hidden)]
-    command += map(str, libraries)
     marker(folder).unlink(missing_ok=True)
+    if compiles(folder, "units", hidden, libraries):
+        return
+    start_anew(folder)
+    if not compiles(folder, "files", hidden, libraries):
+        log = log_path("build")
+        raise MossError(
+            f"Jittor could not be compiled: {last_line(log)}\n"
+            f"  The whole output is in {log}. moss-jt doctor checks what is needed; free disk space is one cause."
+        )
+
+
+def compiles(folder: Path, way: str, hidden: Sequence[str], libraries: Sequence[Path]) -> bool:
+    """Whether Jittor gets compiled, in units or, which is its own way, file by file."""
+    log = log_path("build")
+    command = [sys.executable, "-P", "-c", SCRIPT, str(marker(folder)), way, ",".join(hidden)]
+    command += map(str, libraries)
     for _ in range(ATTEMPTS):
         with open(log, "ab") as output, home_kept():
             code = watch(command, folder, output.fileno(), log)
         if code != 0 or marker(folder).exists():
             break
-    if not marker(folder).exists():
-        raise MossError(
-            f"Jittor could not be compiled: {last_line(log)}\n"
-            f"  The whole output is in {log}. moss-jt doctor checks what is needed; free disk space is one cause."
-        )
+    return marker(folder).exists()
 
 
 def watch(command: list[str], folder: Path, output: int, log: Path) -> int:
@@ -203,8 +216,9 @@ def watch(command: list[str], folder: Path, output: int, log: Path) -> int:
 
 def show_progress(folder: Path, elapsed_s: float) -> None:
     if sys.stderr.isatty():
-        count = len(list(folder.glob("**/obj_files/*.o")))
-        sys.stderr.write(f"\rmoss-jt: {min(count, OBJECTS)} of {OBJECTS} files, {elapsed_s:.0f} s ")
+        sys.stderr.write(
+            f"\rmoss-jt: {min(files_done(folder), OBJECTS)} of {OBJECTS} files, {elapsed_s:.0f} s "
+        )
         sys.stderr.flush()
 
 

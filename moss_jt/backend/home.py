@@ -11,6 +11,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from moss_jt.errors import MossError
+from moss_jt.user_folders import user_home
 
 # The folder that Jittor would download its own oneDNN into; what is there already, it takes.
 ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
@@ -29,11 +30,12 @@ def jittor_home() -> Path:
     """
     if home := os.environ.get("JITTOR_HOME"):
         return Path(home).absolute()
-    note = Path.home() / ".cache" / "jittor" / "config.json"
+    user = user_home()
+    note = user / ".cache" / "jittor" / "config.json"
     try:
-        remembered = json.loads(note.read_text(encoding="utf-8")).get("JITTOR_HOME", str(Path.home()))
+        remembered = json.loads(note.read_text(encoding="utf-8")).get("JITTOR_HOME", str(user))
     except OSError:  # there is none, or none that can be read
-        return Path.home()
+        return user
     except (ValueError, AttributeError) as error:
         raise MossError(f"{note} is damaged, and Jittor would not start. Remove it.") from error
     return Path(remembered).absolute()

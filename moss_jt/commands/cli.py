@@ -1,18 +1,14 @@
 """The command line. A command's module is imported when that command runs, so that ``--help`` returns at once."""
 
-import contextlib
 import importlib
 import io
-import os
 import sys
 from importlib.metadata import version
-from typing import NoReturn
 
 import click
 
-from moss_jt.errors import MossError
-from moss_jt.terminal.output import bounded, message_of, silence
-from moss_jt.terminal.screen import Screen
+from moss_jt.terminal.ending import end, open_closed_streams, told_on_one_line
+from moss_jt.terminal.output import bounded
 
 # Name, module of moss_jt.commands that holds a click command named `command`, and the line that --help shows.
 COMMANDS = {
@@ -63,31 +59,13 @@ def root() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 the input or the machine is at fault, 2 usage."""
     open_closed_streams()
-    try:
-        code = root.main(args=arguments, prog_name="moss-jt", standalone_mode=False)
-    except (MossError, OSError) as error:
-        if isinstance(error, OSError):
-            silence(sys.stdout)  # it may be the one that failed
-        end(f"moss-jt: error: {message_of(error)}", 1)
-    except click.exceptions.Abort:
-        end("moss-jt: stopped.", 130)
-    except click.ClickException as error:
-        text = io.StringIO()
-        error.show(text)
-        end(bounded(text.getvalue().rstrip()), error.exit_code)
+    with told_on_one_line():
+        try:
+            code = root.main(args=arguments, prog_name="moss-jt", standalone_mode=False)
+        except click.exceptions.Abort:
+            end("moss-jt: stopped.", 130)
+        except click.ClickException as error:
+            text = io.StringIO()
+            error.show(text)
+            end(bounded(text.getvalue().rstrip()), error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def open_closed_streams() -> None:
-    """Let streams that were closed before the program began (``<&-``, ``>&-``) lead nowhere, and not into the next file to be
-    opened: input is then empty."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-
-
-def end(text: str, code: int) -> NoReturn:
-    """Say why the program ends, where anybody can still read it."""
-    with contextlib.suppress(MossError, SystemExit):
-        Screen(sys.stderr).line(text)
-    sys.exit(code)

@@ -42,10 +42,14 @@ class StopStrings:
     """Finds stop strings in text that comes in pieces. No part of one is ever let through.
 
     Raises:
-        MossError: a stop string is empty.
+        MossError: a stop string is empty, or no text at all.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        if not isinstance(stops, Collection) or not all(isinstance(stop, str) for stop in stops):
+            raise MossError(
+                f"stop is {stops!r:.80}; it must be a text that ends the answer, or a list of them."
+            )
         if "" in stops:
             raise MossError(
                 "a stop string is empty. Leave it out, or give the text that shall end the answer."

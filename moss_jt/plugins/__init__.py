@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from moss_jt.errors import MossError
 from moss_jt.plugins.registry import make_plugins
 from moss_jt.plugins.run import body_of, run_commands
 
@@ -13,6 +14,8 @@ def execute(commands: str, plugins: Iterable[str]) -> str:
     plugin is its ``No result.``; never an exception.
 
     Raises:
-        MossError: a plugin of that name does not exist.
+        MossError: a plugin of that name does not exist, or ``commands`` is no text.
     """
+    if not isinstance(commands, str):
+        raise MossError(f"commands is {commands!r:.80}; it must be a text, such as 'Calculate(\"8*4+3\")'.")
     return body_of(run_commands(commands, make_plugins(plugins)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Item, Source
 from moss_jt.plugins.text_files import State, read_text, shown_path, text_files
+from moss_jt.user_folders import own_folder
 
 # (files done, files in all)
 Progress = Callable[[int, int], None]
@@ -204,7 +205,4 @@ def _source(path: bytes) -> Source:
 
 def cache_folder() -> Path:
     """moss-jt/search in the user's cache directory, or in MOSS_JT_HOME."""
-    if home := os.environ.get("MOSS_JT_HOME"):
-        return Path(home).expanduser() / "search"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "moss-jt" / "search"
+    return own_folder("CACHE", ".cache") / "search"

@@ -62,7 +62,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         MossError: ``data`` is anything else; the message names ``path``.
     """
     try:
-        fields = json.loads(data.decode("utf-8"))
+        fields = json.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, RecursionError) as error:
         raise MossError(f"{path} cannot be read as JSON: {str(error)[:200]}") from error
     if not isinstance(fields, dict):

@@ -8,16 +8,14 @@ from pathlib import Path
 from moss_jt.errors import MossError
 from moss_jt.store.files import write_json
 from moss_jt.store.manifest import MANIFEST
+from moss_jt.user_folders import own_folder
 
 TINY = "moss-tiny"
 
 
 def model_home() -> Path:
     """MOSS_JT_HOME, or moss-jt in the user's data directory."""
-    if home := os.environ.get("MOSS_JT_HOME"):
-        return Path(home).expanduser()
-    data = os.environ.get("XDG_DATA_HOME")
-    return (Path(data) if data else Path.home() / ".local" / "share") / "moss-jt"
+    return own_folder("DATA", ".local/share")
 
 
 def models_folder() -> Path:

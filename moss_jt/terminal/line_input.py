@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from moss_jt.user_folders import own_folder
+
 MAX_LINE_CHARACTERS = 1 << 20
 
 
@@ -72,10 +74,7 @@ class PromptReader:
 
 def history_path(environment: Mapping[str, str] = os.environ) -> Path:
     """Under MOSS_JT_HOME, or else in the user's state directory."""
-    if home := environment.get("MOSS_JT_HOME"):
-        return Path(home).expanduser() / "history"
-    state = environment.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "moss-jt" / "history"
+    return own_folder("STATE", ".local/state", environment) / "history"
 
 
 def writable(path: Path) -> Path | None:
