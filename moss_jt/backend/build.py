@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moss_jt.backend.home import environment, home_kept, log_path
+from moss_jt.backend.home import cache_folder, environment, home_kept, log_path
+from moss_jt.backend.read_only import is_writable, writes_led_aside
 from moss_jt.backend.units import files_done, start_anew
 from moss_jt.errors import MossError
 
@@ -98,8 +99,10 @@ def front_part() -> Any:
     """
     if "jittor_utils" not in sys.modules:
         # The second is set by Jittor because of the first, and would be left to the processes that we start.
-        with home_kept(), environment(DISABLE_MULTIPROCESSING="1", use_parallel_op_compiler=None):
-            importlib.import_module("jittor_utils")
+        alone = environment(DISABLE_MULTIPROCESSING="1", use_parallel_op_compiler=None)
+        with home_kept(), alone, writes_led_aside(cache_folder()):
+            lock: Any = importlib.import_module("jittor_utils").lock
+        lock.lock_path = lock.jittor_lock.handle.name  # it may be aside
     return sys.modules["jittor_utils"]
 
 
@@ -138,11 +141,16 @@ def ensure_built(hidden: Sequence[str], libraries: Sequence[Path] = ()) -> None:
         libraries: shared libraries that what it compiles needs, and might not find by itself.
 
     Raises:
-        MossError: the compiling failed; the message names the log.
+        MossError: the compiling failed, and the message names the log; or its folder cannot be written.
     """
     folder = build_folder()
     if is_built(folder):
         return
+    if not is_writable(folder):
+        raise MossError(
+            f"Jittor is not compiled in {folder}, and that cannot be written. Start moss-jt once as a user who can write "
+            "there, or set JITTOR_HOME to a folder that can be written."
+        )
     with one_at_a_time():
         if not is_built(folder):  # by now, by the start that was waited for
             compile_jittor(folder, hidden, libraries)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+from moss_jt.backend.read_only import is_writable, side_folder
 from moss_jt.errors import MossError
 from moss_jt.user_folders import user_home
 
@@ -47,7 +48,8 @@ def cache_folder() -> Path:
 
 
 def log_path(name: str) -> Path:
-    return cache_folder() / f"moss-jt-{name}.log"
+    folder = cache_folder()
+    return (folder if is_writable(folder) else side_folder()) / f"moss-jt-{name}.log"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from moss_jt.backend.cards import Card, refreshed
 from moss_jt.backend.device import chosen_card, chosen_device, note_process, swaps
 from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
+from moss_jt.backend.read_only import lead_operators_aside, writes_led_aside
 from moss_jt.backend.signals import keep_signals
 from moss_jt.backend.toolkit import CUDA_13_FLAGS, Toolkit, composed
 from moss_jt.errors import MossError
@@ -121,7 +122,8 @@ def _start() -> tuple[Any, int]:
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]
     try:
-        with home_kept(), keep_signals(), quiet_output(log_path("import")):
+        aside = writes_led_aside(cache_folder())
+        with home_kept(), keep_signals(), quiet_output(log_path("import")), aside:
             installer: Any = importlib.import_module("jittor_utils.install_cuda")
             # No toolkit but the one that was decided on: see jittor_build.SCRIPT.
             installer.has_installation = bool
@@ -135,6 +137,7 @@ def _start() -> tuple[Any, int]:
     end_pool()
     # Its compiling threads would wait until the end, and in a forked process for each other, for ever.
     jittor.flags.use_parallel_op_compiler = 0
+    lead_operators_aside(jittor.flags)
     jittor.flags.log_file = str(log_path("operators"))
     jittor.flags.no_grad = 1  # or every block's workspace would be kept for a backward pass
     if chosen_device() == "gpu":

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +26,12 @@ COMPILER_BYTES = 1 << 30  # of memory for each compiler at work
 # The files in which the environment switches something: Jittor compiles these anew by themselves when that changes.
 SWITCHED = re.compile(r"#(?:ifdef|if) +JT")
 COMMAND = re.compile(r'"([^"]+)" +"([^"]+)"( .*) -c -o "([^"]+)" *')
-# What two files of a unit may not both define, and what the first may not leave to the second.
+# What is a file's own, and must not meet the same name in another file of the unit; of constants Jittor has many.
 STATIC = re.compile(r"^static\s[^;=({\n]*?\b(\w+)\s*[=;({]", re.MULTILINE)
+CONSTANT = re.compile(r"^static auto (make_\w+) =", re.MULTILINE)
+FUNCTION = re.compile(r"^\w[\w:<>*& ]*?\b(\w+)\([^;\n]*$", re.MULTILINE)
+EXTERN = re.compile(r"^extern [^(\"]*;", re.MULTILINE)  # what headers say otherwise
+TOOL = re.compile(r' -o "[^"]*jit_utils_core[^"/]*" *$')
 MACRO = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
 
@@ -56,15 +61,16 @@ class Command:
         return self.generated or self.source.parent.name == "test"
 
     @property
-    def kind(self) -> tuple[str, str, bool, bool]:
+    def kind(self) -> tuple[object, ...]:
         """What the files of a unit have in common."""
-        return self.compiler, self.flags, self.generated, self.seldom_used
+        extern = EXTERN.search(source_text(self.source)) is not None
+        return self.compiler, self.flags, self.generated, self.seldom_used, extern, is_switched(self)
 
 
 def install(utilities: Any) -> None:
     """Make Jittor compile so. ``utilities``: jittor_utils, before jittor is imported."""
     _use_processors(utilities)
-    _note_tool(utilities)
+    _compile_tool_once(utilities)
     own_way = utilities.run_cmds
 
     def run(texts: list[str], cache_path: str, jittor_path: str, message: str = "") -> None:
@@ -86,16 +92,22 @@ def processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _note_tool(utilities: Any) -> None:
+def _compile_tool_once(utilities: Any) -> None:
     """Jittor compiles its compiling tool twice, the second time only for the note that this tool itself writes."""
     run_command, import_tool = utilities.run_cmd, utilities.try_import_jit_utils_core
     compiled: list[str] = []
 
     def run(command: str, *arguments: Any, **options: Any) -> Any:
-        output = run_command(command, *arguments, **options)
-        if re.search(r' -o "[^"]*jit_utils_core[^"/]*" *$', command):
-            compiled.append(command)
-        return output
+        if not TOOL.search(command):
+            return run_command(command, *arguments, **options)
+        compiled.append(command)
+        sources = re.findall(r'"([^"]+\.cc)"', command)
+        with tempfile.TemporaryDirectory(prefix="moss-jt-") as folder:
+            unit = Path(folder, "tool.cc")
+            unit.write_text("".join(f'#include "{source}"\n' for source in sources), encoding="utf-8")
+            for source in sources:
+                command = command.replace(f'"{source}"', f'"{unit}"' if source == sources[0] else "")
+            return run_command(command, *arguments, **options)
 
     def import_and_note(*arguments: Any) -> None:
         import_tool(*arguments)
@@ -185,19 +197,32 @@ def command_of(utilities: Any, text: str, cache_path: Path, jittor_path: Path) -
 
 def split(commands: Sequence[Command]) -> Iterator[list[Command]]:
     """Cut the files, in their order, into units that compile as one source."""
-    for _, alike in itertools.groupby(commands, key=lambda command: (command.kind, is_switched(command))):
+    for _, alike in itertools.groupby(commands, key=lambda command: command.kind):
         unit: list[Command] = []
-        size, names = 0, set[str]()
         for command in alike:
-            text = source_text(command.source)
-            own = set() if command.generated else set(STATIC.findall(text))
-            if unit and (size + len(text) > UNIT_BYTES or own & names or is_switched(command)):
+            together = [*unit, command]
+            size = sum(len(source_text(member.source)) for member in together)
+            if unit and (size > UNIT_BYTES or is_switched(command) or names_meet(together)):
                 yield unit
-                unit, size, names = [], 0, set()
-            unit.append(command)
-            size += len(text)
-            names |= own
+                together = [command]
+            unit = together
         yield unit
+
+
+def names_meet(members: Sequence[Command]) -> bool:
+    """Whether a name that is one file's own is also another file's: of generated files the names are known to differ."""
+    seen, statics = set[str](), set[str]()
+    for member in members:
+        if member.generated:
+            continue
+        text = source_text(member.source)
+        own = set(STATIC.findall(text)) - set(CONSTANT.findall(text))
+        functions = set(FUNCTION.findall(text))
+        if own & seen or functions & statics:
+            return True
+        seen |= own | functions
+        statics |= own
+    return False
 
 
 def is_switched(command: Command) -> bool:
@@ -219,9 +244,12 @@ def source_text(path: Path) -> str:
 def write_unit(source: Path, members: Sequence[Command]) -> str:
     """Write a unit's source. Returns the command that compiles it."""
     lines = []
-    for member in members:
+    for number, member in enumerate(members):
+        text = source_text(member.source)
+        constants = CONSTANT.findall(text)
+        lines += [f"#define {name} {name}_{number}\n" for name in constants]
         lines.append(f'#include "{member.source}"\n')
-        lines += [f"#undef {name}\n" for name in MACRO.findall(source_text(member.source))]
+        lines += [f"#undef {name}\n" for name in (*constants, *MACRO.findall(text))]
     source.write_text("".join(lines), encoding="utf-8")
     first = members[0]
     flags = re.sub(r"(?<= )-O2(?= )", "-O1", f"{first.flags} ") if first.seldom_used else first.flags

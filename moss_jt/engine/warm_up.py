@@ -74,7 +74,7 @@ def warm_up_gpu(cupy: Any, bits: int) -> None:
 
 
 def _announced(run: Callable[[], None], fingerprint: str, target: str, duration: str, advice: str) -> None:
-    marker = Path(jt.compiler.cache_path) / f"moss-jt-operators-{fingerprint}"
+    marker = Path(jt.flags.cache_path) / f"moss-jt-operators-{fingerprint}"
     if not marker.exists():
         sys.stderr.write(f"moss-jt: compiling the operators for {target}, once: {duration}.\n")
     begin = time.monotonic()
