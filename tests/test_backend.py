@@ -16,6 +16,9 @@ from moss_jt.backend import build as jittor_build
 from moss_jt.backend import home as jittor_home
 from moss_jt.backend.signals import keep_signals
 from moss_jt.errors import MossError
+from moss_jt.plugins.folder_search import cache_folder as search_index_folder
+from moss_jt.store.locations import model_home
+from moss_jt.terminal.line_input import history_path
 from tests.support.models import tiny_model_folder
 
 
@@ -142,6 +145,21 @@ def test_a_home_that_cannot_be_made_is_one_line(place: str, tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1 and "set JITTOR_HOME" in done.stderr
 
 
+def test_a_user_without_a_home_reads_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "JITTOR_HOME", "MOSS_JT_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for asked in (jittor_home.jittor_home, model_home, search_index_folder, lambda: history_path({})):
+        with pytest.raises(MossError, match="no home folder: set HOME"):
+            asked()
+    monkeypatch.setenv("MOSS_JT_HOME", "~no-such-user/models")
+    with pytest.raises(MossError, match="MOSS_JT_HOME is ~no-such-user/models"):
+        model_home()
+
+
 class Build:
     """A first start in a folder of its own, where a script stands in for Jittor."""
 
@@ -181,6 +199,15 @@ def test_the_first_start_is_announced_and_its_output_goes_to_the_log(
 def test_jittor_is_started_again_when_it_asks_for_that(build: Build) -> None:
     once = "once = pathlib.Path(sys.argv[1]).with_name('once')"
     build.run(f"{once}\nif once.exists(): {MARK}\nelse: once.touch()")
+    assert jittor_build.marker(build.folder).exists()
+
+
+def test_what_goes_wrong_in_units_is_compiled_file_by_file_from_the_start(build: Build) -> None:
+    left = build.folder / "obj_files" / "unit.o"
+    left.touch()
+    build.run(
+        f"if sys.argv[2] == 'units': sys.exit(1)\nassert not pathlib.Path({str(left)!r}).exists()\n{MARK}"
+    )
     assert jittor_build.marker(build.folder).exists()
 
 

@@ -14,6 +14,7 @@ from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.convert.verify import verify_store
 from moss_jt.errors import MossError
+from moss_jt.store.files import read_json
 from moss_jt.store.manifest import sealed
 from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
 from moss_jt.store.tokenizer import Tokenizer
@@ -144,6 +145,12 @@ def test_a_header_that_breaks_a_rule_is_refused_without_any_checksum(
     repacked(folder / "block-00.safetensors", change)
     with pytest.raises(MossError, match=words):
         open_store(folder)
+
+
+def test_a_byte_order_mark_before_json_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('\ufeff{"n_layer": 2}', encoding="utf-8")
+    assert read_json(path) == {"n_layer": 2}
 
 
 def test_bytes_behind_the_last_tensor_and_data_off_the_page_are_refused(tmp_path: Path) -> None:

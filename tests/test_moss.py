@@ -1,6 +1,7 @@
 """The Python interface, with the small model that comes with the program."""
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -61,6 +62,12 @@ def test_no_stop_strings_and_a_byte_order_mark_change_nothing(moss: Moss) -> Non
         for stop in (None, (), [])
     ]
     assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize("stop", [3, [3], ("a", None), {"a": 1, 2: 3}])
+def test_what_is_no_stop_string_is_named(moss: Moss, stop: Any) -> None:
+    with pytest.raises(MossError, match=f"^stop is {re.escape(repr(stop))}; it must be a text"):
+        moss.generate(TEXT, stop=stop)
 
 
 def test_it_stops_at_the_end_of_the_answer(moss: Moss) -> None:

@@ -218,6 +218,16 @@ def test_a_full_disk_is_told_in_one_line(arguments: tuple[str, ...]) -> None:
     assert code == 1 and re.fullmatch(r"moss-jt: error: .*No space left on device\.?\n", err)
 
 
+def test_the_demo_too_tells_a_full_disk_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "moss_jt.demos.tour"]
+    environment = {**os.environ, "MOSS_JT_HOME": str(tmp_path)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and re.fullmatch(r"moss-jt: error: .*No space left on device\.", last)
+    assert "Traceback" not in done.stderr
+
+
 def test_nothing_more_is_said_where_nothing_can_be_said() -> None:
     with open("/dev/full", "w") as full:
         assert run_to(full, "plan", "moss-moon-003", stderr=full)[0] == 1

@@ -85,6 +85,12 @@ def recorded_calculations() -> list[tuple[str, str]]:
     return [match for turn in recorded_turns() for match in pattern.findall(turn["Tool Responses"])]
 
 
+@pytest.mark.parametrize("commands", [None, 3, b'Calculate("1")', ["Calculate"]])
+def test_commands_that_are_no_text_are_named(commands: Any) -> None:
+    with pytest.raises(MossError, match=f"^commands is {re.escape(repr(commands))}; it must be a text"):
+        execute(commands, ["calculator"])
+
+
 def test_recorded_calculations_come_out_as_recorded() -> None:
     """98 % or more. Two older forms in the mixed dialogues (bare numbers, other words for no result) count by value, and
     where the record has no result for what can be computed, ours may have one."""
