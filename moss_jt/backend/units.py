@@ -21,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-UNIT_BYTES = 60_000  # of source text: units of some seconds and 400 MB, so that every processor has its share
+UNIT_BYTES = (
+    100_000  # of source text: units of some seconds and 500 MB, so that every processor has its share
+)
 COMPILER_BYTES = 1 << 30  # of memory for each compiler at work
 # The files in which the environment switches something: Jittor compiles these anew by themselves when that changes.
 SWITCHED = re.compile(r"#(?:ifdef|if) +JT")
@@ -30,7 +32,7 @@ COMMAND = re.compile(r'"([^"]+)" +"([^"]+)"( .*) -c -o "([^"]+)" *')
 STATIC = re.compile(r"^static\s[^;=({\n]*?\b(\w+)\s*[=;({]", re.MULTILINE)
 CONSTANT = re.compile(r"^static auto (make_\w+) =", re.MULTILINE)
 FUNCTION = re.compile(r"^\w[\w:<>*& ]*?\b(\w+)\([^;\n]*$", re.MULTILINE)
-EXTERN = re.compile(r"^extern [^(\"]*;", re.MULTILINE)  # what headers say otherwise
+EXTERN = re.compile(r"^extern int use_cuda;", re.MULTILINE)  # a constant in the others, by a header
 TOOL = re.compile(r' -o "[^"]*jit_utils_core[^"/]*" *$')
 MACRO = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
