@@ -191,7 +191,7 @@ def test_the_first_start_is_announced_and_its_output_goes_to_the_log(
     build.run(f"print('compiler noise'); {MARK}")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "Jittor compiles itself" in err and "2 to 5 minutes" in err and "noise" not in err
+    assert "Jittor compiles itself" in err and "1 to 3 minutes" in err and "noise" not in err
     assert "compiler noise" in jittor_home.log_path("build").read_text()
     assert jittor_build.marker(build.folder).exists()
 

@@ -1,4 +1,4 @@
-"""Jittor's own swapping, the baseline. It needs a second build of Jittor (2 to 5 minutes, once), so that the test with a
+"""Jittor's own swapping, the baseline. It needs a second build of Jittor (1 to 3 minutes, once), so that the test with a
 model runs only where that build exists, or with MOSS_JT_TEST_SWAP=1."""
 
 import json
@@ -46,7 +46,7 @@ print(json.dumps({"token_ids": answer.token_ids, "swapped": swapped, "message": 
 def test_swapping_gives_the_same_answer_and_a_full_disk_is_told() -> None:
     built = build_folder().with_name("moss-jt-swap")
     if not is_built(built) and os.environ.get("MOSS_JT_TEST_SWAP") != "1":
-        pytest.skip("Jittor is not built for swapping here; MOSS_JT_TEST_SWAP=1 builds it (2 to 5 minutes)")
+        pytest.skip("Jittor is not built for swapping here; MOSS_JT_TEST_SWAP=1 builds it (1 to 3 minutes)")
     folder = random_folder(WIDE)
     with Moss.load(folder, memory="4GiB", context=64) as moss:
         answer = moss.generate([3, 4, 5], max_new_tokens=4, temperature=0)

@@ -46,7 +46,7 @@ pathlib.Path(sys.argv[1]).write_text(jittor.compiler.cache_path)
 """
 
 ANNOUNCEMENT = """\
-moss-jt: Jittor compiles itself for this machine. That is done once and takes 2 to 5 minutes on two cores.
+moss-jt: Jittor compiles itself for this machine. That is done once and takes 1 to 3 minutes on two cores, with CUDA 2 to 5.
          Ctrl-C stops it; the next start goes on from there. Its output goes to {log}
 """
 
@@ -98,6 +98,7 @@ def front_part() -> Any:
     makes Jittor wait for ever at exit. What is much to compile is compiled by :func:`ensure_built`.
     """
     if "jittor_utils" not in sys.modules:
+        os.environ.setdefault("cache_name", "default")  # or Jittor asks git, which knows some branch
         # The second is set by Jittor because of the first, and would be left to the processes that we start.
         alone = environment(DISABLE_MULTIPROCESSING="1", use_parallel_op_compiler=None)
         with home_kept(), alone, writes_led_aside(cache_folder()):
