@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -179,10 +180,8 @@ def compile_units(utilities: Any, texts: Sequence[str], cache_path: Path, jittor
 
 def failure(job: tuple[str, str, str]) -> str | None:
     """In a process of the pool: do a command unless it is done already. Returns the command if that failed."""
-    import jittor_utils
-
     try:
-        jittor_utils.do_compile(job)
+        sys.modules["jittor_utils"].do_compile(job)
     except RuntimeError:
         return job[0]
     return None
