@@ -2,17 +2,21 @@
 
 import reprlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from moss_jt.backend.device import Offload, check_choice, decide, parse_device
 from moss_jt.backend.gpu import require_gpu
+from moss_jt.chat.chat import Chat
+from moss_jt.chat.turn import MAX_ANSWER_TOKENS
+from moss_jt.convert.named import model_folder
+from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
@@ -21,7 +25,9 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
-from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.plugins.interface import Plugin
+from moss_jt.plugins.registry import PluginSettings
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
 
@@ -36,6 +42,7 @@ class Moss:
 
     One thread at a time. ``generate`` and every chat take turns on one key/value cache.
 
+    name       of its folder
     config     the model's geometry
     tokenizer  text to ids and back
     plan       where the weights live
@@ -49,12 +56,14 @@ class Moss:
         plan: ResidencyPlan,
         draft: str | int = "auto",
         load_s: float = 0.0,
+        name: str = "MOSS",
     ) -> None:
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.plan = plan
         self.load_s = load_s
+        self.name = name
         self._drafter = make_drafter(draft, plan.streams)
 
     @classmethod
@@ -73,7 +82,8 @@ class Moss:
         """Load a model folder.
 
         Args:
-            model: its path, or the name of a converted model; by default the one converted last.
+            model: its path, or the name of a converted model, or "moss-tiny", which comes with the program; by default the
+                one used last.
             device: "cpu" or "gpu"; "gpu:1" is the second card in CUDA's order among those that CUDA_VISIBLE_DEVICES shows,
                 PyTorch's "cuda:1". A process keeps to the first that it loads for.
             memory: on the CPU, the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit
@@ -97,7 +107,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
-        store = open_store(resolve_model(model))
+        store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
             card, _ = require_gpu(number)
@@ -113,13 +123,17 @@ class Moss:
         else:
             loaded = _load(store, placed, way)
         hold(placed)
-        return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin)
+        return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin, store.path.name)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the configuration's, and MOSS's <eom>."""
         end = self.tokenizer.id(END_TOKEN)
         return frozenset({*self.config.eos_token_ids} | ({end} if end is not None else set()))
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have a function called, block after block, in passes of several tokens; None ends that."""
+        self.model.watcher = watcher
 
     def session(self) -> Session:
         """An empty conversation of tokens over this model."""
@@ -145,9 +159,9 @@ class Moss:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.7,
-        top_k: int = 40,
-        top_p: float = 0.8,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
@@ -198,11 +212,48 @@ class Moss:
             raise MossError(f"token ids must be from 0 to {self.config.vocab_size - 1}.")
         return token_ids
 
-    def chat(self, **options: Any) -> Any:
-        """A conversation in MOSS's format: moss_jt.chat.chat.Chat with these options."""
-        from moss_jt.chat.chat import Chat
+    def chat(
+        self,
+        plugins: Iterable[str | Plugin] = (),
+        *,
+        settings: PluginSettings | None = None,
+        system: str | None = None,
+        max_new_tokens: int = MAX_ANSWER_TOKENS,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Chat:
+        """A conversation in MOSS's format: ``for event in moss.chat().send("..."): ...``.
 
-        return Chat(self, **options)
+        Args:
+            plugins: what MOSS may call: names ("calculator", "solver", "search", "image", an installed one's, or
+                "./my_plugin.py:Class"), or objects of your own (moss_jt.Plugin).
+            settings: where plugins find what they need.
+            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            max_new_tokens: the most tokens of an answer.
+            temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
+
+        Raises:
+            MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
+                no room for the meta instruction and a turn.
+        """
+        return Chat(
+            self,
+            plugins,
+            settings=settings,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Moss {self.name}: {self.plan}>"
 
     def close(self) -> None:
         """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""

@@ -38,12 +38,18 @@ class Tty(io.StringIO):
 
 
 def conversation(
-    moss: ScriptedMoss, lines: str, plugins: tuple[Plugin, ...] = (), thoughts: bool = True, **options: Any
+    moss: ScriptedMoss,
+    lines: str,
+    plugins: tuple[Plugin, ...] = (),
+    thoughts: bool = True,
+    cost: bool = False,
+    **options: Any,
 ) -> str:
     """What a user at a plain terminal without styles sees after typing these lines."""
     screen = Screen(io.StringIO(), {})
     chat = Chat(moss, plugins, temperature=0, **options)
-    Terminal(chat, "scripted", screen, PipeReader(io.StringIO(lines)), lambda path: None, thoughts).run()
+    reader = PipeReader(io.StringIO(lines))
+    Terminal(chat, "scripted", screen, reader, lambda path: None, thoughts, cost).run()
     assert isinstance(screen.stream, io.StringIO)
     return screen.stream.getvalue()
 
@@ -120,7 +126,7 @@ def test_plugins_are_listed_and_toggled() -> None:
     moss = ScriptedMoss(" T.<eot>", ' Calculate("1+1")<eoc>', " 2<eom>")
     shown = conversation(moss, "/plugins calculator\n1+1\n/plugins calculator, solver\n/plugins nonsense\n")
     assert "○ search\n  ● calculator\n  ○ solver" in shown and "○ calculator\n  ● solver" in shown
-    assert "MOSS 2" in shown and "there is no plugin 'nonsense'" in shown
+    assert "MOSS 2" in shown and "There is no plugin nonsense" in shown
 
 
 def test_the_conversations_language_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +205,7 @@ def test_a_plugin_that_cannot_be_loaded_is_said_and_the_conversation_goes_on(
     monkeypatch.setattr(registry, "entry_points", lambda group: [BrokenPoint(error, when)])
     moss = ScriptedMoss(" one<eom>", " two<eom>")
     shown = conversation(moss, "hello\n/plugins broken\n/plugins broken, calculator\nand now?\n/plugins\n")
-    told = [line for line in shown.splitlines() if line.startswith("the plugin broken cannot be loaded: ")]
+    told = [line for line in shown.splitlines() if line.startswith("The plugin broken cannot be loaded: ")]
     assert len(told) == 2 and reason in told[0] and len(told[0]) < 300
     assert "MOSS one" in shown and "MOSS two" in shown and "○ calculator" in shown and "○ broken" in shown
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", shown)

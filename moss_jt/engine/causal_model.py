@@ -1,11 +1,13 @@
 """What everything above the model asks of it, so that a scripted one can stand in for it in tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 Rows = Literal["none", "last", "all"]
+# Called within a pass of several tokens, block after block, with how many tokens it has and which share of the blocks is done.
+Watcher = Callable[[int, float], None]
 
 
 class CausalModel(Protocol):

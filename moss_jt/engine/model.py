@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.causal_model import Rows, Watcher
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, Operators, Var
@@ -73,6 +73,7 @@ class Model:
         self.weights = weights
         self.pass_tokens = pass_tokens
         self.cache_owner: object = None
+        self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
     @property
@@ -95,8 +96,11 @@ class Model:
         h = jt.array(self.weights.embedding_rows(token_ids).astype(np.float32))
         for layer, weights in self.weights.blocks(then_head=rows != "none"):
             h = self.operators.block(h, weights, cache.keys, cache.values, layer, start_pos)
-            if self.weights.streams:
+            watcher = self.watcher if len(token_ids) > 1 else None
+            if self.weights.streams or watcher is not None:
                 h.sync()
+            if watcher is not None:
+                watcher(len(token_ids), (layer + 1) / self.config.n_layer)
         # To the host: a slice by Jittor would be compiled for each number of tokens. And what the cache was given
         # must be there before the next pass reads it.
         hidden = h.numpy()

@@ -56,6 +56,11 @@ class Session:
     def capacity(self) -> int:
         return self.model.capacity
 
+    @property
+    def unread(self) -> int:
+        """Tokens that the next answer must read first."""
+        return self.position - (self._cached if self.model.cache_owner is self else 0)
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append text. It is computed by :meth:`prefill`, or when the next answer needs it.
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moss_jt.plan.residency import ResidencyPlan, Tier, Unit, gib, seconds_per_pass
+from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, gib, seconds_per_pass
 
 GB = 10**9
-BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.causal_model import Rows, Watcher
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.session import Session
 from moss_jt.store.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ class ScriptedModel:
         self.capacity = capacity
         self.pass_tokens = 64
         self.cache_owner: object = None
+        self.watcher: Watcher | None = None
         self.read: list[int] = []
         self._tokenizer = tokenizer
         self.expect(*fields)
@@ -55,6 +56,9 @@ class ScriptedModel:
     def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
         assert start_pos <= len(self._cache) and start_pos + len(token_ids) <= self.capacity
         self.read += token_ids
+        if self.watcher is not None and len(token_ids) > 1:
+            for share in (0.5, 1.0):
+                self.watcher(len(token_ids), share)
         self._cache[start_pos:] = token_ids
         count = {"none": 0, "last": 1, "all": len(token_ids)}[rows]
         logits = np.zeros((count, VOCABULARY), np.float32)
@@ -90,6 +94,9 @@ class ScriptedMoss:
     def __init__(self, *fields: Written | list[Written], capacity: int = 1024) -> None:
         self.tokenizer = tiny_tokenizer()
         self.model = ScriptedModel(self.tokenizer, fields, capacity)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        self.model.watcher = watcher
 
     def session(self) -> Session:
         return ScriptedSession(self.model)
