@@ -9,6 +9,7 @@ import click
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
+from moss_jt.store.locations import remember_last
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -127,7 +128,10 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
 
     found = {name: options[name] for name in LOADING if name in options}
     device = device_of(options)
-    with Moss.load(model_folder(model), device=device, **found) as moss:
+    folder = model_folder(model)
+    with Moss.load(folder, device=device, **found) as moss:
+        with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
+            remember_last(folder)
         yield moss
 
 

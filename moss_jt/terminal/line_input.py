@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 MAX_LINE_CHARACTERS = 1 << 20
+# What is longer was pasted, and is not kept in the history's file.
+MAX_KEPT_CHARACTERS, MAX_KEPT_LINES = 500, 5
 
 
 class LineReader(Protocol):
@@ -59,6 +61,8 @@ class PromptReader:
             """Lines are kept where they can be: a full disk, or bytes that are no text, end no conversation."""
 
             def store_string(self, string: str) -> None:
+                if len(string) > MAX_KEPT_CHARACTERS or string.count("\n") >= MAX_KEPT_LINES:
+                    return  # a pasted text: to be recalled in this conversation only
                 with contextlib.suppress(OSError):
                     super().store_string(string.encode("utf-8", "replace").decode())
 

@@ -57,7 +57,7 @@ class ReadingProgress:
                 return
             self._shown = now
             left = elapsed * max(0.0, self._total - done) / done
-            values = {
+            values: dict[str, str | int] = {
                 "tokens": self._total,
                 "percent": round(100 * done / self._total),
                 "left": f"{left:.0f}",
@@ -70,6 +70,7 @@ class TurnView:
 
     thoughts  what MOSS thinks is shown
     cost      in the end, what the turn cost
+    stopped   the user has ended it
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class TurnView:
         self._clock = clock
         self._progress = ReadingProgress(screen, chat, clock)
         self._kind = ""
+        self.stopped = False
 
     def show(self, events: Generator[Event]) -> None:
         """All events, as they come; Ctrl-C ends the answer.
@@ -103,19 +105,20 @@ class TurnView:
                 self._wait()
                 for event in events:
                     self._progress.end()
-                    self._show(event)
+                    self.show_event(event)
             except KeyboardInterrupt:
                 # Not the model but this loop was interrupted; closing the events ends the answer.
                 self._progress.end()
+                self.stopped = True
                 self._notice(say("stopped", self._chat.language))
             finally:
                 self._progress.end()
-                self._screen.fresh_line()
-        self._show_sources()
+                self.end_answer()
+        self.show_sources()
         if self._cost:
             self._show_cost(self._clock() - begin)
 
-    def _show(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         if isinstance(event, Thought):
             self._show_thought(event)
         elif isinstance(event, Command):
@@ -130,6 +133,7 @@ class TurnView:
                 self.begin_answer()
             self.write_answer(event.text)
         else:
+            self.stopped |= event.code == "stopped"
             self._notice(notice_text(event, self._chat.language))
         self._kind = event.kind
 
@@ -138,6 +142,9 @@ class TurnView:
 
     def write_answer(self, text: str) -> None:
         self._screen.write(text)
+
+    def end_answer(self) -> None:
+        self._screen.fresh_line()
 
     def _show_thought(self, event: Thought) -> None:
         if not self._thoughts:
@@ -165,7 +172,7 @@ class TurnView:
         if len(lines) > MOST_RESULT_LINES:
             self._screen.line("    …", "dim")
 
-    def _show_sources(self) -> None:
+    def show_sources(self) -> None:
         if not self._chat.sources:
             return
         for number, source in sorted(self._chat.sources.items()):
