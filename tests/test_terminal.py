@@ -258,6 +258,14 @@ def test_a_full_disk_or_odd_bytes_in_the_history_end_no_conversation(tmp_path: P
     assert (tmp_path / "history").read_text().endswith("+a?\n")
 
 
+def test_pasted_texts_are_not_kept_in_the_history(tmp_path: Path) -> None:
+    reader = PromptReader(PROMPT, tmp_path / "history")
+    for text in ("short", "x" * 501, "\n".join("abcdef"), "two\nlines"):
+        reader._session.history.append_string(text)
+    kept = [line[1:] for line in (tmp_path / "history").read_text().splitlines() if line.startswith("+")]
+    assert kept == ["short", "two", "lines"] and len(reader._session.history.get_strings()) == 4
+
+
 def test_no_control_character_reaches_the_terminal() -> None:
     assert harmless(EVIL) == "a[31mb]0;titlec2Jdefghij\tk\nl"
     assert harmless("你好 🙂 é") == "你好 🙂 é"

@@ -16,7 +16,10 @@ from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.screen import Screen, shortened
 
 HEADS = ("NAME", "SIZE", "WEIGHTS", "FROM", "USED")
-MOST_COLUMNS = 48  # of a name or an origin: both were chosen by others
+MOST_COLUMNS, MOST_NAME_COLUMNS = (
+    48,
+    200,
+)  # of an origin, and of a name, which is typed again: both were chosen by others
 
 
 @click.command()
@@ -45,7 +48,7 @@ def row(folder: Path) -> tuple[str, ...]:
     """What is shown of a model folder, finished or not."""
     default = " *" if last_model() == folder.resolve() else ""
     named = folder.name if folder.parent == models_folder() else str(folder)
-    name = shortened(named, MOST_COLUMNS) + default
+    name = shortened(named, MOST_NAME_COLUMNS) + default
     used = last_uses().get(str(folder.resolve()))
     when = "never" if used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
     weights, origin = state(folder)

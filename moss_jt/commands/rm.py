@@ -38,7 +38,7 @@ def folder_of(name: str) -> Path:
         MossError: there is none.
     """
     folder = models_folder() / name
-    if Path(name).name != name or name in (".", "..") or not folder.is_dir():
+    if not name or Path(name).name != name or name == ".." or not folder.is_dir():
         known = ", ".join(sorted(path.name for path in models_folder().glob("*") if path.is_dir())) or "none"
         raise MossError(f"there is no model called {name!r} to remove (there are: {known}).")
     return folder
