@@ -105,8 +105,8 @@ def hub_errors(repo: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:  # of hf_xet, which has no other name for what goes wrong there
         raise MossError(
-            f"the hub's Xet storage, where {repo} lies, cannot be read: {_first_line(error)} Set HF_HUB_DISABLE_XET=1 to go without "
-            "it; what is downloaded already is kept."
+            f"the hub's Xet storage, where {repo} lies, cannot be read: {_first_line(error)} Set HF_HUB_DISABLE_XET=1 to go "
+            "without it; what is downloaded already is kept."
         ) from error
     # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is no JSON.
     except (
