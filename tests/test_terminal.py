@@ -132,7 +132,7 @@ def test_plugins_are_listed_and_toggled() -> None:
 def test_the_conversations_language_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     shown = conversation(ScriptedMoss(" Hi.<eom>"), "/help\nhello\nstop\n")
-    assert "scripted 已就绪" in shown and "忘掉对话" in shown and shown.endswith("Goodbye!\n")
+    assert "scripted 已就绪" in shown and "清空对话" in shown and shown.endswith("Goodbye!\n")
 
 
 def test_a_message_that_is_too_long_is_said_and_the_chat_goes_on() -> None:
@@ -234,7 +234,7 @@ def test_turns_that_a_switch_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_notices_are_worded_in_both_languages() -> None:
     assert notice_text(Notice("dropped", {"turns": 1}), "en").endswith("its oldest turn is forgotten.")
-    assert notice_text(Notice("dropped", {"turns": 3}), "zh") == "对话已到上下文末尾，最早的 3 轮已被遗忘。"
+    assert notice_text(Notice("dropped", {"turns": 3}), "zh") == "对话已达上下文上限，最早的 3 轮已丢弃。"
     assert "at 20 tokens" in notice_text(Notice("cut", {"tokens": 20}), "en")
     assert notice_text(Notice("commands_cut", {"commands": 12, "limit": 10}), "en") == (
         "MOSS gave 12 commands; only the first 10 were run."

@@ -6,7 +6,7 @@ from moss_jt.chat.language import Language
 TEXTS: dict[str, tuple[str, str]] = {
     "greeting": (
         "{model} is ready. Just type; clear forgets the conversation, stop ends it, /help tells the rest.",
-        "{model} 已就绪，直接输入即可开始对话。输入 clear 忘掉对话，输入 stop 结束，/help 查看全部说明。",
+        "{model} 已就绪，直接输入即可开始对话。输入 clear 清空对话，stop 退出，/help 查看全部命令。",
     ),
     "plugins_hint": (
         "Plugins are off; /plugins lists them and switches them on.",
@@ -28,8 +28,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  /help              this list\n"
         "  Ctrl-C             end the answer and keep the conversation\n"
         "  Alt-Enter          a new line in a message",
-        "  clear, /clear      忘掉对话\n"
-        "  stop, /exit, /quit 结束（或 Ctrl-D）\n"
+        "  clear, /clear      清空对话\n"
+        "  stop, /exit, /quit 退出（或按 Ctrl-D）\n"
         "  /retry             重新回答上一条消息\n"
         "  /set [名称 值]     列出设置，或修改其中一项：/set temperature 0.3\n"
         "  /system [文件]     用文本文件的内容作元指令；不写文件则恢复 MOSS 自己的\n"
@@ -40,22 +40,22 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  Alt-Enter          在消息中换行",
     ),
     "cleared": ("The conversation is forgotten.", "对话已清空。"),
-    "thoughts_on": ("Inner thoughts are shown.", "显示内心想法。"),
-    "thoughts_off": ("Inner thoughts are hidden.", "隐藏内心想法。"),
+    "thoughts_on": ("Inner thoughts are shown.", "已显示内心想法。"),
+    "thoughts_off": ("Inner thoughts are hidden.", "已隐藏内心想法。"),
     "unknown": (
         "There is no command {word}; /help lists them.",
         "没有 {word} 这个命令，输入 /help 查看全部命令。",
     ),
-    "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 结束。"),
+    "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 退出。"),
     "bye": ("Goodbye!", "再见！"),
     "stopped": ("Stopped.", "已停止。"),
     "dropped": (
         "The conversation has reached the end of the context: its {turns} oldest turns are forgotten.",
-        "对话已到上下文末尾，最早的 {turns} 轮已被遗忘。",
+        "对话已达上下文上限，最早的 {turns} 轮已丢弃。",
     ),
     "dropped_one": (
         "The conversation has reached the end of the context: its oldest turn is forgotten.",
-        "对话已到上下文末尾，最早的一轮已被遗忘。",
+        "对话已达上下文上限，最早的一轮已丢弃。",
     ),
     "cut": (
         "The answer was cut at {tokens} tokens. Ask MOSS to go on, or give --max-new-tokens a larger number.",
