@@ -91,9 +91,12 @@ def test_nothing_to_answer_again() -> None:
 def test_settings_are_listed_and_changed() -> None:
     chat = Chat(ScriptedMoss())
     shown = talk(
-        chat, "/set\n/set temperature 0.3\n/set seed 5\n/set repetition_penalty none\n/set max_new_tokens 9\n"
+        chat,
+        "/set\n/set temperature 0.3\n/set seed 5\n/set repetition_penalty default\n/set max_new_tokens 9\n",
     )
-    assert "  temperature 0.7\n  top_k 40\n  top_p 0.8\n  repetition_penalty none\n  seed none\n" in shown
+    assert (
+        "  temperature 0.7\n  top_k 40\n  top_p 0.8\n  repetition_penalty default\n  seed random\n" in shown
+    )
     assert "temperature is 0.3 from now on." in shown
     assert (chat.params.temperature, chat.params.seed, chat.max_new_tokens) == (0.3, 5, 9)
 
@@ -105,7 +108,7 @@ def test_settings_are_listed_and_changed() -> None:
         ("temperature", "nan"),
         ("top_k", "1.5"),
         ("top_p", "0"),
-        ("top_p", "none"),
+        ("top_p", "default"),
         ("seed", "-1"),
         ("repetition_penalty", "warm"),
         ("max_new_tokens", "0"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Event, Notice
 from moss_jt.chat.turn import TooLongError
+from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.errors import MossError
 from moss_jt.plugins.registry import PluginLoadError, UnknownPluginError, plugin_names
 from moss_jt.terminal.line_input import LineReader
@@ -134,7 +135,8 @@ class Terminal:
         """Change a setting of the answers to come, or list them all."""
         settings = settings_of(self._chat)
         if not name:
-            self._say("settings", lines="\n".join(f"  {key} {shown}" for key, shown in settings.items()))
+            lines = "\n".join(f"  {key} {shown}" for key, shown in settings.items())
+            self._say("settings", lines=lines, penalty=str(REPETITION_PENALTY))
         elif name not in settings:
             self._warn("no_setting", name=name)
         elif change_setting(self._chat, name, value):

@@ -9,8 +9,8 @@ from moss_jt.engine.generate import check_count
 from moss_jt.errors import MossError
 
 WHOLE = ("top_k", "seed", "max_new_tokens")
-OPTIONAL = ("repetition_penalty", "seed")
-NONE = "none"
+# What stands for None, which is a number of its own for each answer, and the reference's penalty.
+UNSET = {"seed": "random", "repetition_penalty": "default"}
 MAX_FILE_KIB = 256  # more than the longest context holds
 
 
@@ -26,13 +26,13 @@ def settings_of(chat: Chat) -> dict[str, str]:
     """Every setting by name, as it is shown and typed."""
     names = [field.name for field in dataclasses.fields(chat.params) if field.name != "drawn"]
     values = {name: getattr(chat.params, name) for name in names} | {"max_new_tokens": chat.max_new_tokens}
-    return {name: NONE if value is None else f"{value:g}" for name, value in values.items()}
+    return {name: UNSET[name] if value is None else f"{value:g}" for name, value in values.items()}
 
 
 def change_setting(chat: Chat, name: str, text: str) -> bool:
     """Change one for the answers to come; False where it cannot have that value, and nothing is changed."""
     try:
-        value: Any = None if text == NONE and name in OPTIONAL else (int if name in WHOLE else float)(text)
+        value: Any = None if text == UNSET.get(name) else (int if name in WHOLE else float)(text)
         if name == "max_new_tokens":
             check_count(value)
             chat.max_new_tokens = value
