@@ -92,8 +92,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "speed": ("; written at {speed} tokens/s", "；写出速度 {speed} 词元/秒"),
     "nothing_to_retry": ("Nothing was asked yet.", "还没有提过问题。"),
     "settings": (
-        "{lines}\n/set NAME VALUE changes one. seed may be random; repetition_penalty may be default: {penalty}, and 1 when greedy.",
-        "{lines}\n用 /set 名称 值 修改。seed 可设为 random（随机）；repetition_penalty 可设为 default（{penalty}，贪心解码时为 1）。",
+        "{lines}\n/set NAME VALUE changes one. seed may be random, and repetition_penalty default: {penalty}, 1 when greedy.",
+        "{lines}\n用 /set 名称 值 修改。seed 可设为 random，repetition_penalty 可设为 default（{penalty}，贪心解码时为 1）。",
     ),
     "set": ("{name} is {value} from now on.", "{name} 已设为 {value}。"),
     "not_set": ("{name} cannot be {value}: it must be {wanted}.", "{name} 不能设为 {value}：应为{wanted}。"),
