@@ -1,8 +1,8 @@
 """What a chat offers beside answers: another try, settings, an instruction of one's own, what a turn cost, how far reading is."""
 
 import io
+import itertools
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -178,7 +178,7 @@ def test_every_word_that_ends_a_program_ends_this_one(word: str) -> None:
 def test_what_an_answer_cost_is_said_after_it() -> None:
     stream = io.StringIO()
     chat = Chat(ScriptedMoss(" one two three<eom>"), temperature=0)
-    clock = iter(count(0.0, 2.5))
+    clock = iter(itertools.count(0.0, 2.5))
     view = TurnView(Screen(stream, {}), chat, lambda path: None, clock=lambda: next(clock))
     view.show(chat.send("go"))
     stats = chat.stats
@@ -194,7 +194,7 @@ def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
 
     class Reading:
         language = "en"
-        unread = 40
+        unread = 20  # beside the pass that is running
 
         def watch(self, watcher: object) -> None:
             pass
@@ -207,7 +207,7 @@ def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
     assert stream.getvalue() == ""
     progress(20, 1.0)
     assert stream.getvalue() == "  … reading 40 tokens: 50 %, 2 s left"
-    chat.unread = 20
+    chat.unread = 0
     progress(20, 0.5)
     assert stream.getvalue().endswith("\r\x1b[K  … reading 40 tokens: 75 %, 1 s left")
     progress.end()
@@ -220,9 +220,10 @@ def test_the_model_tells_how_far_it_is() -> None:
     chat = Chat(ScriptedMoss(" hello there<eom>"), temperature=0)
     chat.watch(lambda tokens, share: seen.append((chat.unread, tokens, share)))
     answer(chat.send("hi"))
-    passes = [entry for entry in seen if entry[2] == 1.0]
-    assert sum(tokens for _, tokens, _ in passes) == passes[0][0] and len(passes) > 1
-    assert [unread for unread, _, _ in passes] == sorted((unread for unread, _, _ in passes), reverse=True)
+    passes = [(unread, tokens) for unread, tokens, share in seen if share == 1.0]
+    assert len(passes) > 1 and passes[-1][0] == 0
+    for (unread, _), (after, tokens) in itertools.pairwise(passes):
+        assert unread == after + tokens
 
 
 # One language at a time.

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from moss_jt.engine.causal_model import CausalModel
+from moss_jt.engine.causal_model import CausalModel, Rows
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 
@@ -46,6 +46,7 @@ class Session:
         self.stop_reason: StopReason | None = None
         self.timing = Timing()
         self._cached = 0  # how many of token_ids the cache holds
+        self._in_pass = 0  # how many tokens of a text are being read
         self._pass_s: float | None = None  # how long the last decoding pass took
 
     @property
@@ -58,8 +59,8 @@ class Session:
 
     @property
     def unread(self) -> int:
-        """Tokens that the next answer must read first."""
-        return self.position - (self._cached if self.model.cache_owner is self else 0)
+        """Tokens that the next answer must read first; those of the pass that is running do not count."""
+        return self.position - self._in_pass - (self._cached if self.model.cache_owner is self else 0)
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append text. It is computed by :meth:`prefill`, or when the next answer needs it.
@@ -139,7 +140,7 @@ class Session:
         self._read(self.position - self.model.pass_tokens)
         # An answer that was cut back may end with a token that the cache holds already: it is computed again.
         start = min(self._cached, self.position - 1)
-        logits = self.model.forward(self.token_ids[start:], start, "last")
+        logits = self._forward(self.token_ids[start:], start, "last")
         self._cached = self.position
         self.timing.prefill_tokens = self.position - min(cached, self.position - 1)
         self.timing.prefill_s = time.perf_counter() - begin
@@ -152,8 +153,16 @@ class Session:
         while self._cached < end:
             start = self._cached
             chunk = self.token_ids[start : min(start + self.model.pass_tokens, self.position - 1)]
-            self.model.forward(chunk, start, "none")
+            self._forward(chunk, start, "none")
             self._cached = start + len(chunk)
+
+    def _forward(self, token_ids: Sequence[int], start: int, rows: Rows) -> np.ndarray:
+        """A pass that reads a text."""
+        self._in_pass = len(token_ids)
+        try:
+            return self.model.forward(token_ids, start, rows)
+        finally:
+            self._in_pass = 0
 
     def _claim(self) -> int:
         """Make the cache this session's; returns how many of its tokens it holds."""

@@ -49,14 +49,14 @@ class ReadingProgress:
     def __call__(self, tokens: int, share: float) -> None:
         """``share`` of a pass of so many tokens is done."""
         with self._lock:
-            unread = self._chat.unread
-            self._total = self._total or max(unread, tokens)
-            done, now = self._total - unread + tokens * share, self._clock()
+            left_over = self._chat.unread + tokens * (1 - share)
+            self._total = self._total or self._chat.unread + tokens
+            done, now = self._total - left_over, self._clock()
             elapsed = now - self._began
             if not self._active or elapsed < PATIENCE_S or now - self._shown < EACH_S or done <= 0:
                 return
             self._shown = now
-            left = elapsed * max(0.0, self._total - done) / done
+            left = elapsed * left_over / done
             values: dict[str, str | int] = {
                 "tokens": self._total,
                 "percent": round(100 * done / self._total),
