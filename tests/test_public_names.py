@@ -3,6 +3,9 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import moss_jt
 from moss_jt.chat.chat import Chat
@@ -36,3 +39,9 @@ def test_a_model_and_its_plan_are_worth_printing() -> None:
     with Moss.load(tiny_model_folder(), memory="2GiB", context=256) as moss:
         assert str(moss.plan).startswith("float16, 4 blocks, 256 tokens; weights: 4.2 MiB in RAM; at most ")
         assert str(moss.plan).endswith(" of 2.00 GiB RAM") and repr(moss) == f"<Moss moss-tiny: {moss.plan}>"
+
+
+def test_the_small_model_needs_no_converting_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path))
+    with Moss.load("moss-tiny", context=64) as moss:
+        assert moss.name == "moss-tiny" and (tmp_path / "models" / "moss-tiny").is_dir()
