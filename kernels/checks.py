@@ -1,6 +1,6 @@
 """What the operators check before native code or an index trusts a shape."""
 
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Var
+from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Var
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 
@@ -51,17 +51,17 @@ def check_block(weights: BlockWeights, config: MossConfig) -> None:
             check_dtype(tensor.field, weight, "float16")
 
 
-def check_cache(
-    keys: Var, values: Var, heads: int, head_dim: int, layer: int, start_pos: int, tokens: int
-) -> None:
-    """Raises ValueError unless ``tokens`` new positions fit into both arrays of the cache."""
+def check_cache(keys: Var, values: Var, config: MossConfig, layer: int, places: Places) -> None:
+    """Raises ValueError unless the pages of ``places`` lie in both arrays of the cache, and the model has its positions."""
     capacity = keys.shape[1]
     for name, var in (("keys", keys), ("values", values)):
-        check_shape(name, var, (keys.shape[0], capacity, heads, head_dim))
+        check_shape(name, var, (keys.shape[0], capacity, config.n_head, config.head_dim))
         check_dtype(name, var, "float16")
     if not 0 <= layer < keys.shape[0]:
         raise ValueError(f"layer {layer} of a cache of {keys.shape[0]} layers")
-    if tokens < 1 or start_pos < 0 or start_pos + tokens > capacity:
+    pages, last = places.last_page + 1, places.last_position
+    if pages * PAGE > capacity or last >= config.n_positions:
         raise ValueError(
-            f"{tokens} tokens from position {start_pos} do not fit a cache of {capacity} positions"
+            f"{pages} pages of {PAGE} positions do not fit a cache of {capacity} positions, or position {last} a model of "
+            f"{config.n_positions}"
         )

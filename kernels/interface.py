@@ -1,16 +1,24 @@
 """What a model asks of its operators, whichever device runs them, and the weights that a block hands to them.
 
-Letters: T new tokens, C n_embd, H heads, D head_dim, I n_inner, V vocabulary, L layers, P positions of the cache;
-in matrices N outputs, K inputs, G groups. Activations are float32, weights and cache float16.
+Letters: T new tokens, C n_embd, H heads, D head_dim, I n_inner, V vocabulary, L layers, P positions of the cache, page
+after page; in matrices N outputs, K inputs, G groups. Activations are float32, weights and cache float16.
 
 Operators are made for one model's geometry: ``PortableOperators(config)``, ``CpuOperators(config)``.
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+
+from moss_jt.store.sizes import CACHE_PAGE
+
 Var = Any  # a jittor.Var: only moss_jt.backend.jittor imports Jittor
+
+# Positions of a page of the cache: what sequences take from it and give back, and share where they begin alike.
+PAGE = CACHE_PAGE
 
 
 class Queue(IntEnum):
@@ -96,6 +104,37 @@ class BlockWeights:
     fc_out_bias: Weight
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of a pass belong; made and checked by moss_jt.kernels.places.places_of.
+
+    slots, positions  (T,) int32; tokens of a slot that follow one another are one run
+    pages             (S, G) int32: number of the page with positions PAGE * g .. of slot s
+    whole             so many tokens come first, in whole pages
+    tokens            (T, 2) int32 Var: slot and position
+    table             (S', G') int32 Var: pages, and rows and columns of nothing
+    """
+
+    slots: np.ndarray
+    positions: np.ndarray
+    pages: np.ndarray
+    whole: int
+    tokens: Var
+    table: Var
+
+    @property
+    def count(self) -> int:
+        return len(self.slots)
+
+    @cached_property
+    def last_page(self) -> int:
+        return int(self.pages.max())
+
+    @cached_property
+    def last_position(self) -> int:
+        return int(self.positions.max())
+
+
 class Operators(Protocol):
     """The two steps of a pass. Results are lazy Vars; weights and results are never written to, the cache is.
 
@@ -103,25 +142,27 @@ class Operators(Protocol):
     **the caller must sync the last block's result (or the logits made of it) before it starts the next pass.**
     """
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
         """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.
 
-        Writes the new keys (rotated) and values at positions start_pos .. start_pos + T - 1 of ``layer``; each
-        token attends to itself and to everything before it.
+        Writes the new keys (rotated) and values into the pages of each token's sequence in ``layer``; each token attends
+        to itself and to everything before it in its sequence. A token's result is the same bits whoever shares the pass.
 
         h             (T, C) float32
-        keys, values  (L, P, H, D) float16, written in place
+        keys, values  (L, P, H, D) float16, written in place; page n is the positions PAGE * n ..
         Returns (T, C) float32.
 
         Raises:
-            ValueError: shapes disagree, or the new positions do not fit into the cache.
+            ValueError: shapes disagree, or a page lies beyond the cache.
         """
         ...
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Weight, bias: Var) -> Var:
+    def head(
+        self, h: Var, norm_weight: Var, norm_bias: Var, weight: Weight, bias: Var, whole: int = 0
+    ) -> Var:
         """Final layer norm and the product with the head, or with a slab of its rows.
 
-        h                       (R, C) float32, R rows of which logits are wanted
+        h                       (R, C) float32, R rows of which logits are wanted; the first ``whole`` are whole pages
         norm_weight, norm_bias  (C,) float16
         weight, bias            (V', C), (V',) float16
         Returns (R, V') float32.

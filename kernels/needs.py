@@ -7,23 +7,19 @@ tests/test_needs.py compiles it and counts what it takes.
 from dataclasses import dataclass
 
 from moss_jt.store.config import MossConfig
-from moss_jt.store.sizes import PAGE
+from moss_jt.store.sizes import CACHE_PAGE as PAGE
+from moss_jt.store.sizes import whole_pages
 
 FLOAT32, FLOAT16 = 4, 2
 
-# Passes of up to so many tokens give a token the same bits in any of them, as drafts need it: a draft, and the token
-# before it. Longer passes go through a library's matrix product, which rounds in another order.
+# Tokens that are worked on one by one at once, and rows of logits of a pass with one sequence: a draft, and the token before.
 FEW_TOKENS = 23
-# Rows of logits that are computed at once.
+# Rows of logits that are computed at once, and the most of a pass with several sequences.
 HEAD_ROWS = 64
 
-# The CPU's kernels. Positions that share one of a short pass's partial results; in a long one, tokens that share one head's
-# keys and values, and positions of which these are widened at a time.
-ATTENTION_GROUP = 64
-ATTENTION_TOKENS = 64
+# The CPU's kernels. Positions of which keys and values are widened at a time for a whole page.
 TILE_POSITIONS = 512
-# Tokens from which on a product is done in tiles of this many rows and inputs, widened to float32, by oneDNN.
-GEMM_TOKENS = 64
+# Products with whole pages are done in tiles of this many rows and inputs, widened to float32, by oneDNN.
 TILE_ROWS, TILE_INPUTS = 128, 2048
 # Bytes of a matrix that a thread takes at once, otherwise.
 LEAST_TAKEN, MOST_TAKEN = 128 << 10, 4 << 20
@@ -40,15 +36,18 @@ SPLIT_OUTPUTS, SPLIT_INPUTS = 800 * 32, 1024
 
 DEFINITIONS = {
     "MOSS_FEW_TOKENS": FEW_TOKENS,
-    "MOSS_ATTENTION_GROUP": ATTENTION_GROUP,
-    "MOSS_ATTENTION_TOKENS": ATTENTION_TOKENS,
+    "MOSS_PAGE": PAGE,
     "MOSS_TILE_POSITIONS": TILE_POSITIONS,
-    "MOSS_GEMM_TOKENS": GEMM_TOKENS,
     "MOSS_TILE_ROWS": TILE_ROWS,
     "MOSS_TILE_INPUTS": TILE_INPUTS,
     "MOSS_LEAST_TAKEN": LEAST_TAKEN,
     "MOSS_MOST_TAKEN": MOST_TAKEN,
 }
+
+
+def logit_rows(parallel: int) -> int:
+    """The most rows of logits of one pass, where so many sequences are planned for: answers' next tokens, and drafts."""
+    return FEW_TOKENS if parallel == 1 else HEAD_ROWS
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,23 @@ class CpuNeeds:
     config: MossConfig
     bits: int
 
-    def block_floats(self, tokens: int, positions: int, *, ordered: bool, onednn: bool) -> int:
+    def block_floats(
+        self, tokens: int, positions: int, *, ordered: bool, onednn: bool, few: int | None = None
+    ) -> int:
         """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
 
         Args:
             positions: of the cache.
-            ordered: some matrix has an input_order. Its inputs are there once more, in that order; and in passes of few
-                tokens, which without oneDNN all are, in the form that packed matrices are quicker with.
+            ordered: some matrix has an input_order. Its inputs are there once more, in that order; and those of few tokens,
+                which without oneDNN all are, in the form that packed matrices are quicker with.
+            few: of the tokens, so many are in no whole page; None for all.
         """
         c = self.config
-        few = tokens < GEMM_TOKENS or not onednn
-        rearranged = ordered or (self.bits < 16 and few)
+        few = tokens if few is None or not onednn else few
+        rearranged = ordered or (self.bits < 16 and few > 0)
         columns = (3 * c.n_embd + c.n_inner) * (2 if rearranged else 1)
-        partial = c.n_head * -(-positions // ATTENTION_GROUP) * (c.head_dim + 2)
-        return ALIGNMENT + tokens * columns + min(tokens, FEW_TOKENS) * partial
+        partial = c.n_head * -(-positions // PAGE) * (c.head_dim + 2)
+        return ALIGNMENT + tokens * columns + min(few, FEW_TOKENS) * partial
 
     def head_floats(self, rows: int) -> int:
         """What run_head takes for its normed rows."""
@@ -84,27 +86,26 @@ class CpuNeeds:
         their scores, and what oneDNN copies of those.
         """
         c = self.config
-        rows, scores = self._taken_rows(), 4 * c.n_head * (ATTENTION_GROUP + LANES)
+        rows, scores = self._taken_rows(), 4 * c.n_head * (PAGE + LANES)
         without = rows * tokens + scores
-        results, widened, copied = rows * min(tokens, GEMM_TOKENS - 1), scores, 0
-        if tokens > FEW_TOKENS:
+        results, widened, copied = rows * tokens, scores, 0
+        if tokens >= PAGE:
             positions = min(context, TILE_POSITIONS)
-            head = positions * c.head_dim + ATTENTION_TOKENS * (context + LANES)
-            widened, copied = max(widened, head), (positions + ATTENTION_TOKENS) * c.head_dim
-        if tokens >= GEMM_TOKENS:
+            head = positions * c.head_dim + PAGE * (context + LANES)
+            widened, copied = max(widened, head), (positions + PAGE) * c.head_dim
             results, widened = max(results, TILE_ROWS * tokens), max(widened, TILE_ROWS * TILE_INPUTS)
             copied = max(copied, (TILE_ROWS + tokens) * GEMM_INPUTS)
         return max(without, results + widened + copied) + THREAD_FLOATS
 
-    def workspace_bytes(self, tokens: int, context: int, threads: int) -> int:
+    def workspace_bytes(self, tokens: int, context: int, threads: int, parallel: int = 1) -> int:
         """One pass of ``tokens`` new tokens, with what the allocator keeps between passes.
 
-        Per token: the residual stream and its copies (6 C) and twice the operators' intermediate results. In passes of few
-        tokens those passes' logits, too, twice. Then what each of the threads has of its own.
+        Per token: the residual stream and its copies (6 C) and twice the operators' intermediate results. The logits of a
+        pass, too, twice. Then what each of the threads has of its own.
         """
         c = self.config
         block = self.block_floats(tokens, context, ordered=True, onednn=False)
-        few = min(tokens, FEW_TOKENS) * 2 * c.vocab_size
+        few = min(tokens, logit_rows(parallel)) * 2 * c.vocab_size
         own = threads * self.thread_floats(tokens, context)
         return (block + tokens * 6 * c.n_embd + few + own) * FLOAT32
 
@@ -154,13 +155,13 @@ class CudaNeeds:
 
         Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by whole pieces; what
         K's splitting adds to four products (see SPLIT_OUTPUTS); attention's partial results, one per head and
-        ATTENTION_GROUP positions. And a page for the room between them.
+        PAGE positions. And a page of memory for the room between them.
         """
         c = self.config
-        partial = c.n_head * -(-context // ATTENTION_GROUP) * (c.head_dim + 4)
+        partial = c.n_head * -(-context // PAGE) * (c.head_dim + 4)
         shapes = (3 * c.n_embd, c.n_embd), (c.n_embd, c.n_embd), (c.n_inner, c.n_embd), (c.n_embd, c.n_inner)
         split = sum(min(SPLIT_OUTPUTS, n * ((k - 1) // SPLIT_INPUTS)) for n, k in shapes)
         spans = 3 * -(-c.n_embd // SPLIT_INPUTS) + -(-c.n_inner // SPLIT_INPUTS)
         digits = 0 if self.bits == 16 else spans * SPLIT_INPUTS
         per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
-        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + PAGE
+        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + whole_pages(1)

@@ -10,8 +10,8 @@ import math
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_block, check_cache
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.kernels.checks import check_block, check_cache, check_shape
+from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
 from moss_jt.kernels.rotary import spread_rotary_table
 from moss_jt.store.config import MossConfig
 
@@ -67,15 +67,16 @@ class PortableOperators:
         swapped[: config.rotary_dim] ^= 1
         self.swapped = jt.array(swapped.astype(np.int32))
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var, whole: int = 0) -> Var:
         normed = layer_norm(h, norm_weight, norm_bias, self.config.layer_norm_epsilon)
         return linear(normed, DenseMatrix(weight)) + bias.float32()
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+        check_shape("h", h, (places.count, self.config.n_embd))
         check_block(weights, self.config)
-        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, h.shape[0])
+        check_cache(keys, values, self.config, layer, places)
         normed = layer_norm(h, weights.ln_1_weight, weights.ln_1_bias, self.config.layer_norm_epsilon)
-        attended = self._attention(linear(normed, weights.qkv), keys, values, layer, start_pos)
+        attended = self._attention(linear(normed, weights.qkv), keys, values, layer, places)
         inner = gelu_new(linear(normed, weights.fc_in) + weights.fc_in_bias.float32())
         mlp = linear(inner, weights.fc_out) + weights.fc_out_bias.float32()
         return h + linear(attended, weights.out) + mlp
@@ -84,24 +85,33 @@ class PortableOperators:
         """x (T, H, D), positions (T, 1)."""
         return x * self.cosines[positions] + x[:, :, self.swapped] * self.sines[positions]
 
-    def _attention(self, qkv: Var, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
-        """qkv (T, 3C) -> (T, C), after writing the new keys and values."""
+    def _attention(self, qkv: Var, keys: Var, values: Var, layer: int, places: Places) -> Var:
+        """qkv (T, 3C) -> (T, C), after writing the new keys and values.
+
+        Every token is scored against all positions of all slots, and sees those of its own.
+        """
         heads, head_dim = self.config.n_head, self.config.head_dim
-        tokens = qkv.shape[0]
-        end = start_pos + tokens
-        new = index(np.arange(start_pos, end))
+        tokens, (slots, groups) = places.count, places.pages.shape
+        new = index(places.positions)
         q, k, v = (part.reshape((tokens, heads, head_dim)) for part in jt.chunk(qkv, 3, dim=1))
         new_layer = index(np.full(tokens, layer))
+        cached = places.pages[:, :, None] * PAGE + np.arange(
+            PAGE
+        )  # (S, G, PAGE): where each slot's positions lie
+        lies = cached.reshape(slots, -1)[places.slots, places.positions]
         for cache, rows in ((keys, self._rotate(k, new)), (values, v)):
-            cache[new_layer, new] = rows.reshape((tokens, 1, heads, head_dim)).float16()
-        every, every_layer = index(np.arange(end)), index(np.full(end, layer))
+            cache[new_layer, index(lies)] = rows.reshape((tokens, 1, heads, head_dim)).float16()
+        end = cached.size
+        every, every_layer = index(cached.reshape(-1)), index(np.full(end, layer))
         # (H, S, D) each
         past_k, past_v = (
             cache[every_layer, every].reshape((end, heads, head_dim)).float32().transpose((1, 0, 2))
             for cache in (keys, values)
         )
-        hidden = np.arange(end) > np.arange(start_pos, end)[:, None]
-        mask = jt.array(np.where(hidden, np.float32(-1e30), np.float32(0)))
+        position = np.arange(slots * groups * PAGE) % (groups * PAGE)
+        seen = position <= places.positions[:, None]
+        seen &= np.arange(end) // (groups * PAGE) == places.slots[:, None]
+        mask = jt.array(np.where(seen, np.float32(0), np.float32(-1e30)))
         scores = jt.nn.bmm_transpose(self._rotate(q, new).transpose((1, 0, 2)), past_k)
         weights = jt.nn.softmax(scores * (1 / math.sqrt(head_dim)) + mask, dim=-1)
         return jt.nn.bmm(weights, past_v).transpose((1, 0, 2)).reshape((tokens, heads * head_dim))

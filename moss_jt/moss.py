@@ -2,12 +2,13 @@
 
 import reprlib
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
-from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sampling import REGULATION_START, SamplingParams
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
@@ -35,12 +37,15 @@ if TYPE_CHECKING:
     from moss_jt.engine.model import Model
 
 END_TOKEN = "<eom>"
+# Prompts of generate_many that the engine knows of at once.
+MANY = 256
 
 
 class Moss:
     """A loaded model. Close it, or use it in a ``with`` statement; its memory is free after that.
 
-    One thread at a time. ``generate`` and every chat take turns on one key/value cache.
+    ``generate``, ``logits`` and chats may run at once, in as many threads: one reading of the weights serves a token of each,
+    and none depends on the others.
 
     name       of its folder
     config     the model's geometry
@@ -56,15 +61,18 @@ class Moss:
         plan: ResidencyPlan,
         draft: str | int = "auto",
         load_s: float = 0.0,
+        folder: Path | None = None,
         name: str = "MOSS",
     ) -> None:
+        """``folder``: where the cache of what is idle goes when there is no room for it."""
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
         self.plan = plan
         self.load_s = load_s
         self.name = name
-        self._drafter = make_drafter(draft, plan.streams)
+        self._draft = draft
+        self.engine = Engine(model, folder)
 
     @classmethod
     def load(
@@ -78,6 +86,7 @@ class Moss:
         context: int | None = None,
         draft: str | int = "auto",
         offload: str = "auto",
+        parallel: int = 1,
     ) -> Self:
         """Load a model folder.
 
@@ -94,6 +103,8 @@ class Moss:
             draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
             offload: "auto" or "stream": what does not fit streams. For comparison "swap", Jittor's own swapping, and on
                 the GPU "unified", CUDA's managed memory.
+            parallel: the cache has room for so many conversations of ``context`` tokens. More run at once while they are
+                shorter, and who finds no room waits.
 
         Raises:
             MossError: there is no such model, its folder is damaged, the memory is too little for it, or something
@@ -112,10 +123,10 @@ class Moss:
         if on_gpu:
             card, _ = require_gpu(number)
             needs = CudaNeeds(store.config, store.bits)
-            planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way)
+            planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
             placed = planner.plan()
         else:
-            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context)
+            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context, parallel)
         make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         if on_gpu:
@@ -123,7 +134,8 @@ class Moss:
         else:
             loaded = _load(store, placed, way)
         hold(placed)
-        return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin, store.path.name)
+        took, cache = time.perf_counter() - begin, model_home() / "cache"
+        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -135,9 +147,9 @@ class Moss:
         """Have a function called, block after block, in passes of several tokens; None ends that."""
         self.model.watcher = watcher
 
-    def session(self) -> Session:
-        """An empty conversation of tokens over this model."""
-        return Session(self.model, self._drafter)
+    def session(self, background: bool = False) -> Text:
+        """An empty conversation of tokens over this model; ``background``: others go first."""
+        return Text(self.engine, make_drafter(self._draft, self.plan.streams), background)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits (tokens, vocabulary) float32 of a text, every row predicting the token after it.
@@ -146,12 +158,11 @@ class Moss:
             MossError: the text is empty or longer than the context, or an id is outside the vocabulary.
         """
         token_ids = self._checked(token_ids)
-        self.model.cache_owner = None
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
-        step = self.model.pass_tokens
-        for start in range(0, len(token_ids), step):
-            chunk = token_ids[start : start + step]
-            result[start : start + step] = self.model.forward(chunk, start, "all")
+        text = self.session()
+        text.extend(token_ids)
+        for first, rows in text.logits():
+            result[first : first + len(rows)] = rows
         return result
 
     def generate(
@@ -165,6 +176,9 @@ class Moss:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        length_penalty: float = 1.0,
+        regulation_start: int = REGULATION_START,
+        max_time: float | None = None,
     ) -> Generation:
         """Continue a text.
 
@@ -173,6 +187,7 @@ class Moss:
             max_new_tokens: the most tokens of the answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
             stop: a string, or several, that end the answer; they are not part of its text. None for none.
+            max_time: seconds after which the answer ends; looked at after each token.
 
         Returns:
             An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
@@ -180,15 +195,86 @@ class Moss:
         Raises:
             MossError: the prompt is empty or longer than the context, or an option's value is impossible.
         """
-        params = SamplingParams(temperature, top_k, top_p, repetition_penalty, seed)
+        params = SamplingParams(
+            temperature,
+            top_k,
+            top_p,
+            repetition_penalty,
+            seed,
+            length_penalty=length_penalty,
+            regulation_start=regulation_start,
+        )
+        return self._answer(self.session(), prompt, params, max_new_tokens, stop, max_time, begin=False)
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] | None = None,
+        max_time: float | None = None,
+        background: bool = True,
+        **sampling: Any,
+    ) -> Iterator[Generation]:
+        """Continue many texts at once: each reading of the weights serves a token of as many as the cache has room for.
+
+        Args:
+            prompts: as for :meth:`generate`; taken from the iterator as they are needed.
+            background: other answers of this model go first.
+            sampling: temperature and so on, as for :meth:`generate`; every answer is what it is alone, with this seed.
+
+        Yields:
+            The finished answers, in the order of their prompts.
+
+        Raises:
+            MossError: a prompt is empty or longer than the context, or an option's value is impossible.
+        """
+        params = SamplingParams(**sampling)
+        answers: deque[Generation] = deque()
+        try:
+            for prompt in prompts:
+                text = self.session(background)
+                answers.append(self._answer(text, prompt, params, max_new_tokens, stop, max_time, begin=True))
+                while len(answers) >= MANY:
+                    yield answers.popleft().finish()
+            while answers:
+                yield answers.popleft().finish()
+        finally:
+            for answer in answers:
+                answer.close()
+
+    def begin(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None = None,
+        max_time: float | None = None,
+    ) -> Generation:
+        """An answer in the background that is written from now on, to its end, whether or not its pieces are asked for.
+
+        Raises:
+            MossError: as :meth:`generate`.
+        """
+        return self._answer(self.session(True), prompt, params, max_new_tokens, stop, max_time, begin=True)
+
+    def _answer(
+        self,
+        text: Text,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None,
+        max_time: float | None,
+        begin: bool,
+    ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
-        token_ids = self._checked(prompt)
-        session = self.session()
-        session.extend(token_ids)
+        text.extend(self._checked(prompt))
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
-        return Generation(session, decoder, params, max_new_tokens, self.stop_ids, stops, self.load_s)
+        limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
+        return Generation(text, decoder, params, *limits, begin=begin)
 
     def _checked(self, given: Sequence[int]) -> list[int]:
         """The token ids, from a list or an array."""
@@ -257,6 +343,7 @@ class Moss:
 
     def close(self) -> None:
         """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""
+        self.engine.close()
         self.model.close()
         release(self.plan)
 

@@ -20,7 +20,7 @@ from tests.support.plans import plan
 class Counting:
     """A model that notes its passes."""
 
-    capacity, pass_tokens, cache_owner = 100, 16, None
+    capacity, pass_tokens = 100, 16
 
     def __init__(self) -> None:
         self.passes: list[tuple[int, int]] = []

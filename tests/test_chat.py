@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Generator, Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +18,13 @@ from moss_jt.chat.language import language_of, user_language
 from moss_jt.chat.prompt import meta_instruction
 from moss_jt.chat.turn import CLOSING_TOKENS, TooLongError
 from moss_jt.convert.tokenizer import SPECIAL_TOKENS
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Source
 from tests.support.own_plugins import Echo, Painter, Shelf, Stuck
-from tests.support.scripted_chat import VOCABULARY, ScriptedModel, ScriptedMoss, ScriptedSession
+from tests.support.scripted_chat import VOCABULARY, ScriptedModel, ScriptedMoss, ScriptedSequence
 
 NONES = "<|Inner Thoughts|>: None<eot>\n<|Commands|>: None<eoc>\n<|Results|>: None<eor>\n"
 
@@ -65,11 +67,13 @@ def test_a_turn_without_plugins_has_the_trained_none_fields() -> None:
 
 
 def test_the_answer_streams_piece_by_piece() -> None:
-    moss = ScriptedMoss(" one two three<eom>")
+    go_on = threading.Event()
+    moss = ScriptedMoss([" one two", go_on, " three<eom>"])
     events = chat_with(moss).send("count")
     before = len(moss.model.read)
     assert isinstance(first := next(events), Text)
     after_first = len(moss.model.read)
+    go_on.set()
     rest = [event.text for event in events if isinstance(event, Text)]
     assert first.text + "".join(rest) == "one two three"
     assert before < after_first < len(moss.model.read) and len(rest) >= 2
@@ -365,8 +369,8 @@ def test_an_answer_that_is_cut_within_a_character_shows_no_half_of_it() -> None:
 class Chance(ScriptedModel):
     """Every token but the special ones is as likely as any other."""
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
-        return np.tile(self.logits(), ({"none": 0, "last": 1, "all": len(token_ids)}[rows], 1))
+    def _forward(self, piece: Piece) -> np.ndarray:
+        return np.tile(self.logits(), ({"none": 0, "last": 1, "all": len(piece.token_ids)}[piece.rows], 1))
 
     def logits(self) -> np.ndarray:
         logits = np.zeros(VOCABULARY, np.float32)
@@ -385,13 +389,14 @@ def chance(capacity: int, **options: Any) -> tuple[Chance, Chat, list[int]]:
     moss.model = Chance(moss.tokenizer, [[0]] * 9, capacity)
     written: list[int] = []
 
-    class Noted(ScriptedSession):
+    class Noted(ScriptedSequence):
         def decode(self, *arguments: Any) -> Iterator[int]:
             for token in super().decode(*arguments):
                 written.append(token)
                 yield token
 
-    moss.session = lambda: Noted(moss.model)  # type: ignore[method-assign]
+    engine = Engine(moss.model)
+    moss.session = lambda: Noted(engine)  # type: ignore[method-assign]
     chat = Chat(moss, temperature=1, top_k=0, top_p=1, repetition_penalty=1, **options)
     return moss.model, chat, written
 

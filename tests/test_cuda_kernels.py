@@ -16,7 +16,7 @@ from moss_jt.kernels.cuda.launchers import (
     Product,
     folder,
 )
-from moss_jt.kernels.needs import FEW_TOKENS
+from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
@@ -24,6 +24,15 @@ from tests.support import cuda_reference
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
 FLOAT32_STEP = 2.0**-23
+
+PLACES = aligned(np.zeros((1, 2), np.int32))  # one token, at position 0; as pages: its one page is the first
+
+
+def in_order(start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and pages of tokens of the one sequence whose pages are 0, 1, 2, ..."""
+    end = start + tokens
+    places = np.stack([np.zeros(tokens, np.int32), np.arange(start, end, dtype=np.int32)], axis=1)
+    return aligned(places), aligned(np.arange(-(-end // PAGE), dtype=np.int32)[None])
 
 
 class Planted(FakeCupy):
@@ -105,11 +114,16 @@ def test_dequantized_weights_are_the_reference_s_exactly(bits: int) -> None:
 
 
 def test_long_prompts_go_through_cublas() -> None:
-    x, matrix = normal((FEW_TOKENS + 1, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
-    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, 4)
+    """Page by page: what a page gives does not depend on how many there are."""
+    x, matrix = normal((2 * PAGE, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
+    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, 4, whole=True)
     np.testing.assert_allclose(ours, x @ dequantize(matrix).T, rtol=0, atol=2e-2)
-    large, weight = normal((FEW_TOKENS + 1, 64), scale=400), half((24, 64), scale=400)
-    assert np.abs(kernels().dense(large, weight)).max() > 65504, "float16 results would be infinite"
+    page = kernels().packed(aligned(x[PAGE:]), matrix.packed, matrix.scales, matrix.zeros, 4, whole=True)
+    np.testing.assert_array_equal(ours[PAGE:], page)
+    large, weight = normal((PAGE, 64), scale=400), half((24, 64), scale=400)
+    assert np.abs(kernels().dense(large, weight, whole=True)).max() > 65504, (
+        "float16 results would be infinite"
+    )
 
 
 def product_with(run: Launchers, bits: int, outputs: int, inputs: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -123,12 +137,12 @@ def product_with(run: Launchers, bits: int, outputs: int, inputs: int) -> Callab
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_token_gets_the_same_bits_in_every_short_pass(bits: int) -> None:
-    """Drafts are verified in passes of up to FEW_TOKENS tokens, and must not change what one token gives."""
+    """Drafts and other conversations share a token's pass, and must not change what it gives."""
     inputs = 2080
     assert KINDS[bits].split(20, inputs)[0] > 1, "K is to be split here"
-    x, product = normal((FEW_TOKENS, inputs)), product_with(kernels(), bits, 20, inputs)
-    alone = np.concatenate([product(x[i : i + 1]) for i in range(FEW_TOKENS)])
-    for tokens in range(2, FEW_TOKENS + 1):
+    x, product = normal((40, inputs)), product_with(kernels(), bits, 20, inputs)
+    alone = np.concatenate([product(x[i : i + 1]) for i in range(40)])
+    for tokens in (*range(2, 24), 40):
         np.testing.assert_array_equal(product(x[:tokens]), alone[:tokens], f"{tokens} tokens")
 
 
@@ -161,8 +175,8 @@ def test_two_products_in_one_launch_are_what_each_is_alone(bits: int) -> None:
     added = run.sum_of_products([wide, narrow])
     parts = [run.products([one])[0] for one in (wide, narrow)]
     np.testing.assert_array_equal(added, np.concatenate(parts))
-    many = [replace(one, x=normal((FEW_TOKENS + 1, one.inputs), 5)) for one in (wide, narrow)]
-    assert run.sum_of_products(many).shape == (2, FEW_TOKENS + 1, 24)
+    many = [replace(one, x=normal((PAGE, one.inputs), 5)) for one in (wide, narrow)]
+    assert run.sum_of_products(many, whole=True).shape == (2, PAGE, 24)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -209,8 +223,8 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
         for tokens in (1, 3, 7, 16):
             product(normal((tokens, 1120)))
     keys = half((200, 2, 256))
-    run.attention(normal((2, 512)), keys, keys, 150)
-    run.attention(normal((2, 48)), half((80, 2, 24)), half((80, 2, 24)), 70)
+    run.attention(normal((2, 512)), keys, keys, *in_order(150, 2))
+    run.attention(normal((2, 48)), half((80, 2, 24)), half((80, 2, 24)), *in_order(70, 2))
     run.layer_norm(normal((1, 6144)), half((6144,)), half((6144,)), 1e-5)
     conflicts = {}
     for name in ("linear.cu", "attention.cu", "elementwise.cu"):
@@ -245,24 +259,30 @@ def _include() -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "dim", "rotary_dim", "start"),
-    [(1, 2, 16, 8, 0), (3, 4, 24, 16, 5), (1, 1, 256, 64, 30), (5, 2, 64, 64, 0)],
+    [(1, 2, 16, 8, 0), (3, 4, 24, 16, 62), (1, 1, 256, 64, 130), (5, 2, 64, 64, 0)],
 )
 def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_dim: int, start: int) -> None:
-    positions, width = 40, heads * dim
-    rotary = aligned(rotary_table(positions, rotary_dim))
+    """The last token is another sequence's, and the pages lie in disorder."""
+    positions, width = 6 * PAGE, heads * dim
+    rotary = aligned(rotary_table(3 * PAGE, rotary_dim))
+    places = aligned(np.array([[1, start + t] for t in range(tokens - 1)] + [[0, start]], np.int32))
+    pages = aligned(np.array([[4, 0, 2], [1, 5, 3]], np.int32))
     keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
     expected_keys, expected_values = keys.copy(), values.copy()
     qkv = normal((tokens, 3 * width), 5)
-    q = kernels().rotary_cache(qkv, rotary, keys, values, start)
-    expected_q = cuda_reference.rotary_cache(qkv, rotary, expected_keys, expected_values, start)
+    q = kernels().rotary_cache(qkv, rotary, keys, values, places, pages)
+    expected_q = cuda_reference.rotary_cache(qkv, rotary, expected_keys, expected_values, places, pages)
     # A product and a sum may be one rounding or two; float16 in the cache may then round to its neighbour.
     np.testing.assert_allclose(q, expected_q, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(
         keys.astype(np.float32), expected_keys.astype(np.float32), rtol=2**-10, atol=1e-6
     )
     np.testing.assert_array_equal(values, expected_values)
-    ours = kernels().attention(q, keys, values, start)
-    np.testing.assert_allclose(ours, cuda_reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
+    ours = kernels().attention(q, keys, values, places, pages)
+    expected = cuda_reference.attention(q, keys, values, places, pages)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    alone = kernels().attention(aligned(q[-1:]), keys, values, aligned(places[-1:]), pages)
+    np.testing.assert_array_equal(ours[-1:], alone)
 
 
 def test_the_cache_saturates() -> None:
@@ -271,32 +291,34 @@ def test_the_cache_saturates() -> None:
     rotary = aligned(rotary_table(8, 16))
     keys, values = half((8, 2, 16)), half((8, 2, 16))
     expected = keys.copy(), values.copy()
-    kernels().rotary_cache(qkv, rotary, keys, values, 3)
-    cuda_reference.rotary_cache(qkv, rotary, *expected, 3)
+    kernels().rotary_cache(qkv, rotary, keys, values, *in_order(3, 2))
+    cuda_reference.rotary_cache(qkv, rotary, *expected, *in_order(3, 2))
     assert np.abs(keys).max() == np.abs(values).max() == 65504
     np.testing.assert_array_equal(values, expected[1])
 
 
-@pytest.mark.parametrize("tokens", [1, 3, FEW_TOKENS + 1])
+@pytest.mark.parametrize(("tokens", "whole"), [(1, False), (3, False), (24, True)])
 @pytest.mark.parametrize("start", [0, 62, 63, 64, 190])
-def test_attention_over_pages(tokens: int, start: int) -> None:
+def test_attention_over_pages(tokens: int, whole: bool, start: int) -> None:
     """One page and more, passes that end within a page, at its end and behind it; and with all pages in one block."""
     keys, values = half((230, 2, 32), 1), half((230, 2, 32), 2)
     q = normal((tokens, 64), 3)
-    ours = kernels().attention(q, keys, values, start)
-    np.testing.assert_allclose(ours, cuda_reference.attention(q, keys, values, start), rtol=1e-5, atol=1e-6)
-    if tokens <= FEW_TOKENS:
-        for t in range(tokens):
-            alone = kernels().attention(aligned(q[t : t + 1]), keys, values, start + t)
-            np.testing.assert_array_equal(alone[0], ours[t])
+    places = in_order(start, tokens)
+    ours = kernels().attention(q, keys, values, *places, whole)
+    expected = cuda_reference.attention(q, keys, values, *places)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    for t in range(tokens):
+        alone = kernels().attention(aligned(q[t : t + 1]), keys, values, *in_order(start + t, 1), whole)
+        np.testing.assert_array_equal(alone[0], ours[t])
 
 
 def test_attention_ignores_what_lies_beyond_and_survives_large_scores() -> None:
-    keys, values = half((12, 1, 16), 1, 60.0), half((12, 1, 16), 2)
+    keys, values = half((PAGE, 1, 16), 1, 60.0), half((PAGE, 1, 16), 2)
+    places, pages = aligned(np.array([[0, 4], [0, 5]], np.int32)), aligned(np.zeros((1, 1), np.int32))
     q = normal((2, 16), 3, 30.0)
-    before = kernels().attention(q, keys, values, 4)
+    before = kernels().attention(q, keys, values, places, pages)
     keys[6:], values[6:] = np.nan, np.nan
-    np.testing.assert_array_equal(kernels().attention(q, keys, values, 4), before)
+    np.testing.assert_array_equal(kernels().attention(q, keys, values, places, pages), before)
     assert np.isfinite(before).all()
 
 
@@ -324,9 +346,11 @@ def test_impossible_shapes_are_refused_before_a_launch() -> None:
     with pytest.raises(ValueError, match="groups"):
         kernels().packed(normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
     with pytest.raises(ValueError, match="multiple of 8"):
-        kernels().attention(normal((1, 12)), half((4, 1, 12)), half((4, 1, 12)), 0)
-    with pytest.raises(ValueError, match="do not fit"):
-        kernels().rotary_cache(normal((2, 48)), rotary_table(9, 4), half((4, 1, 16)), half((4, 1, 16)), 3)
+        kernels().attention(normal((1, 12)), half((64, 1, 12)), half((64, 1, 12)), PLACES, PLACES)
+    with pytest.raises(ValueError, match="2 tokens of heads of 16 dimensions have places"):
+        kernels().rotary_cache(
+            normal((2, 48)), rotary_table(9, 4), half((64, 1, 16)), half((64, 1, 16)), PLACES, PLACES
+        )
 
 
 # ---- the emulation finds planted faults
@@ -390,9 +414,9 @@ def test_wrong_launches_are_found(arguments: tuple[Any, ...]) -> None:
 def test_planted_faults_in_the_real_kernels_are_found() -> None:
     """The attention kernel without its barrier, and a dense product that loads one element off, do not pass."""
 
-    keys, q = half((9, 1, 16)), normal((1, 16))
+    keys, q = half((PAGE, 1, 16)), normal((1, 16))
     with pytest.raises(EmulationError, match="race|before it is written"):
-        Launchers(Planted("__syncthreads();", "")).attention(q, keys, keys, 3)
+        Launchers(Planted("__syncthreads();", "")).attention(q, keys, keys, PLACES, PLACES)
     for old, new, words in (
         (
             "words[s][r] = load_vector(w, at)",

@@ -11,9 +11,10 @@ import pytest
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
-from moss_jt.kernels.cuda.recording import Piece, Recorder, Start, queue
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix
+from moss_jt.kernels.cuda.recording import Piece, Recorder, queue
+from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, PackedMatrix
 from moss_jt.kernels.needs import FEW_TOKENS, CudaNeeds
+from moss_jt.kernels.places import one_sequence, places_of
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry
@@ -24,7 +25,7 @@ from tests.support.operator_weights import (
     packed_block,
 )
 
-CONFIG = geometry(n_embd=64, n_head=4, rotary_dim=8, n_positions=32)
+CONFIG = geometry(n_embd=64, n_head=4, rotary_dim=8, n_positions=128)
 
 
 @pytest.mark.parametrize("kind", ["float16", "int8", "int4 act-order"])
@@ -36,7 +37,7 @@ def test_blocks_agree_with_float64(kind: str) -> None:
     else:
         weights, oracle = packed_block(CONFIG, int(kind[3]), 32, 1, ordered="act-order" in kind)
     operators, pieces = CudaOperators(CONFIG, FakeCupy()), in_one_piece(weights)
-    shape = (CONFIG.n_layer, 32, CONFIG.n_head, CONFIG.head_dim)
+    shape = (CONFIG.n_layer, PAGE, CONFIG.n_head, CONFIG.head_dim)
     memory = [aligned(np.zeros(shape, np.float16)) for _ in range(2)]
     keys, values = (jt.reuse_np_array(array) for array in memory)
     states = np.random.default_rng(2).standard_normal((6, CONFIG.n_embd)).astype(np.float32)
@@ -45,7 +46,7 @@ def test_blocks_agree_with_float64(kind: str) -> None:
     start, found = 0, []
     for tokens in (3, 1, 2):
         h = jt.array(states[start : start + tokens])
-        found.append(operators.block(h, pieces, keys, values, 1, start).numpy())
+        found.append(operators.block(h, pieces, keys, values, 1, one_sequence(start, tokens)).numpy())
         start += tokens
     assert np.abs(np.concatenate(found) - expected).max() <= 4e-3 * np.abs(expected).max()
     assert not memory[0][0].any(), "another layer's cache was written"
@@ -68,18 +69,18 @@ def test_head() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     operators = CudaOperators(CONFIG, FakeCupy())
     weights = in_one_piece(dense_block(BlockArrays.random(CONFIG, 1)))
-    cache = jt.zeros((2, 4, CONFIG.n_head, CONFIG.head_dim), "float16")
+    cache, first = jt.zeros((2, PAGE, CONFIG.n_head, CONFIG.head_dim), "float16"), one_sequence(0, 1)
     with pytest.raises(ValueError, match="do not fit"):
-        operators.block(jt.zeros((3, 64)), weights, cache, cache, 0, 2)
+        operators.block(jt.zeros((3, 64)), weights, cache, cache, 0, one_sequence(62, 3))
     with pytest.raises(ValueError, match="h has shape"):
-        operators.block(jt.zeros((1, 32)), weights, cache, cache, 0, 0)
+        operators.block(jt.zeros((1, 32)), weights, cache, cache, 0, first)
     with pytest.raises(ValueError, match="fc_in_bias"):
         operators.block(
-            jt.zeros((1, 64)), replace(weights, fc_in_bias=weights.fc_out_bias), cache, cache, 0, 0
+            jt.zeros((1, 64)), replace(weights, fc_in_bias=weights.fc_out_bias), cache, cache, 0, first
         )
 
 
-LONG = geometry(n_embd=64, n_head=2, rotary_dim=8, n_positions=160)
+LONG = geometry(n_embd=64, n_head=2, rotary_dim=8, n_positions=192)
 
 
 def operators_and_cache(config: MossConfig) -> tuple[CudaOperators, list[np.ndarray]]:
@@ -107,7 +108,9 @@ def test_a_block_gives_a_token_the_same_bits_in_every_short_pass(kind: str) -> N
         found, first = [], 0
         for tokens in sizes:
             h = jt.array(states[first : first + tokens])
-            found.append(operators.block(h, pieces, keys, values, 1, start + first).numpy())
+            found.append(
+                operators.block(h, pieces, keys, values, 1, one_sequence(start + first, tokens)).numpy()
+            )
             first += tokens
         return np.concatenate(
             [*found, *(array[1, start : start + FEW_TOKENS].reshape(FEW_TOKENS, -1) for array in memory)]
@@ -135,13 +138,13 @@ def test_a_block_is_recorded_once_and_queued_from_then_on(
             weights, _ = packed_block(CONFIG, int(kind[3]), 32, seed, ordered="act-order" in kind)
         pieces = in_one_piece(weights)
         for layer, start in ((0, 0), (1, 0), (1, 7)):
-            operators.block(jt.ones((1, 64)), pieces, keys, values, layer, start).sync()
+            operators.block(jt.ones((1, 64)), pieces, keys, values, layer, one_sequence(start, 1)).sync()
     assert len(recorded) == 1
     assert operators.launches_per_block(pieces) == launches
-    written = [array.reshape(2, 32, -1).any(axis=2) for array in memory]
+    written = [array.reshape(2, CONFIG.n_positions, -1).any(axis=2) for array in memory]
     for array in written:
         assert list(np.flatnonzero(array[0])) == [0] and list(np.flatnonzero(array[1])) == [0, 7]
-    operators.block(jt.ones((2, 64)), pieces, keys, values, 0, 0).sync()
+    operators.block(jt.ones((2, 64)), pieces, keys, values, 0, one_sequence(0, 2)).sync()
     assert len(recorded) == 2, "another number of tokens"
 
 
@@ -178,14 +181,16 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             h = recorder.empty((tokens, width), np.float32)
             cache = recorder.empty((context, config.n_head, config.head_dim), np.float16)
             rotary = recorder.empty((context, 2, config.rotary_dim // 2), np.float32)
+            places = recorder.empty((tokens, 2), np.int32), recorder.empty((1, -(-context // PAGE)), np.int32)
             inputs = recorder.recording().workspace_bytes
-            operators._block(recorder, h, weights, lambda piece: piece, (rotary, cache, cache), 0, h)
+            tables = rotary, cache, cache, *places
+            operators._block(recorder, h, weights, lambda piece: piece, tables, 0, h)
             taken = recorder.recording().workspace_bytes - inputs
             assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
 
 
 def test_what_a_card_is_told_is_what_the_table_says() -> None:
-    """Numbers, positions, arrays with their offsets and sizes, and a null pointer: as cuLaunchKernel gets them."""
+    """Numbers, arrays with their offsets and sizes, and a null pointer: as cuLaunchKernel gets them."""
     seen: list[tuple[Any, ...]] = []
 
     class Told(ctypes.Structure):
@@ -195,7 +200,7 @@ def test_what_a_card_is_told_is_what_the_table_says() -> None:
         ctypes.c_int, *[ctypes.c_size_t] * 9, ctypes.POINTER(ctypes.POINTER(Told)), ctypes.c_size_t
     )
     def told(function: int, *rest: Any) -> int:
-        arguments = [(rest[8][i].contents.value, rest[8][i].contents.elements) for i in range(7)]
+        arguments = [(rest[8][i].contents.value, rest[8][i].contents.elements) for i in range(6)]
         seen.append((function, tuple(size & 0xFFFFFFFF for size in rest[:6]), arguments))
         return 0
 
@@ -211,15 +216,58 @@ def test_what_a_card_is_told_is_what_the_table_says() -> None:
     recorder = Recorder(Launchers(Idle()), 3)
     half = Piece(1, 32, (4, 8), np.dtype(np.float16), layered=True)
     first, second = recorder.empty((5,), np.float32), recorder.empty((3,), np.float32)
-    arguments = half[2:], Start(9), 1.5, -2, None, second, Piece(1, 0, (64,), np.dtype(np.float32))
+    arguments = half[2:], 1.5, -2, None, second, Piece(1, 0, (64,), np.dtype(np.float32))
     recorder.launch("linear.cu", "k", (7, 2), *arguments, threads=64)
     assert first.offset == 0 and half[2:].shape == (2, 8) and half.reshape(-1, 2).shape == (16, 2)
     inputs = [jt.zeros((8,)), jt.zeros((64,))]
     address = float(ctypes.cast(told, ctypes.c_void_p).value or 0)
-    queue(recorder.recording(), address, (4,), inputs, start=70, layer_bytes=16).sync()
+    queue(recorder.recording(), address, (4,), inputs, layer_bytes=16).sync()
     ((function, grid, got),) = seen
     assert function == 11 and grid == (7, 2, 1, 64, 1, 1)
     numbers = [value & 0xFFFFFFFF for value, _ in got]
-    assert numbers[1:5] == [70, int(np.float32(1.5).view(np.uint32)), 2**32 - 2, 0]
-    assert [elements for _, elements in got] == [16, 0, 0, 0, 0, 3, 64]
-    assert got[0][0] - got[6][0] == 32 + 2 * 16 + 16 and got[5][0] != 0
+    assert numbers[1:4] == [int(np.float32(1.5).view(np.uint32)), 2**32 - 2, 0]
+    assert [elements for _, elements in got] == [16, 0, 0, 0, 3, 64]
+    assert got[0][0] - got[5][0] == 32 + 2 * 16 + 16 and got[4][0] != 0
+
+
+@pytest.mark.parametrize("kind", ["float16", "int4"])
+def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str) -> None:
+    """Three texts, of whole pages and what fills none, in common passes and each alone: the same bits."""
+    if kind == "float16":
+        weights = dense_block(BlockArrays.random(CONFIG, 1))
+    else:
+        weights, _ = packed_block(CONFIG, 4, 32, 1, ordered=True)
+    operators, pieces = CudaOperators(CONFIG, FakeCupy()), in_one_piece(weights)
+    draw = np.random.default_rng(2)
+    texts = [draw.standard_normal((tokens, CONFIG.n_embd)).astype(np.float32) for tokens in (70, 3, 67)]
+    pages = [[4, 0], [2], [1, 3]]
+    starts = [(0, 64), (0, 1), (0, 64)]  # of the first pass; the second has the rest
+
+    def run(slots: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        memory = [aligned(np.zeros((2, 5 * PAGE, CONFIG.n_head, CONFIG.head_dim), np.float16)) for _ in "kv"]
+        keys, values = (jt.reuse_np_array(array) for array in memory)
+        found: dict[int, list[np.ndarray]] = {slot: [] for slot in slots}
+        for step in range(2):
+            parts = [
+                (slot, *(starts[slot] if step == 0 else (starts[slot][1], len(texts[slot]))))
+                for slot in slots
+            ]
+            parts.sort(key=lambda part: part[2] - part[1] < PAGE)
+            owner = np.concatenate([[slot] * (end - begin) for slot, begin, end in parts])
+            position = np.concatenate([np.arange(begin, end) for _, begin, end in parts])
+            h = jt.array(np.concatenate([texts[slot][begin:end] for slot, begin, end in parts]))
+            whole = sum(PAGE for _, begin, end in parts if end - begin == PAGE)
+            places = places_of(owner, position, pages, whole)
+            rows = operators.block(h, pieces, keys, values, 1, places).numpy()
+            for slot in slots:
+                found[slot].append(rows[owner == slot])
+        return [np.concatenate(found[slot]) for slot in slots], memory
+
+    common, memory = run([0, 1, 2])
+    for slot in range(3):
+        (alone,), own = run([slot])
+        np.testing.assert_array_equal(common[slot], alone)
+        for page in pages[slot]:
+            rows = slice(page * PAGE, (page + 1) * PAGE)
+            for ours, theirs in zip(memory, own, strict=True):
+                np.testing.assert_array_equal(ours[:, rows], theirs[:, rows])

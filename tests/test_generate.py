@@ -2,9 +2,10 @@
 
 import pytest
 
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation, StopStrings
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from tests.support.scripted_model import ScriptedModel, ScriptedText
 
@@ -15,10 +16,10 @@ def generation(
     texts: list[str], stops: list[str], max_new_tokens: int = 40, capacity: int = 64
 ) -> Generation:
     """Tokens 1, 2, .. say texts[1], texts[2], .. ; the last one is the end token. Token 0 is the prompt."""
-    session = Session(ScriptedModel(capacity=capacity))
-    session.extend([0])
+    text = Text(Engine(ScriptedModel(capacity=capacity)))
+    text.extend([0])
     end = len(texts) - 1
-    return Generation(session, ScriptedText(texts), GREEDY, max_new_tokens, {end}, stops, load_s=1.5)
+    return Generation(text, ScriptedText(texts), GREEDY, max_new_tokens, {end}, stops, load_s=1.5)
 
 
 def test_pieces_tokens_and_counts() -> None:

@@ -5,6 +5,7 @@ to 1e-5 of its largest value with the same block in float64. The oracle attends 
 that one is checked apart, against float16's half step of 2**-11 of each value.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
-from moss_jt.kernels.interface import BlockWeights
+from moss_jt.kernels.interface import PAGE, BlockWeights, Places
+from moss_jt.kernels.places import one_sequence, places_of
 from moss_jt.kernels.portable import PortableOperators, dequantize
 from moss_jt.store import quant
 from moss_jt.store.config import MossConfig
@@ -32,19 +34,9 @@ from tests.support.operator_weights import (
 
 SIMD = available_simd()
 KINDS = ("float16", "int8", "int4")
-PASSES = (
-    1,
-    2,
-    3,
-    7,
-    16,
-    23,
-    24,
-    33,
-    128,
-    1,
-    5,
-)  # their sum is the capacity: the last pass ends where the cache ends
+# Tokens of passes; those that are whole pages, from where a page begins, are computed as such. The last pass ends where the
+# cache ends.
+PASSES = (1, 2, 3, 7, 16, 23, 12, 128, 24, 33, 1, 6)
 
 GEOMETRIES = {
     "head of 24": geometry(96, 4, 16),
@@ -65,20 +57,33 @@ def make_block(
 
 
 class Run:
-    """One operators object, block and cache; layer 1 of 2 is used, and layer 0 must stay as it was."""
+    """One operators object, block and cache; layer 1 of 2 is used, and layer 0 must stay as it was.
 
-    def __init__(self, operators: Any, weights: BlockWeights, config: MossConfig, capacity: int) -> None:
+    The cache's pages belong to several sequences, each of ``capacity`` positions, and lie in disorder.
+    """
+
+    def __init__(
+        self, operators: Any, weights: BlockWeights, config: MossConfig, capacity: int, sequences: int = 1
+    ) -> None:
         self.operators, self.weights = operators, weights
-        shape = (2, capacity, config.n_head, config.head_dim)
+        pages = -(-capacity // PAGE)
+        shape = (2, sequences * pages * PAGE, config.n_head, config.head_dim)
         self.keys, self.values = (jt.array(np.zeros(shape, np.float16)) for _ in range(2))
+        self.pages = np.random.default_rng(7).permutation(sequences * pages).reshape(sequences, pages)
 
-    def step(self, h: np.ndarray, start_pos: int) -> np.ndarray:
-        return self.operators.block(jt.array(h), self.weights, self.keys, self.values, 1, start_pos).numpy()
+    def step(self, h: np.ndarray, start_pos: int, slot: int = 0) -> np.ndarray:
+        tokens = len(h)
+        whole = tokens if start_pos % PAGE == 0 and tokens % PAGE == 0 else 0
+        return self.pass_over(h, places_of([slot] * tokens, start_pos + np.arange(tokens), self.pages, whole))
 
-    def cache(self) -> tuple[np.ndarray, np.ndarray]:
+    def pass_over(self, h: np.ndarray, places: Places) -> np.ndarray:
+        return self.operators.block(jt.array(h), self.weights, self.keys, self.values, 1, places).numpy()
+
+    def cache(self, slot: int = 0) -> tuple[np.ndarray, np.ndarray]:
         keys, values = self.keys.numpy(), self.values.numpy()
         assert not keys[0].any() and not values[0].any()
-        return keys[1], values[1]
+        lies = (self.pages[slot][:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+        return keys[1][lies], values[1][lies]
 
 
 def random_states(config: MossConfig, tokens: int, seed: int = 2) -> np.ndarray:
@@ -121,7 +126,7 @@ def compiled() -> None:
         h = jt.array(random_states(config, 1))
         for kind in KINDS:
             run = Run(operators, make_block(kind, config)[0], config, 1)
-            pending.append(operators.block(h, run.weights, run.keys, run.values, 1, 0))
+            pending.append(operators.block(h, run.weights, run.keys, run.values, 1, one_sequence(0, 1)))
         head = [var(np.ones(shape, np.float16)) for shape in ((96,), (96,), (5, 96), (5,))]
         pending.append(operators.head(h, *head))
     jt.sync(pending)
@@ -202,14 +207,15 @@ def test_every_field_and_zero_point_is_widened_exactly(bits: int) -> None:
 @pytest.mark.parametrize("simd", SIMD)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_does_not_depend_on_how_many_share_its_pass(kind: str, simd: int) -> None:
-    """Bit for bit, for 1 to 23 tokens, across the border between two groups of positions: drafts rely on it."""
+    """Bit for bit, for few tokens, across the border between two pages: drafts and what fills no page rely on it."""
     config = geometry(160, 4, 32, n_inner=544)
     weights, _ = make_block(kind, config)
-    states = random_states(config, 120 + 23)
+    states = random_states(config, 120 + 63)
     results = []
-    for passes in ((23,), (1,) * 23, (2, 3, 4, 5, 9), (22, 1), (7, 16), (6, 17), (20, 3)):
-        run = Run(CpuOperators(config, simd), weights, config, 160)
-        run.step(states[:120], 0)
+    for passes in ((63,), (1,) * 63, (2, 3, 4, 5, 9, 40), (22, 1, 24, 16), (7, 16, 40), (46, 17), (60, 3)):
+        run = Run(CpuOperators(config, simd), weights, config, 192)
+        run.step(states[:64], 0)
+        run.step(states[64:120], 64)
         ends = (120 + np.cumsum(passes)).tolist()
         rows = [
             run.step(states[end - tokens : end], end - tokens)
@@ -232,20 +238,21 @@ def test_head_agrees_with_float64(simd: int) -> None:
         for shape in ((width,), (width,), (1031, width), (1031,))
     )
     singles = []
-    for rows in (1, 3, 23, 24, 40):
+    for rows in (1, 3, 23, 24, 65, 64):
         h = random_states(config, rows)
-        found = operators.head(jt.array(h), var(norm_weight), var(norm_bias), var(weight), var(bias)).numpy()
+        arrays = var(norm_weight), var(norm_bias), var(weight), var(bias)
+        found = operators.head(jt.array(h), *arrays, whole=rows if rows == 64 else 0).numpy()
         normed = block_oracle.layer_norm(h, norm_weight, norm_bias, config.layer_norm_epsilon)
         assert_close(found, normed @ weight.astype(np.float64).T + bias, f"{rows} rows")
         singles.append(found[0])
-    assert np.array_equal(singles[0], singles[1]) and np.array_equal(singles[0], singles[2])
+    assert all(np.array_equal(singles[0], other) for other in singles[1:-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_portable_block_agrees_with_float64(kind: str) -> None:
     config = GEOMETRIES["head of 24"]
     weights, oracle = make_block(kind, config, ordered=kind == "int4")
-    check_passes(Run(PortableOperators(config), weights, config, 16), oracle, (3, 1, 1))
+    check_passes(Run(PortableOperators(config), weights, config, 16, sequences=2), oracle, (3, 1, 1))
 
 
 def test_portable_head_agrees_with_float64() -> None:
@@ -279,6 +286,7 @@ def test_decoding_compiles_nothing() -> None:
     before = sorted(objects.glob("*.so"))
     for position, tokens in ((5, 1), (6, 1), (7, 4), (11, 24), (35, 1)):
         run.step(random_states(config, tokens), position)
+    run.step(random_states(config, 64), 0)
     assert sorted(objects.glob("*.so")) == before
 
 
@@ -286,8 +294,27 @@ def test_what_does_not_fit_is_refused() -> None:
     config = GEOMETRIES["head of 24"]
     weights, _ = make_block("float16", config)
     run = Run(CpuOperators(config), weights, config, 8)
-    with pytest.raises(ValueError, match="3 tokens from position 6 do not fit a cache of 8 positions"):
-        run.step(random_states(config, 3), 6)
+    with pytest.raises(ValueError, match="4 pages of 64 positions do not fit a cache of 64 positions"):
+        run.pass_over(random_states(config, 1), places_of([0], [0], [[3]]))
+    with pytest.raises(ValueError, match="position 512 a model of 512"):
+        run.pass_over(random_states(config, 1), places_of([0], [512], [[0] * 9]))
+    for slots, positions, whole in (
+        ([0], [64], 0),
+        ([1], [0], 0),
+        ([0], [-1], 0),
+        ([], [], 0),
+        ([0, 0], [1], 0),
+    ):
+        with pytest.raises(ValueError, match="token"):
+            places_of(slots, positions, [[0]], whole)
+    for slots, start, whole in (
+        ([0] * 64, 0, 1),
+        ([0] * 64, 1, 64),
+        ([0] * 63 + [1], 0, 64),
+        ([0] * 63, 0, 64),
+    ):
+        with pytest.raises(ValueError, match="whole pages"):
+            places_of(slots, start + np.arange(len(slots)), [[0, 1], [0, 1]], whole)
     with pytest.raises(ValueError, match=r"h has shape \(3, 95\); \(3, 96\) is needed"):
         run.step(random_states(config, 3)[:, :95], 0)
     mixed = BlockWeights(**(vars(weights) | {"out": make_block("int8", config)[0].out}))
@@ -307,3 +334,61 @@ def test_simd_width_is_chosen_by_the_machine_or_by_the_user(monkeypatch: pytest.
     monkeypatch.setenv("MOSS_JT_SIMD", "sse")
     with pytest.raises(MossError, match="MOSS_JT_SIMD is 'sse'; this machine can run"):
         chosen_simd()
+
+
+def together(operators: Any, weights: BlockWeights, config: MossConfig, texts: list[np.ndarray]) -> None:
+    """Several texts of states in common passes give each what it has alone: results and cache, bit for bit.
+
+    Each text is read as whole pages and then token by token; in common passes one text's answer meets another's prompt.
+    """
+    count, capacity = len(texts), max(map(len, texts))
+    alone = Run(operators, weights, config, capacity, count)
+    common = Run(operators, weights, config, capacity, count)
+    # Pieces of each text: (start, end), whole pages first.
+    plans = []
+    for text in texts:
+        whole = (len(text) - 1) // PAGE * PAGE
+        ends = [*range(PAGE, whole + 1, PAGE), *range(whole + 3, len(text), 3), len(text)]
+        plans.append(list(itertools.pairwise([0, *ends])))
+    expected = [
+        np.concatenate([alone.step(text[a:b], a, slot) for a, b in plan])
+        for slot, (text, plan) in enumerate(zip(texts, plans, strict=True))
+    ]
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    while any(plans):
+        now = [(slot, *plan.pop(0)) for slot, plan in enumerate(plans) if plan]
+        now.sort(key=lambda piece: piece[2] - piece[1] < PAGE)
+        slots = np.concatenate([[slot] * (b - a) for slot, a, b in now])
+        positions = np.concatenate([np.arange(a, b) for _, a, b in now])
+        whole = sum(b - a for _, a, b in now if b - a == PAGE)
+        states = np.concatenate([texts[slot][a:b] for slot, a, b in now])
+        rows = common.pass_over(states, places_of(slots, positions, common.pages, whole))
+        for slot, _, _ in now:
+            found[slot].append(rows[slots == slot])
+    for slot, wanted in enumerate(expected):
+        assert np.array_equal(np.concatenate(found[slot]), wanted), f"text {slot}"
+        for ours, own in zip(common.cache(slot), alone.cache(slot), strict=True):
+            assert np.array_equal(ours, own), f"cache of text {slot}"
+
+
+@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", (2, 5, 16))
+def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str, simd: int, count: int) -> None:
+    config = geometry(320, 4, 32, n_inner=640)
+    weights, _ = make_block(kind, config, 64, ordered=count == 5)
+    lengths = np.random.default_rng(count).integers(1, 215, count)
+    texts = [random_states(config, int(length), seed) for seed, length in enumerate(lengths)]
+    together(CpuOperators(config, simd), weights, config, texts)
+
+
+def test_portable_sequences_share_a_pass() -> None:
+    config = GEOMETRIES["head of 24"]
+    weights, oracle = make_block("float16", config)
+    run = Run(PortableOperators(config), weights, config, 70, sequences=3)
+    run.step(random_states(config, 66), 0, 1)
+    rows = random_states(config, 4, 5)
+    found = run.pass_over(rows, places_of([1, 1, 2, 0], [66, 67, 0, 0], run.pages))
+    for slot, first, end, start in ((1, 0, 2, 66), (2, 2, 3, 0), (0, 3, 4, 0)):
+        expected = block_oracle.block_over_cache(rows[first:end], oracle, *run.cache(slot), start)
+        assert_close(found[first:end], expected, f"slot {slot}")

@@ -16,10 +16,11 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.backend.jittor import jt
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.kernels.interface import DenseMatrix
 from moss_jt.kernels.portable import PortableOperators
 from moss_jt.store.locations import tiny_checkpoint
@@ -138,14 +139,11 @@ def test_decoding_compiles_nothing_and_keeps_weights_and_cache_where_they_are(ca
     block = next(iter(loaded.weights.blocks()))[1]
     assert isinstance(block.qkv, DenseMatrix)
     variables = {"keys": kv_cache.keys, "values": kv_cache.values, "qkv": block.qkv.weight}
-    session = Session(model)
+    session = Text(Engine(model))
     session.extend(case.token_ids[:30])
-    answer = session.decode(SamplingParams(temperature=0), 50)
-    for _ in range(5):
-        next(answer)
+    list(session.decode(SamplingParams(temperature=0), 5))
     before = loaded_operators(), jt.number_of_lived_vars(), {n: v.raw_ptr for n, v in variables.items()}
     assert before[0], "the operators themselves must be among them"
-    for _ in range(40):
-        next(answer)
+    list(session.decode(SamplingParams(temperature=0), 40))
     after = loaded_operators(), jt.number_of_lived_vars(), {n: v.raw_ptr for n, v in variables.items()}
     assert after == before

@@ -14,7 +14,8 @@ from moss_jt.backend.home import onednn_folder
 from moss_jt.backend.threads import compute_threads
 from moss_jt.kernels import needs
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
-from moss_jt.kernels.needs import DEFINITIONS, FEW_TOKENS, GEMM_TOKENS, HEAD_ROWS, CpuNeeds
+from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.needs import DEFINITIONS, FEW_TOKENS, HEAD_ROWS, CpuNeeds
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.sizes import MIB
 from tests.support.block_oracle import geometry
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {512: ["-march=x86-64-v4", "-mavx512vnni"], 256: ["-march=x86-64-v3"], 0: []}
 BITS = (16, 8, 4)
 THREADS = 3
-TOKENS = (1, FEW_TOKENS, FEW_TOKENS + 1, GEMM_TOKENS - 1, GEMM_TOKENS, 130)
+TOKENS = (1, FEW_TOKENS, FEW_TOKENS + 1, PAGE - 1, PAGE, 2 * PAGE)  # multiples of a page are whole
 
 SMALL = geometry(256, 2, 32, n_positions=192, n_inner=384)
 MOSS_HEADS = replace(
@@ -94,7 +95,7 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: int, tmp_path: P
             ),
         )
         for bits, group_size, ordered in ((16, 0, 0), (8, 128, 0), (8, 32, 1), (4, 128, 0), (4, 32, 1))
-        for tokens in (1, FEW_TOKENS + 1, GEMM_TOKENS, 130)
+        for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
     ]
     found = run(program, SMALL, passes)
     for (*line, ordered, promised), (taken, _) in zip(passes, found, strict=True):
@@ -117,7 +118,13 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
                     tokens,
                     group_size,
                     0,
-                    own.block_floats(tokens, config.n_positions, ordered=False, onednn=onednn),
+                    own.block_floats(
+                        tokens,
+                        config.n_positions,
+                        ordered=False,
+                        onednn=onednn,
+                        few=0 if tokens % PAGE == 0 else tokens,
+                    ),
                 )
                 for tokens in TOKENS
             ]

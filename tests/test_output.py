@@ -17,9 +17,10 @@ import pytest
 from moss_jt.chat.chat import Chat
 from moss_jt.commands import generate
 from moss_jt.commands.cli import main
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.terminal.line_input import PipeReader
 from moss_jt.terminal.loop import Terminal
@@ -122,7 +123,7 @@ def written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             def generate(
                 self, prompt: str, *, max_new_tokens: int, stop: list[str], **rest: Any
             ) -> Generation:
-                session = Session(ScriptedModel())
+                session = Text(Engine(ScriptedModel()))
                 session.extend([0])
                 decoder = ScriptedText([prompt, *texts, ""])
                 greedy = SamplingParams(temperature=0)

@@ -1,7 +1,7 @@
 """Perplexity, divergence and agreement, from models that say what the test tells them to."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -12,21 +12,16 @@ from moss_jt.measure.perplexity import evaluate, log_probabilities
 
 
 class Scripted:
-    """Gives the logits of a table by the last token, and checks that passes follow each other in the cache."""
+    """Gives the logits of a table by the last token, three tokens at a time."""
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = table.astype(np.float32)
-        self.seen: list[int] = []
         self.windows: list[list[int]] = []
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: str) -> np.ndarray:
-        assert rows == "all"
-        if start_pos == 0:
-            self.seen = []
-            self.windows.append(self.seen)
-        assert start_pos == len(self.seen)
-        self.seen.extend(token_ids)
-        return self.table[np.asarray(token_ids)]
+    def window(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        self.windows.append(list(token_ids))
+        for first in range(0, len(token_ids), 3):
+            yield self.table[np.asarray(token_ids[first : first + 3])]
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity() -> None:
@@ -65,13 +60,14 @@ def test_a_model_against_itself_diverges_by_nothing() -> None:
     assert result.comparison.mean_divergence == 0 and result.comparison.agreement == 1
 
 
-def test_windows_start_from_an_empty_cache_and_passes_continue_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_windows_are_read_side_by_side(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "_ROWS", 2)
     table = np.random.default_rng(1).standard_normal((20, 20))
     ids = list(range(17))
     model = Scripted(table)
     counted: list[int] = []
-    result = evaluate(ids, model, None, 8, 3, counted.append)
+    result = evaluate(ids, model, None, 8, together, counted.append)
     # 17 = 8 + 8 + 1: the last window has nothing to predict; in the others 7 of 8 are predicted from 7.
     assert model.windows == [ids[0:7], ids[8:15]]
     assert result.model.tokens == sum(counted) == 14

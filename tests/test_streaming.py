@@ -30,10 +30,10 @@ MOSS_HEADS = replace(WIDE, n_positions=2048, n_embd=1024, n_head=4, n_inner=1024
 PROMPT = [5, 9, 200, 31, 5, 9, 200, 77, 8, 5, 9]
 
 
-def budget_for(folder: Path, context: int, share: float, threads: int = THREADS) -> int:
+def budget_for(folder: Path, context: int, share: float, threads: int = THREADS, parallel: int = 1) -> int:
     """Bytes with which about ``share`` of what could be resident is, in a process that holds nothing else yet."""
     sizes = sizes_of_store(open_store(folder))
-    empty = plan(sizes, context, 1 << 40, threads=threads)
+    empty = plan(sizes, context, 1 << 40, threads=threads, parallel=parallel)
     fixed = empty.kv_cache_bytes + empty.workspace_bytes + sizes.small_bytes + 2 * max(sizes.block_bytes)
     return fixed + int(share * sum(sizes.block_bytes))
 
@@ -100,10 +100,15 @@ print(json.dumps({"token_ids": answer.token_ids, "streamed": streamed}))
 
 
 def answer_within(
-    folder: Path, budget: int, group: Path | None = None, context: int = 256, prompt: int = 200
+    folder: Path,
+    budget: int,
+    group: Path | None = None,
+    context: int = 256,
+    prompt: int = 200,
+    program: str = PROGRAM,
 ) -> tuple[dict[str, object], Usage]:
     forget_cached(folder)
-    command = [sys.executable, "-P", "-c", PROGRAM, str(folder), str(budget), str(context), str(prompt)]
+    command = [sys.executable, "-P", "-c", program, str(folder), str(budget), str(context), str(prompt)]
     usage = run(command, group, timeout_s=90)
     assert usage.exit_code == 0, usage.errors
     return json.loads(usage.output.splitlines()[-1]), usage
@@ -148,6 +153,33 @@ def test_the_limit_counts_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         answer, usage = answer_within(folder, budgets[16], None, context, context - 8)
     assert not usage.killed_for_memory and len(answer["token_ids"]) == 6  # type: ignore[arg-type]
     assert usage.peak_process <= budgets[16], f"{usage.peak_process / MIB:.0f} MiB, {budgets}"
+
+
+SIXTEEN = """
+import json, sys
+from moss_jt import Moss
+folder, memory, *_ = sys.argv[1:]
+prompts = [[(7 * place + 31 * number) % 4000 for place in range(60 + 9 * number)] for number in range(16)]
+with Moss.load(folder, memory=int(memory), context=256, draft="off", parallel=4) as moss:
+    answers = [answer.token_ids for answer in moss.generate_many(prompts, max_new_tokens=12, seed=3)]
+    print(json.dumps({"answers": answers, "streamed": moss.plan.disk_bytes_per_pass, "passes": moss.engine.passes}))
+"""
+
+
+def test_the_limit_holds_with_sixteen_answers_at_once() -> None:
+    """More than the cache has room for: some wait, and their pages with them; in a control group, where one can be made."""
+    folder = random_folder(WIDE)
+    everything, _ = answer_within(folder, 2 << 30, program=SIXTEEN)
+    budget = budget_for(folder, 256, 0.2, parallel=4) + PROCESS
+    try:
+        with memory_group(budget + budget // 10) as group:
+            found, usage = answer_within(folder, budget, group, program=SIXTEEN)
+    except NoGroup:
+        found, usage = answer_within(folder, budget, program=SIXTEEN)
+    assert everything["streamed"] == 0 and int(str(found["streamed"])) > 0
+    assert found["answers"] == everything["answers"] and len(found["answers"]) == 16  # type: ignore[arg-type]
+    assert int(str(found["passes"])) < 16 * 12, "several share a pass"
+    assert usage.peak_process <= budget, f"{usage.peak_process / MIB:.0f} of {budget / MIB:.0f} MiB"
 
 
 def command_line(folder: Path, budget: int, tokens: int) -> list[str]:

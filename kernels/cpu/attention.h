@@ -1,29 +1,68 @@
-// Attention of new tokens over one layer of the float16 cache.
+// Attention of new tokens, each over its own sequence's pages in one layer of the float16 cache.
 //
-// Few tokens: the positions are cut into groups; every (token, head, group) is softmaxed on its own and the groups
-// are merged in their order, so that threads can share one head's long past and the result depends on nothing but the
-// token's position. Many tokens: two sgemms per head and tile of positions, over a widened copy of its keys or values.
+// Few rows: every (token, head, page) is softmaxed on its own and the pages are merged in their order, so that threads can
+// share one head's long past and the result depends on nothing but the token's position. Whole rows: two sgemms per head
+// and tile of positions, over a widened copy of its keys or values.
 #pragma once
 
 #include "gemm.h"
 
 namespace moss {
 
-constexpr int64_t kGroup = MOSS_ATTENTION_GROUP;
-constexpr int64_t kManyTokens = MOSS_FEW_TOKENS + 1;  // from here on two sgemms per head are ahead
+constexpr int64_t kFewTokens = MOSS_FEW_TOKENS;  // few rows that are worked on at once
 
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
     const uint16_t* keys;    // (P, H, D) float16: one layer
     const uint16_t* values;
     float* result;           // (T, C)
-    float* partial;          // (few tokens, H, groups, D + 2) at most: sums, then the largest score and the sum of weights
-    int64_t tokens, start_pos, heads, head_dim;
+    float* partial;          // (few tokens, H, pages, D + 2) at most: sums, then the largest score and the sum of weights
+    const int32_t *places, *pages;  // (T, 2): slot and position; (slots, pages_per_slot)
+    Pass pass;
+    int64_t pages_per_slot, heads, head_dim;
 
     int64_t width() const { return heads * head_dim; }
-    int64_t groups() const { return (start_pos + tokens + kGroup - 1) / kGroup; }
-    float* part(int64_t t, int64_t head, int64_t group) const {
-        return partial + ((t * heads + head) * groups() + group) * (head_dim + 2);
+    int64_t slot(int64_t t) const { return places[2 * t]; }
+    int64_t position(int64_t t) const { return places[2 * t + 1]; }
+    // Where a page of token t's sequence begins in keys and values.
+    int64_t page_at(int64_t t, int64_t group) const {
+        return pages[slot(t) * pages_per_slot + group] * kPage * width();
+    }
+};
+
+// New tokens of one sequence that follow one another, and the pages that they see.
+struct Run {
+    int64_t first, tokens, position;
+
+    int64_t groups() const { return (position + tokens + kPage - 1) / kPage; }
+};
+
+// Up to kFewTokens few rows, from `first` on.
+struct FewRows {
+    int64_t first, tokens, groups = 0, pieces = 0;  // groups: the most of a run; pieces: those of all runs
+    int64_t count = 0;
+    Run runs[kFewTokens];
+
+    FewRows(const Attention& a, int64_t first_, int64_t tokens_) : first(first_), tokens(tokens_) {
+        for (int64_t t = first; t < first + tokens; t++) {
+            const bool follows = t > first && a.slot(t) == a.slot(t - 1) && a.position(t) == a.position(t - 1) + 1;
+            if (follows) runs[count - 1].tokens++;
+            else runs[count++] = {t, 1, a.position(t)};
+        }
+        for (int64_t i = 0; i < count; i++) {
+            groups = std::max(groups, runs[i].groups());
+            pieces += runs[i].groups();
+        }
+    }
+    // The run and the page of one of the pieces.
+    const Run& piece(int64_t index, int64_t& group) const {
+        int64_t i = 0;
+        for (; index >= runs[i].groups(); i++) index -= runs[i].groups();
+        group = index;
+        return runs[i];
+    }
+    float* part(const Attention& a, int64_t t, int64_t head, int64_t group) const {
+        return a.partial + (((t - first) * a.heads + head) * groups + group) * (a.head_dim + 2);
     }
 };
 
@@ -90,20 +129,20 @@ inline void weigh_four(const uint16_t* v, int64_t stride, int64_t missing, const
     });
 }
 
-// What one thread works on at a time: one group of positions, a few tokens, and heads that lie side by side in the cache.
+// What one thread works on at a time: one page, a few tokens of a sequence, and heads that lie side by side in the cache.
 // It walks through the cache position by position, so that it reads memory in long runs.
 struct Piece {
     int64_t group, first_token, end_token, first_head, end_head;
 };
 
-constexpr int64_t kPieceTokens = 4, kScores = kGroup + kLanes;
+constexpr int64_t kPieceTokens = 4, kScores = kPage + kLanes;
 
-inline void attend_piece(const Attention& a, const Piece& piece) {
-    const int64_t begin = piece.group * kGroup, stride = a.width(), heads = piece.end_head - piece.first_head;
-    const int64_t tokens = piece.end_token - piece.first_token;
-    const uint16_t *k = a.keys + begin * stride, *v = a.values + begin * stride;
+inline void attend_piece(const Attention& a, const FewRows& few, const Piece& piece) {
+    const int64_t begin = piece.group * kPage, at_page = a.page_at(piece.first_token, piece.group), stride = a.width();
+    const int64_t tokens = piece.end_token - piece.first_token, heads = piece.end_head - piece.first_head;
+    const uint16_t *k = a.keys + at_page, *v = a.values + at_page;
     float* all_scores = scratch<Widened>(tokens * heads * kScores);
-    auto count = [&](int64_t t) { return std::min(kGroup, a.start_pos + t + 1 - begin); };
+    auto count = [&](int64_t t) { return std::min(kPage, a.position(t) + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
         return all_scores + ((t - piece.first_token) * heads + head - piece.first_head) * kScores;
     };
@@ -119,7 +158,7 @@ inline void attend_piece(const Attention& a, const Piece& piece) {
     });
     for (int64_t t = piece.first_token; t < piece.end_token; t++)
         for (int64_t head = piece.first_head; head < piece.end_head; head++) {
-            float *own = scores(t, head), *sums = a.part(t, head, piece.group);
+            float *own = scores(t, head), *sums = few.part(a, t, head, piece.group);
             const float largest = largest_of(own, count(t));
             std::fill(sums, sums + a.head_dim, 0.0f);
             sums[a.head_dim] = largest;
@@ -127,18 +166,19 @@ inline void attend_piece(const Attention& a, const Piece& piece) {
         }
     for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
         const int64_t at = head * a.head_dim;
-        weigh_four(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim, a.part(t, head, piece.group));
+        weigh_four(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim,
+                   few.part(a, t, head, piece.group));
     });
 }
 
-inline void merge_groups(const Attention& a, int64_t t, int64_t head) {
-    const int64_t groups = (a.start_pos + t) / kGroup + 1, head_dim = a.head_dim;
-    float largest = a.part(t, head, 0)[head_dim], total = 0.0f;
-    for (int64_t g = 1; g < groups; g++) largest = std::max(largest, a.part(t, head, g)[head_dim]);
+inline void merge_groups(const Attention& a, const FewRows& few, int64_t t, int64_t head) {
+    const int64_t groups = a.position(t) / kPage + 1, head_dim = a.head_dim;
+    float largest = few.part(a, t, head, 0)[head_dim], total = 0.0f;
+    for (int64_t g = 1; g < groups; g++) largest = std::max(largest, few.part(a, t, head, g)[head_dim]);
     float* result = a.result + t * a.width() + head * head_dim;
     std::fill(result, result + head_dim, 0.0f);
     for (int64_t g = 0; g < groups; g++) {
-        const float* sums = a.part(t, head, g);
+        const float* sums = few.part(a, t, head, g);
         const float factor = std::exp(sums[head_dim] - largest);
         total = total + factor * sums[head_dim + 1];
         const F scale = Simd::set1(factor);
@@ -150,76 +190,79 @@ inline void merge_groups(const Attention& a, int64_t t, int64_t head) {
 }
 
 // Heads per piece: enough pieces for all threads to end together, and long runs in memory.
-inline int64_t piece_heads(const Attention& a) {
+inline int64_t piece_heads(const Attention& a, int64_t groups) {
     constexpr int64_t kPiecesPerThread = 2, kLeastRun = 256;
-    const int64_t pieces = (kPiecesPerThread * omp_get_num_threads() + a.groups() - 1) / a.groups();
+    const int64_t pieces = (kPiecesPerThread * omp_get_num_threads() + groups - 1) / groups;
     return std::min(a.heads, std::max((a.heads + pieces - 1) / pieces, (kLeastRun + a.head_dim - 1) / a.head_dim));
 }
 
-inline void attend_few(const Attention& a) {
-    const int64_t step = piece_heads(a);
+inline void attend_few(const Attention& a, const FewRows& few) {
+    const int64_t step = piece_heads(a, few.pieces);
 #pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t group = 0; group < a.groups(); group++)
+    for (int64_t piece = 0; piece < few.pieces; piece++)
         for (int64_t head = 0; head < a.heads; head += step) {
-            int64_t t = std::max<int64_t>(0, group * kGroup - a.start_pos);  // the first token that sees this group
-            for (; t < a.tokens; t += kPieceTokens)
-                attend_piece(a, {group, t, std::min(a.tokens, t + kPieceTokens), head, std::min(a.heads, head + step)});
+            int64_t group;
+            const Run& run = few.piece(piece, group);
+            const int64_t end = run.first + run.tokens;
+            int64_t t = run.first + std::max<int64_t>(0, group * kPage - run.position);  // the first that sees this page
+            for (; t < end; t += kPieceTokens)
+                attend_piece(a, few, {group, t, std::min(end, t + kPieceTokens), head, std::min(a.heads, head + step)});
         }
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t t = 0; t < a.tokens; t++)
-        for (int64_t head = 0; head < a.heads; head++) merge_groups(a, t, head);
+    for (int64_t t = few.first; t < few.first + few.tokens; t++)
+        for (int64_t head = 0; head < a.heads; head++) merge_groups(a, few, t, head);
 }
 
 #ifdef MOSS_ONEDNN
 
 constexpr int64_t kTilePositions = MOSS_TILE_POSITIONS;
+static_assert(kTilePositions % kPage == 0, "tiles are whole pages");
 
-inline void widen_head(const uint16_t* rows, int64_t stride, int64_t count, int64_t head_dim, float* result) {
-    for (int64_t j = 0; j < count; j++)
+// One head's rows of a page.
+inline void widen_head(const uint16_t* rows, int64_t stride, int64_t head_dim, float* result) {
+    for (int64_t j = 0; j < kPage; j++)
         for_lanes(head_dim, [&](int64_t d, int n) {
             store_n(result + j * head_dim + d, load_half_n(rows + j * stride + d, n), n);
         });
 }
 
-// Tokens first .. first + count of one head.
-inline void attend_block(const Attention& a, int64_t head, int64_t first, int64_t count) {
-    const int64_t seen = a.start_pos + first + count, stride = a.width(), offset = head * a.head_dim;
+// One head of the page whose tokens begin at row `first`.
+inline void attend_page(const Attention& a, int64_t head, int64_t first) {
+    const int64_t seen = a.position(first) + kPage, stride = a.width(), offset = head * a.head_dim;
     const int64_t lds = (seen + kLanes - 1) / kLanes * kLanes;
-    float* tile = scratch<Widened>(std::min(seen, kTilePositions) * a.head_dim + count * lds);
+    float* tile = scratch<Widened>(std::min(seen, kTilePositions) * a.head_dim + kPage * lds);
     float* scores = tile + std::min(seen, kTilePositions) * a.head_dim;
     auto for_tiles = [&](const uint16_t* cache, auto body) {  // body(j, positions) with each tile's rows widened
         for (int64_t j = 0; j < seen; j += kTilePositions) {
             const int64_t positions = std::min(kTilePositions, seen - j);
-            widen_head(cache + j * stride + offset, stride, positions, a.head_dim, tile);
+            for (int64_t i = 0; i < positions; i += kPage)
+                widen_head(cache + a.page_at(first, (j + i) / kPage) + offset, stride, a.head_dim, tile + i * a.head_dim);
             body(j, positions);
         }
     };
     for_tiles(a.keys, [&](int64_t j, int64_t positions) {
         const float* q = a.q + first * stride + offset;
-        sgemm(true, count, positions, a.head_dim, q, stride, tile, a.head_dim, false, scores + j, lds);
+        sgemm(true, kPage, positions, a.head_dim, q, stride, tile, a.head_dim, false, scores + j, lds);
     });
     float* result = a.result + first * stride + offset;
-    float totals[kTileRows];
-    for (int64_t t = 0; t < count; t++) {
+    float totals[kPage];
+    for (int64_t t = 0; t < kPage; t++) {
         float* row = scores + t * lds;
-        const int64_t own = a.start_pos + first + t + 1;  // what this token may see
+        const int64_t own = a.position(first + t) + 1;  // what this token may see
         totals[t] = exponentials(row, own, largest_of(row, own));
         std::fill(row + own, row + seen, 0.0f);
     }
     for_tiles(a.values, [&](int64_t j, int64_t positions) {
-        sgemm(false, count, a.head_dim, positions, scores + j, lds, tile, a.head_dim, j > 0, result, stride);
+        sgemm(false, kPage, a.head_dim, positions, scores + j, lds, tile, a.head_dim, j > 0, result, stride);
     });
-    for (int64_t t = 0; t < count; t++)
+    for (int64_t t = 0; t < kPage; t++)
         for (int64_t d = 0; d < a.head_dim; d++) result[t * stride + d] /= totals[t];
 }
 
-inline void attend_many(const Attention& a) {
-    constexpr int64_t kBlock = MOSS_ATTENTION_TOKENS;
-    static_assert(kBlock <= kTileRows, "totals");
+inline void attend_whole(const Attention& a) {
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t head = 0; head < a.heads; head++)
-        for (int64_t first = 0; first < a.tokens; first += kBlock)
-            attend_block(a, head, first, std::min(kBlock, a.tokens - first));
+        for (int64_t first = 0; first < a.pass.whole; first += kPage) attend_page(a, head, first);
 }
 
 #endif
@@ -227,16 +270,10 @@ inline void attend_many(const Attention& a) {
 // To be called by every thread of a parallel region.
 inline void attend(const Attention& a) {
 #ifdef MOSS_ONEDNN
-    if (a.tokens >= kManyTokens) return attend_many(a);
+    if (a.pass.whole) attend_whole(a);
 #endif
-    for (int64_t first = 0; first < a.tokens; first += kManyTokens - 1) {  // `partial` has room for that many
-        Attention few = a;
-        few.q += first * a.width();
-        few.result += first * a.width();
-        few.start_pos += first;
-        few.tokens = std::min(kManyTokens - 1, a.tokens - first);
-        attend_few(few);
-    }
+    for (int64_t first = a.pass.whole; first < a.pass.tokens; first += kFewTokens)  // `partial` has room for that many
+        attend_few(a, FewRows(a, first, std::min(kFewTokens, a.pass.tokens - first)));
 }
 
 }  // namespace moss

@@ -13,11 +13,12 @@ struct Block {
     const uint16_t *norm_weight, *norm_bias;       // (C,)
     M qkv, out_proj, fc_in, fc_out;
     const uint16_t *fc_in_bias, *fc_out_bias;
-    uint16_t *keys, *values;                       // (P, H, D) of this layer
+    uint16_t *keys, *values;                       // (P, H, D) of this layer, page after page
+    const int32_t *places, *pages;                 // (T, 2): slot and position; (slots, pages_per_slot)
     const float* rotary;                           // (positions, 2, pairs)
     float* result;                                 // (T, C)
     float* workspace;
-    int64_t tokens, start_pos, heads, head_dim, pairs;
+    int64_t tokens, whole, pages_per_slot, heads, head_dim, pairs;
     float epsilon;
 
     int64_t width() const { return heads * head_dim; }
@@ -26,11 +27,12 @@ struct Block {
 // Where the intermediate results lie in the workspace; kernels/needs.py counts the same.
 template <class M>
 struct Workspace {
+    const Pass pass;
     float *normed, *q, *attended, *inner;              // (T, C), (T, C), (T, C), (T, I)
-    float *qkv_x, *fc_in_x, *out_x, *fc_out_x;         // inputs in each matrix's own order
+    Inputs qkv_x, fc_in_x, out_x, fc_out_x;            // inputs in each matrix's own order
     float* partial;
 
-    explicit Workspace(const Block<M>& b) {
+    explicit Workspace(const Block<M>& b) : pass(b.tokens, b.whole) {
         float* free = aligned(b.workspace);
         auto take = [&](int64_t columns) {
             float* part = free;
@@ -42,13 +44,24 @@ struct Workspace {
         q = take(width);
         attended = take(width);
         inner = take(inner_width);
-        const bool few = !many(b.tokens);
-        qkv_x = rearranged(b.qkv, few) ? take(width) : normed;
+        auto inputs = [&](const M& m, float* plain) {
+            const bool whole = pass.whole && rearranged(m, false);
+            const bool few = pass.whole < pass.tokens && rearranged(m, true);
+            float* other = whole || few ? take(m.k) : plain;
+            return Inputs{whole ? other : plain, few ? other : plain, rows_of_gemm(m.k, pass)};
+        };
+        qkv_x = inputs(b.qkv, normed);
         const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.arranged() == b.fc_in.arranged();
-        fc_in_x = as_qkv ? qkv_x : rearranged(b.fc_in, few) ? take(width) : normed;
-        out_x = rearranged(b.out_proj, few) ? take(width) : attended;
-        fc_out_x = rearranged(b.fc_out, few) ? take(inner_width) : inner;
+        fc_in_x = as_qkv ? qkv_x : inputs(b.fc_in, normed);
+        out_x = inputs(b.out_proj, attended);
+        fc_out_x = inputs(b.fc_out, inner);
         partial = free;
+    }
+
+    // Token t's inputs of a matrix from its row of `plain`, where it takes them in another form.
+    void arrange(const M& m, const Inputs& x, int64_t t, const float* plain) const {
+        float* own = pass.few(t) ? x.few : x.whole;
+        if (own != plain) rearrange(m, pass.few(t), plain + t * m.k, own + t * m.k);
     }
 };
 
@@ -58,7 +71,9 @@ inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, in
     const int64_t width = b.width(), head_dim = b.head_dim;
     const float scale = 1.0f / std::sqrt((float)head_dim);
     for (int64_t t = 0; t < b.tokens; t++) {
-        const int64_t position = b.start_pos + t;
+        const int64_t position = b.places[2 * t + 1];
+        const int64_t page = b.pages[b.places[2 * t] * b.pages_per_slot + position / kPage];
+        const int64_t at = (page * kPage + position % kPage) * width;
         const float* table = b.rotary + position * 2 * b.pairs;
         for (int64_t n = first; n < end;) {  // piece by piece, each within one head of one of the three parts
             const int64_t part = n / width, column = n % width, in_head = column % head_dim;
@@ -69,7 +84,7 @@ inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, in
             if (part == 0)
                 for (int64_t i = 0; i < count; i++) q[t * width + column + i] = piece[i] * scale;
             else
-                narrow_row(piece, count, (part == 1 ? b.keys : b.values) + position * width + column);
+                narrow_row(piece, count, (part == 1 ? b.keys : b.values) + at + column);
             n += count;
         }
     }
@@ -80,10 +95,10 @@ template <class M>
 struct Queues {
     RowQueue qkv, fc_in, output;
 
-    explicit Queues(const Block<M>& b)
-        : qkv(row_queue(b.qkv.n, b.qkv.row_bytes(), b.tokens)),
-          fc_in(row_queue(b.fc_in.n, b.fc_in.row_bytes(), b.tokens)),
-          output(row_queue(b.width(), b.out_proj.row_bytes() + b.fc_out.row_bytes(), b.tokens)) {}
+    Queues(const Block<M>& b, const Pass& pass)
+        : qkv(row_queue(b.qkv.n, b.qkv.row_bytes(), pass)),
+          fc_in(row_queue(b.fc_in.n, b.fc_in.row_bytes(), pass)),
+          output(row_queue(b.width(), b.out_proj.row_bytes() + b.fc_out.row_bytes(), pass)) {}
 };
 
 // Both products that read the normed input.
@@ -93,11 +108,11 @@ inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& que
     const int64_t ld = std::max(queues.qkv.most_rows(), queues.fc_in.most_rows());
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.qkv.take(); rows.first < rows.end; rows = queues.qkv.take()) {
-        product(b.qkv, rows.first, rows.end, w.qkv_x, b.width(), tokens, y, ld, false);
+        product(b.qkv, rows.first, rows.end, w.qkv_x, w.pass, y, ld, false);
         keep_qkv(b, w.q, y, rows.first, rows.end, ld);
     }
     for (Rows rows = queues.fc_in.take(); rows.first < rows.end; rows = queues.fc_in.take()) {
-        product(b.fc_in, rows.first, rows.end, w.fc_in_x, b.width(), tokens, y, ld, false);
+        product(b.fc_in, rows.first, rows.end, w.fc_in_x, w.pass, y, ld, false);
         for (int64_t t = 0; t < tokens; t++)
             gelu_row(y + t * ld, b.fc_in_bias + rows.first, rows.end - rows.first, w.inner + t * inner + rows.first);
     }
@@ -109,8 +124,8 @@ inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& qu
     const int64_t tokens = b.tokens, width = b.width(), ld = queues.output.most_rows();
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.output.take(); rows.first < rows.end; rows = queues.output.take()) {
-        product(b.out_proj, rows.first, rows.end, w.out_x, width, tokens, y, ld, false);
-        product(b.fc_out, rows.first, rows.end, w.fc_out_x, b.fc_out.k, tokens, y, ld, true);
+        product(b.out_proj, rows.first, rows.end, w.out_x, w.pass, y, ld, false);
+        product(b.fc_out, rows.first, rows.end, w.fc_out_x, w.pass, y, ld, true);
         for (int64_t t = 0; t < tokens; t++)
             for_lanes(rows.end - rows.first, [&](int64_t i, int n) {
                 const F sum = Simd::add(load_n(y + t * ld + i, n), load_half_n(b.fc_out_bias + rows.first + i, n));
@@ -123,35 +138,33 @@ inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& qu
 template <class M>
 inline void run_block(const Block<M>& b) {
     const Workspace<M> w(b);
-    const Attention attention{w.q,      b.keys,      b.values, w.attended, w.partial,
-                              b.tokens, b.start_pos, b.heads,  b.head_dim};
-    Queues<M> queues(b);
-    const int64_t tokens = b.tokens, width = b.width(), inner = b.fc_in.n;
-    const bool few = !many(tokens);
+    const Attention attention{w.q,     b.keys,  b.values,         w.attended, w.partial, b.places,
+                              b.pages, w.pass,  b.pages_per_slot, b.heads,    b.head_dim};
+    Queues<M> queues(b, w.pass);
+    const int64_t tokens = b.tokens, width = b.width();
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
-            float* row = w.normed + t * width;
-            layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, row);
-            if (w.qkv_x != w.normed) rearrange(b.qkv, few, row, w.qkv_x + t * width);
-            if (w.fc_in_x != w.normed && w.fc_in_x != w.qkv_x) rearrange(b.fc_in, few, row, w.fc_in_x + t * width);
+            layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, w.normed + t * width);
+            w.arrange(b.qkv, w.qkv_x, t, w.normed);
+            const bool shared = w.fc_in_x.whole == w.qkv_x.whole && w.fc_in_x.few == w.qkv_x.few;
+            if (!shared) w.arrange(b.fc_in, w.fc_in_x, t, w.normed);
         }
         block_input(b, w, queues);
-        if (w.fc_out_x != w.inner) {
+        if (w.fc_out_x.apart(w.inner)) {
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < tokens; t++) rearrange(b.fc_out, few, w.inner + t * inner, w.fc_out_x + t * inner);
+            for (int64_t t = 0; t < tokens; t++) w.arrange(b.fc_out, w.fc_out_x, t, w.inner);
         }
         attend(attention);
-        if (w.out_x != w.attended) {
+        if (w.out_x.apart(w.attended)) {
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; t++)
-                rearrange(b.out_proj, few, w.attended + t * width, w.out_x + t * width);
+            for (int64_t t = 0; t < tokens; t++) w.arrange(b.out_proj, w.out_x, t, w.attended);
         }
         block_output(b, w, queues);
     }
 #ifdef MOSS_ONEDNN
-    if (tokens >= kManyTokens) give_back();
+    if (w.pass.whole) give_back();
 #endif
 }
 

@@ -1,4 +1,7 @@
-// Products with many tokens: tiles of the matrix are widened to float32 in the cache and given to oneDNN's sgemm.
+// Products with whole pages of a prompt: tiles of the matrix are widened to float32 in the cache and given to oneDNN's sgemm.
+//
+// Which way a token takes must not depend on who shares its pass. So it is not the pass that decides, but the token's own
+// page: the rows of a pass are `whole` ones, of pages that are computed as a whole, and after them few ones (linear.h).
 #pragma once
 
 #include <malloc.h>
@@ -6,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <vector>
 
 #include "linear.h"
 #include "queue.h"
@@ -17,7 +22,7 @@ extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_
 
 namespace moss {
 
-constexpr int64_t kGemmTokens = MOSS_GEMM_TOKENS;  // from here on sgemm is ahead
+constexpr int64_t kPage = MOSS_PAGE;  // tokens of a page, for which sgemm is ahead
 constexpr int64_t kTileRows = MOSS_TILE_ROWS, kTileInputs = MOSS_TILE_INPUTS;
 
 // What a thread has scratch memory for: the rows that it works on, and beside them keys, values and scores, or a tile.
@@ -99,42 +104,111 @@ inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, flo
     }
 }
 
+// Whether sgemm gives a page's rows the same bits alone and among others. It adds in an order that follows the inputs, not
+// the rows, as far as its builds are known; so this is tried on each machine, once for each number of inputs.
+inline bool rows_alike(int64_t inputs) {
+    struct Tried {
+        int64_t inputs;
+        bool alike;
+    };
+    static std::vector<Tried> tried;
+    for (const Tried& one : tried)
+        if (one.inputs == inputs) return one.alike;
+    constexpr int64_t kMost = 8 * kPage;
+    std::vector<float> x(kMost * inputs), tile(kTileRows * inputs), alone(kMost * kTileRows), among(kMost * kTileRows);
+    uint32_t state = 1;
+    auto fill = [&](std::vector<float>& values) {
+        for (float& value : values) value = (float)((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-23f - 1.0f;
+    };
+    fill(x), fill(tile);
+    bool alike = true;
+#pragma omp parallel
+#pragma omp single
+    {
+        for (int64_t t = 0; t < kMost; t += kPage)
+            sgemm(true, kPage, kTileRows, inputs, x.data() + t * inputs, inputs, tile.data(), inputs, false,
+                  alone.data() + t * kTileRows, kTileRows);
+        for (int64_t pages = 2; pages <= 8; pages += 3) {
+            sgemm(true, pages * kPage, kTileRows, inputs, x.data(), inputs, tile.data(), inputs, false, among.data(),
+                  kTileRows);
+            alike = alike && !std::memcmp(alone.data(), among.data(), pages * kPage * kTileRows * sizeof(float));
+        }
+    }
+    tried.push_back({inputs, alike});
+    return alike;
+}
+
+// How many whole rows go into one sgemm. To be asked outside of a parallel region.
+inline int64_t rows_at_once(int64_t k, int64_t whole) {
+    const bool alike = whole <= kPage || ((k < kTileInputs || rows_alike(kTileInputs)) &&
+                                          (k % kTileInputs == 0 || rows_alike(k % kTileInputs)));
+    return alike ? std::max(whole, kPage) : kPage;
+}
+
 template <class M>
 inline void product_tiled(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
-                          float* y, int64_t ldy, bool add) {
+                          int64_t at_once, float* y, int64_t ldy, bool add) {
     float* tile = scratch<Widened>(kTileRows * kTileInputs);
     for (int64_t n = first; n < end; n += kTileRows) {
         const int64_t rows = std::min(kTileRows, end - n);
         for (int64_t k = 0; k < m.k; k += kTileInputs) {
             const int64_t inputs = std::min(kTileInputs, m.k - k);
             for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * inputs);
-            sgemm(true, tokens, rows, inputs, x + k, ldx, tile, inputs, add || k > 0, y + (n - first), ldy);
+            for (int64_t t = 0; t < tokens; t += at_once)
+                sgemm(true, std::min(at_once, tokens - t), rows, inputs, x + t * ldx + k, ldx, tile, inputs, add || k > 0,
+                      y + t * ldy + (n - first), ldy);
         }
     }
 }
 
-inline bool many(int64_t tokens) { return tokens >= kGemmTokens; }
+constexpr bool kHasGemm = true;
 
 #else
 
-inline bool many(int64_t) { return false; }
+constexpr bool kHasGemm = false;
 
 #endif
+
+// The rows of a pass: `whole` ones, and after them few ones.
+struct Pass {
+    int64_t tokens, whole;
+
+    Pass(int64_t tokens_, int64_t whole_) : tokens(tokens_), whole(kHasGemm ? whole_ : 0) {}
+    bool few(int64_t t) const { return t >= whole; }
+};
+
+// One matrix's inputs, (tokens, k): where the whole rows lie, and where the few ones.
+struct Inputs {
+    float *whole, *few;
+    int64_t at_once;  // whole rows that go into one sgemm
+
+    bool apart(const float* plain) const { return whole != plain || few != plain; }
+};
 
 // y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end.
 template <class M>
-inline void product(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
-                    int64_t ldy, bool add) {
+inline void product(const M& m, int64_t first, int64_t end, const Inputs& x, const Pass& pass, float* y, int64_t ldy,
+                    bool add) {
+    const int64_t whole = pass.whole;
 #ifdef MOSS_ONEDNN
-    if (many(tokens)) return product_tiled(m, first, end, x, ldx, tokens, y, ldy, add);
+    if (whole) product_tiled(m, first, end, x.whole, m.k, whole, x.at_once, y, ldy, add);
 #endif
-    product_few(m, first, end, x, ldx, tokens, y, ldy, add);
+    if (whole < pass.tokens)
+        product_few(m, first, end, x.few + whole * m.k, m.k, pass.tokens - whole, y + whole * ldy, ldy, add);
 }
 
 // Work for all threads: rows of a product with this many bytes in each, in pieces that suit the pass.
-inline RowQueue row_queue(int64_t rows, int64_t row_bytes, int64_t tokens) {
-    if (many(tokens)) return RowQueue(rows, 1, kTileRows, kTileRows);
+inline RowQueue row_queue(int64_t rows, int64_t row_bytes, const Pass& pass) {
+    if (pass.whole) return RowQueue(rows, 1, kTileRows, kTileRows);
     return RowQueue(rows, row_bytes, MOSS_LEAST_TAKEN, MOSS_MOST_TAKEN);
+}
+
+inline int64_t rows_of_gemm(int64_t k, const Pass& pass) {
+#ifdef MOSS_ONEDNN
+    return rows_at_once(k, pass.whole);
+#else
+    return kPage;
+#endif
 }
 
 }  // namespace moss

@@ -11,14 +11,16 @@ struct Head {
     Dense weight;                             // (V, C)
     const uint16_t* bias;                     // (V,)
     float *workspace, *logits;                // (R, C) with room to align it, (R, V)
-    int64_t rows;
+    int64_t rows, whole;
     float epsilon;
 };
 
 inline void run_head(const Head& a) {
     const int64_t width = a.weight.k, vocab = a.weight.n;
     float* normed = aligned(a.workspace);
-    RowQueue queue = row_queue(vocab, a.weight.row_bytes(), a.rows);
+    const Pass pass(a.rows, a.whole);
+    const Inputs x{normed, normed, rows_of_gemm(width, pass)};
+    RowQueue queue = row_queue(vocab, a.weight.row_bytes(), pass);
     const int64_t ld = queue.most_rows();
 #pragma omp parallel
     {
@@ -27,7 +29,7 @@ inline void run_head(const Head& a) {
             layer_norm(a.h + r * width, a.norm_weight, a.norm_bias, a.epsilon, width, normed + r * width);
         float* y = scratch<Results>(ld * a.rows);
         for (Rows rows = queue.take(); rows.first < rows.end; rows = queue.take()) {
-            product(a.weight, rows.first, rows.end, normed, width, a.rows, y, ld, false);
+            product(a.weight, rows.first, rows.end, x, pass, y, ld, false);
             for (int64_t r = 0; r < a.rows; r++)
                 for_lanes(rows.end - rows.first, [&](int64_t i, int n) {
                     const F logit = Simd::add(load_n(y + r * ld + i, n), load_half_n(a.bias + rows.first + i, n));

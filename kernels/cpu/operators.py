@@ -9,7 +9,7 @@ from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
@@ -25,6 +25,7 @@ head.bias = (const uint16_t*)in4_p;
 head.logits = (float*)out0_p;
 head.workspace = (float*)out1_p;
 head.rows = in0_shape0;
+head.whole = (int64_t)data["whole"];
 head.epsilon = (float)data["epsilon"];
 moss::run_head(head);
 """
@@ -37,15 +38,18 @@ block.norm_bias = (const uint16_t*)in2_p;
 block.fc_in_bias = (const uint16_t*)in3_p;
 block.fc_out_bias = (const uint16_t*)in4_p;
 block.rotary = (const float*)in5_p;
-const int64_t layer = (int64_t)data["layer"] * in6_shape1 * in6_shape2 * in6_shape3;
-block.keys = (uint16_t*)in6_p + layer;
-block.values = (uint16_t*)in7_p + layer;
+block.places = (const int32_t*)in6_p;
+block.pages = (const int32_t*)in7_p;
+block.pages_per_slot = in7_shape1;
+const int64_t layer = (int64_t)data["layer"] * in8_shape1 * in8_shape2 * in8_shape3;
+block.keys = (uint16_t*)in8_p + layer;
+block.values = (uint16_t*)in9_p + layer;
 block.result = (float*)out0_p;
 block.workspace = (float*)out1_p;
 block.tokens = in0_shape0;
-block.start_pos = (int64_t)data["start_pos"];
-block.heads = in6_shape2;
-block.head_dim = in6_shape3;
+block.whole = (int64_t)data["whole"];
+block.heads = in8_shape2;
+block.head_dim = in8_shape3;
 block.pairs = in5_shape2;
 block.epsilon = (float)data["epsilon"];
 MATRICES
@@ -58,7 +62,7 @@ MATRIX_NAMES = (
     "fc_in",
     "fc_out",
 )  # as block.h calls them: Jittor defines a macro named out
-FIRST_MATRIX = 8  # the first input that belongs to a matrix
+FIRST_MATRIX = 10  # the first input that belongs to a matrix
 
 
 def dense_source() -> str:
@@ -99,8 +103,7 @@ class CheckedBlock:
 class CpuOperators:
     """See :class:`moss_jt.kernels.interface.Operators`.
 
-    For passes of 1 to FEW_TOKENS tokens (see moss_jt.kernels.needs), each token's result is the same, bit for bit,
-    however many tokens share the pass.
+    A token's result is the same, bit for bit, whoever shares the pass; whole pages' are other bits than few tokens'.
 
     Args:
         config: the model's geometry.
@@ -121,7 +124,7 @@ class CpuOperators:
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var) -> Var:
+    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var, whole: int = 0) -> Var:
         rows, width, vocab = h.shape[0], self.config.n_embd, weight.shape[0]
         check_shape("h", h, (rows, width))
         for name, var, shape in (
@@ -133,34 +136,30 @@ class CpuOperators:
             check_shape(name, var, shape)
             check_dtype(name, var, "float16")
         inputs = [h, norm_weight, norm_bias, weight, bias]
-        data = {"epsilon": self.config.layer_norm_epsilon}
-        return run(
-            self.simd,
-            "head.h",
-            HEAD,
-            [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)],
-            inputs,
-            data,
-        )[0]
+        data = {"epsilon": self.config.layer_norm_epsilon, "whole": whole}
+        shapes = [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)]
+        return run(self.simd, "head.h", HEAD, shapes, inputs, data)[0]
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
-        config, tokens = self.config, h.shape[0]
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+        config, tokens = self.config, places.count
         check_shape("h", h, (tokens, config.n_embd))
-        check_cache(keys, values, config.n_head, config.head_dim, layer, start_pos, tokens)
-        if keys.shape[1] > config.n_positions:
-            raise ValueError(f"the cache has {keys.shape[1]} positions; the model has {config.n_positions}")
+        check_cache(keys, values, config, layer, places)
         checked = self._checked.get(weights)
         if checked is None:
             checked = self._checked[weights] = self._check(weights)
-        inputs = [h, *checked.vectors, self.rotary, keys, values, *checked.matrices]
-        data = {"layer": layer, "start_pos": start_pos, "epsilon": config.layer_norm_epsilon}
-        shapes = [(tokens, config.n_embd), (self._workspace(checked, tokens, keys.shape[1]),)]
+        inputs = [
+            h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *checked.matrices
+        ]  # fmt: skip
+        data = {"layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon}
+        positions = min(keys.shape[1], config.n_positions)
+        floats = self._workspace(checked, tokens, tokens - places.whole, positions)
+        shapes = [(tokens, config.n_embd), (floats,)]
         return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits], shapes, inputs, data)[0]
 
-    def _workspace(self, checked: CheckedBlock, tokens: int, positions: int) -> int:
+    def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
         needs = CpuNeeds(self.config, checked.bits)
         onednn = onednn_folder() is not None
-        return needs.block_floats(tokens, positions, ordered=checked.ordered, onednn=onednn)
+        return needs.block_floats(tokens, positions, few=few, ordered=checked.ordered, onednn=onednn)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)

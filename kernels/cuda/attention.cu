@@ -1,6 +1,7 @@
 // Rotary embedding with the cache's new entries, and attention of new tokens over the cache.
 //
-// The cache holds one layer's keys and values as (P, H, D) float16, in pages of kPage positions. A block does some pages for one query of
+// The cache holds one layer's keys and values as (P, H, D) float16, in pages of kPage positions; a token's sequence has its pages in any
+// order: places (T, 2) are slots and positions, pages (slots, per_slot) each slot's pages. A block does some pages for one query of
 // one head: four warps, a warp four positions at once, 16 bytes of each key and value per lane, all asked for together, with an online
 // softmax. What the blocks of a query found is combined afterwards, page after page, so that a token's bits depend on nothing but its
 // own keys and values.
@@ -13,19 +14,25 @@ constexpr int kLane = kWarp + 4, kPerWarp = kDims * kLane + 2;  // where the war
 constexpr int kSplitsAtOnce = 4;
 constexpr int kNumbers = 4;  // floats beside a part's D sums: the largest score, the sum of the weights, and two of nothing
 
+// Where in the cache the page lies that a position of a slot is in.
+template <typename Pages>
+__device__ __forceinline__ long long page_of(const Pages& pages, int per_slot, int slot, int position) {
+    return (long long)pages[(long long)slot * per_slot + position / kPage] * kPage;
+}
+
 // A number as float16 can hold it, as on the CPU: an infinity in the cache would make every later token NaN.
 __device__ __forceinline__ __half saturated(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
-// qkv (parts, T, 3 * H * D) float32 -> q (T, H * D) rotated, keys (rotated) and values at positions start_pos onward.
+// qkv (parts, T, 3 * H * D) float32 -> q (T, H * D) rotated, keys (rotated) and values where places and pages say.
 // rotary (P, 2, pairs): cosines, sines. Pairs are (2t, 2t + 1) of the first 2 * pairs dimensions. One thread per pair of dimensions.
 extern "C" __global__ void rotary_cache(
-    IN(float) qkv, IN(float) rotary, OUT(float) q, OUT(__half) keys, OUT(__half) values, int parts, int tokens, int heads,
-    int head_dim, int pairs, int start_pos) {
+    IN(float) qkv, IN(float) rotary, OUT(float) q, OUT(__half) keys, OUT(__half) values, IN(int) places, IN(int) pages, int parts,
+    int tokens, int heads, int head_dim, int pairs, int per_slot) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const int width = heads * head_dim, half_width = width / 2;
     if (i >= (long long)tokens * half_width) return;
     const int t = (int)(i / half_width), at = (int)(i % half_width) * 2, pair = at % head_dim / 2;
-    const long long row = (long long)t * 3 * width + at, position = start_pos + t, count = (long long)tokens * 3 * width;
+    const long long row = (long long)t * 3 * width + at, position = places[2 * t + 1], count = (long long)tokens * 3 * width;
     float two[3][2];
 #pragma unroll
     for (int which = 0; which < 3; which++)
@@ -40,7 +47,7 @@ extern "C" __global__ void rotary_cache(
             two[which][1] = odd * c + even * s;
         }
     }
-    const long long slot = position * width + at;
+    const long long slot = (page_of(pages, per_slot, places[2 * t], (int)position) + position % kPage) * width + at;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         q[(long long)t * width + at + j] = two[0][j];
@@ -53,12 +60,13 @@ __device__ __forceinline__ int splits_of(int seen, int pages_each) {
     return (seen + kPage * pages_each - 1) / (kPage * pages_each);
 }
 
-// partial (T, H, splits, D + kNumbers); grid (H, T, splits), kThreads threads. Token t attends to positions 0 .. start_pos + t, of which
+// partial (T, H, splits, D + kNumbers); grid (H, T, splits), kThreads threads. A token attends to its sequence's positions up to its own, of which
 // split s does those on pages s * pages_each onward.
 extern "C" __global__ void attention(
-    IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) partial, int heads, int head_dim, int start_pos, int pages_each) {
+    IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) partial, IN(int) places, IN(int) pages, int heads, int head_dim,
+    int per_slot, int pages_each) {
     SHARED(float, merged, kWarpsPerBlock * kPerWarp);
-    const int head = blockIdx.x, t = blockIdx.y, seen = start_pos + t + 1;
+    const int head = blockIdx.x, t = blockIdx.y, slot_of = places[2 * t], seen = places[2 * t + 1] + 1;
     const int begin = blockIdx.z * pages_each * kPage, end = min(seen, begin + pages_each * kPage);
     if (begin >= seen) return;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, width = heads * head_dim;
@@ -69,7 +77,7 @@ extern "C" __global__ void attention(
     for (int i = 0; i < kDims; i++) query[i] = mine ? q[(long long)t * width + head * head_dim + dim + i] * scale : 0.0f;
     float largest = -1e30f, total = 0;
     for (int page = begin; page < end; page += kPage) {
-        const long long page_at = (long long)page * width + head * head_dim + dim;  // the one place that knows where a page lies
+        const long long page_at = page_of(pages, per_slot, slot_of, page) * width + head * head_dim + dim;
         const int last = min(kPage, end - page) - 1;
         for (int first = warp * kAtOnce; first <= last; first += kWarpsPerBlock * kAtOnce) {
             uint4 key[kAtOnce], value[kAtOnce];
@@ -134,10 +142,10 @@ extern "C" __global__ void attention(
 // context (T, H * D) of what attention() gave; grid (H, T), kThreads threads. Four dimensions a thread; threads that are left over share
 // the splits.
 extern "C" __global__ void combine_attention(
-    IN(float) partial, OUT(float) context, int heads, int head_dim, int start_pos, int pages_each, int splits) {
+    IN(float) partial, OUT(float) context, IN(int) places, int heads, int head_dim, int pages_each, int splits) {
     SHARED(float, sums, kThreads * 5);
     const int head = blockIdx.x, t = blockIdx.y, lane = threadIdx.x % kWarp, stride = head_dim + kNumbers;
-    const int used = splits_of(start_pos + t + 1, pages_each);
+    const int used = splits_of(places[2 * t + 1] + 1, pages_each);
     const long long from = ((long long)t * heads + head) * splits * stride;
     float most = -1e30f;
     for (int split = lane; split < used; split += kWarp) most = fmaxf(most, partial[from + split * stride + head_dim]);

@@ -12,9 +12,9 @@ namespace moss_launch {
 // cuLaunchKernel: the function, three sizes of the grid and three of a block, shared memory, stream, arguments, and a null pointer.
 using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
 
-// As in recording.py. What an argument of the table is: a number, the position where the pass begins, or an array in one of the
+// As in recording.py. What an argument of the table is: a number, or an array in one of the
 // operation's memories; those of a layer lie so many bytes on.
-enum Kind { kNumber, kStart, kArray, kLayersArray };
+enum Kind { kNumber, kArray, kLayersArray };
 
 // A card reads the value only; the tests' emulation also asks how many elements an array has.
 struct Argument {
@@ -26,7 +26,7 @@ constexpr int kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
 
 // table: the number of launches; for each its function, the grid, the threads of a block and the number of arguments, and for each of
 // those its kind, memory, value or offset in bytes, and number of elements.
-inline void run(const int64_t* table, Launch launch, char* const* memories, int64_t start, int64_t layer_bytes) {
+inline void run(const int64_t* table, Launch launch, char* const* memories, int64_t layer_bytes) {
     Argument arguments[kMostArguments];
     void* parameters[kMostArguments];
     for (int64_t left = *table++; left > 0; left--) {
@@ -36,7 +36,6 @@ inline void run(const int64_t* table, Launch launch, char* const* memories, int6
         for (int64_t i = 0; i < count; i++, table += 4) {
             const int64_t kind = table[0];
             uint64_t value = (uint64_t)table[2];
-            if (kind == kStart) value = (uint64_t)start;
             if (kind == kArray || kind == kLayersArray)
                 value = (uint64_t)(uintptr_t)(memories[table[1]] + table[2] + (kind == kLayersArray ? layer_bytes : 0));
             arguments[i] = {value, (uint64_t)table[3]};

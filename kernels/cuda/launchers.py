@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.kernels.cuda.cublas import Array, multiply
-from moss_jt.kernels.needs import FEW_TOKENS
+from moss_jt.kernels.interface import PAGE
 
 WARP = 32
 WARPS_PER_BLOCK = 4
@@ -25,7 +25,6 @@ NORM_THREADS = 512  # kNormThreads in elementwise.cu
 ENOUGH_BLOCKS = 800
 LEAST_PIECES = 2
 MAX_HEAD_DIM = 256
-PAGE = 64  # positions: kPage in attention.cu
 NUMBERS = 4  # kNumbers there
 
 
@@ -173,50 +172,69 @@ class Launchers:
         """out = h + x + bias; h, out (T, C), x (T, C) or (parts, T, C) float32, bias (C,) float16."""
         self.each("elementwise.cu", "add_block", out.size, h, x, bias, out, *_parts(x))
 
-    def rotary_cache(self, qkv: Array, rotary: Array, keys: Array, values: Array, start_pos: int) -> Array:
+    def rotary_cache(
+        self, qkv: Array, rotary: Array, keys: Array, values: Array, places: Array, pages: Array
+    ) -> Array:
         """Rotate queries and keys and write keys and values into one layer's cache.
 
         qkv           (T, 3 * H * D) or (parts, T, 3 * H * D) float32
         rotary        (P', 2, pairs) float32: cosines and sines of each position
-        keys, values  (P, H, D) float16, written at start_pos .. start_pos + T - 1
+        keys, values  (P, H, D) float16, written where the tokens belong
+        places        (T, 2) int32: slot and position of each token, checked by moss_jt.kernels.checks
+        pages         (S, G) int32: each slot's pages
         Returns the queries (T, H * D) float32.
         """
-        (parts, tokens, _), (positions, heads, head_dim) = _parts(qkv), keys.shape
-        if start_pos < 0 or start_pos + tokens > min(positions, rotary.shape[0]) or head_dim % 2:
-            raise ValueError(
-                f"{tokens} tokens at {start_pos} do not fit into a cache of {positions} positions"
-            )
+        (parts, tokens, _), (_, heads, head_dim) = _parts(qkv), keys.shape
+        if head_dim % 2 or tuple(places.shape) != (tokens, 2):
+            raise ValueError(f"{tokens} tokens of heads of {head_dim} dimensions have places {places.shape}")
         q = self.cupy.empty((tokens, heads * head_dim), np.float32)
         count = tokens * heads * head_dim // 2
-        sizes = (parts, tokens, heads, head_dim, rotary.shape[2], start_pos)
-        self.each("attention.cu", "rotary_cache", count, qkv, rotary, q, keys, values, *sizes)
+        sizes = (parts, tokens, heads, head_dim, rotary.shape[2], pages.shape[1])
+        self.each("attention.cu", "rotary_cache", count, qkv, rotary, q, keys, values, places, pages, *sizes)
         return q
 
-    def attention(self, q: Array, keys: Array, values: Array, start_pos: int) -> Array:
-        """Attention of T queries (T, H * D) float32 over one layer's cache (P, H, D) float16; token t sees 0 .. start_pos + t."""
-        tokens, (positions, heads, head_dim) = q.shape[0], keys.shape
-        if head_dim % 8 or head_dim > MAX_HEAD_DIM or start_pos + tokens > positions:
+    def attention(
+        self, q: Array, keys: Array, values: Array, places: Array, pages: Array, whole: bool = False
+    ) -> Array:
+        """Attention of T queries (T, H * D) float32 over one layer's cache (P, H, D) float16; places, pages as above."""
+        tokens, (_, heads, head_dim) = q.shape[0], keys.shape
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"attention needs heads of 8 to {MAX_HEAD_DIM} dimensions, a multiple of 8; this has {head_dim}"
             )
-        # Few tokens: a block for each page. Many: they are blocks enough, and what pages found would take too much memory.
-        pages = -(-positions // PAGE)
-        pages_each = 1 if tokens <= FEW_TOKENS else pages
-        splits = -(-pages // pages_each)
+        # Few tokens: a block for each page. Whole pages: they are blocks enough, and what each page found would take too
+        # much memory.
+        most = pages.shape[1]
+        pages_each = most if whole else 1
+        splits = -(-most // pages_each)
         partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
-        sizes = (heads, head_dim, start_pos, pages_each)
-        self.launch("attention.cu", "attention", (heads, tokens, splits), q, keys, values, partial, *sizes)
+        sizes = (heads, head_dim, most, pages_each)
+        self.launch(
+            "attention.cu",
+            "attention",
+            (heads, tokens, splits),
+            q,
+            keys,
+            values,
+            partial,
+            places,
+            pages,
+            *sizes,
+        )
         out = self.cupy.empty(q.shape, np.float32)
-        self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, *sizes, splits)
+        sizes = (heads, head_dim, pages_each, splits)
+        self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, places, *sizes)
         return out
 
-    def dense(self, x: Array, weight: Array) -> Array:
+    def dense(self, x: Array, weight: Array, whole: bool = False) -> Array:
         """x (T, K) float32 times weight (N, K) float16 -> (T, N) float32; K is a multiple of 8."""
-        return self._summed(self.products([Product(x, weight)])[0])
+        return self._summed(self.products([Product(x, weight)], whole)[0])
 
-    def packed(self, x: Array, packed: Array, scales: Array, zeros: Array, bits: int) -> Array:
+    def packed(
+        self, x: Array, packed: Array, scales: Array, zeros: Array, bits: int, whole: bool = False
+    ) -> Array:
         """x (T, K) float32 times a packed matrix (see moss_jt.store.quant) -> (T, N) float32; groups of a multiple of 32 inputs."""
-        return self._summed(self.products([Product(x, packed, bits, scales, zeros)])[0])
+        return self._summed(self.products([Product(x, packed, bits, scales, zeros)], whole)[0])
 
     def _summed(self, parts: Array) -> Array:
         if parts.shape[0] == 1:
@@ -225,26 +243,34 @@ class Launchers:
         self.each("linear.cu", "add_parts", out.size, parts, out, parts.shape[0], out.size)
         return out
 
-    def products(self, products: Sequence[Product]) -> list[Array]:
-        """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed."""
+    def products(self, products: Sequence[Product], whole: bool = False) -> list[Array]:
+        """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed.
+
+        Args:
+            whole: the tokens are whole pages, and go through cuBLAS page by page, since its sums may depend on how many rows
+                it has; otherwise a token gets the same bits among any others.
+        """
         return self._multiply(
             products,
+            whole,
             lambda product, parts: self.cupy.empty((parts, product.x.shape[0], product.outputs), np.float32),
         )
 
-    def sum_of_products(self, products: Sequence[Product]) -> Array:
+    def sum_of_products(self, products: Sequence[Product], whole: bool = False) -> Array:
         """The same for two whose results are added: (parts, T, N) float32, with the parts of both."""
         kind, tokens = KINDS[products[0].bits], products[0].x.shape[0]
-        splits = [kind.split(p.outputs, p.inputs)[0] if tokens <= FEW_TOKENS else 1 for p in products]
+        splits = [kind.split(p.outputs, p.inputs)[0] if not whole else 1 for p in products]
         out = self.cupy.empty((sum(splits), tokens, products[0].outputs), np.float32)
         pieces = [out[: splits[0]], out[splits[0] :]]
-        self._multiply(products, lambda product, _: pieces.pop(0))
+        self._multiply(products, whole, lambda product, _: pieces.pop(0))
         return out
 
-    def _multiply(self, products: Sequence[Product], place: Callable[[Product, int], Array]) -> list[Array]:
+    def _multiply(
+        self, products: Sequence[Product], whole: bool, place: Callable[[Product, int], Array]
+    ) -> list[Array]:
         for product in products:
             product.check()
-        if products[0].x.shape[0] > FEW_TOKENS:
+        if whole:
             return [self._by_cublas(product, place(product, 1)) for product in products]
         return self._by_rows(products, place)
 
@@ -255,7 +281,8 @@ class Launchers:
             weight = self.dequantize(weight, product.scales, product.zeros, product.bits)
         if product.order is not None:
             x = self.gather_inputs(x, product.order)
-        multiply(self.cupy, x, weight, out[0])
+        for first in range(0, x.shape[0], PAGE):
+            multiply(self.cupy, x[first : first + PAGE], weight, out[0][first : first + PAGE])
         return out
 
     def _by_rows(self, products: Sequence[Product], place: Callable[[Product, int], Array]) -> list[Array]:

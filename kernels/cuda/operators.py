@@ -15,9 +15,10 @@ import numpy as np
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_block, check_cache, check_shape
-from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Array, Launchers, Product
-from moss_jt.kernels.cuda.recording import Piece, Recorder, Recording, Start, launch_address, queue
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, Region, Var
+from moss_jt.kernels.cuda.launchers import Array, Launchers, Product
+from moss_jt.kernels.cuda.recording import Piece, Recorder, Recording, launch_address, queue
+from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Region, Var
+from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.config import MossConfig
 
@@ -38,8 +39,8 @@ class CudaOperators:
         self.kernels = Launchers(cupy)
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self._launch = launch_address(cupy)
-        self._layouts: dict[Hashable, dict[tuple[int, int], Recording]] = {}
-        self._blocks = weakref.WeakKeyDictionary[BlockWeights, dict[tuple[int, int], Recording]]()
+        self._layouts: dict[Hashable, dict[tuple[int, ...], Recording]] = {}
+        self._blocks = weakref.WeakKeyDictionary[BlockWeights, dict[tuple[int, ...], Recording]]()
         self._heads: dict[tuple[int, int, int], Recording] = {}
 
     def free(self) -> None:
@@ -48,54 +49,77 @@ class CudaOperators:
         pool.free_all_blocks()
         pool.set_limit(size=0)  # none
 
-    def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var) -> Var:
+    def read_page(self, keys: Var, values: Var, page: int) -> np.ndarray:
+        """A copy of a page of the cache on the host: (2, L, PAGE, H, D) float16."""
+        layers, _, heads, head_dim = keys.shape
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+
+        def work(a: Sequence[Array], out: Array) -> None:
+            out[0], out[1] = a[0][:, rows], a[1][:, rows]
+
+        found = _code((2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16)
+        copy: np.ndarray = found.numpy()
+        return copy
+
+    def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None:
+        """Put such a copy into the cache."""
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+
+        def work(a: Sequence[Array], out: Array) -> None:
+            a[0][:, rows], a[1][:, rows] = a[2][0], a[2][1]
+            out[...] = 0
+
+        _code((1, 1), [keys, values, jt.array(data)], work).sync()
+
+    def head(
+        self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var, whole: int = 0
+    ) -> Var:
         check_shape("h", h, (h.shape[0], self.config.n_embd))
         check_shape("weight", weight, (bias.shape[0], self.config.n_embd))
         tokens, rows = h.shape[0], weight.shape[0]
 
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
-            normed = kernels.layer_norm(a[0], a[1], a[2], self.config.layer_norm_epsilon)
-            kernels.add_bias(kernels.products([Product(normed, _at(a[3], weight))])[0], a[4], out)
+            for some, pages in _ways(tokens, whole):
+                normed = kernels.layer_norm(a[0][some], a[1], a[2], self.config.layer_norm_epsilon)
+                product = Product(normed, _at(a[3], weight))
+                kernels.add_bias(kernels.products([product], pages)[0], a[4], out[some])
 
         inputs = [h, norm_weight, norm_bias, weight.memory, bias]
-        if tokens > FEW_TOKENS:
+        if whole or tokens > FEW_TOKENS:
             return _code((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
         key = weight.offset, rows, tokens
         if key not in self._heads:
             self._heads[key] = self._record(work, inputs, (tokens, rows))
         return queue(self._heads[key], self._launch, (tokens, rows), inputs)
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, start_pos: int) -> Var:
-        tokens, shape = h.shape[0], tuple(keys.shape)
+    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+        tokens, shape = places.count, tuple(keys.shape)
         check_shape("h", h, (tokens, self.config.n_embd))
-        check_cache(keys, values, self.config.n_head, self.config.head_dim, layer, start_pos, tokens)
+        check_cache(keys, values, self.config, layer, places)
         recordings = self._blocks.get(weights)
         if recordings is None:
             recordings = self._blocks[weights] = self._checked(weights)
 
-        def work(kernels: Launchers, a: Sequence[Array], out: Array, start: int) -> None:
+        def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             def at(region: Region) -> Array:
                 return _at(a[1], region)
 
-            self._block(kernels, a[0], weights, at, (a[2], a[3], a[4]), start, out)
+            self._block(kernels, a[0], weights, at, a[2:7], places.whole, out)
 
-        inputs = [h, weights.ln_1_weight.memory, self.rotary, keys, values]
-        if tokens > FEW_TOKENS:
+        inputs = [
+            h, weights.ln_1_weight.memory, self.rotary, keys, values, places.tokens, places.table
+        ]  # fmt: skip
+        if places.whole or tokens > FEW_TOKENS:
             return _code(
                 h.shape,
                 inputs,
-                lambda a, out: work(self.kernels, [*a[:3], a[3][layer], a[4][layer]], out, start_pos),
+                lambda a, out: work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out),
             )
-        key = tokens, shape[1]
+        key = tokens, shape[1], *places.table.shape
         if key not in recordings:
-            recordings[key] = self._record(
-                lambda kernels, a, out: work(kernels, a, out, Start(start_pos)),
-                inputs,
-                h.shape,
-                layered=(3, 4),
-            )
+            recordings[key] = self._record(work, inputs, h.shape, layered=(3, 4))
         layer_bytes = layer * shape[1] * shape[2] * shape[3] * 2
-        return queue(recordings[key], self._launch, h.shape, inputs, start_pos, layer_bytes)
+        return queue(recordings[key], self._launch, h.shape, inputs, layer_bytes)
 
     def launches_per_block(self, weights: BlockWeights) -> int:
         """Of a block that was queued with these weights, whatever its tokens."""
@@ -124,26 +148,31 @@ class CudaOperators:
         h: Array,
         weights: BlockWeights,
         at: At,
-        tables: tuple[Array, Array, Array],
-        start_pos: int,
+        tables: Sequence[Array],
+        whole: int,
         out: Array,
     ) -> None:
-        """The block over arrays on the device; tables: rotary, and the layer's keys and values."""
-        norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
-        normed = kernels.layer_norm(h, *norm, self.config.layer_norm_epsilon)
-        qkv, inner = kernels.products(
-            [_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)]
-        )
-        q = kernels.rotary_cache(qkv, *tables, start_pos)
-        inner = kernels.bias_gelu(inner, at(weights.fc_in_bias))
-        context = kernels.attention(q, *tables[1:], start_pos)
-        # The larger matrix first: its blocks are the longer ones.
-        added = kernels.sum_of_products(
-            [_product(weights.fc_out, at, inner), _product(weights.out, at, context)]
-        )
-        kernels.add_block(h, added, at(weights.fc_out_bias), out)
+        """The block over arrays on the device; tables: rotary, the layer's keys and values, places and pages of the tokens.
 
-    def _checked(self, weights: BlockWeights) -> dict[tuple[int, int], Recording]:
+        All keys and values are there before anyone attends to them.
+        """
+        rotary, keys, values, places, pages = tables
+        norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
+        inputs = []
+        for some, by_page in _ways(h.shape[0], whole):
+            normed = kernels.layer_norm(h[some], *norm, self.config.layer_norm_epsilon)
+            products = [_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)]
+            qkv, inner = kernels.products(products, by_page)
+            q = kernels.rotary_cache(qkv, rotary, keys, values, places[some], pages)
+            inputs.append((some, by_page, q, kernels.bias_gelu(inner, at(weights.fc_in_bias))))
+        for some, by_page, q, inner in inputs:
+            context = kernels.attention(q, keys, values, places[some], pages, by_page)
+            # The larger matrix first: its blocks are the longer ones.
+            products = [_product(weights.fc_out, at, inner), _product(weights.out, at, context)]
+            added = kernels.sum_of_products(products, by_page)
+            kernels.add_block(h[some], added, at(weights.fc_out_bias), out[some])
+
+    def _checked(self, weights: BlockWeights) -> dict[tuple[int, ...], Recording]:
         """The recordings for such weights, by tokens and positions of the cache.
 
         Once for each object, for it goes with a piece of memory that native code will trust. Where in a unit's memory its tensors
@@ -151,6 +180,12 @@ class CudaOperators:
         """
         check_block(weights, self.config)
         return self._layouts.setdefault(_layout(weights), {})
+
+
+def _ways(tokens: int, whole: int) -> list[tuple[slice, bool]]:
+    """The rows of a pass that are whole pages, and the others; with whether they are."""
+    ways = [(slice(0, whole), True), (slice(whole, tokens), False)]
+    return [(some, by_page) for some, by_page in ways if some.start < some.stop]
 
 
 def _layout(value: Any) -> Hashable:
@@ -179,10 +214,10 @@ def _product(matrix: Matrix, at: At, x: Array) -> Product:
     return Product(x, at(matrix.packed), matrix.bits, at(matrix.scales), at(matrix.zeros), order)
 
 
-def _code(shape: tuple[int, ...], inputs: list[Var], work: Work) -> Var:
+def _code(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
     """One Jittor operation that calls ``work`` with its inputs' arrays and the array for its result."""
 
     def run(_: Any, data: dict[str, list[Array]]) -> None:
         work(data["inputs"], data["outputs"][0])
 
-    return jt.numpy_code(shape, np.float32, inputs, run)
+    return jt.numpy_code(shape, dtype, inputs, run)

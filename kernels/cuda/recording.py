@@ -26,13 +26,8 @@ class Kind(IntEnum):
     """As in launch_queue.h."""
 
     NUMBER = 0
-    START = 1
-    ARRAY = 2
-    LAYERS_ARRAY = 3
-
-
-class Start(int):
-    """The position where a pass begins: another one each time, so that it is no number of the table."""
+    ARRAY = 1
+    LAYERS_ARRAY = 2
 
 
 @dataclass(frozen=True)
@@ -106,8 +101,6 @@ def _entry(argument: Any) -> tuple[int, int, int, int]:
     if isinstance(argument, Piece):
         kind = Kind.LAYERS_ARRAY if argument.layered else Kind.ARRAY
         return kind, argument.memory, argument.offset, argument.size
-    if isinstance(argument, Start):
-        return Kind.START, 0, 0, 0
     if argument is None:
         return Kind.NUMBER, 0, 0, 0
     if isinstance(argument, float):
@@ -140,7 +133,6 @@ def queue(
     launch: float,
     shape: tuple[int, ...],
     inputs: list[Var],
-    start: int = 0,
     layer_bytes: int = 0,
 ) -> Var:
     """One Jittor operation that launches it all; memories are the inputs, the result (float32) and the workspace."""
@@ -156,7 +148,6 @@ def queue(
         data={
             "table": recording.address,
             "launch": launch,
-            "start": float(start),
             "layer_bytes": float(layer_bytes),
         },
     )
@@ -168,5 +159,5 @@ def _source(inputs: int) -> str:
     return f"""
 char* const memories[] = {{{memories}}};
 moss_launch::run((const int64_t*)(size_t)data["table"], (moss_launch::Launch)(size_t)data["launch"], memories,
-                 (int64_t)data["start"], (int64_t)data["layer_bytes"]);
+                 (int64_t)data["layer_bytes"]);
 """

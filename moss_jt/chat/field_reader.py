@@ -20,7 +20,7 @@ Ending = Literal["end", "other", "marker", "length", "cancelled"]
 
 
 class ChatSession(Protocol):
-    """moss_jt.engine.session.Session: a text of tokens that the model reads and continues."""
+    """moss_jt.engine.sequence.Sequence: a text of tokens that the model reads and continues."""
 
     @property
     def token_ids(self) -> list[int]: ...

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moss_jt.commands.options import loaded, memory_options, model_argument
+from moss_jt.commands.options import loaded, memory_options, model_argument, model_folder
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
-from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.output import json_text
 from moss_jt.terminal.screen import Screen
@@ -22,19 +22,38 @@ if TYPE_CHECKING:
 @click.option("--contexts", default="32,256", show_default=True, help="Lengths of the text before.")
 @click.option("--new-tokens", type=int, default=24, show_default=True, help="Tokens after each of them.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Medians are over this many runs.")
+@click.option(
+    "--parallel",
+    metavar="NUMBERS",
+    help="Also so many conversations at once, each of the longest of --contexts, as 1,4,16.",
+)
 @memory_options
-def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **options: Any) -> None:
+def command(
+    model: str | None, contexts: str, new_tokens: int, repeats: int, parallel: str | None, **options: Any
+) -> None:
     """Measure MODEL's speed beside what this machine allows: reading memory, multiplying matrices, reading the disk.
 
     Time to the first token, tokens per second while the prompt is read and afterwards, without drafts. The last line is
     one JSON object.
     """
     lengths = parse_contexts(contexts)
-    store = open_store(resolve_model(model))
+    counts = [] if parallel is None else parse_contexts(parallel, "--parallel")
+    if counts:
+        if min(counts) < 1:
+            raise MossError("--parallel needs numbers from 1 up.")
+        options["parallel"] = max(counts)
+        options["context"] = options["context"] or max(lengths) + new_tokens * len(counts) + 1
+    store = open_store(model_folder(model))
     with loaded(model, options) as moss:
         from moss_jt.measure.bench import measure, report
+        from moss_jt.measure.side_by_side import measure_together, report_together
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
+        together = (
+            measure_together(moss.model, counts, max(lengths), moss.config.vocab_size, new_tokens)
+            if counts
+            else []
+        )
         peak = peak_memory_bytes()
         plan = moss.plan
     tokens = min(max(lengths), plan.pass_tokens)
@@ -45,6 +64,9 @@ def command(model: str | None, contexts: str, new_tokens: int, repeats: int, **o
     text, summary = report(store.path.name, plan, times, limits, speed, peak)
     screen = Screen()
     screen.line(text)
+    if together:
+        table, summary["parallel"] = report_together(together, plan, limits, speed)
+        screen.line(f"\n{table}")
     screen.line(json_text(summary))
 
 
@@ -59,7 +81,7 @@ def limits_of(gpu: bool, tokens: int, width: int) -> "MachineLimits":
     return machine_limits(tokens, width)
 
 
-def parse_contexts(text: str) -> list[int]:
+def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
     """``32,256`` as numbers.
 
     Raises:
@@ -67,5 +89,5 @@ def parse_contexts(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
-        raise MossError(f"--contexts {text!r} is no list of lengths. Write it like 32,256.")
+        raise MossError(f"{option} {text!r} is no list of numbers. Write it like 32,256.")
     return [int(part) for part in parts]

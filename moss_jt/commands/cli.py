@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": ("chat", "Talk to a model, with plugins."),
     "ask": ("ask", "Ask one question; the answer alone on standard output."),
     "generate": ("generate", "Continue a text."),
+    "batch": ("batch", "Answer many prompts from a file, many at once."),
     "plan": ("plan", "Would a model run here, or elsewhere, and how fast? Downloads nothing."),
     "list": ("list", "Show the models that are here."),
     "rm": ("rm", "Remove a model."),

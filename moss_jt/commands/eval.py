@@ -10,9 +10,17 @@ import click
 from moss_jt.backend.threads import compute_threads
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
+from moss_jt.engine.cached_text import pages_of
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds
-from moss_jt.measure.perplexity import PASS_TOKENS, Evaluation, Score, evaluate, workspace_bytes
+from moss_jt.measure.perplexity import (
+    EngineTokens,
+    Evaluation,
+    Score,
+    evaluate,
+    rows_at_once,
+    workspace_bytes,
+)
 from moss_jt.moss import Moss
 from moss_jt.plan.machine import memory_budget
 from moss_jt.plan.placement import footprint_here
@@ -63,12 +71,13 @@ def command(
     context = _window(stores, names, context)
     token_ids = _token_ids(stores, names, file, max_tokens)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(moss).model for moss in _load(stores, context, memory)]
+        loaded = [stack.enter_context(moss) for moss in _load(stores, context, memory)]
         predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
         with token_bar(file.name, predicted) as bar:
-            step = min(PASS_TOKENS, *(one.pass_tokens for one in loaded))
-            other = None if against is None else loaded[1]
-            result = evaluate(token_ids, loaded[0], other, context, step, bar.update)
+            models = [EngineTokens(moss.engine) for moss in loaded]
+            together = min(moss.model.pages for moss in loaded) // pages_of(context)
+            other = None if against is None else models[1]
+            result = evaluate(token_ids, models[0], other, context, together, bar.update)
     Screen().line(json_text(_fields(result, context)) if as_json else _table(result, model, against, context))
 
 
@@ -109,11 +118,20 @@ def _read(file: Path, max_tokens: int | None) -> str:
 
 
 def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Moss]:
-    """The models, one after the other. Nothing is drafted: there is nothing to generate."""
+    """The models, one after the other, with room for as many windows as one pass scores where that costs little.
+
+    Nothing is drafted: there is nothing to generate.
+    """
     vocabulary = max(store.config.vocab_size for store in stores)
-    budget = memory_budget(memory) - workspace_bytes(vocabulary, len(stores))
+    budget = memory_budget(memory)
+    rows = rows_at_once(vocabulary, len(stores), budget)
+    budget -= workspace_bytes(vocabulary, len(stores), rows)
     for store, share in zip(stores, _shares(stores, context, budget), strict=True):
-        yield Moss.load(store.path, memory=share, context=context, draft="off")
+        room = share // 20 // sizes_of_store(store).cache_bytes(context)
+        parallel = max(1, min(rows // context, room))
+        moss = Moss.load(store.path, memory=share, context=context, draft="off", parallel=parallel)
+        moss.model.score_rows = rows
+        yield moss
 
 
 def _shares(stores: list[Store], context: int, budget: int) -> list[int]:

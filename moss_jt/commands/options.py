@@ -79,7 +79,7 @@ loading_options = _all_of(
         "off, or the longest guess. Changes the speed, never the text.",
     ),
 )
-LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "offload")
+LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "offload", "parallel")
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(

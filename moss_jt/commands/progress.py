@@ -27,6 +27,6 @@ def byte_bar(label: str, total: int) -> tqdm:
     )
 
 
-def token_bar(label: str, total: int) -> tqdm:
-    """The same for tokens."""
-    return tqdm(total=total, desc=harmless(label), unit="tok", mininterval=0.5, disable=None)
+def token_bar(label: str, total: int, unit: str = "tok", done: int = 0) -> tqdm:
+    """The same for tokens, or other units; ``done`` of them were so before."""
+    return tqdm(total=total, initial=done, desc=harmless(label), unit=unit, mininterval=0.5, disable=None)

@@ -1,6 +1,7 @@
 """What everything above the model asks of it, so that a scripted one can stand in for it in tests."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -10,22 +11,57 @@ Rows = Literal["none", "last", "all"]
 Watcher = Callable[[int, float], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """New tokens of one sequence in a pass, at positions start .. of it.
+
+    pages  the sequence's pages in order, these tokens' included
+    whole  they are whole pages, computed as such: another way, and other bits, than token by token. It is the sequence
+           that says so, from its own text alone; so its keys and values are the same whoever shares the pass
+    rows   of which tokens the logits are wanted
+    """
+
+    pages: Sequence[int]
+    start: int
+    token_ids: Sequence[int]
+    whole: bool = False
+    rows: Rows = "none"
+
+
 class CausalModel(Protocol):
     """moss_jt.engine.model.Model, or a scripted one.
 
-    capacity     positions of its cache
+    capacity     positions that one sequence may have
+    pages        of its cache, for all sequences; enough for one of that length
     pass_tokens  the most new tokens of one pass
-    cache_owner  whose tokens the cache holds
+    logit_rows   the most rows of logits of one pass, for answers
+    score_rows   the same for scoring texts, whose logits are many
     """
-
-    cache_owner: object
 
     @property
     def capacity(self) -> int: ...
 
     @property
+    def pages(self) -> int: ...
+
+    @property
     def pass_tokens(self) -> int: ...
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
-        """Logits (R, V) float32 of T new tokens at start_pos ..; R is 0, 1 (the last token's) or T."""
+    @property
+    def logit_rows(self) -> int: ...
+
+    @property
+    def score_rows(self) -> int: ...
+
+    def forward_many(self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
+        """Logits (R, V) float32 of each piece; R is 0, 1 (the last token's) or T.
+
+        ``wanted`` is asked from time to time whether a piece still is; if it is not, it may have no rows.
+        """
         ...
+
+    def read_page(self, page: int) -> np.ndarray:
+        """A copy of a page's keys and values."""
+        ...
+
+    def write_page(self, page: int, data: np.ndarray) -> None: ...

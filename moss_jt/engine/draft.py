@@ -55,17 +55,18 @@ class PromptLookup:
                 return _continuation(token_ids, end, count)
         return []
 
-    def learn(self, drafted: int, accepted: int, seconds: float) -> None:
-        """What became of a pass: how many tokens it verified and accepted, and how long it took."""
+    def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
+        """What became of a pass: how many tokens it verified and accepted, and how long it took; None if others shared it."""
         for length, first in FIRST_CHANCE.items():
             self._chance[length] += FORGETTING * (first - self._chance[length])
         if drafted == 0:
-            self._single_s = seconds if self._single_s is None else _blend(self._single_s, seconds)
+            if seconds is not None:
+                self._single_s = seconds if self._single_s is None else _blend(self._single_s, seconds)
             return
         for trial in range(min(accepted + 1, drafted)):
             outcome = 1.0 if trial < accepted else 0.0
             self._chance[self._found] = _blend(self._chance[self._found], outcome)
-        if self._single_s is not None and self._single_s > 0:
+        if seconds is not None and self._single_s is not None and self._single_s > 0:
             share = (seconds / self._single_s - 1) / drafted
             self._token_cost = _blend(self._token_cost, min(max(share, 0.0), 1.0))
 

@@ -1,12 +1,14 @@
 """Text that continues a prompt, piece by piece as it comes, with the tokens and the times behind it."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Protocol
+from typing import Protocol, Self
 
+from moss_jt.engine.job import Queued
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sequence import Answer
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 
 
@@ -22,9 +24,10 @@ class TextDecoder(Protocol):
 class GenerationStats:
     """What a generation was, complete once it has ended.
 
-    stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full);
-                 None while it goes on
-    seconds      load (the model, once), prefill (until the first token's logits), decode (everything after)
+    stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
+                 (max_time has passed); None while it goes on
+    seconds      load (the model, once), prefill (until the first token's logits, waiting for room included), decode
+                 (everything after)
     """
 
     prompt_tokens: int
@@ -85,6 +88,8 @@ def check_count(max_new_tokens: int) -> None:
 class Generation:
     """An iterator of pieces of text. Iterate to the end, or drop it at any time.
 
+    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for.
+
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
     stats      see GenerationStats
@@ -92,24 +97,32 @@ class Generation:
 
     def __init__(
         self,
-        session: Session,
+        sequence: Text,
         decoder: TextDecoder,
         params: SamplingParams,
         max_new_tokens: int,
         stop_ids: Collection[int],
         stop_strings: Sequence[str] = (),
         load_s: float = 0.0,
+        max_time: float | None = None,
+        begin: bool = False,
     ) -> None:
+        if max_time is not None and not max_time > 0:
+            raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
         check_count(max_new_tokens)
         self.token_ids: list[int] = []
         self.text = ""
-        self.stats = GenerationStats(session.position)
+        self.stats = GenerationStats(sequence.position)
         self.stats.seconds["load"] = load_s
-        self._session = session
+        self._sequence = sequence
         self._decoder = decoder
         self._stop_ids = frozenset(stop_ids)
         self._stops = StopStrings(stop_strings)
-        self._pieces = self._run(params, max_new_tokens)
+        limits = max_new_tokens, self._stop_ids, max_time
+        self._tokens: Answer | Generator[int] = (
+            sequence.begin(params, *limits, ahead=None) if begin else sequence.decode(params, *limits)
+        )
+        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -117,8 +130,23 @@ class Generation:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self, params: SamplingParams, max_new_tokens: int) -> Iterator[str]:
-        for token in self._session.decode(params, max_new_tokens, self._stop_ids):
+    @property
+    def queued(self) -> Queued | None:
+        """Where the answer waits for room in the cache, or None where it does not; for other threads to look at."""
+        return self._sequence.queued
+
+    def finish(self) -> Self:
+        """Wait for the whole answer."""
+        for _ in self:
+            pass
+        return self
+
+    def close(self) -> None:
+        """Have no more of it."""
+        self._tokens.close()
+
+    def _run(self) -> Iterator[str]:
+        for token in self._tokens:
             self._count(token)
             if token in self._stop_ids:
                 break
@@ -129,7 +157,7 @@ class Generation:
                 yield piece
             if self._stops.found:
                 return
-        self.stats.stop_reason = self._session.stop_reason
+        self.stats.stop_reason = self._sequence.stop_reason
         rest = self._stops.push(self._decoder.finish())
         if self._stops.found:
             self.stats.stop_reason = "stop"
@@ -138,10 +166,10 @@ class Generation:
             yield piece
 
     def _count(self, token: int) -> None:
-        timing = self._session.timing
+        timing = self._sequence.timing
         self.token_ids.append(token)
         self.stats.new_tokens += 1
-        self.stats.stop_reason = self._session.stop_reason
+        self.stats.stop_reason = self._sequence.stop_reason
         self.stats.seconds.update(prefill=timing.prefill_s, decode=timing.decode_s)
 
     def _show(self, text: str) -> str:

@@ -10,7 +10,7 @@ from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
 from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
-from moss_jt.engine.kv_cache import KVCache, device_room
+from moss_jt.engine.kv_cache import KVCache, cache_positions, device_room
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
@@ -104,12 +104,13 @@ def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy:
     results = CudaNeeds(store.config, store.bits).workspace_bytes(plan.pass_tokens)
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
-    cache = KVCache(store.config, plan.context, device_room)
+    operators = CudaOperators(store.config, cupy)
+    cache = KVCache(store.config, cache_positions(plan), device_room, operators)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
         # Whether the results have room is seen now, and not in the midst of an answer.
         cupy.cuda.runtime.free(cupy.cuda.runtime.malloc(results))
-        return GpuModel(store.config, CudaOperators(store.config, cupy), weights, cache, plan)
+        return GpuModel(store.config, operators, weights, cache, plan)
     except BaseException:
         weights.close()
         raise

@@ -1,15 +1,16 @@
 """The model over a GPU's operators and weights, whose card may be full at any pass: other programs use it, too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from moss_jt.backend.gpu import says_full
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.causal_model import Piece
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model, Weights
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.config import MossConfig
 
@@ -29,12 +30,15 @@ class GpuModel(Model):
         cache: KVCache,
         plan: ResidencyPlan,
     ) -> None:
-        super().__init__(config, operators, weights, cache, plan.pass_tokens)
+        limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
+        super().__init__(config, operators, weights, cache, *limits)
         self.plan = plan
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
         try:
-            return super().forward(token_ids, start_pos, rows)
+            return super().forward_many(pieces, wanted)
         except FULL as error:
             raise_if_full(error, self.plan)
             raise

@@ -1,15 +1,25 @@
 """Keys and values of all positions so far, allocated once and never copied."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.interface import Var
+from moss_jt.kernels.interface import PAGE, Var
+from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.config import MossConfig
 from moss_jt.weights.page_buffer import page_buffer
 
 Room = Callable[[tuple[int, ...]], Var]
+
+
+class PageCopier(Protocol):
+    """moss_jt.kernels.cuda.operators.CudaOperators."""
+
+    def read_page(self, keys: Var, values: Var, page: int) -> np.ndarray: ...
+
+    def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None: ...
 
 
 def host_room(shape: tuple[int, ...]) -> Var:
@@ -26,13 +36,41 @@ def device_room(shape: tuple[int, ...]) -> Var:
 
 
 class KVCache:
-    """Room for ``capacity`` positions of every block, made by ``room``.
+    """Room for at least ``capacity`` positions of every block, made by ``room``.
 
-    keys, values  (L, P, H, D) float16 Vars, written in place by the operators
+    pages         whole pages that it has
+    keys, values  (L, PAGE * pages, H, D) float16 Vars, written in place by the operators
+
+    Args:
+        copier: copies pages that lie where the host cannot reach them.
     """
 
-    def __init__(self, config: MossConfig, capacity: int, room: Room = host_room) -> None:
+    def __init__(
+        self, config: MossConfig, capacity: int, room: Room = host_room, copier: PageCopier | None = None
+    ) -> None:
         self.capacity = capacity
-        shape = (config.n_layer, capacity, config.n_head, config.head_dim)
+        self.pages = -(-capacity // PAGE)
+        shape = (config.n_layer, PAGE * self.pages, config.n_head, config.head_dim)
         self.keys = room(shape)
         self.values = room(shape)
+        self._copier = copier
+
+    def read_page(self, page: int) -> np.ndarray:
+        """A copy of a page's keys and values: (2, L, PAGE, H, D) float16."""
+        if self._copier is not None:
+            return self._copier.read_page(self.keys, self.values, page)
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        return np.stack([self.keys.data[:, rows], self.values.data[:, rows]])
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        """Put such a copy into a page."""
+        if self._copier is not None:
+            self._copier.write_page(self.keys, self.values, page, data)
+            return
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        self.keys.data[:, rows], self.values.data[:, rows] = data
+
+
+def cache_positions(plan: ResidencyPlan) -> int:
+    """Positions of the plan's cache: each sequence's are whole pages."""
+    return -(-plan.context // PAGE) * PAGE * plan.parallel

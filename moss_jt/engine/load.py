@@ -1,16 +1,17 @@
 """A model folder becomes a model that computes. Importing this starts Jittor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moss_jt.backend.device import Offload
-from moss_jt.engine.causal_model import Rows
-from moss_jt.engine.kv_cache import KVCache
+from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up
 from moss_jt.kernels.cpu.operators import CpuOperators
+from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
 from moss_jt.weights.cpu_units import open_weights
@@ -21,9 +22,11 @@ from moss_jt.weights.weights import Weights
 class SwappedModel(Model):
     """A model whose weights Jittor swaps: its disk may be full at any pass."""
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
         with swap_errors(swap_folder()):
-            return super().forward(token_ids, start_pos, rows)
+            return super().forward_many(pieces, wanted)
 
 
 def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
@@ -37,8 +40,9 @@ def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) 
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     warm_up(store.bits)
-    operators, cache = CpuOperators(store.config), KVCache(store.config, plan.context)
+    operators, cache = CpuOperators(store.config), KVCache(store.config, cache_positions(plan))
+    limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
     if offload == "swap":
         swapped = Weights(store, plan, SwappedTensors(store, plan))
-        return SwappedModel(store.config, operators, swapped, cache, plan.pass_tokens)
-    return Model(store.config, operators, open_weights(store, plan, home), cache, plan.pass_tokens)
+        return SwappedModel(store.config, operators, swapped, cache, *limits)
+    return Model(store.config, operators, open_weights(store, plan, home), cache, *limits)

@@ -1,21 +1,25 @@
-"""The CodeGen model over whatever the weight stream yields: one forward function for any number of new tokens.
+"""The CodeGen model over whatever the weight stream yields: one pass for any number of new tokens of any sequences.
 
 Letters: T new tokens, C n_embd, V vocabulary, R rows of logits.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
-from moss_jt.engine.causal_model import Rows, Watcher
+from moss_jt.engine.causal_model import Piece, Rows, Watcher
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
-from moss_jt.kernels.interface import BlockWeights, Operators, Var
-from moss_jt.kernels.needs import HEAD_ROWS
+from moss_jt.kernels.interface import PAGE, BlockWeights, Operators, Places, Var
+from moss_jt.kernels.needs import FEW_TOKENS, HEAD_ROWS
+from moss_jt.kernels.places import places_of
 from moss_jt.store.config import MossConfig
+
+# Blocks with resident weights that few tokens go through at once: together no longer than one that streams.
+RESIDENT_BLOCKS = 4
 
 
 class HeadRows(Protocol):
@@ -57,7 +61,9 @@ class Model:
     """See the module. Not thread-safe: one pass at a time.
 
     Args:
-        pass_tokens: the most new tokens of one pass; callers keep to it, because the workspace was planned for it.
+        pass_tokens, logit_rows: the most new tokens and rows of logits of one pass; callers keep to them, because the
+            workspace was planned for them.
+        capacity: positions of one sequence; by default all that the cache has.
     """
 
     def __init__(
@@ -67,21 +73,28 @@ class Model:
         weights: Weights,
         kv_cache: KVCache,
         pass_tokens: int,
+        logit_rows: int = FEW_TOKENS,
+        capacity: int | None = None,
     ) -> None:
         self.config = config
         self.operators = operators
         self.weights = weights
         self.pass_tokens = pass_tokens
-        self.cache_owner: object = None
+        self.logit_rows = logit_rows
+        self.capacity = kv_cache.capacity if capacity is None else capacity
+        self.pages = kv_cache.pages
+        self.score_rows = 2 * PAGE
         self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
-    @property
-    def capacity(self) -> int:
-        return self._cache.capacity
+    def read_page(self, page: int) -> np.ndarray:
+        return self._cache.read_page(page)
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        self._cache.write_page(page, data)
 
     def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
-        """Logits of T new tokens at positions start_pos .., which see themselves and all before them in the cache.
+        """Logits of T new tokens of the one sequence that has the whole cache, page after page, at start_pos .. .
 
         Returns:
             (R, V) float32 where R is 0 (``rows`` "none": only the cache is wanted), 1 ("last") or T ("all").
@@ -91,31 +104,82 @@ class Model:
                 was forked from the one that loaded it.
             ValueError: the tokens do not fit into the cache.
         """
+        return np.concatenate(self.forward_many(split(range(self._cache.pages), start_pos, token_ids, rows)))
+
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        """One reading of the weights for new tokens of any sequences, which see themselves and what is before them.
+
+        Args:
+            wanted: asked between blocks whether a piece, by its index, is still wanted: if not, its tokens are left out
+                from there on, which changes nothing for the others.
+
+        Returns:
+            for each piece (R, V) float32 as for :meth:`forward`; without rows for what was no longer wanted.
+
+        Raises:
+            MossError: a token is outside the vocabulary, a weight cannot be read, or the model is closed.
+            ValueError: a piece does not fit into its pages.
+        """
         check_process()
         cache = self._cache
-        h = jt.array(self.weights.embedding_rows(token_ids).astype(np.float32))
-        for layer, weights in self.weights.blocks(then_head=rows != "none"):
-            h = self.operators.block(h, weights, cache.keys, cache.values, layer, start_pos)
-            watcher = self.watcher if len(token_ids) > 1 else None
-            if self.weights.streams or watcher is not None:
-                h.sync()
-            if watcher is not None:
-                watcher(len(token_ids), (layer + 1) / self.config.n_layer)
-        # To the host: a slice by Jittor would be compiled for each number of tokens. And what the cache was given
-        # must be there before the next pass reads it.
+        order = sorted(range(len(pieces)), key=lambda index: not pieces[index].whole)
+        tokens = [token for index in order for token in pieces[index].token_ids]
+        h = jt.array(self.weights.embedding_rows(tokens).astype(np.float32))
+        places = _places([pieces[index] for index in order])
+        then_head = any(piece.rows != "none" for piece in pieces)
+        for layer, weights in self.weights.blocks(then_head=then_head):
+            kept = [index for index in order if wanted(index)]
+            if len(kept) < len(order):
+                if not kept:
+                    return [self._no_logits() for _ in pieces]
+                h, order = jt.array(_rows_of(h.numpy(), pieces, order, kept)), kept
+                places = _places([pieces[index] for index in order])
+            h = self.operators.block(h, weights, cache.keys, cache.values, layer, places)
+            if self.weights.streams or places.count > FEW_TOKENS or layer % RESIDENT_BLOCKS == 0:
+                h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
+            if self.watcher is not None and len(tokens) > 1:
+                self.watcher(len(tokens), (layer + 1) / self.config.n_layer)
         hidden = h.numpy()
-        if rows == "none":
-            return np.empty((0, self.config.vocab_size), np.float32)
-        return self._logits(hidden if rows == "all" else hidden[-1:])
+        return self._logits(hidden, pieces, order)
 
-    def _logits(self, hidden: np.ndarray) -> np.ndarray:
-        """hidden (R, C) -> (R, V)."""
+    def _no_logits(self) -> np.ndarray:
+        return np.empty((0, self.config.vocab_size), np.float32)
+
+    def _logits(self, hidden: np.ndarray, pieces: Sequence[Piece], order: Sequence[int]) -> list[np.ndarray]:
+        """hidden (T, C), the pieces' rows in this order -> (R, V) of each piece."""
+        results = [self._no_logits() for _ in pieces]
+        wanted: list[tuple[int, int]] = []  # row of hidden, piece
+        first = 0
+        for index in order:
+            end = first + len(pieces[index].token_ids)
+            begin = {"none": end, "last": end - 1, "all": first}[pieces[index].rows]
+            wanted += [(row, index) for row in range(begin, end)]
+            first = end
+        if not wanted:
+            return results
+        whole = sum(pieces[index].whole for _, index in wanted)
+        logits = self._head(hidden[[row for row, _ in wanted]], whole)
+        owners = np.array([index for _, index in wanted])
+        for index in set(owners.tolist()):
+            begin = int(np.argmax(owners == index))
+            results[index] = logits[begin : begin + int(np.count_nonzero(owners == index))]
+        return results
+
+    def _head(self, hidden: np.ndarray, whole: int) -> np.ndarray:
+        """hidden (R, C), the first ``whole`` of whole pages -> (R, V)."""
         logits = np.empty((len(hidden), self.config.vocab_size), np.float32)
         for slab in self.weights.head_slabs():
             for first in range(0, len(hidden), HEAD_ROWS):
                 some = jt.array(hidden[first : first + HEAD_ROWS])
                 result = self.operators.head(
-                    some, self.weights.norm_weight, self.weights.norm_bias, slab.weight, slab.bias
+                    some,
+                    self.weights.norm_weight,
+                    self.weights.norm_bias,
+                    slab.weight,
+                    slab.bias,
+                    HEAD_ROWS if first < whole else 0,
                 )
                 logits[first : first + HEAD_ROWS, slab.first_row : slab.last_row] = result.numpy()
         return logits
@@ -133,3 +197,33 @@ class Model:
             self.weights.close()
             jt.sync_all()
             jt.gc()
+
+
+def split(pages: Sequence[int], start: int, token_ids: Sequence[int], rows: Rows) -> list[Piece]:
+    """Pieces of a text at positions start .. : what fills no page, the whole pages, and the rest.
+
+    The last token of a text that is continued is never in a whole page: its logits are then the same bits whether its page
+    was computed with it, or before.
+    """
+    end = start + len(token_ids)
+    first = min(end, -(-start // PAGE) * PAGE)
+    last = max(first, (end - (rows == "last")) // PAGE * PAGE)
+    pieces = []
+    for begin, stop, whole in ((start, first, False), (first, last, True), (last, end, False)):
+        if begin < stop:
+            wanted: Rows = rows if rows == "all" or stop == end else "none"
+            pieces.append(Piece(pages, begin, token_ids[begin - start : stop - start], whole, wanted))
+    return pieces
+
+
+def _places(pieces: Sequence[Piece]) -> Places:
+    slots = np.repeat(np.arange(len(pieces)), [len(piece.token_ids) for piece in pieces])
+    positions = [np.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
+    whole = sum(len(piece.token_ids) for piece in pieces if piece.whole)
+    return places_of(slots, np.concatenate(positions), [piece.pages for piece in pieces], whole)
+
+
+def _rows_of(h: np.ndarray, pieces: Sequence[Piece], order: Sequence[int], kept: Sequence[int]) -> np.ndarray:
+    """The rows of h (T, C), which belong to pieces in this order, that belong to the kept ones."""
+    owners = np.repeat(order, [len(pieces[index].token_ids) for index in order])
+    return h[np.isin(owners, kept)]

@@ -1,9 +1,10 @@
 """One token from one row of logits, by the reference's rules and in its order, in NumPy.
 
-Repetition penalty over all tokens so far (the prompt's, too; once per distinct id), temperature, top-k, top-p, one
-random draw. Temperature 0 is greedy: the largest logit, and no draw.
+Repetition penalty over all tokens so far (the prompt's, too; once per distinct id), temperature, top-k, top-p, regulation of
+the length, one random draw. Temperature 0 is greedy: the largest logit, and no draw.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -13,6 +14,8 @@ import numpy as np
 from moss_jt.errors import MossError
 
 REPETITION_PENALTY = 1.02
+REGULATION_START = 512
+MOST_REGULATION = 300.0  # of a natural logarithm: nothing else is likely then
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class SamplingParams:
     repetition_penalty  1 for none; None is the reference's 1.02, and none when greedy
     seed                the same seed gives the same tokens; None for another one each time
     drawn               how many of the seed's random numbers are used up: by earlier parts of the same answer
+    length_penalty      what the end's probability is multiplied with at every token after regulation_start of them: above 1
+                        ends long answers sooner; 1 for no regulation
 
     Raises:
         MossError: a value is impossible.
@@ -36,6 +41,8 @@ class SamplingParams:
     repetition_penalty: float | None = None
     seed: int | None = None
     drawn: int = 0
+    length_penalty: float = 1.0
+    regulation_start: int = REGULATION_START
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,6 +57,8 @@ class SamplingParams:
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", penalty, penalty is None or 0 < penalty < np.inf, "above 0 (1 for none)"),
             ("seed", self.seed, self.seed is None or self.seed >= 0, "a whole number, 0 or more"),
+            ("length_penalty", self.length_penalty, 0 < self.length_penalty < np.inf, "above 0 (1 for none)"),
+            ("regulation_start", self.regulation_start, self.regulation_start >= 0, "0 tokens or more"),
         )
         for name, value, good, wanted in checks:
             if not good:
@@ -71,18 +80,25 @@ class Sampler:
 
     Every chosen token costs one random number whatever the logits are, so drafts that verify several positions in one
     pass choose the same tokens as single steps.
+
+    Args:
+        token_ids: the text so far.
+        end_ids: tokens that end the answer, for the regulation of its length.
     """
 
-    def __init__(self, params: SamplingParams, token_ids: Iterable[int]) -> None:
+    def __init__(self, params: SamplingParams, token_ids: Iterable[int], end_ids: Iterable[int] = ()) -> None:
         self.params = params
         numbers = np.random.PCG64(params.seed)
         numbers.advance(params.drawn)
         self._random = np.random.Generator(numbers)
+        self._end_ids = np.array(sorted(end_ids), np.int64)
+        self._steps = params.drawn
         self._seen = set(token_ids)
 
     def add(self, token_id: int) -> None:
         """The text goes on with this token."""
         self._seen.add(token_id)
+        self._steps += 1
 
     def choose(self, logits: np.ndarray) -> int:
         """The next token for logits (V,) float32, which stay as they are.
@@ -91,6 +107,11 @@ class Sampler:
             MossError: they are no numbers.
         """
         scores = penalized(logits, self._seen, self.params.penalty)
+        # As logarithms: the power itself may be more than a number can be.
+        regulation = math.log(self.params.length_penalty) * max(0, self._steps - self.params.regulation_start)
+        if regulation and self.params.greedy:
+            scores = scores.copy()
+            scores[self._end_ids] += np.float32(regulation)
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             raise MossError(
@@ -100,6 +121,8 @@ class Sampler:
             return best
         draw = self._random.random()
         token_ids, probabilities = candidates(scores, self.params)
+        if regulation:
+            probabilities[np.isin(token_ids, self._end_ids)] *= math.exp(min(regulation, MOST_REGULATION))
         place = np.searchsorted(np.cumsum(probabilities), draw * probabilities.sum(), side="right")
         return int(token_ids[min(int(place), len(token_ids) - 1)])
 

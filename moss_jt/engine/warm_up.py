@@ -22,14 +22,14 @@ from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.cuda import launchers
 from moss_jt.kernels.cuda.copy_engine import CudaCopyEngine, device_memory
 from moss_jt.kernels.cuda.operators import CudaOperators
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Region, Weight
-from moss_jt.kernels.needs import FEW_TOKENS
+from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, PackedMatrix, Region, Weight
+from moss_jt.kernels.places import one_sequence
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 
 WIDTH = 64
-TINY = MossConfig("codegen", 8, 32, WIDTH, 1, 2, 4, WIDTH, 1e-5, 0, 1)
-PASSES = (2, FEW_TOKENS + 1)  # tokens: by our own products, and by cuBLAS
+TINY = MossConfig("codegen", 8, PAGE, WIDTH, 1, 2, 4, WIDTH, 1e-5, 0, 1)
+PASSES = (2, PAGE)  # tokens: by our own products, and a whole page by cuBLAS
 
 Make = Callable[[tuple[int, ...], str], Weight]
 
@@ -113,7 +113,8 @@ def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...]) -> 
     keys, values = _zeros(cache, "float16"), _zeros(cache, "float16")
     for tokens in passes:
         rows = jt.array(np.zeros((tokens, WIDTH), np.float32))
-        operators.block(rows, weights, keys, values, 0, 0).sync()
+        places = one_sequence(0, tokens, tokens // PAGE * PAGE)
+        operators.block(rows, weights, keys, values, 0, places).sync()
     vector, bias = _zeros((WIDTH,), "float16"), _zeros((TINY.vocab_size,), "float16")
     operators.head(rows, vector, vector, make((TINY.vocab_size, WIDTH), "float16"), bias).sync()
 

@@ -4,9 +4,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from moss_jt.engine.causal_model import CausalModel
+from moss_jt.engine.causal_model import Rows
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.measure.cpu_limits import MachineLimits
@@ -15,6 +15,18 @@ from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
 
 GB = 10**9
 GIB = 1 << 30
+
+
+class Passes(Protocol):
+    """moss_jt.engine.model.Model, all of whose cache one sequence has."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def pass_tokens(self) -> int: ...
+
+    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,7 @@ def prompt_ids(length: int, vocabulary: int) -> list[int]:
     return [17 + (7919 * position) % min(1900, vocabulary - 17) for position in range(length)]
 
 
-def measure(
-    model: CausalModel, contexts: Sequence[int], vocabulary: int, steps: int, repeats: int
-) -> list[Times]:
+def measure(model: Passes, contexts: Sequence[int], vocabulary: int, steps: int, repeats: int) -> list[Times]:
     """Time the model at each context: one pass that warms up, then ``repeats`` times prefill and ``steps`` tokens.
 
     Raises:
@@ -46,12 +56,11 @@ def measure(
             f"a context of {max(contexts)} and {steps} more tokens do not fit into {model.capacity} positions, or a "
             "number is below 1. Give smaller --contexts, or a larger --context."
         )
-    model.cache_owner = None
     read(model, prompt_ids(min(contexts), vocabulary))
     return [time_context(model, context, vocabulary, steps, repeats) for context in contexts]
 
 
-def time_context(model: CausalModel, context: int, vocabulary: int, steps: int, repeats: int) -> Times:
+def time_context(model: Passes, context: int, vocabulary: int, steps: int, repeats: int) -> Times:
     token_ids = prompt_ids(context, vocabulary)
     sampler = Sampler(SamplingParams(), token_ids)
     prefills, firsts, tokens = [], [], []
@@ -68,7 +77,7 @@ def time_context(model: CausalModel, context: int, vocabulary: int, steps: int, 
     return Times(context, *(statistics.median(found) for found in (prefills, firsts, tokens)))
 
 
-def read(model: CausalModel, token_ids: Sequence[int]) -> Any:
+def read(model: Passes, token_ids: Sequence[int]) -> Any:
     """A prompt in passes as a session makes them: logits (V,) after it."""
     step = model.pass_tokens
     last = (len(token_ids) - 1) // step * step

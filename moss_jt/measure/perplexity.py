@@ -1,7 +1,7 @@
 """How well a model predicts a text, and how far its predictions are from another model's.
 
-The text is cut into windows of ``context`` tokens; each window is read from an empty cache, in passes small enough
-that the logits of a pass stay small. A window's first token is given, every later one is scored.
+The text is cut into windows of ``context`` tokens; each window is read from an empty cache, several side by side, in passes
+small enough that the logits of a pass stay small. A window's first token is given, every later one is scored.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +10,40 @@ from typing import Protocol
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.engine import Engine
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
+from moss_jt.kernels.interface import PAGE
 
-PASS_TOKENS = 128  # logits of one pass over MOSS's vocabulary: 52 MiB per model
+MOST_ROWS = 512  # of logits at once
 _ROWS = 4  # widened to float64 at once
 
 
 class NextTokens(Protocol):
-    """What is needed of a model (moss_jt.engine.model.Model, or a scripted one)."""
+    """What is needed of a model: EngineTokens, or a scripted one."""
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
-        """Logits (T, V) float32 of T new tokens at positions start_pos .., the earlier ones being in the cache."""
+    def window(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Logits (T, V) float32 after each token of a text, part after part; parts of two models are of equal lengths."""
         ...
+
+
+class EngineTokens:
+    """A model's predictions by way of its engine, which reads in one pass what is asked for at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def window(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Page after page."""
+        text = Text(self._engine)
+        text.extend(token_ids)
+        page: list[np.ndarray] = []
+        for first, logits in text.logits():
+            page.append(logits)
+            end = first + len(logits)
+            if end % PAGE == 0 or end == len(token_ids):
+                yield np.concatenate(page)
+                page = []
 
 
 @dataclass
@@ -67,9 +88,15 @@ class Evaluation:
     comparison: Comparison | None = None
 
 
-def workspace_bytes(vocab_size: int, models: int) -> int:
-    """What evaluating takes beside the models themselves: a pass's logits of each, and some rows in float64."""
-    return vocab_size * (models * PASS_TOKENS * 4 + 4 * models * _ROWS * 8)
+def workspace_bytes(vocab_size: int, models: int, rows: int) -> int:
+    """What evaluating takes beside the models themselves: two passes' logits of each, and some rows in float64."""
+    return vocab_size * (2 * models * rows * 4 + 4 * models * _ROWS * 8)
+
+
+def rows_at_once(vocab_size: int, models: int, budget_bytes: int) -> int:
+    """Rows of logits of one pass: whole pages, as many as a twentieth of the memory holds; the more, the fewer passes."""
+    page_bytes = workspace_bytes(vocab_size, models, PAGE)
+    return min(MOST_ROWS, max(1, budget_bytes // 20 // page_bytes) * PAGE)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -85,15 +112,15 @@ def evaluate(
     model: NextTokens,
     reference: NextTokens | None,
     context: int,
-    pass_tokens: int = PASS_TOKENS,
+    together: int = 1,
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Score a text, and compare with a reference where there is one.
 
-    token_ids    at least 2
-    context      tokens of a window, from 2 up
-    pass_tokens  tokens that the models read at once
-    on_tokens    is told how many tokens each pass has read
+    token_ids  at least 2
+    context    tokens of a window, from 2 up
+    together   windows that are read side by side
+    on_tokens  is told how many tokens were read
 
     Raises:
         MossError: the text or the context is too short, or the models' vocabularies differ.
@@ -106,23 +133,37 @@ def evaluate(
     result = Evaluation(Score())
     if reference is not None:
         result.reference, result.comparison = Score(), Comparison()
-    for window, first, last in _passes(token_ids, context, pass_tokens):
-        new, targets = window[first:last], np.asarray(window[first + 1 : last + 1])
-        logits = model.forward(new, first, "all")
-        others = None if reference is None else reference.forward(new, first, "all")
-        _add_pass(result, logits, others, targets)
-        on_tokens(len(new))
+    windows = [token_ids[start : start + context] for start in range(0, len(token_ids) - 1, context)]
+    for first in range(0, len(windows), together):
+        readers = [_Window(window, model, reference) for window in windows[first : first + together]]
+        while readers:
+            for reader in list(readers):
+                part = reader.next_part()
+                if part is None:
+                    readers.remove(reader)
+                    continue
+                _add_pass(result, *part)
+                on_tokens(len(part[2]))
     return result
 
 
-def _passes(
-    token_ids: Sequence[int], context: int, pass_tokens: int
-) -> Iterator[tuple[Sequence[int], int, int]]:
-    """Windows, and in each the ranges of tokens read in one pass: all but the last, which predicts nothing in it."""
-    for start in range(0, len(token_ids) - 1, context):
-        window = token_ids[start : start + context]
-        for first in range(0, len(window) - 1, pass_tokens):
-            yield window, first, min(first + pass_tokens, len(window) - 1)
+class _Window:
+    """One window as both models read it. Its last token predicts nothing in it and is not read."""
+
+    def __init__(self, window: Sequence[int], model: NextTokens, reference: NextTokens | None) -> None:
+        self._window = window
+        self._read = 0
+        models = [model] if reference is None else [model, reference]
+        self._logits = [one.window(window[:-1]) for one in models]
+
+    def next_part(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray] | None:
+        """Logits of both models, and the tokens that came."""
+        found = [next(logits, None) for logits in self._logits]
+        if found[0] is None:
+            return None
+        first, self._read = self._read, self._read + len(found[0])
+        targets = np.asarray(self._window[first + 1 : self._read + 1])
+        return found[0], found[1] if len(found) > 1 else None, targets
 
 
 def _add_pass(result: Evaluation, logits: np.ndarray, others: np.ndarray | None, targets: np.ndarray) -> None:

@@ -60,7 +60,11 @@ def footprint_here(later_bytes: int = LATER_BYTES) -> int:
 
 
 def plan_here(
-    store: Store, needs: CpuWorkspace, memory: str | int | None, context: int | None
+    store: Store,
+    needs: CpuWorkspace,
+    memory: str | int | None,
+    context: int | None,
+    parallel: int = 1,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
@@ -68,6 +72,7 @@ def plan_here(
         needs: of the operators that will compute.
         memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
+        parallel: for so many conversations the cache has room.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -81,6 +86,7 @@ def plan_here(
         budget,
         threads=compute_threads(),
         footprint_bytes=footprint_here(),
+        parallel=parallel,
     )
 
 
@@ -107,6 +113,7 @@ class GpuPlanner:
     host_footprint_bytes: int
     context: int
     offload: Offload
+    parallel: int = 1
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -145,6 +152,7 @@ class GpuPlanner:
             self.host_budget_bytes,
             footprint_bytes=footprint,
             host_footprint_bytes=self.host_footprint_bytes,
+            parallel=self.parallel,
         )
         if self.offload != "stream":
             _check_host(placed, self.offload)
@@ -159,6 +167,7 @@ def gpu_planner(
     host_memory: str | int | None,
     context: int | None,
     offload: Offload,
+    parallel: int = 1,
 ) -> GpuPlanner:
     """For this process, which counts what it holds on the host already.
 
@@ -174,7 +183,8 @@ def gpu_planner(
         )
     context = store.config.n_positions if context is None else context
     footprint = footprint_here(GPU_LATER_BYTES)
-    return GpuPlanner(store, needs, card, gpu_memory, memory_budget(host_memory), footprint, context, offload)
+    budget = memory_budget(host_memory)
+    return GpuPlanner(store, needs, card, gpu_memory, budget, footprint, context, offload, parallel)
 
 
 def gpu_budget(text: str | int | None, card: Card) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, gib, seconds_per_pass
+from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, cache_text, gib, seconds_per_pass
 
 GB = 10**9
 
@@ -62,7 +62,7 @@ def _device_lines(plan: ResidencyPlan) -> list[str]:
             plan.footprint_bytes,
             "Python, Jittor, tokenizer" if device == "RAM" else "CUDA, an allowance",
         ),
-        ("  key/value cache", plan.kv_cache_bytes, f"{plan.context} tokens"),
+        ("  key/value cache", plan.kv_cache_bytes, cache_text(plan)),
         (
             "  workspace",
             plan.workspace_bytes + plan.sizes.small_bytes,

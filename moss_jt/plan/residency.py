@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from moss_jt.errors import MossError
-from moss_jt.store.sizes import FOOTPRINT_BYTES, GIB, MIB, PASS_TOKENS, ModelSizes, whole_pages
+from moss_jt.store.sizes import (
+    CACHE_PAGE,
+    FOOTPRINT_BYTES,
+    GIB,
+    MIB,
+    PASS_TOKENS,
+    ModelSizes,
+    whole_pages,
+)
 
 Tier = Literal["device", "host", "disk"]
 BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
@@ -35,7 +43,7 @@ GPU_HOST_FOOTPRINT_BYTES = FOOTPRINT_BYTES + 700 * MIB
 class CpuWorkspace(Protocol):
     """What the operators say that they need: moss_jt.kernels.needs.CpuNeeds."""
 
-    def workspace_bytes(self, tokens: int, context: int, threads: int) -> int: ...
+    def workspace_bytes(self, tokens: int, context: int, threads: int, parallel: int = ...) -> int: ...
 
 
 class GpuWorkspace(Protocol):
@@ -66,7 +74,8 @@ class Unit:
 class ResidencyPlan:
     """Where every unit lives, in the order in which a pass needs them, and what the rest of the budget is for.
 
-    ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only.
+    ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only. The cache has room
+    for ``parallel`` sequences of ``context`` tokens; more run at once when they are shorter.
     """
 
     sizes: ModelSizes
@@ -82,6 +91,7 @@ class ResidencyPlan:
     host_budget_bytes: int | None = None
     host_ring_buffers: int = 0
     host_footprint_bytes: int = 0
+    parallel: int = 1
 
     @property
     def streams(self) -> bool:
@@ -165,23 +175,25 @@ def plan(
     threads: int,
     pass_tokens: int = PASS_TOKENS,
     footprint_bytes: int = FOOTPRINT_BYTES,
+    parallel: int = 1,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
     Args:
         needs: of the operators that will compute.
-        context: positions of the key/value cache.
+        context: positions that one sequence has.
         budget_bytes: what the whole process may hold.
         threads: that compute: each has memory of its own.
         pass_tokens: the most new tokens that one pass takes.
         footprint_bytes: what the process holds without weights, cache and workspace.
+        parallel: for so many sequences of that length the cache has room.
 
     Raises:
         MossError: the budget is below the smallest that works; the message names that one.
     """
-    tokens = min(pass_tokens, context)
-    workspace = needs.workspace_bytes(tokens, context, threads)
-    empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace)
+    tokens = min(pass_tokens, context * parallel)
+    workspace = needs.workspace_bytes(tokens, context, threads, parallel)
+    empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace, parallel)
     return _place(empty, "--memory")
 
 
@@ -203,6 +215,7 @@ def plan_gpu(
     pass_tokens: int = PASS_TOKENS,
     footprint_bytes: int = GPU_FOOTPRINT_BYTES,
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
+    parallel: int = 1,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
@@ -210,15 +223,18 @@ def plan_gpu(
         needs: of the operators that will compute.
         footprint_bytes: what CUDA and its libraries hold on the card.
         host_footprint_bytes: what the process holds on the host without weights.
+        parallel: for so many sequences of ``context`` tokens the cache has room.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
     """
-    tokens = min(pass_tokens, context)
+    tokens = min(pass_tokens, context * parallel)
     units = len(sizes.block_bytes) + len(sizes.head_slabs())
     results = needs.workspace_bytes(tokens) + needs.short_pass_bytes(tokens, context)
     workspace = results + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
-    empty = _without_residents(sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace)
+    empty = _without_residents(
+        sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace, parallel
+    )
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
     return _place_on_host(_place(empty, "--gpu-memory"))
 
@@ -230,8 +246,11 @@ def _without_residents(
     tokens: int,
     footprint_bytes: int,
     workspace_bytes: int,
+    parallel: int = 1,
 ) -> ResidencyPlan:
     """The plan of the smallest budget: everything streams."""
+    if parallel < 1:
+        raise MossError(f"room for {parallel} conversations is not possible. Give --parallel 1 or more.")
     if not 0 < context <= sizes.config.n_positions:
         raise MossError(
             f"a context of {context} tokens is not possible: this model has {sizes.config.n_positions} positions. "
@@ -249,11 +268,12 @@ def _without_residents(
         pass_tokens=tokens,
         budget_bytes=budget_bytes,
         footprint_bytes=footprint_bytes,
-        kv_cache_bytes=sizes.kv_cache_bytes(context),
+        kv_cache_bytes=sizes.cache_bytes(context) * parallel,
         workspace_bytes=workspace_bytes,
         units=units,
         ring_buffers=RING_BUFFERS,
         buffer_bytes=whole_pages(max(unit.n_bytes for unit in units)),
+        parallel=parallel,
     )
 
 
@@ -306,16 +326,22 @@ def _place_on_host(plan: ResidencyPlan) -> ResidencyPlan:
 
 def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> str:
     """What the budget was, what is needed and for what, and which two ways out there are."""
-    per_token = empty.sizes.kv_cache_bytes(1)
+    per_token = empty.sizes.kv_cache_bytes(1) * empty.parallel
     fits = empty.context - -(-(smallest - empty.budget_bytes) // per_token)
+    fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is whole pages
     context = f" or lower --context ({fits} tokens would fit)" if fits >= 64 else ""
     bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
     return (
         f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
         f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
-        f"key/value cache of {empty.context} tokens, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
+        f"key/value cache of {cache_text(empty)}, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
         f"workspace, and room for {RING_BUFFERS} blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}."
     )
+
+
+def cache_text(plan: ResidencyPlan) -> str:
+    """For how many tokens the cache is."""
+    return f"{plan.context} tokens" if plan.parallel == 1 else f"{plan.parallel} times {plan.context} tokens"
 
 
 def gib(n_bytes: int) -> str:

@@ -24,6 +24,9 @@ FLOAT16 = 2
 # and what moss_jt.plan.placement adds for Jittor and all that comes later. A running model counts what it really holds.
 FOOTPRINT_BYTES = 300 * MIB
 
+# Positions of a page of the cache, which share one of attention's partial results.
+CACHE_PAGE = 64
+
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
 PASS_TOKENS = 512
@@ -62,6 +65,10 @@ class ModelSizes:
     def kv_cache_bytes(self, context: int) -> int:
         """Keys and values of ``context`` positions in all blocks, float16."""
         return 2 * self.config.n_layer * context * self.config.n_embd * FLOAT16
+
+    def cache_bytes(self, context: int) -> int:
+        """The pages that hold so many positions."""
+        return self.kv_cache_bytes(-(-context // CACHE_PAGE) * CACHE_PAGE)
 
     def head_slabs(self) -> tuple[Slab, ...]:
         """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""

@@ -100,17 +100,17 @@ struct Arrays {
     std::vector<int32_t> order;
 };
 
-struct Pass {
+struct Line {
     int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace;
 };
 
-static void set(Dense& m, Arrays& a, int64_t n, int64_t k, const Pass&) {
+static void set(Dense& m, Arrays& a, int64_t n, int64_t k, const Line&) {
     a.scales = filled<uint16_t>(n * k);
     m = Dense{a.scales.data(), n, k};
 }
 
 template <class Natural, class Few>
-static void set(Packed<Natural, Few>& m, Arrays& a, int64_t n, int64_t k, const Pass& pass) {
+static void set(Packed<Natural, Few>& m, Arrays& a, int64_t n, int64_t k, const Line& pass) {
     const int64_t groups = k / pass.group;
     a.packed = filled<uint8_t>(n * k * Natural::kBits / 8);
     a.zeros = filled<uint8_t>(n * groups);
@@ -120,7 +120,7 @@ static void set(Packed<Natural, Few>& m, Arrays& a, int64_t n, int64_t k, const 
 }
 
 template <class M>
-static int64_t run(const Pass& pass) {
+static int64_t run(const Line& pass) {
     const int64_t width = pass.heads * pass.head_dim, tokens = pass.tokens;
     Arrays arrays[4];
     auto vectors = filled<uint16_t>(std::max(width, pass.inner));
@@ -142,7 +142,13 @@ static int64_t run(const Pass& pass) {
     b.result = result.data();
     b.workspace = (float*)workspace;
     b.tokens = tokens;
-    b.start_pos = pass.start;
+    std::vector<int32_t> places, pages;
+    for (int64_t t = 0; t < tokens; t++) places.insert(places.end(), {0, (int32_t)(pass.start + t)});
+    for (int64_t page = 0; page * kPage < pass.positions; page++) pages.push_back((int32_t)page);
+    b.places = places.data();
+    b.pages = pages.data();
+    b.pages_per_slot = (int64_t)pages.size();
+    b.whole = tokens % kPage == 0 ? tokens : 0;
     b.heads = pass.heads;
     b.head_dim = pass.head_dim;
     b.pairs = pass.pairs;
@@ -154,18 +160,18 @@ static int64_t run(const Pass& pass) {
     return taken;
 }
 
-static void head(const Pass& pass) {
+static void head(const Line& pass) {
     const int64_t width = pass.heads * pass.head_dim, rows = std::min<int64_t>(pass.tokens, MOSS_HEAD_ROWS);
     auto vectors = filled<uint16_t>(std::max(width, pass.vocabulary)), weight = filled<uint16_t>(pass.vocabulary * width);
     auto h = std::vector<float>(rows * width, 0.5f), logits = std::vector<float>(rows * pass.vocabulary);
     auto workspace = std::vector<float>(rows * width + MOSS_ALIGNMENT);
     run_head(Head{h.data(), vectors.data(), vectors.data(), Dense{weight.data(), pass.vocabulary, width}, vectors.data(),
-                  workspace.data(), logits.data(), rows, 1e-5f});
+                  workspace.data(), logits.data(), rows, rows % kPage == 0 ? rows : 0, 1e-5f});
 }
 
 int main() {
     size_t before = 0;
-    Pass p;
+    Line p;
     for (bool first = true;
          scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
                &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace) == 12;

@@ -5,6 +5,7 @@ The block's formulas are block_oracle's, in float64 where the kernels sum; array
 
 import numpy as np
 
+from moss_jt.kernels.interface import PAGE
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16
 from tests.support import block_oracle
 
@@ -26,14 +27,20 @@ def _arrays(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int
 
 
 def rotary_cache(
-    qkv: np.ndarray, rotary: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int
+    qkv: np.ndarray,
+    rotary: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    places: np.ndarray,
+    pages: np.ndarray,
 ) -> np.ndarray:
     tokens, (_, heads, head_dim) = len(qkv), keys.shape
     q, k, v = qkv.reshape(tokens, 3, heads, head_dim).transpose(1, 0, 2, 3)
-    place = slice(start_pos, start_pos + tokens)
-    keys[place] = saturated(rotated(k, rotary[place]))
-    values[place] = saturated(v)
-    return rotated(q, rotary[place]).reshape(tokens, -1)
+    slots, positions = places.T
+    lies = pages[slots, positions // PAGE] * PAGE + positions % PAGE
+    keys[lies] = saturated(rotated(k, rotary[positions]))
+    values[lies] = saturated(v)
+    return rotated(q, rotary[positions]).reshape(tokens, -1)
 
 
 def saturated(x: np.ndarray) -> np.ndarray:
@@ -53,9 +60,20 @@ def rotated(x: np.ndarray, rotary: np.ndarray) -> np.ndarray:
     return out
 
 
-def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, start_pos: int) -> np.ndarray:
-    heads = q.reshape(len(q), *keys.shape[1:]).astype(np.float64)
-    return block_oracle.attention(heads, keys, values, start_pos).reshape(len(q), -1).astype(np.float32)
+def attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray, pages: np.ndarray
+) -> np.ndarray:
+    tokens, (_, heads, head_dim) = len(q), keys.shape
+    out = np.empty((tokens, heads, head_dim))
+    for t, (slot, position) in enumerate(places):
+        past = np.arange(position + 1)
+        seen = pages[slot, past // PAGE] * PAGE + past % PAGE
+        query = q[t].reshape(heads, head_dim).astype(np.float64)
+        scores = np.einsum("hd,phd->hp", query, keys[seen].astype(np.float64)) / np.sqrt(head_dim)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        out[t] = np.einsum("hp,phd->hd", weights, values[seen].astype(np.float64))
+    return out.reshape(tokens, -1).astype(np.float32)
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:

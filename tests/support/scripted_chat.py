@@ -1,20 +1,22 @@
 """A MOSS without weights that writes what a test tells it to, over the real session, tokenizer and chat."""
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Rows, Watcher
+from moss_jt.engine.causal_model import Piece, Watcher
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.engine.session import Session
+from moss_jt.engine.sequence import Sequence as Text
+from moss_jt.kernels.interface import PAGE
 from moss_jt.store.tokenizer import Tokenizer
 from tests.support.tokenizers import tiny_tokenizer
 
 VOCABULARY = 2176
 
 # What the model writes into one field: text, whose special tokens count as such; a token; an exception that the pass raises;
-# or an event that it waits for.
+# or an event that it waits for, before what follows it.
 Written = str | int | type[BaseException] | threading.Event
 
 
@@ -28,8 +30,9 @@ class ScriptedModel:
         self, tokenizer: Tokenizer, fields: Sequence[Written | list[Written]], capacity: int
     ) -> None:
         self.capacity = capacity
-        self.pass_tokens = 64
-        self.cache_owner: object = None
+        self.pages = -(-capacity // PAGE)
+        self.pass_tokens = PAGE
+        self.logit_rows = self.score_rows = 1
         self.watcher: Watcher | None = None
         self.read: list[int] = []
         self._tokenizer = tokenizer
@@ -37,13 +40,20 @@ class ScriptedModel:
         self._cache: list[int] = []
         self._start = 0
         self._writing: list[int | type[BaseException] | threading.Event] = []
+        self._wanted: Callable[[int], bool] = lambda index: True
+        self._gates: dict[int, threading.Event] = {}  # what is waited for before a place in it
 
     def begin(self, position: int) -> None:
         """The next field begins at ``position``."""
         assert self._fields, "the model is asked for a field that the test does not know of"
         self._start, self._writing = position, []
-        for part in self._fields.pop(0):
-            self._writing += self._tokenizer.encode(part) if isinstance(part, str) else [part]
+        self._gates = {}
+        parts = self._fields.pop(0)
+        for number, part in enumerate(parts):
+            if isinstance(part, threading.Event) and number + 1 < len(parts):
+                self._gates[len(self._writing)] = part
+            else:
+                self._writing += self._tokenizer.encode(part) if isinstance(part, str) else [part]
 
     def expect(self, *fields: Written | list[Written]) -> None:
         """It writes these from now on, whatever it was to write before."""
@@ -53,39 +63,64 @@ class ScriptedModel:
     def finished(self) -> bool:
         return not self._fields
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows) -> np.ndarray:
-        assert start_pos <= len(self._cache) and start_pos + len(token_ids) <= self.capacity
-        self.read += token_ids
-        if self.watcher is not None and len(token_ids) > 1:
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        self._wanted = wanted
+        tokens = sum(len(piece.token_ids) for piece in pieces)
+        if self.watcher is not None and tokens > 1:
             for share in (0.5, 1.0):
-                self.watcher(len(token_ids), share)
-        self._cache[start_pos:] = token_ids
-        count = {"none": 0, "last": 1, "all": len(token_ids)}[rows]
+                self.watcher(tokens, share)
+        return [self._forward(piece) for piece in pieces]
+
+    def _forward(self, piece: Piece) -> np.ndarray:
+        end = piece.start + len(piece.token_ids)
+        assert piece.start <= len(self._cache) and end <= self.capacity
+        self.read += piece.token_ids
+        self._cache[piece.start :] = piece.token_ids
+        count = {"none": 0, "last": 1, "all": len(piece.token_ids)}[piece.rows]
         logits = np.zeros((count, VOCABULARY), np.float32)
         for row in range(count):
-            logits[row, self._next(start_pos + len(token_ids) - count + row + 1)] = 100
+            logits[row, self._next(end - count + row + 1)] = 100
         return logits
+
+    def read_page(self, page: int) -> np.ndarray:
+        raise AssertionError("one conversation has room")
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        raise AssertionError("one conversation has room")
 
     def _next(self, position: int) -> int:
         """The token at ``position``; a field that runs out repeats its last one."""
+        if (gate := self._gates.get(position - self._start)) is not None:
+            self._wait(gate)
         token = self._writing[min(position - self._start, len(self._writing) - 1)]
         if isinstance(token, threading.Event):
-            while not token.wait(0.05):  # in short waits: a signal just before a long one would not end it
-                pass
-            return self._writing[-1] if isinstance(self._writing[-1], int) else 0
+            self._wait(token)
+            return 0
         if isinstance(token, int):
             return token
         raise token
 
+    def _wait(self, gate: threading.Event) -> None:
+        """Until it is opened, or nobody waits for what follows, as a model looks between its blocks."""
+        while not gate.wait(0.01) and self._wanted(0):
+            pass
 
-class ScriptedSession(Session):
+
+class ScriptedSequence(Text):
     def decode(
-        self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int] = ()
+        self,
+        params: SamplingParams,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        max_time: float | None = None,
     ) -> Iterator[int]:
-        assert isinstance(self.model, ScriptedModel)
+        model = self.engine.model
+        assert isinstance(model, ScriptedModel)
         if max_new_tokens > 0:
-            self.model.begin(self.position)
-        yield from super().decode(params, max_new_tokens, stop_ids)
+            model.begin(self.position)
+        yield from super().decode(params, max_new_tokens, stop_ids, max_time)
 
 
 class ScriptedMoss:
@@ -94,9 +129,10 @@ class ScriptedMoss:
     def __init__(self, *fields: Written | list[Written], capacity: int = 1024) -> None:
         self.tokenizer = tiny_tokenizer()
         self.model = ScriptedModel(self.tokenizer, fields, capacity)
+        self.engine = Engine(self.model)
 
     def watch(self, watcher: Watcher | None) -> None:
         self.model.watcher = watcher
 
-    def session(self) -> Session:
-        return ScriptedSession(self.model)
+    def session(self) -> Text:
+        return ScriptedSequence(self.engine)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.causal_model import Piece, Rows
+from moss_jt.kernels.interface import PAGE
 
 VOCABULARY = 50
+NOTHING = -1  # where no token was written
 
 
 def one_hot(token: int) -> np.ndarray:
@@ -28,7 +30,9 @@ def count_up(text: tuple[int, ...]) -> np.ndarray:
 class ScriptedModel:
     """moss_jt.engine.causal_model.CausalModel over ``follow``: text so far -> logits of the next token.
 
-    passes  (start_pos, tokens, rows) of each pass
+    Its cache holds tokens, so that what follows is read from a sequence's own pages, whoever wrote them.
+
+    passes  (start, tokens, rows) of every piece of every pass
     """
 
     def __init__(
@@ -36,22 +40,48 @@ class ScriptedModel:
         follow: Callable[[tuple[int, ...]], np.ndarray] = count_up,
         capacity: int = 64,
         pass_tokens: int = 16,
+        pages: int | None = None,
+        logit_rows: int = 23,
     ) -> None:
         self.capacity = capacity
+        self.pages = -(-capacity // PAGE) if pages is None else pages
         self.pass_tokens = pass_tokens
-        self.cache_owner: object = None
+        self.logit_rows = logit_rows
+        self.score_rows = PAGE
         self.passes: list[tuple[int, list[int], Rows]] = []
         self._follow = follow
-        self._cache: list[int] = []
+        self._cache = np.full((self.pages, PAGE), NOTHING)
 
-    def forward(self, token_ids: Sequence[int], start_pos: int, rows: Rows = "last") -> np.ndarray:
-        assert 1 <= len(token_ids) <= self.pass_tokens and start_pos + len(token_ids) <= self.capacity
-        assert start_pos <= len(self._cache), "positions before the new ones were never computed"
-        self.passes.append((start_pos, list(token_ids), rows))
-        self._cache[start_pos:] = token_ids
-        ends = {"none": [], "last": [len(token_ids)], "all": list(range(1, len(token_ids) + 1))}[rows]
-        found = [self._follow(tuple(self._cache[: start_pos + end])) for end in ends]
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        assert 1 <= sum(len(piece.token_ids) for piece in pieces) <= self.pass_tokens
+        for piece in pieces:
+            assert piece.token_ids and piece.start + len(piece.token_ids) <= self.capacity
+            self.passes.append((piece.start, list(piece.token_ids), piece.rows))
+            self.write(piece)
+        return [self.logits(piece) for piece in pieces]
+
+    def write(self, piece: Piece) -> None:
+        for position, token in enumerate(piece.token_ids, piece.start):
+            self._cache[piece.pages[position // PAGE], position % PAGE] = token
+
+    def logits(self, piece: Piece) -> np.ndarray:
+        text = self._cache[list(piece.pages)].reshape(-1)
+        count = len(piece.token_ids)
+        ends = {"none": [], "last": [count], "all": list(range(1, count + 1))}[piece.rows]
+        found = []
+        for end in ends:
+            before = tuple(text[: piece.start + end].tolist())
+            assert NOTHING not in before, "positions before the new ones were never computed"
+            found.append(self._follow(before))
         return np.stack(found) if found else np.empty((0, VOCABULARY), np.float32)
+
+    def read_page(self, page: int) -> np.ndarray:
+        return self._cache[page].copy()
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        self._cache[page] = data
 
 
 class ScriptedText:

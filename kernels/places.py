@@ -1,0 +1,73 @@
+"""Where the tokens of a pass belong: which sequence's each is, at which position, and in which pages that one's past lies.
+
+A page is PAGE positions of one sequence in all layers of the cache. Tokens take one of two ways through the operators, and it
+is theirs whoever shares the pass: *whole* pages, of a prompt, by products of matrices; *few* tokens (answers, drafts, what
+fills no page) by kernels that give each token the same bits among any number of others.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moss_jt.backend.jittor import jt
+from moss_jt.kernels.interface import PAGE, Places
+
+PAGES_AT_ONCE = 8  # by which tables of pages grow
+
+
+def places_of(
+    slots: Sequence[int] | np.ndarray,
+    positions: Sequence[int] | np.ndarray,
+    pages: Sequence[Sequence[int]],
+    whole: int = 0,
+) -> Places:
+    """Places of tokens of several sequences.
+
+    Args:
+        slots, positions: one number for each token; whole pages first, each with its tokens in order.
+        pages: each slot's pages in the order of its positions.
+
+    Raises:
+        ValueError: there are no tokens, a token has no page, or what should be whole pages is not.
+    """
+    slot, position = (np.asarray(numbers, np.int32) for numbers in (slots, positions))
+    table = np.zeros((len(pages), max((len(row) for row in pages), default=0)), np.int32)
+    for row, numbers in zip(table, pages, strict=True):
+        row[: len(numbers)] = numbers
+    if not len(slot) or len(slot) != len(position) or slot.min() < 0 or slot.max() >= len(pages):
+        raise ValueError(f"{len(slot)} tokens at {len(position)} positions of {len(pages)} sequences")
+    rooms = PAGE * np.array([len(row) for row in pages])
+    if position.min() < 0 or (position >= rooms[slot]).any():
+        raise ValueError(f"a token's position is beyond the pages of its sequence, {table.shape[1]} at most")
+    if table.size and table.min() < 0:
+        raise ValueError("a page has a number below 0")
+    _check_whole(slot, position, whole)
+    tokens = np.stack([slot, position], axis=1)
+    return Places(slot, position, table, whole, jt.array(tokens), jt.array(_roomy(table)))
+
+
+def _roomy(table: np.ndarray) -> np.ndarray:
+    """The table with room for more slots and pages: launches are recorded for each shape of it, and are to be few."""
+    rows = 1 << (len(table) - 1).bit_length()
+    room = np.zeros((rows, -(-table.shape[1] // PAGES_AT_ONCE) * PAGES_AT_ONCE), np.int32)
+    room[: table.shape[0], : table.shape[1]] = table
+    return room
+
+
+def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:
+    if whole % PAGE or not 0 <= whole <= len(slots):
+        raise ValueError(f"{whole} of {len(slots)} tokens are no whole pages of {PAGE}")
+    by_page = positions[:whole].reshape(-1, PAGE) - np.arange(PAGE)
+    same_slot = slots[:whole].reshape(-1, PAGE)
+    if (
+        (by_page % PAGE != 0).any()
+        or (by_page != by_page[:, :1]).any()
+        or (same_slot != same_slot[:, :1]).any()
+    ):
+        raise ValueError("whole pages are not of one sequence, from their first position to their last")
+
+
+def one_sequence(start: int, tokens: int, whole: int = 0) -> Places:
+    """Places of ``tokens`` tokens from ``start`` on, of the one sequence whose pages are 0, 1, 2, ..."""
+    end = start + tokens
+    return places_of([0] * tokens, range(start, end), [range(-(-end // PAGE))], whole)

@@ -1,0 +1,251 @@
+"""Many prompts from lines of JSON, and their answers as lines of JSON, in the same order.
+
+A line is one of three: {"prompt": TEXT}, {"messages": [{"role": .., "content": ..}, ..]}, or a line of OpenAI's batch files
+({"custom_id", "method", "url", "body"}), which is answered in that form. A line that cannot be answered gets an error, and the
+others their answers.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from moss_jt.chat.prompt import (
+    MOSS,
+    Piece,
+    PromptEncoder,
+    field,
+    meta_instruction,
+    neutral,
+    no_plugins,
+    opening,
+    question,
+)
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.errors import MossError
+from moss_jt.store.tokenizer import Tokenizer
+
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+# Names of options in a line or a request's body, and ours.
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "length_penalty",
+    "regulation_start",
+)
+LIMITS = {
+    "max_new_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
+# What OpenAI's requests may hold that changes the answer, and that is not done here.
+UNSUPPORTED = {
+    "n": 1, "tools": None, "functions": None, "response_format": None, "logit_bias": None, "logprobs": None,
+    "frequency_penalty": 0, "presence_penalty": 0, "suffix": None, "echo": False, "best_of": 1,
+}  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line, understood.
+
+    custom_id  OpenAI's name of the line; None for lines in our own form
+    chat       its answer is a message
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+    max_new_tokens: int
+    stop: list[str]
+    custom_id: str | None = None
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a line does not say otherwise."""
+
+    params: SamplingParams
+    max_new_tokens: int
+
+
+def parse_line(line: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
+    """
+    Raises:
+        MossError: the line is none of the three forms, or asks for something that is not done.
+    """
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MossError(f"the line is no JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise MossError("the line is no JSON object.")
+    if "custom_id" not in fields:
+        return _request(fields, tokenizer, defaults, "messages" in fields)
+    custom_id, url, body = fields["custom_id"], fields.get("url"), fields.get("body")
+    if not isinstance(custom_id, str) or not isinstance(body, dict):
+        raise MossError("custom_id must be a text, and body an object.")
+    if fields.get("method", "POST") != "POST" or url not in (CHAT_URL, TEXT_URL):
+        raise MossError(f"only POST to {CHAT_URL} and {TEXT_URL} is done.")
+    return _request(body, tokenizer, defaults, url == CHAT_URL, custom_id)
+
+
+def _request(
+    fields: dict[str, Any], tokenizer: Tokenizer, defaults: Defaults, chat: bool, custom_id: str | None = None
+) -> Request:
+    for name, neutral_value in UNSUPPORTED.items():
+        if fields.get(name, neutral_value) not in (neutral_value, None):
+            raise MossError(f"{name} is not done.")
+    sampling = {name: _number(fields, name) for name in SAMPLING if fields.get(name) is not None}
+    limits = [_number(fields, name) for name in LIMITS if fields.get(name) is not None]
+    stop = fields.get("stop") or []
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
+        raise MossError("stop must be a text, or a list of texts.")
+    return Request(
+        token_ids=_messages(fields.get("messages"), tokenizer)
+        if chat
+        else _prompt(fields.get("prompt"), tokenizer),
+        params=SamplingParams(**(vars(defaults.params) | sampling)),
+        max_new_tokens=int(limits[0]) if limits else defaults.max_new_tokens,
+        stop=stops,
+        custom_id=custom_id,
+        chat=chat,
+    )
+
+
+def _number(fields: dict[str, Any], name: str) -> Any:
+    value = fields[name]
+    whole = name in ("top_k", "seed", "regulation_start", *LIMITS)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise MossError(f"{name} must be a {'whole ' if whole else ''}number.")
+    return value
+
+
+def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return list(prompt)
+    raise MossError("prompt must be a text, or a list of token ids.")
+
+
+def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
+    """A conversation without plugins, up to where MOSS writes; what the system says stands after the meta instruction."""
+    if not isinstance(messages, list) or not messages:
+        raise MossError("messages must be a list of objects with a role and a content.")
+    turns = [_message(message) for message in messages]
+    system = [
+        Piece(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
+    ]
+    pieces = [Piece(meta_instruction()), *system]
+    spoken = [(role, text) for role, text in turns if role in ("user", "assistant")]
+    if not spoken or spoken[-1][0] != "user":
+        raise MossError("the last message must be the user's.")
+    expected = "user"
+    for role, text in spoken:
+        if role != expected:
+            raise MossError(f"after {_other(role)} comes {expected}: the user and the assistant take turns.")
+        if role == "user":
+            pieces += [*question(text), *no_plugins()]
+        else:
+            pieces += field(MOSS, neutral(text))
+        expected = _other(role)
+    return PromptEncoder(tokenizer).encode([*pieces, *opening(MOSS)])
+
+
+def _other(role: str) -> str:
+    return "assistant" if role == "user" else "user"
+
+
+def _message(message: Any) -> tuple[str, str]:
+    role = message.get("role") if isinstance(message, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if role not in ROLES or not isinstance(content, str):
+        raise MossError(f"a message has a role ({', '.join(ROLES)}) and a content that is text.")
+    return str(role), content
+
+
+def custom_id_of(line: str) -> str | None:
+    """OpenAI's name of a line, whatever else is wrong with it."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    name = fields.get("custom_id") if isinstance(fields, dict) else None
+    return name if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a request."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    stop_reason: str | None
+
+
+def answer_line(number: int, model: str, request: Request, done: Done) -> str:
+    """The answer to line ``number`` as one line of JSON."""
+    if request.custom_id is None:
+        fields: dict[str, Any] = {
+            "index": number,
+            "model": model,
+            "text": done.text,
+            "prompt_tokens": done.prompt_tokens,
+            "new_tokens": done.new_tokens,
+            "stop_reason": done.stop_reason,
+        }
+        return json.dumps(fields, ensure_ascii=False)
+    finish = "stop" if done.stop_reason in ("eos", "stop") else "length"
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+    if request.chat:
+        choice["message"] = {"role": "assistant", "content": done.text.strip(), "refusal": None}
+    else:
+        choice["text"] = done.text
+    body = {
+        "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{number}",
+        "object": "chat.completion" if request.chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": done.new_tokens,
+            "total_tokens": done.prompt_tokens + done.new_tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": f"request-{number}", "body": body}
+    return _openai_line(number, request.custom_id, response, None)
+
+
+def error_line(number: int, model: str, custom_id: str | None, message: str) -> str:
+    if custom_id is None:
+        return json.dumps({"index": number, "model": model, "error": message}, ensure_ascii=False)
+    return _openai_line(number, custom_id, None, {"code": "invalid_request", "message": message})
+
+
+def _openai_line(number: int, custom_id: str, response: Any, error: Any) -> str:
+    fields = {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def answers_line(answer: str, number: int, model: str, line: str) -> bool:
+    """Whether a line of results belongs to line ``number`` of the prompts, and was said by this model."""
+    try:
+        fields = json.loads(answer)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(fields, dict):
+        return False
+    if (custom_id := custom_id_of(line)) is not None:
+        body = (fields.get("response") or {}).get("body") or {"model": model}
+        return fields.get("custom_id") == custom_id and body.get("model") == model
+    return fields.get("index") == number and fields.get("model") == model

@@ -1,0 +1,165 @@
+"""What the cache has of one sequence: its pages, how far they are computed, and which of them are whole ones.
+
+Which pages are whole is settled when the text is given, and by the text alone: those that it fills, but for the one with the
+last token. What is written later comes token by token. So a sequence's keys and values never depend on when it was computed,
+with whom, how often it was interrupted, or whether its pages were on disk in the meantime.
+"""
+
+from collections.abc import Callable, Sequence
+
+from moss_jt.engine.pages import PagePool, beginning_of
+from moss_jt.kernels.interface import PAGE
+
+
+class CachedText:
+    """See the module. Only the engine's thread, or who holds its lock, changes it.
+
+    pages     in order, as far as the text is cached; empty while they are stored
+    cached    positions that they hold
+    stored    where the pages lie on disk, in order, while they are there
+    """
+
+    def __init__(self, pool: PagePool, whole_pages: bool = True) -> None:
+        """``whole_pages``: a pass has room for one; otherwise all comes token by token."""
+        self.pool = pool
+        self._whole_pages = whole_pages
+        self.pages: list[int] = []
+        self.cached = 0
+        self.stored: list[int] = []
+        self._whole: list[bool] = []  # of each page that the text has
+        self._names: list[bytes] = []  # of the whole pages that it begins with, as far as they are cached
+
+    def settle(self, length: int, continued: bool = True) -> list[int]:
+        """The text has ``length`` tokens; returns stored pages that are not needed any more.
+
+        Args:
+            continued: it is to be answered, so the last token is computed in any case, and in a page that is not whole: its
+                logits must not depend on who computed that page.
+        """
+        for page in range(len(self._whole), pages_of(length)):
+            self._whole.append(self._whole_pages and (page + 1) * PAGE <= length - continued)
+        if not continued:
+            return []
+        last = pages_of(length) - 1
+        if self._whole[last]:
+            self._whole[last] = False
+            return self.back_to(min(self.cached, last * PAGE))
+        return self.back_to(min(self.cached, length - 1))
+
+    def grown(self, length: int) -> None:
+        """The model has written the last of ``length`` tokens: what its page gets comes token by token."""
+        if len(self._whole) < pages_of(length):
+            self._whole.append(False)
+
+    def cut(self, length: int) -> list[int]:
+        """Forget what is beyond ``length`` tokens; returns stored pages that are not needed any more."""
+        del self._whole[pages_of(length) :]
+        self.cached = min(self.cached, length)
+        if length % PAGE and len(self._whole) == pages_of(length) and self._whole[-1]:
+            del self._whole[-1]  # a whole page that is cut is one no longer, and is computed anew
+            self.cached = min(self.cached, length // PAGE * PAGE)
+        return self._trim()
+
+    def back_to(self, cached: int) -> list[int]:
+        """The pass that computed what is beyond did not come to its end."""
+        for page in self.pages[cached // PAGE :]:
+            if self.pool.users(page) == 1:
+                self.pool.unname(page)
+        self.cached = cached
+        return self._trim()
+
+    def _trim(self) -> list[int]:
+        count = pages_of(self.cached)
+        self.pool.give_back(self.pages[count:])
+        del self.pages[count:]
+        del self._names[self.cached // PAGE :]
+        unneeded = self.stored[count:]
+        del self.stored[count:]
+        return unneeded
+
+    def next_run(self, length: int) -> tuple[int, bool]:
+        """Tokens that can be computed next in one way, of a text of ``length``, and whether they are a whole page."""
+        page = self.cached // PAGE
+        if self._whole[page]:
+            return PAGE, True
+        end = self.cached
+        while end < length and not self._whole[end // PAGE]:
+            end = (end // PAGE + 1) * PAGE
+        return min(end, length) - self.cached, False
+
+    def adopt(self, token_ids: Sequence[int]) -> bool:
+        """Share the next page with another sequence that has it, if there is one."""
+        name = self._name_of_next(token_ids)
+        page = None if name is None else self.pool.share(name)
+        if name is None or page is None:
+            return False
+        self.pages.append(page)
+        self._names.append(name)
+        self.cached += PAGE
+        return True
+
+    def compute(self, token_ids: Sequence[int], count: int) -> int:
+        """The next ``count`` tokens are computed in the coming pass; returns at which position they begin.
+
+        There must be as many free pages as :meth:`pages_for` says.
+        """
+        start = self.cached
+        name = self._name_of_next(token_ids) if count == PAGE else None
+        for _ in range(self.pages_for(count)):
+            self.pages.append(self.pool.take())
+        self.cached += count
+        if name is not None:
+            self.pool.name(self.pages[-1], name)
+            self._names.append(name)
+        return start
+
+    def pages_for(self, count: int) -> int:
+        """Pages that the next ``count`` tokens need beside those that the text has."""
+        return pages_of(self.cached + count) - len(self.pages)
+
+    def _name_of_next(self, token_ids: Sequence[int]) -> bytes | None:
+        """The name of the beginning up to the end of the next page, where all of it is whole pages."""
+        page = self.cached // PAGE
+        if (
+            self.cached % PAGE
+            or page >= len(self._whole)
+            or not self._whole[page]
+            or len(self._names) != page
+        ):
+            return None
+        before = self._names[-1] if self._names else b""
+        return beginning_of(before, token_ids[page * PAGE : (page + 1) * PAGE])
+
+    def store(self, places: list[int]) -> None:
+        """What the pages hold lies on disk now, at these places; give them back."""
+        cached = self.cached
+        self.release()
+        self.stored, self.cached = places, cached
+
+    def restore(self, token_ids: Sequence[int], read: Callable[[int, int], bool]) -> list[int]:
+        """Have what was stored in pages again; returns the places that it lay at.
+
+        Args:
+            read: fills a page from a place, and says whether it could: what cannot be read is computed anew.
+        """
+        places, cached = self.stored, self.cached
+        self.stored, self.cached = [], 0
+        for place in places:
+            if self.adopt(token_ids):
+                continue
+            count = min(PAGE, cached - self.cached)
+            self.compute(token_ids, count)
+            if not read(place, self.pages[-1]):
+                self.back_to(self.cached - count)
+                break
+        return places
+
+    def release(self) -> list[int]:
+        """Give back all pages; what was cached is stored nowhere, and is computed anew in the same way when it is needed."""
+        self.cached = 0
+        return self._trim()
+
+
+def pages_of(length: int) -> int:
+    """Pages of a text of so many tokens."""
+    return -(-length // PAGE)

@@ -1,0 +1,523 @@
+"""Many sequences over one reading of the weights: one thread that schedules, computes and chooses, pass after pass.
+
+A pass is filled in this order: the next token of every running answer, guesses of what follows it (drafts) as far as rows of
+logits are left, and pieces of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
+who wants no more is gone within one block. Interactive jobs go before background ones, and the older before the younger; a
+background job counts as that much younger, so that it, too, has its turn in the end.
+
+An answer is the same bits whoever else is there, because each token's way through the operators is settled by its own text
+(moss_jt.engine.cached_text), the operators give a token the same bits in any company (moss_jt.kernels.places), and its random
+numbers are its own.
+
+Room in the cache is given by pages. A job is admitted when its text fits; what idle sequences have cached makes room for it, and
+goes to the disk. Where an answer grows and no page is left, the youngest job makes room and waits again.
+"""
+
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jt.backend.device import check_process
+from moss_jt.engine.cached_text import CachedText, pages_of
+from moss_jt.engine.causal_model import CausalModel, Piece, Rows
+from moss_jt.engine.job import Job, Queued
+from moss_jt.engine.pace import Pace
+from moss_jt.engine.page_file import PageFile
+from moss_jt.engine.pages import PagePool
+from moss_jt.errors import MossError
+from moss_jt.kernels.interface import PAGE
+
+# Tokens that an answer may be ahead of who takes them.
+AHEAD = 16
+# A background job is as old as an interactive one that came so many jobs later.
+BACKGROUND_JOBS = 64
+# Without work the thread ends, and a later job starts another.
+IDLE_S = 5.0
+
+
+@dataclass
+class Part:
+    """What a pass computes for one job: the text from ``start`` on, and a draft of what follows it."""
+
+    job: Job
+    start: int
+    pieces: list[Piece] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+
+@dataclass
+class Pass:
+    """What is computed together.
+
+    logits  rows of them
+    fresh   whole pages that it computes, for any sequence that begins alike
+    shared  those of them that more than one sequence has already
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    rows: int = 0
+    logits: int = 0
+    prompt_tokens: int = 0
+    fresh: set[int] = field(default_factory=set)
+    shared: set[int] = field(default_factory=set)
+
+
+class Engine:
+    """See the module. Its methods may be called from any thread.
+
+    Args:
+        folder: where pages go that find no room in the cache; None: they are forgotten, and computed again when needed.
+    """
+
+    def __init__(self, model: CausalModel, folder: Path | None = None) -> None:
+        self.model = model
+        self.lock = threading.RLock()
+        self.pool = PagePool(model.pages)
+        self.passes = 0
+        self._work = threading.Condition(self.lock)
+        self._waiting: list[Job] = []
+        self._running: list[Job] = []
+        self._held: OrderedDict[int, CachedText] = (
+            OrderedDict()
+        )  # texts with pages, those used longest ago first
+        self._dropped: deque[CachedText] = deque()  # texts whose sequences are gone
+        self._late: deque[tuple[Job, int]] = deque()  # jobs that ended while the thread was at its lists
+        self._busy = False
+        self._file = None if folder is None else PageFile(folder)
+        self._pace = Pace()
+        self._flight: Pass | None = None
+        self._tickets = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        weakref.finalize(self, _close_at_exit, weakref.ref(self))
+
+    # For callers.
+
+    def new_text(self) -> CachedText:
+        """What the cache will have of a sequence."""
+        return CachedText(self.pool, self.model.pass_tokens >= PAGE)
+
+    def submit(self, job: Job) -> None:
+        """Have the job done; :meth:`take` gives what comes of it, and :meth:`end` must be called.
+
+        Raises:
+            MossError: the model is closed, or this process was forked from the one that loaded it.
+        """
+        check_process()
+        with self.lock:
+            if self._closed:
+                raise MossError("the model is closed.")
+            job.ticket = self._tickets + (BACKGROUND_JOBS if job.background else 0)
+            self._tickets += 1
+            self._free(job.text.settle(len(job.tokens), continued=not job.scored))
+            self._queue(job)
+            self._wake()
+
+    def take(self, job: Job) -> tuple[int, Any] | None:
+        """What the job gives next, once it is there: a token, and why no other follows; or a position, and the logits of the
+        tokens from it on. None when the job is done.
+
+        Raises:
+            MossError: the job failed.
+        """
+        with self.lock:
+            while not job.out and not job.done:
+                self._wake()
+                job.ready.wait()
+            if job.out:
+                self._work.notify_all()
+                return job.out.popleft()
+            if job.error is not None:
+                error, job.error = job.error, None
+                try:
+                    raise error
+                finally:
+                    del error  # it refers to all who pass it on, and they must be free to go
+            return None
+
+    def end(self, job: Job, length: int) -> None:
+        """The caller wants no more of this job, and its text ends after ``length`` tokens."""
+        with self.lock:
+            job.done = True
+            if self._busy:  # a generator that the collector of garbage closes, at any place of the thread's
+                self._late.append((job, length))
+                return
+            self._remove(job)
+            for part in self._flight.parts if self._flight is not None else ():
+                if part.job is job:
+                    self._free(job.text.back_to(min(job.text.cached, part.start)))
+            self._free(job.text.cut(length))
+            self._touch(job.text)
+            self._wake()
+
+    def cut(self, text: CachedText, length: int) -> None:
+        """A text that no job is about ends after ``length`` tokens."""
+        with self.lock:
+            self._free(text.cut(length))
+
+    def drop(self, text: CachedText) -> None:
+        """Nobody will ask for this text any more. To be called from anywhere, the collector of garbage too."""
+        self._dropped.append(text)
+
+    def queued(self, job: Job) -> Queued | None:
+        """Where the job waits, or None where it does not."""
+        with self.lock:
+            waiting = self._queue_in_order()
+            if job not in waiting:
+                return None
+            place = waiting.index(job)
+            needed = sum(self._pages_to_come(one) for one in waiting[: place + 1])
+            room = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
+            passes = 0
+            for running in sorted(self._running, key=lambda one: one.left):
+                if room >= needed:
+                    break
+                room, passes = room + len(running.text.pages), running.left
+            pass_s = self._pace.pass_s
+            return Queued(place + 1, None if pass_s is None else passes * pass_s)
+
+    def close(self) -> None:
+        """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
+        with self.lock:
+            self._closed = True
+            thread, self._thread = self._thread, None
+            for job in [*self._waiting, *self._running]:
+                self._fail(job, MossError("the model is closed."))
+            self._work.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        if self._file is not None:
+            self._file.close()
+
+    # The thread.
+
+    def _wake(self) -> None:
+        if self._thread is None and not self._closed and (self._waiting or self._running):
+            self._thread = threading.Thread(target=self._run, name="moss-jt engine", daemon=True)
+            self._thread.start()
+        self._work.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                while (flight := self._plan_safely()) is None:
+                    if self._thread is not threading.current_thread():
+                        return
+                    if not self._work.wait(IDLE_S) and not self._waiting and not self._running:
+                        self._thread = None
+                        return
+            self.compute(flight)
+
+    def _plan_safely(self) -> Pass | None:
+        """A fault of ours ends the jobs that it met, and not the thread: their callers wait for an answer."""
+        try:
+            return self.plan()
+        except BaseException as error:  # noqa: BLE001
+            self._busy = False
+            for job in [*self._waiting, *self._running]:
+                self._fail(job, error)
+            return None
+
+    # One pass, in two steps.
+
+    def plan(self) -> Pass | None:
+        """The next pass, or None while there is nothing to compute."""
+        with self.lock:
+            if self._closed:
+                return None
+            self._clear_up()
+            self._busy = True
+            self._keep_promises()
+            for job in self._queue_in_order():
+                if not self._admit(job):
+                    break
+            flight = self._fill()
+            self._busy = False
+            if not any(part.pieces for part in flight.parts):
+                return None
+            self.passes += 1
+            for part in flight.parts:
+                part.job.served = self.passes
+            self._flight = flight
+            return flight
+
+    def _clear_up(self) -> None:
+        """What came while the thread was busy."""
+        while self._late:
+            self.end(*self._late.popleft())
+        while self._dropped:
+            text = self._dropped.popleft()
+            self._free(text.release())
+            self._held.pop(id(text), None)
+
+    def compute(self, flight: Pass) -> None:
+        """Compute a pass, and hand out what it gives."""
+        pieces = [(part, piece) for part in flight.parts for piece in part.pieces]
+
+        def wanted(index: int) -> bool:
+            part, piece = pieces[index]
+            return not part.job.done or (piece.whole and piece.pages[piece.start // PAGE] in flight.shared)
+
+        begin = time.monotonic()
+        error: BaseException | None = None
+        logits: list[np.ndarray] = []
+        try:
+            logits = self.model.forward_many([piece for _, piece in pieces], wanted)
+        except BaseException as raised:  # noqa: BLE001  the callers get it
+            error = raised
+        seconds = time.monotonic() - begin
+        with self.lock:
+            self._flight = None
+            self._busy = True
+            if error is None and not any(part.job.done for part in flight.parts):
+                self._pace.note(flight.prompt_tokens, seconds)
+            rows = iter(logits)
+            for part in flight.parts:
+                found = [next(rows, None) for _ in part.pieces]
+                if part.job.done:
+                    continue
+                if error is not None:
+                    self._free(part.job.text.back_to(part.start))
+                    self._fail(part.job, error)
+                    continue
+                try:
+                    self._deliver(part, [piece for piece in found if piece is not None], flight, seconds)
+                except BaseException as raised:  # noqa: BLE001
+                    self._fail(part.job, raised)
+            self._busy = False
+            error = None  # or it would refer to itself, by way of this call
+
+    def _deliver(self, part: Part, found: Sequence[np.ndarray], flight: Pass, seconds: float) -> None:
+        job, text = part.job, part.job.text
+        job.timing.passes += part.prompt_tokens == 0
+        job.timing.prefill_tokens += part.prompt_tokens
+        if job.scored:
+            job.out += [(piece.start, rows) for piece, rows in zip(part.pieces, found, strict=True)]
+        elif job.sampler is not None and found and len(found[-1]):
+            first = job.first_s is None
+            if job.first_s is None:
+                job.first_s = time.monotonic()
+                job.timing.prefill_s = job.first_s - job.began
+            length = len(job.tokens)
+            accepted = job.choose(found[-1], part.draft)
+            for position in range(length, len(job.tokens)):
+                text.grown(position + 1)
+            if part.draft:
+                self._free(text.back_to(length + accepted))
+            job.timing.decode_s = time.monotonic() - job.first_s
+            if job.drafter is not None and not first and not job.done:
+                alone = len(flight.parts) == 1 and part.prompt_tokens == 0
+                job.drafter.learn(len(part.draft), accepted, seconds if alone else None)
+        if job.sampler is None and text.cached >= job.end:
+            job.done = True
+        if job.done:
+            self._remove(job)
+            self._touch(text)
+        job.ready.notify_all()
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        job.error, job.done = error, True
+        self._remove(job)
+        job.ready.notify_all()
+
+    # Who has room.
+
+    def _queue(self, job: Job) -> None:
+        self._waiting.append(job)
+        self._waiting.sort(key=lambda one: one.ticket)
+
+    def _remove(self, job: Job) -> None:
+        for jobs in (self._waiting, self._running):
+            if job in jobs:
+                jobs.remove(job)
+
+    def _pages_to_come(self, job: Job) -> int:
+        """Pages that the job needs for its text beside those that it has."""
+        return max(0, pages_of(job.end) - len(job.text.pages))
+
+    def _promised(self) -> int:
+        """Pages that running jobs need for the texts that they have now."""
+        return sum(map(self._pages_to_come, self._running))
+
+    def _idle(self) -> list[CachedText]:
+        """Texts with pages that no running job is about, those used longest ago first."""
+        running = {id(job.text) for job in self._running}
+        return [text for key, text in self._held.items() if key not in running and text.pages]
+
+    def _keep_promises(self) -> None:
+        """Answers have grown: where pages lack, others give theirs, at last the youngest jobs, which wait again."""
+        while self.pool.free < self._promised():
+            if not self._make_room(None):
+                self._suspend(max(self._running, key=lambda job: job.ticket))
+
+    def _make_room(self, job: Job | None) -> bool:
+        """Have some pages given up by who does not need them now: an idle text, or an answer that nobody takes."""
+        for text in self._idle():
+            if job is None or text is not job.text:
+                self._store(text)
+                return True
+        for one in self._running:
+            if one.paused and one.text.pages:
+                self._suspend(one)
+                return True
+        return False
+
+    def _admit(self, job: Job) -> bool:
+        """Let a waiting job run if its text fits. Whether it does."""
+        while self.pool.free < self._promised() + self._pages_to_come(job):
+            if self._make_room(job):
+                continue
+            others = [one for one in self._running if one.background and one.ticket > job.ticket]
+            if job.background or not others:
+                return False
+            self._suspend(max(others, key=lambda one: one.ticket))
+        self._remove(job)
+        if job.text.stored:
+            self._free(job.text.restore(job.tokens, self._read_page))
+        self._running.append(job)
+        self._touch(job.text)
+        return True
+
+    def _queue_in_order(self) -> list[Job]:
+        """Jobs that wait for room. Those that nobody takes anything of do not: they may have lost theirs to others."""
+        return [job for job in self._waiting if not job.paused]
+
+    def _suspend(self, job: Job) -> None:
+        self._running.remove(job)
+        self._store(job.text)
+        self._queue(job)
+
+    def _store(self, text: CachedText) -> None:
+        """Move a text's pages to the disk; where that is not possible, they are forgotten and computed anew in time."""
+        places: list[int] = []
+        for page in text.pages:
+            place = None if self._file is None else self._file.write(self.model.read_page(page))
+            if place is None:
+                self._free(places)
+                self._free(text.release())
+                return
+            places.append(place)
+        text.store(places)
+
+    def _read_page(self, place: int, page: int) -> bool:
+        assert self._file is not None
+        data = np.empty_like(self.model.read_page(page))
+        if not self._file.read(place, data):
+            return False
+        self.model.write_page(page, data)
+        return True
+
+    def _free(self, places: list[int]) -> None:
+        if places and self._file is not None:
+            self._file.free(places)
+
+    def _touch(self, text: CachedText) -> None:
+        self._held[id(text)] = text
+        self._held.move_to_end(id(text))
+
+    # What goes into a pass.
+
+    def _fill(self) -> Pass:
+        flight = Pass()
+        ready = [job for job in self._running if not job.paused]
+        answering = sorted((job for job in ready if job.answering), key=lambda job: job.served)
+        answering = answering[: min(self.model.logit_rows, self.model.pass_tokens)]
+        texts = sorted((job for job in ready if not job.answering), key=lambda job: job.served)
+        if texts and self.model.pass_tokens < PAGE + self.model.logit_rows and self.passes % 2:
+            answering = []  # a page may find no room beside them, and must not wait for ever
+        spare_pages = self.pool.free - self._promised()
+        for number, job in enumerate(answering):
+            spare_pages -= self._add_answer(flight, job, len(answering) - number, spare_pages)
+        self._add_texts(flight, texts)
+        return flight
+
+    def _add_answer(self, flight: Pass, job: Job, sharing: int, spare_pages: int) -> int:
+        """The job's last token, with a draft of what follows. Returns pages that the draft takes beyond it.
+
+        Args:
+            sharing: so many jobs share the rows that are left.
+            spare_pages: pages that nobody needs for what is certain.
+        """
+        draft: list[int] = []
+        length, text = len(job.tokens), job.text
+        spare = min(self.model.logit_rows - flight.logits, self.model.pass_tokens - flight.rows) - sharing
+        room = min(spare // sharing, job.left - 1, job.capacity - length)
+        if job.drafter is not None and room > 0:
+            draft = job.drafter.propose(job.tokens, room)
+        certain = text.pages_for(1)
+        while text.pages_for(1 + len(draft)) > certain + spare_pages:
+            draft.pop()
+        extra = text.pages_for(1 + len(draft)) - certain
+        start = text.compute(job.tokens, 1 + len(draft))
+        piece = Piece(tuple(text.pages), start, [job.tokens[-1], *draft], False, "all")
+        flight.parts.append(Part(job, start, [piece], draft))
+        flight.rows += 1 + len(draft)
+        flight.logits += 1 + len(draft)
+        return extra
+
+    def _add_texts(self, flight: Pass, jobs: Sequence[Job]) -> None:
+        """Pieces of texts that are being read, dealt in turns so that a long one does not hold up a short one."""
+        most = self.model.pass_tokens - flight.rows
+        if flight.parts:
+            most = min(most, self._pace.prompt_tokens(most))
+        parts = [Part(job, job.text.cached) for job in jobs]
+        turn = deque(parts)
+        while turn:
+            part = turn.popleft()
+            if self._add_run(flight, part, most - flight.prompt_tokens):
+                turn.append(part)
+        # Who only shares another's pages goes along: if the pass fails, those are not computed.
+        flight.parts += [part for part in parts if part.job.text.cached != part.start]
+
+    def _add_run(self, flight: Pass, part: Part, most: int) -> bool:
+        """Add a page, or tokens that fill none, of a text, ``most`` tokens at most. Whether more may follow."""
+        job, text = part.job, part.job.text
+        if text.cached >= job.end:
+            return False
+        if not job.scored and text.adopt(job.tokens):
+            if text.pages[-1] in flight.fresh:
+                flight.shared.add(text.pages[-1])
+            return True
+        count, whole = text.next_run(job.end)
+        count = self._affordable(flight, job, count, whole, most)
+        if count == 0:
+            return False
+        start = text.compute(job.tokens, count)
+        rows: Rows = "none"
+        if job.scored:
+            rows = "all"
+        elif job.sampler is not None and text.cached == job.end:
+            rows = "last"
+        if whole:
+            flight.fresh.add(text.pages[-1])
+        part.pieces.append(Piece(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
+        part.prompt_tokens += count
+        flight.prompt_tokens += count
+        flight.rows += count
+        flight.logits += {"none": 0, "last": 1, "all": count}[rows]
+        return True
+
+    def _affordable(self, flight: Pass, job: Job, count: int, whole: bool, most: int) -> int:
+        """Of ``count`` tokens that come next, how many the pass has room for: all or none of a whole page."""
+        if job.scored:
+            most = min(most, self.model.score_rows - flight.logits)
+        elif job.sampler is not None and job.text.cached + count == job.end:
+            most = min(most, count if flight.logits < self.model.logit_rows else count - 1)
+        if whole:
+            return count if count <= most else 0
+        return max(0, min(count, most))
+
+
+def _close_at_exit(engine: "weakref.ref[Engine]") -> None:
+    """The interpreter must not end while the thread computes."""
+    found = engine()
+    if found is not None:
+        found.close()

@@ -1,0 +1,308 @@
+"""Random schedules over a scripted model: who comes when, who cancels, whose pass fails, how small the cache is.
+
+The model's next token depends on every token before it and on the way that each was computed (whole page or few tokens), read
+from the sequence's own pages; so a page that is another's, stale, lost or computed in another way makes another text. Each client's
+texts are then compared with those of the same client alone.
+"""
+
+import gc
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from moss_jt.engine import cached_text, engine, pace
+from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.engine import Engine
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sequence import Answer
+from moss_jt.engine.sequence import Sequence as Text
+
+PAGE = 4  # small pages meet every case in short texts
+VOCABULARY = 7
+GREEDY = SamplingParams(temperature=0)
+DICE = SamplingParams(temperature=1.5, top_k=0, top_p=0.9, repetition_penalty=1.1)
+
+
+class HashedModel:
+    """Keys and values of a position are a hash of the way that it was computed and of all that is before it."""
+
+    def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
+        self.pages, self.capacity = pages, capacity
+        self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
+        self._cache = np.zeros((pages, PAGE), np.int64)
+        self._tokens = np.full((pages, PAGE), -1)
+        self.between: Callable[[], None] = lambda: None  # what happens between two blocks
+
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        assert 0 < sum(len(piece.token_ids) for piece in pieces) <= self.pass_tokens
+        rows = {"none": 0, "last": 1}
+        assert sum(rows.get(p.rows, len(p.token_ids)) for p in pieces) <= max(
+            self.logit_rows, self.score_rows
+        )
+        written: set[tuple[int, int]] = set()
+        self.between()
+        kept = [wanted(index) for index in range(len(pieces))]
+        found: list[np.ndarray] = [np.empty((0, VOCABULARY), np.float32) for _ in pieces]
+        # As in a block: all keys and values are there before anyone looks at them, in an order of their own.
+        order = sorted((i for i in range(len(pieces)) if kept[i]), key=lambda i: pieces[i].start)
+        for index in order:
+            piece = pieces[index]
+            assert piece.start + len(piece.token_ids) <= self.capacity
+            if piece.whole:
+                assert len(piece.token_ids) == PAGE and piece.start % PAGE == 0
+            for position, token in enumerate(piece.token_ids, piece.start):
+                place = piece.pages[position // PAGE], position % PAGE
+                assert place not in written, "two pieces write to one place"
+                written.add(place)
+                before = self._at(piece.pages, position - 1) if position else 1
+                self._cache[place] = hash((before, token, piece.whole)) & 0xFFFFFFFFFF
+                self._tokens[place] = token
+        for index in order:
+            found[index] = self._logits(pieces[index])
+        return found
+
+    def _at(self, pages: Sequence[int], position: int) -> int:
+        return int(self._cache[pages[position // PAGE], position % PAGE])
+
+    def _logits(self, piece: Piece) -> np.ndarray:
+        count = len(piece.token_ids)
+        first = {"none": count, "last": count - 1, "all": 0}[piece.rows]
+        if first == count:
+            return np.empty((0, VOCABULARY), np.float32)
+        # Everything that the tokens see, as attention does.
+        past = self._cache[list(piece.pages)].reshape(-1)
+        tokens = self._tokens[list(piece.pages)].reshape(-1)
+        rows = []
+        for offset in range(first, count):
+            end = piece.start + offset + 1
+            seed = hash((tuple(past[:end].tolist()), tuple(tokens[:end].tolist()))) & 0xFFFFFFFF
+            rows.append([((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)])
+        return np.array(rows, np.float32)
+
+    def read_page(self, page: int) -> np.ndarray:
+        return np.stack([self._cache[page], self._tokens[page]])
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        self._cache[page], self._tokens[page] = data
+
+
+class SteppedEngine(Engine):
+    """An engine without a thread: a schedule makes its passes."""
+
+    def _wake(self) -> None:
+        pass
+
+    def step(self) -> bool:
+        flight = self.plan()
+        if flight is not None:
+            self.compute(flight)
+        return flight is not None
+
+
+class Guesses:
+    """Drafts of all lengths, right and wrong."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+
+    def propose(self, token_ids: Sequence[int], room: int) -> list[int]:
+        return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, room))]
+
+    def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
+        assert 0 <= accepted <= drafted
+
+
+class FailingError(Exception):
+    """A pass that does not come to its end."""
+
+
+class Client:
+    """One conversation: what it does is drawn beforehand; what it sees is noted, for the same client to be played alone."""
+
+    def __init__(self, dice: random.Random, capacity: int) -> None:
+        self.turns: list[dict[str, Any]] = []
+        beginning = [[1, 2, 3, 4, 5, 6, 0, 1, 2] * 3, [3, 3, 3, 3, 3, 3, 3, 3, 3]][dice.random() < 0.3]
+        for number in range(dice.randint(1, 3)):
+            shared = beginning[: dice.randint(0, len(beginning))] if number == 0 else []
+            self.turns.append(
+                {
+                    "text": shared + [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 9))],
+                    "new": dice.randint(1, 9),
+                    "params": SamplingParams(**(vars(DICE) | {"seed": dice.randrange(99)}))
+                    if dice.random() < 0.3
+                    else GREEDY,
+                    "stop": frozenset([dice.randrange(VOCABULARY)] if dice.random() < 0.3 else []),
+                    "cancel": dice.randint(0, 6) if dice.random() < 0.3 else None,  # after so many tokens
+                    "cut": dice.random() if dice.random() < 0.3 else None,  # how much of the text stays
+                    "ahead": dice.choice([None, 1, 2, 8]),
+                }
+            )
+        self.background = dice.random() < 0.3
+        self.sleeps = dice.random() < 0.1  # takes nothing of its answers before all others are done
+        self.said: list[list[int]] = []  # of each turn
+        self.stopped: list[bool] = []  # whether the turn ended before its answer did
+        self.text: Text | None = None
+        self.answer: Answer | None = None
+        self.turn = 0
+
+    @property
+    def done(self) -> bool:
+        return self.turn == len(self.turns) and self.answer is None
+
+    def begin(self, engine: Engine, drafter: Guesses | None) -> None:
+        if self.text is None:
+            self.text = Text(engine, drafter, self.background)
+        turn = self.turns[self.turn]
+        room = self.text.capacity - self.text.position
+        self.text.extend(turn["text"][:room])
+        self.said.append([])
+        self.stopped.append(False)
+        self.answer = self.text.begin(turn["params"], turn["new"], turn["stop"], ahead=turn["ahead"])
+        self.turn += 1
+
+    def take(self, stop_after: int | None) -> None:
+        """Take what is there; end the turn where it ends, or after so many tokens."""
+        assert self.answer is not None
+        job = self.answer._job
+        while job.out and (stop_after is None or len(self.said[-1]) < stop_after):
+            self.said[-1].append(next(self.answer))
+        if stop_after is not None and len(self.said[-1]) >= stop_after:
+            self.stop()
+        elif job.done and not job.out:
+            self.stopped[-1] = job.error is not None
+            with suppress(FailingError):
+                assert next(self.answer, None) is None, "a token after the last"
+            self.finish()
+
+    def stop(self) -> None:
+        self.stopped[-1] = True
+        self.finish()
+
+    def finish(self) -> None:
+        assert self.answer is not None and self.text is not None
+        self.answer.close()
+        self.answer = None
+        cut = self.turns[self.turn - 1]["cut"]
+        if cut is not None:
+            self.text.truncate(int(cut * self.text.position))
+
+
+def play_alone(client: Client, capacity: int, pass_tokens: int) -> list[list[int]]:
+    """What the same client is told by an engine of its own, without drafts, in passes as long as they may be."""
+    most = 64 if pass_tokens >= PAGE else pass_tokens
+    own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
+    alone = Client(random.Random(0), capacity)
+    alone.turns = client.turns
+    for said, stopped in zip(client.said, client.stopped, strict=True):
+        alone.begin(own, None)
+        while alone.answer is not None:
+            alone.take(len(said) if stopped else None)
+            if alone.answer is not None:
+                own.step()
+    return alone.said
+
+
+class Disk:
+    """A moss_jt.engine.page_file.PageFile whose disk may be full, and may not give back what it was given."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+        self._faults = dice.choice([0.0, 0.0, 0.1])
+        self.pages: dict[int, np.ndarray] = {}
+        self._count = 0
+
+    def write(self, page: np.ndarray) -> int | None:
+        if self._dice.random() < self._faults:
+            return None
+        self._count += 1
+        self.pages[self._count] = page.copy()
+        return self._count
+
+    def read(self, place: int, page: np.ndarray) -> bool:
+        if self._dice.random() < self._faults:
+            return False
+        page[...] = self.pages[place]
+        return True
+
+    def free(self, places: list[int]) -> None:
+        for place in places:
+            del self.pages[place]
+
+    def close(self) -> None:
+        pass
+
+
+def run_schedule(seed: int) -> None:
+    """One random schedule; raises AssertionError where a promise is broken."""
+    dice = random.Random(seed)
+    capacity = dice.choice([7, 16, 30, 44])
+    pages = -(-capacity // PAGE) + dice.randint(0, 10)
+    pass_tokens, logit_rows = dice.choice([1, 3, 4, 5, 9, 40]), dice.randint(1, 6)
+    model = HashedModel(pages, capacity, pass_tokens, logit_rows)
+    own = SteppedEngine(model)
+    disk = Disk(dice) if dice.random() < 0.7 else None
+    own._file = disk  # type: ignore[assignment]
+    clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
+    drafter = Guesses(dice) if dice.random() < 0.6 else None
+    failures = planned = dice.choice([0, 0, 0, 2])
+    busy = dice.choice([0.2, 0.6, 1.0])  # how often a client does something between two passes
+
+    def act() -> None:
+        for client in clients:
+            asleep = client.sleeps and not all(one.done or one.sleeps for one in clients)
+            if dice.random() > busy or (asleep and client.answer is not None):
+                continue
+            if client.answer is None and client.turn < len(client.turns):
+                client.begin(own, drafter)
+            elif client.answer is not None:
+                client.take(client.turns[client.turn - 1]["cancel"])
+
+    def between() -> None:
+        nonlocal failures
+        for client in clients:
+            if client.answer is not None and client.turns[client.turn - 1]["cancel"] is not None:
+                if dice.random() < 0.1:
+                    client.stop()
+        if dice.random() < 0.2:
+            act()
+        if failures and dice.random() < 0.05:
+            failures -= 1
+            raise FailingError
+
+    model.between = between
+    for _ in range(4000):
+        act()
+        own.step()
+        for client in clients:
+            if client.done and dice.random() < 0.3:
+                client.text = None  # its sequence is gone
+        if all(client.done for client in clients):
+            break
+    assert all(client.done for client in clients), "somebody starves"
+    for client in clients:
+        assert client.said == play_alone(client, capacity, pass_tokens), "an answer depends on the others"
+        client.text = None
+    if failures < planned:
+        gc.collect()  # an error's traceback refers to all that it came through
+    assert own.plan() is None and not own._waiting and not own._running and not own._held
+    assert own.pool.free == pages and not any(own.pool.users(page) for page in range(pages)), "pages leak"
+    assert disk is None or not disk.pages, "pages on the disk leak"
+
+
+def run_schedules(seeds: Iterable[int]) -> None:
+    """Schedules one after another; the seed of one that breaks a promise is told."""
+    with ExitStack() as stack:
+        for module in (engine, cached_text, pace):
+            stack.enter_context(mock.patch.object(module, "PAGE", PAGE))
+        for seed in seeds:
+            try:
+                run_schedule(seed)
+            except BaseException as error:
+                error.add_note(f"in the schedule of seed {seed}")
+                raise
