@@ -117,6 +117,7 @@ def test_settings_are_listed_and_changed() -> None:
 def test_a_value_that_a_setting_cannot_have_is_said_in_the_chats_language(name: str, value: str) -> None:
     chat = Chat(ScriptedMoss())
     before = settings_of(chat)
+    assert {f"wanted_{setting}" for setting in before} <= TEXTS.keys()
     chat.language = "zh"
     shown = talk(chat, f"/set {name} {value}\n/set nonsense 1\n")
     assert f"{name} 不能设为 {value}：应为" in shown and "没有 nonsense 这个设置" in shown

@@ -8,6 +8,7 @@ from moss_jt.chat.chat import Chat
 from moss_jt.engine.generate import check_count
 from moss_jt.errors import MossError
 
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 WHOLE = ("top_k", "seed", "max_new_tokens")
 # What stands for None, which is a number of its own for each answer, and the reference's penalty.
 UNSET = {"seed": "random", "repetition_penalty": "default"}
@@ -24,8 +25,7 @@ class UnreadableError(MossError):
 
 def settings_of(chat: Chat) -> dict[str, str]:
     """Every setting by name, as it is shown and typed."""
-    names = [field.name for field in dataclasses.fields(chat.params) if field.name != "drawn"]
-    values = {name: getattr(chat.params, name) for name in names} | {"max_new_tokens": chat.max_new_tokens}
+    values = {name: getattr(chat.params, name) for name in SAMPLING} | {"max_new_tokens": chat.max_new_tokens}
     return {name: UNSET[name] if value is None else f"{value:g}" for name, value in values.items()}
 
 
