@@ -10,6 +10,7 @@ from moss_jt.backend.threads import compute_threads
 from moss_jt.commands.cli import main
 from moss_jt.commands.eval import TOKENIZER_BYTES, _read
 from moss_jt.kernels.needs import CpuNeeds
+from moss_jt.measure import perplexity
 from moss_jt.measure.perplexity import workspace_bytes
 from moss_jt.plan import placement
 from moss_jt.plan.placement import LATER_BYTES
@@ -100,7 +101,8 @@ def test_two_models_under_a_limit_that_neither_fits_into(
         smallest_bytes(one, CpuNeeds(one.config, one.bits), 64, compute_threads()) + TOKENIZER_BYTES
         for one in sizes
     )
-    scoring = workspace_bytes(WIDE.vocab_size, 2)
+    monkeypatch.setattr(perplexity, "MOST_ROWS", 64)  # however much memory there is
+    scoring = workspace_bytes(WIDE.vocab_size, 2, 64)
     limit = here + LATER_BYTES + needed + scoring + 60 * MIB
     arguments = ("eval", models[0], text, "--against", models[1], "--context", "64", "--max-tokens", "200")
     assert run_cli(*arguments, "--memory", str(limit), "--json") == 0

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
+from moss_jt.backend.threads import compute_threads
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.moss import _load
-from moss_jt.plan.residency import plan
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
 from tests.support.models import tiny_model_folder
+from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
 
 BEGINNING = [7 * number % 1900 + 17 for number in range(80)]
@@ -96,13 +97,12 @@ def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch) -> 
     with Moss.load(folder, memory="2GiB", draft="off", parallel=2) as moss:
         resident = moss.plan
     # The plan is made by hand: no budget that a process could keep to leaves so small a model streaming.
-    smallest = plan(
-        sizes, 256, resident.peak_bytes - 2 * MIB, footprint_bytes=resident.footprint_bytes, parallel=2
-    )
+    fixed = {"threads": compute_threads(), "footprint_bytes": resident.footprint_bytes, "parallel": 2}
+    smallest = plan(sizes, 256, resident.peak_bytes - 2 * MIB, **fixed)
     assert smallest.streams
     store = open_store(folder)
     streaming = Moss(
-        _load(store, smallest, "cpu", "auto"), Tokenizer.from_file(store.tokenizer_path), smallest, "off"
+        _load(store, smallest, "auto"), Tokenizer.from_file(store.tokenizer_path), smallest, "off"
     )
     with streaming as moss:
         assert ask_in_threads(moss) == alone
