@@ -1,6 +1,7 @@
 """A checkpoint on the Hugging Face hub, fetched shard by shard: each is removed once everything in it is converted."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def open_hub(
     Raises:
         MossError: no such repository, no access, no network, or no MOSS or CodeGen checkpoint in it.
     """
+    # A mirror hands out tokens of the hub's Xet storage, but its data come from an address of their own, which is mirrored
+    # by nobody and may be out of reach. Without it every file comes from the mirror. huggingface_hub looks when it is imported.
+    if os.environ.get("HF_ENDPOINT"):
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     try:
         from huggingface_hub import HfApi, hf_hub_download
     except ValueError as error:  # it takes the address apart when it is imported
@@ -97,6 +102,11 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise MossError(
             f"the proxy that the environment names needs a package that is not there: {_first_line(error)} For SOCKS: "
             "pip install socksio. Or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY."
+        ) from error
+    except RuntimeError as error:  # of hf_xet, which has no other name for what goes wrong there
+        raise MossError(
+            f"the hub's Xet storage, where {repo} lies, cannot be read: {_first_line(error)} Set HF_HUB_DISABLE_XET=1 to go "
+            "without it; what is downloaded already is kept."
         ) from error
     # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is no JSON.
     except (

@@ -8,7 +8,7 @@ from moss_jt.store.locations import TINY, folder_for, resolve_model, tiny_checkp
 from moss_jt.store.model_folder import MANIFEST
 
 
-def model_folder(model: str | None) -> Path:
+def model_folder(model: str | Path | None) -> Path:
     """The model folder that a command's MODEL means; moss-tiny, which comes with the program, is converted if need be.
 
     Raises:

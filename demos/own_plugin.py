@@ -6,9 +6,9 @@ MOSS calls what it was trained to call, so a plugin does best behind one of its 
 how to install one, so that `moss-jt chat --plugins NAME` knows it.
 """
 
-from moss_jt import Moss
+from moss_jt import Item, Moss, Outcome, Source
 from moss_jt.convert.named import model_folder
-from moss_jt.plugins.interface import Item, Outcome, Source, Style
+from moss_jt.plugins.interface import Style
 
 
 class Glossary:

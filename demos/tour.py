@@ -20,10 +20,11 @@ from moss_jt.plugins.registry import PluginSettings
 from moss_jt.store.locations import TINY, model_home
 from moss_jt.terminal.ending import open_closed_streams, told_on_one_line
 from moss_jt.terminal.line_input import make_reader
-from moss_jt.terminal.loop import PROMPT, Terminal, TurnView
+from moss_jt.terminal.loop import PROMPT, Terminal
 from moss_jt.terminal.pictures import make_shower
 from moss_jt.terminal.screen import Screen
 from moss_jt.terminal.texts import say
+from moss_jt.terminal.turn_view import TurnView
 
 PLUGINS = ("calculator", "solver", "search", "image")
 
@@ -44,38 +45,20 @@ TEXTS = {
 }
 
 
-class Stopwatch:
-    """Passes events on, and notes the answer and its times."""
-
-    def __init__(self) -> None:
-        self.answer = ""
-        self.first_s = 0.0
-        self.total_s = 0.0
-
-    def over(self, events: Generator[Event]) -> Generator[Event]:
-        begin = time.monotonic()
-        for event in events:
-            if not self.first_s:
-                self.first_s = time.monotonic() - begin
-            if isinstance(event, Text):
-                self.answer += event.text
-            yield event
-        self.total_s = time.monotonic() - begin
-
-
 def ask(screen: Screen, chat: Chat, message: str) -> str:
-    """Send a message, show what comes, and how long it took; returns the answer."""
-    watch = Stopwatch()
+    """Send a message, show what comes, and what it cost; returns the answer."""
+    pieces: list[str] = []
+
+    def noted(events: Generator[Event]) -> Generator[Event]:
+        for event in events:
+            if isinstance(event, Text):
+                pieces.append(event.text)
+            yield event
+
     screen.line(f"{PROMPT}{message}", "bold")
-    TurnView(screen, chat, True, make_shower()).show(watch.over(chat.send(message)))
-    times = {
-        "first": f"{watch.first_s:.2f}",
-        "total": f"{watch.total_s:.2f}",
-        "read": str(chat.stats.read_tokens),
-        "new": str(chat.stats.new_tokens),
-    }
-    screen.line(f"  {say('times', user_language(), **times)}\n", "dim")
-    return watch.answer
+    TurnView(screen, chat, make_shower()).show(noted(chat.send(message)))
+    screen.line()
+    return "".join(pieces)
 
 
 def run_script(screen: Screen, chat: Chat) -> list[str]:

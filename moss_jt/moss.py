@@ -14,6 +14,10 @@ import numpy as np
 
 from moss_jt.backend.device import Offload, check_choice, decide, parse_device
 from moss_jt.backend.gpu import require_gpu
+from moss_jt.chat.chat import Chat
+from moss_jt.chat.turn import MAX_ANSWER_TOKENS
+from moss_jt.convert.named import model_folder
+from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
@@ -23,7 +27,9 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.residency import ResidencyPlan
-from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.plugins.interface import Plugin
+from moss_jt.plugins.registry import PluginSettings
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
 
@@ -41,6 +47,7 @@ class Moss:
     ``generate``, ``logits`` and chats may run at once, in as many threads: one reading of the weights serves a token of each,
     and none depends on the others.
 
+    name       of its folder
     config     the model's geometry
     tokenizer  text to ids and back
     plan       where the weights live
@@ -55,6 +62,7 @@ class Moss:
         draft: str | int = "auto",
         load_s: float = 0.0,
         folder: Path | None = None,
+        name: str = "MOSS",
     ) -> None:
         """``folder``: where the cache of what is idle goes when there is no room for it."""
         self.model = model
@@ -62,6 +70,7 @@ class Moss:
         self.tokenizer = tokenizer
         self.plan = plan
         self.load_s = load_s
+        self.name = name
         self._draft = draft
         self.engine = Engine(model, folder)
 
@@ -82,7 +91,8 @@ class Moss:
         """Load a model folder.
 
         Args:
-            model: its path, or the name of a converted model; by default the one converted last.
+            model: its path, or the name of a converted model, or "moss-tiny", which comes with the program; by default the
+                one used last.
             device: "cpu" or "gpu"; "gpu:1" is the second card in CUDA's order among those that CUDA_VISIBLE_DEVICES shows,
                 PyTorch's "cuda:1". A process keeps to the first that it loads for.
             memory: on the CPU, the most that this process may hold, as "8GiB", "80%" or bytes; what does not fit
@@ -108,7 +118,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
-        store = open_store(resolve_model(model))
+        store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
             card, _ = require_gpu(number)
@@ -124,13 +134,18 @@ class Moss:
         else:
             loaded = _load(store, placed, way)
         hold(placed)
-        return cls(loaded, tokenizer, placed, draft, time.perf_counter() - begin, model_home() / "cache")
+        took, cache = time.perf_counter() - begin, model_home() / "cache"
+        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name)
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the configuration's, and MOSS's <eom>."""
         end = self.tokenizer.id(END_TOKEN)
         return frozenset({*self.config.eos_token_ids} | ({end} if end is not None else set()))
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have a function called, block after block, in passes of several tokens; None ends that."""
+        self.model.watcher = watcher
 
     def session(self, background: bool = False) -> Text:
         """An empty conversation of tokens over this model; ``background``: others go first."""
@@ -155,9 +170,9 @@ class Moss:
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.7,
-        top_k: int = 40,
-        top_p: float = 0.8,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
@@ -283,11 +298,48 @@ class Moss:
             raise MossError(f"token ids must be from 0 to {self.config.vocab_size - 1}.")
         return token_ids
 
-    def chat(self, **options: Any) -> Any:
-        """A conversation in MOSS's format: moss_jt.chat.chat.Chat with these options."""
-        from moss_jt.chat.chat import Chat
+    def chat(
+        self,
+        plugins: Iterable[str | Plugin] = (),
+        *,
+        settings: PluginSettings | None = None,
+        system: str | None = None,
+        max_new_tokens: int = MAX_ANSWER_TOKENS,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+    ) -> Chat:
+        """A conversation in MOSS's format: ``for event in moss.chat().send("..."): ...``.
 
-        return Chat(self, **options)
+        Args:
+            plugins: what MOSS may call: names ("calculator", "solver", "search", "image", an installed one's, or
+                "./my_plugin.py:Class"), or objects of your own (moss_jt.Plugin).
+            settings: where plugins find what they need.
+            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            max_new_tokens: the most tokens of an answer.
+            temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
+
+        Raises:
+            MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
+                no room for the meta instruction and a turn.
+        """
+        return Chat(
+            self,
+            plugins,
+            settings=settings,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Moss {self.name}: {self.plan}>"
 
     def close(self) -> None:
         """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""

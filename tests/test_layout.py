@@ -58,12 +58,23 @@ FLOORS = (
     {"weights"},
     {"engine"},
     {"chat", "measure"},
-    {"terminal", "moss", "convert"},
+    {"terminal", "convert"},
+    {"moss"},
     {"commands", "demos"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 # The names that users import and run: they show what a floor below has.
-FRONT_DOORS = {"moss_jt": "moss_jt.moss", "moss_jt.__main__": "moss_jt.commands.cli"}
+FRONT_DOORS = {
+    "moss_jt": {
+        "moss_jt.moss",
+        "moss_jt.errors",
+        "moss_jt.chat.chat",
+        "moss_jt.chat.events",
+        "moss_jt.plugins.interface",
+        "moss_jt.plugins.registry",
+    },
+    "moss_jt.__main__": {"moss_jt.commands.cli"},
+}
 
 
 def package_of(module: str) -> str:
@@ -92,9 +103,8 @@ def test_a_package_imports_only_from_floors_below(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(FRONT_DOORS))
 def test_the_front_doors_only_show_what_a_package_has(module: str) -> None:
-    assert {name for name, _ in imports_of(MODULES[module]) if name.startswith("moss_jt")} == {
-        FRONT_DOORS[module]
-    }
+    shown = {name for name, _ in imports_of(MODULES[module]) if name.startswith("moss_jt")}
+    assert shown == FRONT_DOORS[module]
 
 
 def test_no_import_cycle_even_inside_functions() -> None:

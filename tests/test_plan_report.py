@@ -38,7 +38,7 @@ def test_a_gpu_plan_names_three_tiers_and_three_links() -> None:
     text = report("moss-moon-003", plan_gpu(MOON, 2048, 8 * GIB, 16 * GIB), GPU)
     for words in ("GPU memory    ", "host, pinned  ", "disk          ", "host to GPU", "12.00 GB/s assumed"):
         assert words in text
-    lived = re.findall(r"^(?:GPU memory|host, pinned|disk) +[\d.]+  ([\d, -]+)", text, re.MULTILINE)
+    lived = re.findall(r"^(?:GPU memory|host, pinned|disk) +[\d.]+ GiB  ([\d, -]+)", text, re.MULTILINE)
     blocks = sorted(block for part in lived[:3] for block in expand(part))
     assert blocks == list(range(34))
 

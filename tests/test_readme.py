@@ -1,18 +1,28 @@
 """The README's commands and its Python block are true of this commit, in both languages."""
 
+import importlib
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.memory_tables import CONTEXT, cpu_plan, gpu_table
 from moss_jt.commands.cli import COMMANDS
+from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_MEMORY
+from moss_jt.plan.report import GB, Speed, Speeds
+from moss_jt.plan.residency import BITS_NAMES
+from moss_jt.store.sizes import GIB
 from tests.support.models import tiny_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh.md")
+
+SPEEDS = Speeds(Speed(ASSUMED_DISK * GB, "assumed"), Speed(ASSUMED_MEMORY * GB, "assumed"))
 
 
 def text_of(name: str) -> str:
@@ -36,6 +46,8 @@ def test_its_python_runs(name: str) -> None:
     assert blocks
     for block in blocks:
         program = block.replace('"moss-tiny"', repr(str(tiny_model_folder())))
+        if block.startswith("# my_plugin.py"):
+            continue  # the next test's
         done = subprocess.run(
             [sys.executable, "-P", "-c", program],
             capture_output=True,
@@ -45,6 +57,95 @@ def test_its_python_runs(name: str) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_its_plugin_answers(name: str, tmp_path: Path) -> None:
+    """As a reader would try it: the file, and what the README says to ask."""
+    (block,) = re.findall(r"```python\n(# my_plugin.py\n.*?)```", text_of(name), re.DOTALL)
+    command, question = re.findall(
+        r"^moss-jt chat moss-tiny (--plugins .*?) +# .*?[:：] ?(Tell .*)$", text_of(name), re.MULTILINE
+    )[0]
+    (tmp_path / "my_plugin.py").write_text(block, encoding="utf-8")
+    done = moss_jt(
+        "ask", str(tiny_model_folder()), question, *command.split(), "--greedy", "--json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (
+        found["commands"] == ['Search("the Moon")']
+        and "old quiet bright stone" in found["results"][0]["text"]
+    )
+
+
+def moss_jt(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "moss_jt", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """Every moss-jt line of its shell blocks, as the shell splits it; what follows < or # is left out."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", text_of(name), re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("moss-jt "):
+                found.append(shlex.split(line.partition(" < ")[0], comments=True)[1:])
+    return found
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_option_in_its_commands_is_there(name: str) -> None:
+    commands = commands_of(name)
+    assert len(commands) > 12
+    for command, *arguments in commands:
+        module = importlib.import_module(f"moss_jt.commands.{COMMANDS[command][0]}")
+        known = {option for parameter in module.command.params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("--")} <= known, arguments
+
+
+def test_the_commands_that_need_no_download_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path))
+    runnable = [
+        words for words in commands_of("README.md") if words[0] == "plan" or words[:2] == ["ask", "moss-tiny"]
+    ]
+    assert len(runnable) == 3
+    for words in runnable:
+        done = moss_jt(*words)
+        assert done.returncode == 0, done.stderr
+        assert "Runs. 100 tokens take about" in done.stdout or "1776" in done.stdout
+    assert commands_of("README.md") == commands_of("README.zh.md")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_what_it_says_of_sizes_and_machines_is_what_the_plan_says(name: str) -> None:
+    text = text_of(name)
+    rows = re.findall(
+        r"^\| (float16|int8|int4)[^|]*\| [\d.]+ GB \| ([\d.]+) GB \| ([\d.]+) GiB \|$", text, re.MULTILINE
+    )
+    expected = []
+    for bits, precision in BITS_NAMES.items():
+        placed = cpu_plan(bits, CONTEXT, 64 * GIB)
+        assert not placed.streams
+        expected.append(
+            (precision, f"{placed.sizes.weight_bytes / GB:.1f}", f"{placed.peak_bytes / GIB:.1f}")
+        )
+    assert rows == expected
+    times = re.findall(
+        r"^\| `--memory (\d+)GiB`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    assert len(times) == 4
+    for gibibytes, *cells in times:
+        seconds = [SPEEDS.seconds(cpu_plan(bits, CONTEXT, int(gibibytes) * GIB)) for bits in (16, 8, 4)]
+        assert cells == [f"{one:.0f}" if one >= 10 else f"{one:.1f}" for one in seconds]
+    # "holds int4" and "holds float16" of the blocks for each machine, and their seconds per token.
+    assert not cpu_plan(4, CONTEXT, 14 * GIB).streams and not cpu_plan(16, CONTEXT, 62 * GIB).streams
+    assert "| 12 GiB | int4 | everything |" in gpu_table()
 
 
 def test_both_languages_give_the_same_numbers_and_commands() -> None:

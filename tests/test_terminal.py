@@ -38,12 +38,18 @@ class Tty(io.StringIO):
 
 
 def conversation(
-    moss: ScriptedMoss, lines: str, plugins: tuple[Plugin, ...] = (), thoughts: bool = True, **options: Any
+    moss: ScriptedMoss,
+    lines: str,
+    plugins: tuple[Plugin, ...] = (),
+    thoughts: bool = True,
+    cost: bool = False,
+    **options: Any,
 ) -> str:
     """What a user at a plain terminal without styles sees after typing these lines."""
     screen = Screen(io.StringIO(), {})
     chat = Chat(moss, plugins, temperature=0, **options)
-    Terminal(chat, "scripted", screen, PipeReader(io.StringIO(lines)), lambda path: None, thoughts).run()
+    reader = PipeReader(io.StringIO(lines))
+    Terminal(chat, "scripted", screen, reader, lambda path: None, thoughts, cost).run()
     assert isinstance(screen.stream, io.StringIO)
     return screen.stream.getvalue()
 
@@ -120,13 +126,13 @@ def test_plugins_are_listed_and_toggled() -> None:
     moss = ScriptedMoss(" T.<eot>", ' Calculate("1+1")<eoc>', " 2<eom>")
     shown = conversation(moss, "/plugins calculator\n1+1\n/plugins calculator, solver\n/plugins nonsense\n")
     assert "○ search\n  ● calculator\n  ○ solver" in shown and "○ calculator\n  ● solver" in shown
-    assert "MOSS 2" in shown and "there is no plugin 'nonsense'" in shown
+    assert "MOSS 2" in shown and "There is no plugin nonsense" in shown
 
 
 def test_the_conversations_language_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     shown = conversation(ScriptedMoss(" Hi.<eom>"), "/help\nhello\nstop\n")
-    assert "scripted 已就绪" in shown and "忘掉对话" in shown and shown.endswith("Goodbye!\n")
+    assert "scripted 已就绪" in shown and "清空对话" in shown and shown.endswith("Goodbye!\n")
 
 
 def test_a_message_that_is_too_long_is_said_and_the_chat_goes_on() -> None:
@@ -199,7 +205,7 @@ def test_a_plugin_that_cannot_be_loaded_is_said_and_the_conversation_goes_on(
     monkeypatch.setattr(registry, "entry_points", lambda group: [BrokenPoint(error, when)])
     moss = ScriptedMoss(" one<eom>", " two<eom>")
     shown = conversation(moss, "hello\n/plugins broken\n/plugins broken, calculator\nand now?\n/plugins\n")
-    told = [line for line in shown.splitlines() if line.startswith("the plugin broken cannot be loaded: ")]
+    told = [line for line in shown.splitlines() if line.startswith("The plugin broken cannot be loaded: ")]
     assert len(told) == 2 and reason in told[0] and len(told[0]) < 300
     assert "MOSS one" in shown and "MOSS two" in shown and "○ calculator" in shown and "○ broken" in shown
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", shown)
@@ -228,7 +234,7 @@ def test_turns_that_a_switch_costs_are_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_notices_are_worded_in_both_languages() -> None:
     assert notice_text(Notice("dropped", {"turns": 1}), "en").endswith("its oldest turn is forgotten.")
-    assert notice_text(Notice("dropped", {"turns": 3}), "zh") == "对话已到上下文末尾，最早的 3 轮已被遗忘。"
+    assert notice_text(Notice("dropped", {"turns": 3}), "zh") == "对话已达上下文上限，最早的 3 轮已丢弃。"
     assert "at 20 tokens" in notice_text(Notice("cut", {"tokens": 20}), "en")
     assert notice_text(Notice("commands_cut", {"commands": 12, "limit": 10}), "en") == (
         "MOSS gave 12 commands; only the first 10 were run."
@@ -250,6 +256,14 @@ def test_a_full_disk_or_odd_bytes_in_the_history_end_no_conversation(tmp_path: P
     reader = PromptReader(PROMPT, tmp_path / "history")
     reader._session.history.append_string("a\udcff")
     assert (tmp_path / "history").read_text().endswith("+a?\n")
+
+
+def test_pasted_texts_are_not_kept_in_the_history(tmp_path: Path) -> None:
+    reader = PromptReader(PROMPT, tmp_path / "history")
+    for text in ("short", "x" * 501, "\n".join("abcdef"), "two\nlines"):
+        reader._session.history.append_string(text)
+    kept = [line[1:] for line in (tmp_path / "history").read_text().splitlines() if line.startswith("+")]
+    assert kept == ["short", "two", "lines"] and len(reader._session.history.get_strings()) == 4
 
 
 def test_no_control_character_reaches_the_terminal() -> None:

@@ -21,7 +21,8 @@ import numpy as np
 
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.backend.toolkit import composed
-from moss_jt.kernels.cuda.launchers import FEW_TOKENS, Launchers
+from moss_jt.kernels.cuda.launchers import Launchers
+from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 

@@ -219,7 +219,8 @@ def watch(command: list[str], folder: Path, output: int, log: Path) -> int:
         raise
     if announced:
         end = "\r" if sys.stderr.isatty() else ""
-        sys.stderr.write(f"{end}moss-jt: Jittor ended after {time.monotonic() - begin:.0f} s.{' ' * 20}\n")
+        how = "is compiled; that took" if code == 0 else "could not be compiled; that took"
+        sys.stderr.write(f"{end}moss-jt: Jittor {how} {time.monotonic() - begin:.0f} s.{' ' * 20}\n")
     return code
 
 

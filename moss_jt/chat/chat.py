@@ -12,8 +12,9 @@ from moss_jt.chat.context import ConversationContext
 from moss_jt.chat.events import Event
 from moss_jt.chat.field_reader import ChatSession
 from moss_jt.chat.language import Language, language_of, user_language
-from moss_jt.chat.prompt import Piece, PromptEncoder, meta_instruction
+from moss_jt.chat.prompt import PromptEncoder, instruction
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats, least_tokens
+from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.generate import check_count
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
@@ -30,12 +31,16 @@ class ChatModel(Protocol):
 
     def session(self) -> ChatSession: ...
 
+    def watch(self, watcher: Watcher | None) -> None: ...
+
 
 class Chat:
     """A conversation.
 
     plugins         those that are switched on
     params          how tokens are chosen; may be changed between answers, as may max_new_tokens
+    system          the user's own meta instruction; None is MOSS's
+    message         what the user wrote last; None before the first message
     language        of the conversation: what the user wrote last, at first the locale's
     """
 
@@ -45,10 +50,11 @@ class Chat:
         plugins: Iterable[str | Plugin] = (),
         *,
         settings: PluginSettings | None = None,
+        system: str | None = None,
         max_new_tokens: int = MAX_ANSWER_TOKENS,
-        temperature: float = 0.7,
-        top_k: int = 40,
-        top_p: float = 0.8,
+        temperature: float = SamplingParams.temperature,
+        top_k: int = SamplingParams.top_k,
+        top_p: float = SamplingParams.top_p,
         repetition_penalty: float | None = None,
         seed: int | None = None,
     ) -> None:
@@ -57,6 +63,7 @@ class Chat:
             moss: a loaded model.
             plugins: names (moss_jt.plugins.registry.plugin_names) or plugin objects.
             settings: where plugins find what they need.
+            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 
@@ -69,10 +76,13 @@ class Chat:
         self.settings = settings
         self.max_new_tokens = max_new_tokens
         self.plugins = make_plugins(plugins, settings)
+        self.system = system
+        self.message: str | None = None
         self.language: Language = user_language()
+        self._moss = moss
         self._encoder = PromptEncoder(moss.tokenizer)
         session = moss.session()
-        self._context = ConversationContext(session, self._instruction(self.plugins, session))
+        self._context = ConversationContext(session, self._instruction(self.plugins, system, session))
         self._cancelled = Flag()
         self._turn: Turn | None = None
         self._running: Generator[Event] | None = None
@@ -87,6 +97,15 @@ class Chat:
     def token_ids(self) -> list[int]:
         """The whole conversation as the model has it: the meta instruction and the turns."""
         return self._context.session.token_ids
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model must read before it writes on."""
+        return self._context.unread
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Have a function called, block after block, while the model reads several tokens; None ends that."""
+        self._moss.watch(watcher)
 
     @property
     def sources(self) -> dict[int, Source]:
@@ -112,6 +131,7 @@ class Chat:
             raise MossError(f"a message is text, not {type(text).__name__}.")
         self._stop_running()
         self._cancelled.clear()
+        self.message = text
         self.language = language_of(text, self.language)
         params = self.params
         if params.seed is not None:
@@ -128,6 +148,19 @@ class Chat:
         self._running = self._turn.events(text)
         return self._running
 
+    def retry(self) -> Generator[Event]:
+        """Forget the last answer, and have another one to the same message. Greedy answers stay the same.
+
+        Raises:
+            MossError: nothing was said yet; and as :meth:`send`.
+        """
+        if self.message is None:
+            raise MossError("nothing was said yet that could be answered again.")
+        self._stop_running()
+        if self._turn is not None and self._context.has(self._turn):
+            self._context.forget_last()
+        return self.send(self.message)
+
     def cancel(self) -> None:
         """End the answer that is being written, after its next token; for other threads and signal handlers."""
         self._cancelled.set()
@@ -136,8 +169,8 @@ class Chat:
         """Forget the conversation."""
         self._stop_running()
         session = self._context.session
-        self._context = ConversationContext(session, self._instruction(self.plugins, session))
-        self._turn, self._asked = None, 0
+        self._context = ConversationContext(session, self._instruction(self.plugins, self.system, session))
+        self._turn, self._asked, self.message = None, 0, None
 
     def switch(self, plugins: Iterable[str | Plugin]) -> int:
         """Have these plugins switched on and no others. The conversation stays, and is read anew with the next message.
@@ -149,22 +182,29 @@ class Chat:
             MossError: there is no such plugin, it cannot be loaded or lacks a setting, or the context has no room for the
                 longer instruction; nothing is changed then.
         """
-        made = make_plugins(plugins, self.settings)
-        instruction = self._instruction(made, self._context.session)
-        self._stop_running()
-        self.plugins = made
-        return self._context.change_instruction(instruction)
+        return self._change(make_plugins(plugins, self.settings), self.system)
 
-    def _instruction(self, plugins: Sequence[Plugin], session: ChatSession) -> list[int]:
+    def instruct(self, system: str | None) -> int:
+        """Have another meta instruction, None for MOSS's own; otherwise as :meth:`switch`."""
+        return self._change(self.plugins, system)
+
+    def _change(self, plugins: list[Plugin], system: str | None) -> int:
+        token_ids = self._instruction(plugins, system, self._context.session)
+        self._stop_running()
+        self.plugins, self.system = plugins, system
+        return self._context.change_instruction(token_ids)
+
+    def _instruction(self, plugins: Sequence[Plugin], system: str | None, session: ChatSession) -> list[int]:
         """The meta instruction's tokens, where the context has room for them and a turn."""
-        instruction = self._encoder.encode([Piece(meta_instruction(plugins))])
-        needed = len(instruction) + least_tokens(self._encoder)
+        token_ids = self._encoder.encode(instruction(plugins, system))
+        needed = len(token_ids) + least_tokens(self._encoder)
         if needed > session.capacity:
             raise MossError(
                 f"the context has room for {session.capacity} tokens, and the instruction that a conversation begins with takes "
-                f"{needed} with the shortest turn. Load the model with a larger context, or switch on fewer plugins."
+                f"{needed} with the shortest turn. Load the model with a larger context, shorten the instruction, or switch on "
+                "fewer plugins."
             )
-        return instruction
+        return token_ids
 
     def _stop_running(self) -> None:
         if self._running is not None:

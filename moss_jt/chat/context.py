@@ -42,6 +42,11 @@ class ConversationContext:
         return len(self._turns)
 
     @property
+    def unread(self) -> int:
+        """Tokens that the next answer must read first; to be asked from anywhere, while it reads them, too."""
+        return self._session.unread
+
+    @property
     def room(self) -> int:
         """Tokens that may still be appended."""
         return self.session.capacity - self.session.position
@@ -67,6 +72,11 @@ class ConversationContext:
     def has(self, turn: object) -> bool:
         """Whether it was finished, and not dropped since."""
         return turn in self._turns
+
+    def forget_last(self) -> None:
+        """Forget the newest finished turn, and what was appended since."""
+        turns = dict([*self._turns.items()][:-1])
+        self._rewrite(Rewriting(self._instruction + sum(turns.values()), [], self._instruction, turns))
 
     def abandon_turn(self) -> None:
         """Forget what was appended since the last turn."""

@@ -4,6 +4,7 @@ A field ends with its own end token. Models also end it with another's, go on in
 whatever they did, ``close`` leaves the session with the field's text and its own end token, as in training.
 """
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -30,6 +31,9 @@ class ChatSession(Protocol):
     @property
     def capacity(self) -> int: ...
 
+    @property
+    def unread(self) -> int: ...
+
     def extend(self, token_ids: Sequence[int]) -> None: ...
 
     def truncate(self, position: int) -> None: ...
@@ -55,6 +59,7 @@ class FieldReader:
     What comes out has none of the white space that the field begins with: that belongs to the format.
 
     text    all text so far, as the model wrote it, without the end token
+    later_tokens, later_s  tokens of the last reading after its first one, and the seconds that the model took for them
     ending  "end" (its own end token), "other" (another special token), "marker" (the next field's), "length", "cancelled"
     """
 
@@ -67,6 +72,7 @@ class FieldReader:
     ) -> None:
         self.text = ""
         self.ending: Ending = "length"
+        self.later_tokens, self.later_s = 0, 0.0
         self._place = place
         self._session = place.session
         self._tokenizer = encoder.tokenizer
@@ -83,7 +89,12 @@ class FieldReader:
 
     def read(self, params: SamplingParams, most: int) -> Iterator[str]:
         """The text as it comes, of at most so many more tokens. After "length" it may be called again: it goes on."""
+        self.later_tokens, self.later_s = 0, 0.0
+        begin = None
         for token in self._session.decode(params, most, self._special):
+            if begin is not None:
+                self.later_tokens += 1
+                self.later_s += time.perf_counter() - begin
             if token in self._special:
                 self.ending = "end" if token == self._end else "other"
                 return
@@ -94,6 +105,7 @@ class FieldReader:
             if self._cancelled():
                 self.ending = "cancelled"
                 return
+            begin = time.perf_counter()
 
     def rest(self) -> Iterator[str]:
         """What was held back as the possible start of a marker, once nothing more is read.

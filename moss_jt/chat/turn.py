@@ -43,10 +43,23 @@ CLOSING_TOKENS = 8
 
 @dataclass
 class TurnStats:
-    """Tokens of a turn: read (question, results and what is fixed), and new (written by the model)."""
+    """What a turn cost.
+
+    read_tokens  question, results and what is fixed
+    new_tokens   written by the model
+    later_tokens, later_s  of the new ones those that came after a field's first, and how long the model took for them: what
+                 reading costs is not in it
+    """
 
     read_tokens: int = 0
     new_tokens: int = 0
+    later_tokens: int = 0
+    later_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """How fast the model wrote; None where too little came to tell."""
+        return self.later_tokens / self.later_s if self.later_tokens and self.later_s else None
 
 
 class CancelledError(Exception):
@@ -244,6 +257,8 @@ class Turn:
         # Every token took a random number; each part of the turn goes on with the next one.
         params = dataclasses.replace(self._params, drawn=self.stats.new_tokens)
         yield from reader.read(params, min(most, self._context.room - keep))
+        self.stats.later_tokens += reader.later_tokens
+        self.stats.later_s += reader.later_s
         self.stats.new_tokens += self._context.session.position - before
         if reader.ending == "cancelled":
             raise CancelledError

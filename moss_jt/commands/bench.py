@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moss_jt.commands.options import loaded, memory_options, model_argument
+from moss_jt.commands.options import loaded, memory_options, model_argument, model_folder
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
-from moss_jt.store.locations import model_home, resolve_model
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.output import json_text
 from moss_jt.terminal.screen import Screen
@@ -43,7 +43,7 @@ def command(
             raise MossError("--parallel needs numbers from 1 up.")
         options["parallel"] = max(counts)
         options["context"] = options["context"] or max(lengths) + new_tokens * len(counts) + 1
-    store = open_store(resolve_model(model))
+    store = open_store(model_folder(model))
     with loaded(model, options) as moss:
         from moss_jt.measure.bench import measure, report
         from moss_jt.measure.side_by_side import measure_together, report_together

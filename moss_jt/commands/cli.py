@@ -14,9 +14,12 @@ from moss_jt.terminal.output import bounded
 COMMANDS = {
     "convert": ("convert", "Turn a Hugging Face checkpoint into a model folder."),
     "chat": ("chat", "Talk to a model, with plugins."),
+    "ask": ("ask", "Ask one question; the answer alone on standard output."),
     "generate": ("generate", "Continue a text."),
     "batch": ("batch", "Answer many prompts from a file, many at once."),
-    "plan": ("plan", "Show where the weights would live, and how fast that can be."),
+    "plan": ("plan", "Would a model run here, or elsewhere, and how fast? Downloads nothing."),
+    "list": ("list", "Show the models that are here."),
+    "rm": ("rm", "Remove a model."),
     "eval": ("eval", "Perplexity on a text, and what quantization costs."),
     "bench": ("bench", "Measure speed beside the machine's own limits."),
     "verify": ("verify", "Check a model folder against its checksums."),
@@ -49,10 +52,11 @@ def root() -> None:
 
     \b
     First steps:
-      moss-jt chat moss-tiny                      a small MOSS that comes with the program
-      moss-jt plan moss-moon-003 --memory 16GiB   would the real one run here, and how fast?
-      moss-jt convert fnlp/moss-moon-003-sft      download and convert it (45 GB of disk)
-      moss-jt chat                                talk to the model converted last
+      moss-jt chat moss-tiny                              a small MOSS that comes with the program
+      moss-jt plan moss-moon-003-sft-plugin-int4          would the real one run here, and how fast?
+      moss-jt convert fnlp/moss-moon-003-sft-plugin-int4  download and convert it
+      moss-jt chat                                        talk to the model used last
+      moss-jt ask "What is 37 times 48?"                  one question, one answer
     """
 
 

@@ -18,7 +18,7 @@ from moss_jt.convert.folder_source import ModelFolder, folder_recipe
 from moss_jt.convert.hub import open_hub
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
-from moss_jt.store.locations import TINY, folder_for, model_home, remember_last, tiny_checkpoint
+from moss_jt.store.locations import TINY, folder_for, model_home, published, remember_last, tiny_checkpoint
 from moss_jt.store.model_folder import MANIFEST
 from moss_jt.terminal.output import harmless
 from moss_jt.terminal.screen import Screen
@@ -113,7 +113,9 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
             f"{source} is a file. Name the folder that it is in: config.json and the tokenizer's files belong beside it."
         )
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.")
+        meant = published(source)
+        question = f" Is {meant} meant?" if meant else ""
+        raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.{question}")
     folder = model_home() / "downloads" / source.replace("/", "--")
     return open_hub(source, folder, keep_download, out, Screen(sys.stderr).line)
 

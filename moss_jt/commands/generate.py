@@ -20,6 +20,7 @@ from moss_jt.terminal.output import json_text, pass_on
 
 @click.command()
 @model_argument
+@click.argument("words", nargs=-1, metavar="")
 @click.option(
     "--prompt", metavar="TEXT", help="What to continue; - reads it from standard input, as a pipe does."
 )
@@ -39,13 +40,14 @@ from moss_jt.terminal.output import json_text, pass_on
 @loading_options
 def command(
     model: str | None,
+    words: tuple[str, ...],
     prompt: str | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue a text with MODEL, the one converted last by default.
+    """Continue a text with MODEL, the one used last by default. (To ask something: moss-jt ask.)
 
     The prompt is taken as it is: no chat format is added, and <eoh> and the like in it count as special tokens.
 
@@ -53,6 +55,11 @@ def command(
     moss-jt generate moss-tiny --prompt '<|Human|>: Hi<eoh>'
     moss-jt generate --prompt - --greedy --json < prompt.txt
     """
+    if words:
+        raise click.UsageError(
+            "the text to continue is given with --prompt, or piped in. To ask MOSS something: "
+            f'moss-jt ask {model} "{" ".join(words)}"'
+        )
     text = prompt_text(prompt)
     with loaded(model, options) as moss:
         generation = moss.generate(

@@ -1,7 +1,10 @@
 """What is told while a folder of text files is indexed: how far it is, and what is left out."""
 
-import click
+import sys
+
 from tqdm import tqdm
+
+from moss_jt.terminal.screen import Screen
 
 
 class IndexingBar:
@@ -21,4 +24,4 @@ class IndexingBar:
 
 def say(text: str) -> None:
     """A sentence on stderr."""
-    click.echo(text, err=True)
+    Screen(sys.stderr).line(text)

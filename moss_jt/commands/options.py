@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from moss_jt.convert.named import model_folder
+from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
+from moss_jt.store.locations import remember_last
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -82,21 +84,32 @@ SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(
     click.option("--greedy", is_flag=True, help="Always the likeliest token; the same as --temperature 0."),
-    click.option("--temperature", type=float, default=0.7, show_default=True, help="Higher is more varied."),
     click.option(
-        "--top-k", type=int, default=40, show_default=True, help="Only the k likeliest tokens; 0 for all."
+        "--temperature",
+        type=float,
+        default=SamplingParams.temperature,
+        show_default=True,
+        help="Higher is more varied.",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=SamplingParams.top_k,
+        show_default=True,
+        help="Only the k likeliest tokens; 0 for all.",
     ),
     click.option(
         "--top-p",
         type=float,
-        default=0.8,
+        default=SamplingParams.top_p,
         show_default=True,
         help="Only the likeliest tokens that reach p together.",
     ),
     click.option(
         "--repetition-penalty",
         type=float,
-        help="Above 1 makes tokens less likely that occurred already. [default: 1.02; 1 when greedy]",
+        help="Above 1 makes tokens less likely that occurred already. "
+        f"[default: {REPETITION_PENALTY}; 1 when greedy]",
     ),
     click.option("--seed", type=int, help="The same seed gives the same text."),
 )
@@ -115,7 +128,10 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
 
     found = {name: options[name] for name in LOADING if name in options}
     device = device_of(options)
-    with Moss.load(model_folder(model), device=device, **found) as moss:
+    folder = model_folder(model)
+    with Moss.load(folder, device=device, **found) as moss:
+        with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
+            remember_last(folder)
         yield moss
 
 

@@ -1,4 +1,4 @@
-"""``moss-jt plan``: where the weights would live, and how fast that can be. Loads nothing, needs no GPU."""
+"""``moss-jt plan``: would a model run, how fast, and where would its weights live? Loads nothing, needs no GPU."""
 
 import click
 
@@ -6,12 +6,15 @@ from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.measure.machine_speed import home_disk_speed, memory_speed
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.report import GB, Speed, Speeds, report
-from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
-from moss_jt.store.locations import model_home
+from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
+from moss_jt.plan.verdict import verdict
+from moss_jt.store.config import MOSS_MOON_003
+from moss_jt.store.locations import PUBLISHED, model_home
 from moss_jt.store.model_folder import Store, open_store
-from moss_jt.store.sizes import ModelSizes, geometry_of_name, sizes_of_store
+from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geometry, sizes_of_store
 from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_under
 
@@ -21,26 +24,35 @@ ASSUMED_DISK = 1.0
 ASSUMED_MEMORY = 20.0
 ASSUMED_GPU_MEMORY = 400.0
 ASSUMED_LINK = 12.0
+# A shorter file says little about its disk.
+LEAST_PROBE_BYTES = 16 * MIB
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
-@click.option("--gpu-memory", metavar="AMOUNT", help="Plan for a GPU with this much memory.")
-@click.option("--host-memory", metavar="AMOUNT", help="With --gpu-memory: RAM for the whole process.")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
+@click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
+@click.option("--gpu-memory", metavar="AMOUNT", help="Plan for a card with this much memory.")
+@click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
 @click.option(
     "--context", type=int, help="Tokens that the conversation may have.  [default: what the model has]"
 )
 @click.option("--disk-speed", type=float, metavar="GB/s", help="Sequential reads.  [default: measured]")
-@click.option("--link-speed", type=float, metavar="GB/s", help="Between host and GPU.  [default: 12]")
+@click.option("--link-speed", type=float, metavar="GB/s", help="Between host and card.  [default: 12]")
 @click.option(
-    "--memory-speed", type=float, metavar="GB/s", help="Of RAM, or the GPU's.  [default: 20 or 400]"
+    "--memory-speed",
+    type=float,
+    metavar="GB/s",
+    help="Of RAM, or the card's.  [default: measured, for a card 400]",
 )
 def command(
-    model: str,
+    model: str | None,
     memory: str | None,
+    bits: str | None,
+    gpu: bool,
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
@@ -48,40 +60,115 @@ def command(
     link_speed: float | None,
     memory_speed: float | None,
 ) -> None:
-    """Where the weights of MODEL would live, and how fast that can be.
+    """Would MODEL run, how fast, and where would its weights live? Downloads and loads nothing.
 
-    MODEL is a model folder, or a published model's name or hub id, such as moss-moon-003 or
-    fnlp/moss-moon-003-sft-int4: nothing is downloaded.
+    MODEL is a model folder, or a published model's name or hub id, such as moss-moon-003-sft or
+    fnlp/moss-moon-003-sft-plugin-int4; without one, MOSS in all three precisions. Speeds are measured on this machine, once, and
+    assumed for machines that are not this one.
+
+    \b
+    moss-jt plan                                          which MOSS for this machine?
+    moss-jt plan moss-moon-003-sft --bits 4 --memory 14GiB
+    moss-jt plan moss-moon-003-sft --gpu-memory 12GiB --host-memory 30GiB
     """
-    if gpu_memory is not None and memory is not None:
+    on_card = gpu or gpu_memory is not None
+    if on_card and memory is not None:
         raise click.UsageError("--memory is the limit without a GPU; beside --gpu-memory give --host-memory.")
-    if gpu_memory is None and (host_memory is not None or link_speed is not None):
-        raise click.UsageError("--host-memory and --link-speed need --gpu-memory.")
-    sizes, store = sizes_of(model)
-    placed = place(sizes, memory, gpu_memory, host_memory, context)
-    speeds = Speeds(
-        disk=disk_of(store, disk_speed),
-        memory=given_or_assumed(memory_speed, ASSUMED_MEMORY if gpu_memory is None else ASSUMED_GPU_MEMORY),
-        link=None if gpu_memory is None else given_or_assumed(link_speed, ASSUMED_LINK),
+    if not on_card and (host_memory is not None or link_speed is not None):
+        raise click.UsageError("--host-memory and --link-speed need --gpu or --gpu-memory.")
+    if gpu:
+        gpu_memory = this_cards_memory(gpu_memory)
+    amounts = memory, gpu_memory, host_memory
+    here = on_this_machine(*amounts, gpu)
+    screen = Screen()
+    if model is None:
+        speeds = speeds_of(None, here, on_card, disk_speed, memory_speed, link_speed)
+        screen.line(overview(amounts, context, speeds))
+        return
+    sizes, store = sizes_of(model, None if bits is None else int(bits))
+    placed = place(sizes, *amounts, context)
+    speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
+    others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
+    quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
+    as_it_is = memory is None and (gpu_memory is None or gpu)
+    screen.line(verdict(speeds.seconds(placed), as_it_is, quicker))
+    screen.line("\n" + report(model, placed, speeds))
+
+
+Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory
+
+
+def overview(amounts: Amounts, context: int | None, speeds: Speeds) -> str:
+    """What each precision of MOSS brings: whoever has not chosen yet chooses by this."""
+    lines = [f"{'MOSS as':<10}{'disk':>10}"]
+    for bits, name in BITS_NAMES.items():
+        sizes = sizes_of_geometry(MOSS_MOON_003, bits)
+        try:
+            text = verdict(speeds.seconds(place(sizes, *amounts, context)), False, ())
+        except MossError as error:
+            text = f"does not run: {str(error).partition(':')[0]}."
+        lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
+    lines.append(
+        f"Published are {', '.join(PUBLISHED)}. -plugin calls plugins, -sft only talks, -base continues texts. "
+        "For the details of one: moss-jt plan NAME"
     )
-    Screen().line(report(model, placed, speeds))
+    return "\n".join(lines)
 
 
-def sizes_of(model: str) -> tuple[ModelSizes, Store | None]:
+def sizes_of(model: str, bits: int | None) -> tuple[ModelSizes, Store | None]:
     """Sizes from a model folder where there is one, or else from the geometry that the name stands for.
 
     Raises:
-        MossError: there is no such folder, and no published model has that name.
+        MossError: there is no such folder, and no published model has that name; or bits cannot be had from it.
     """
     try:
         folder = model_folder(model)
-    except MossError:
+    except MossError as error:
         sizes = geometry_of_name(model)
         if sizes is None:
-            raise
-        return sizes, None
-    store = open_store(folder)
-    return sizes_of_store(store), store
+            raise MossError(f"{error}\nPublished are {', '.join(PUBLISHED)}.") from error
+        store = None
+    else:
+        store = open_store(folder)
+        sizes = sizes_of_store(store)
+    if bits is None or bits == sizes.bits:
+        return sizes, store
+    if bits > sizes.bits:
+        raise MossError(f"{model} is int{sizes.bits}: what quantization lost does not come back.")
+    return sizes_of_geometry(sizes.config, bits), store
+
+
+def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict[int, ResidencyPlan | None]:
+    """The same model in fewer bits; None where it does not fit even so."""
+    found: dict[int, ResidencyPlan | None] = {}
+    for bits in (8, 4):
+        if bits < sizes.bits:
+            try:
+                found[bits] = place(sizes_of_geometry(sizes.config, bits), *amounts, context)
+            except MossError:
+                found[bits] = None
+    return found
+
+
+def this_cards_memory(gpu_memory: str | None) -> str:
+    """What the card of this machine may give, in bytes.
+
+    Raises:
+        MossError: there is no card, or it has less.
+    """
+    from moss_jt.backend.gpu import find_card
+    from moss_jt.plan.placement import gpu_budget
+
+    return str(gpu_budget(gpu_memory, find_card()))
+
+
+def on_this_machine(memory: str | None, gpu_memory: str | None, host_memory: str | None, gpu: bool) -> bool:
+    """Whether these amounts can be had here: a card that was only described is another machine's."""
+    if gpu_memory is not None and not gpu:
+        return False
+    total = process_memory().total_bytes
+    given = memory if gpu_memory is None else host_memory
+    return given is None or parse_memory(given, total) <= total
 
 
 def place(
@@ -107,16 +194,36 @@ def place(
     return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
 
 
-def given_or_assumed(gigabytes: float | None, assumed: float) -> Speed:
+def speeds_of(
+    store: Store | None,
+    here: bool,
+    on_card: bool,
+    disk: float | None,
+    memory: float | None,
+    link: float | None,
+) -> Speeds:
+    """The links' speeds: as given, or else measured on this machine, or assumed for another one and for a card."""
+    measured_disk = disk_of(store) if here and disk is None else None
+    measured_memory = memory_speed(model_home()) if here and memory is None and not on_card else None
+    return Speeds(
+        disk=speed_of(disk, measured_disk, ASSUMED_DISK),
+        memory=speed_of(memory, measured_memory, ASSUMED_GPU_MEMORY if on_card else ASSUMED_MEMORY),
+        link=speed_of(link, None, ASSUMED_LINK) if on_card else None,
+    )
+
+
+def speed_of(gigabytes: float | None, measured: float | None, assumed: float) -> Speed:
     if gigabytes is None:
-        return Speed(assumed * GB, "assumed")
+        return Speed(assumed * GB, "assumed") if measured is None else Speed(measured, "measured")
     if not gigabytes > 0:
         raise MossError(f"{gigabytes} GB/s is no speed. Give a number above 0.")
     return Speed(gigabytes * GB, "given")
 
 
-def disk_of(store: Store | None, gigabytes: float | None) -> Speed:
-    """Measured where the model folder is there: a short read of its largest block."""
-    if gigabytes is not None or store is None:
-        return given_or_assumed(gigabytes, ASSUMED_DISK)
-    return Speed(disk_under(store, model_home()).best, "measured")
+def disk_of(store: Store | None) -> float | None:
+    """Measured under the model folder where its files are long enough for that, or else where models come to lie."""
+    if store is not None:
+        largest = max(store.blocks, key=lambda file: file.nbytes)
+        if largest.nbytes >= LEAST_PROBE_BYTES:
+            return disk_under(store, model_home()).best
+    return home_disk_speed(model_home())

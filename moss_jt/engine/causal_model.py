@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 Rows = Literal["none", "last", "all"]
+# Called within a pass of several tokens, block after block, with how many tokens it has and which share of the blocks is done.
+Watcher = Callable[[int, float], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
-from moss_jt.engine.causal_model import Piece, Rows
+from moss_jt.engine.causal_model import Piece, Rows, Watcher
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE, BlockWeights, Operators, Places, Var
@@ -84,6 +84,7 @@ class Model:
         self.capacity = kv_cache.capacity if capacity is None else capacity
         self.pages = kv_cache.pages
         self.score_rows = 2 * PAGE
+        self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
     def read_page(self, page: int) -> np.ndarray:
@@ -138,6 +139,8 @@ class Model:
             h = self.operators.block(h, weights, cache.keys, cache.values, layer, places)
             if self.weights.streams or places.count > FEW_TOKENS or layer % RESIDENT_BLOCKS == 0:
                 h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
+            if self.watcher is not None and len(tokens) > 1:
+                self.watcher(len(tokens), (layer + 1) / self.config.n_layer)
         hidden = h.numpy()
         return self._logits(hidden, pieces, order)
 

@@ -55,6 +55,11 @@ class Sequence:
         """Where an answer that was asked for waits for room in the cache, or None where it does not."""
         return None if self._job is None else self.engine.queued(self._job)
 
+    @property
+    def unread(self) -> int:
+        """Tokens that the next answer must read first; those of the pass that is running do not count."""
+        return self.position - self._text.cached
+
     def extend(self, token_ids: Tokens[int]) -> None:
         """Append text. It is computed by :meth:`prefill`, or when the next answer needs it.
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moss_jt.plan.residency import ResidencyPlan, Tier, Unit, cache_text, gib, seconds_per_pass
+from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, cache_text, gib, seconds_per_pass
 
 GB = 10**9
-BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,11 @@ def _where(plan: ResidencyPlan) -> list[str]:
     names: dict[Tier, str] = {"device": "RAM", "disk": "disk"}
     if plan.host_budget_bytes is not None:
         names = {"device": "GPU memory", "host": "host, pinned", "disk": "disk"}
-    lines = [f"{'Lives in':<14}{'GiB':>7}  Blocks, and rows of the head"]
+    lines = [f"{'Lives in':<14}{'Size':>10}  Blocks, and rows of the head"]
     for tier, name in names.items():
         units = [unit for unit in plan.units if unit.tier == tier]
         if units:
-            lines.append(f"{name:<14}{sum(unit.n_bytes for unit in units) / 2**30:>7.2f}  {places(units)}")
+            lines.append(f"{name:<14}{gib(sum(unit.n_bytes for unit in units)):>10}  {places(units)}")
     return lines
 
 
@@ -111,6 +110,11 @@ def places(units: Iterable[Unit]) -> str:
     blocks = _ranges((unit.index, unit.index + 1) for unit in units if unit.kind == "block")
     rows = _ranges((unit.first_row, unit.last_row) for unit in units if unit.kind == "head")
     return "; ".join(part for part in (blocks, f"head {rows}" if rows else "") if part)
+
+
+def number(value: float) -> str:
+    """Two decimals, and more where these would say nothing."""
+    return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 def _ranges(pieces: Iterable[tuple[int, int]]) -> str:
@@ -131,9 +135,9 @@ def _links(plan: ResidencyPlan, speeds: Speeds) -> list[str]:
     carried.append((device, plan.weight_bytes_per_pass, speeds.memory))
     lines = [f"{'Read from':<14}{'GB/token':>9}{'s/token':>9}  Speed"]
     for name, n_bytes, speed in carried:
-        lines.append(f"{name:<14}{n_bytes / GB:>9.2f}{n_bytes / speed.bytes_per_s:>9.2f}  {speed}")
-    seconds = speeds.seconds(plan)
-    lines.append(f"At best {seconds:.2f} s per token: the links work side by side, and the slowest decides.")
+        lines.append(f"{name:<14}{number(n_bytes / GB):>9}{number(n_bytes / speed.bytes_per_s):>9}  {speed}")
+    seconds = number(speeds.seconds(plan))
+    lines.append(f"At best {seconds} s per token: the links work side by side, and the slowest decides.")
     if plan.streams:
         lines.append("Prompt-lookup drafts can share one reading of the model between several tokens.")
     return lines

@@ -23,6 +23,7 @@ from moss_jt.store.sizes import (
 )
 
 Tier = Literal["device", "host", "disk"]
+BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
 
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
@@ -110,6 +111,21 @@ class ResidencyPlan:
     def host_peak_bytes(self) -> int:
         """The most that a GPU plan lets the host hold at once."""
         return self.host_footprint_bytes + self.host_ring_buffers * self.buffer_bytes + self.bytes_on("host")
+
+    def __str__(self) -> str:
+        """In one line: the weights, where they are, and what of the limit is used at most."""
+        sizes, device = self.sizes, "RAM" if self.host_budget_bytes is None else "GPU memory"
+        places = {
+            device: self.bytes_on("device"),
+            "pinned RAM": self.bytes_on("host"),
+            "disk": self.bytes_on("disk"),
+        }
+        where = ", ".join(f"{gib(n_bytes)} in {name}" for name, n_bytes in places.items() if n_bytes)
+        return (
+            f"{BITS_NAMES[sizes.bits]}, {sizes.config.n_layer} blocks, {self.context} tokens; weights: "
+            f"{where.replace('in disk', 'read from disk for every token')}; at most {gib(self.peak_bytes)} of "
+            f"{gib(self.budget_bytes)} {device}"
+        )
 
     def bytes_on(self, tier: Tier) -> int:
         return sum(unit.n_bytes for unit in self.units if unit.tier == tier)
@@ -329,6 +345,9 @@ def cache_text(plan: ResidencyPlan) -> str:
 
 
 def gib(n_bytes: int) -> str:
+    """As people read it: GiB, or MiB where that would be nearly nothing."""
+    if n_bytes < GIB // 10:
+        return f"{n_bytes / MIB:.1f} MiB" if n_bytes else "nothing"
     return f"{n_bytes / GIB:.2f} GiB"
 
 

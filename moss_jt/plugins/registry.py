@@ -1,16 +1,42 @@
-"""Plugins by name: the four that MOSS was trained with, and others through the entry points group ``moss_jt.plugins``."""
+"""Plugins by name: the four that MOSS was trained with, others through the entry points group ``moss_jt.plugins``, and classes in a
+file of the user's own: ``./my_plugin.py:Glossary``.
+"""
 
+import importlib.util
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin, plugin_fault
 
 GROUP = "moss_jt.plugins"
 MAX_REASON_CHARACTERS = 200
+
+# What a model that was trained with plugins may call without being told to: these two compute here, and reach nothing outside.
+HARMLESS = ("calculator", "solver")
+
+
+class UnknownPluginError(MossError):
+    """No plugin has that name."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.known = name, ", ".join(plugin_names())
+        super().__init__(
+            f"there is no plugin {name!r}; there are {self.known}. One of your own: ./FILE.py:CLASS."
+        )
+
+
+class PluginLoadError(MossError):
+    """A plugin of others cannot be imported or made; ``reason`` is what its code raised."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"the plugin {name} cannot be loaded: {reason}")
 
 
 @dataclass(frozen=True)
@@ -96,10 +122,36 @@ def _make(name: str, settings: PluginSettings) -> Plugin:
         return BUILT_IN[name](settings)
     for point in entry_points(group=GROUP):
         if point.name == name:
-            try:
-                plugin: Plugin = point.load()()
-            except (Exception, SystemExit) as error:  # noqa: BLE001  others' code may raise anything
-                reason = traceback.format_exception_only(error)[-1].strip()[:MAX_REASON_CHARACTERS]
-                raise MossError(f"the plugin {name} cannot be loaded: {reason}") from error
-            return plugin
-    raise MossError(f"there is no plugin {name!r}; there are {', '.join(plugin_names())}.")
+            return _loaded(name, point.load)
+    path, separator, class_name = name.rpartition(":")
+    if separator and path.endswith(".py"):
+        return _loaded(name, lambda: _class_of(Path(path).expanduser(), class_name))
+    if name.endswith(".py"):
+        raise PluginLoadError(name, f"name the class in it, too: {name}:CLASS")
+    raise UnknownPluginError(name)
+
+
+def _loaded(name: str, load: Callable[[], Any]) -> Plugin:
+    """The plugin that the class makes which ``load`` imports.
+
+    Raises:
+        PluginLoadError: others' code raised something.
+    """
+    try:
+        plugin: Plugin = load()()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  others' code may raise anything
+        reason = traceback.format_exception_only(error)[-1].strip()[:MAX_REASON_CHARACTERS]
+        raise PluginLoadError(name, reason) from error
+    return plugin
+
+
+def _class_of(path: Path, class_name: str) -> Any:
+    """A class of a file that the user named: it runs, as any program does that a user starts."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"moss_jt_own_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return getattr(module, class_name)

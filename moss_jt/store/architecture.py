@@ -57,7 +57,8 @@ def matrix_shape(config: MossConfig, name: str) -> tuple[int, ...]:
 def block_tensors(config: MossConfig, bits: int, group_size: int) -> Wanted:
     """What every block has, with matrices of ``bits`` bits: float16, or packed as moss_jt.store.quant says."""
     tensors: Wanted = {}
-    for tensor in BLOCK:
+    # Matrices first: in this order they lie in files, see docs/model-folder.md.
+    for tensor in sorted(BLOCK, key=lambda tensor: not tensor.is_matrix):
         shape = tensor.shape(config)
         if not tensor.is_matrix:
             tensors[tensor.name] = ("F16", shape)

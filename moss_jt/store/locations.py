@@ -1,16 +1,23 @@
 """Where model folders live, and which one a name means."""
 
-import json
+import difflib
 import os
 import sys
+import time
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.store.files import write_json
+from moss_jt.store.files import read_json, write_json
 from moss_jt.store.manifest import MANIFEST
 from moss_jt.user_folders import own_folder
 
 TINY = "moss-tiny"
+LAST, MOST_REMEMBERED = "last.json", 100
+# What the authors of MOSS have published.
+PUBLISHED = tuple(
+    f"fnlp/moss-moon-003-{name}"
+    for name in ("base", "sft", "sft-int8", "sft-int4", "sft-plugin", "sft-plugin-int8", "sft-plugin-int4")
+)
 
 
 def model_home() -> Path:
@@ -33,11 +40,17 @@ def model_names() -> list[str]:
 
 
 def remember_last(path: Path) -> None:
-    """Note which folder was converted last: the one that commands take when none is named."""
-    note = model_home() / "last.json"
+    """Note that a model folder was used now: commands take the one used last when none is named.
+
+    Raises:
+        MossError: the note cannot be written.
+    """
+    note = model_home() / LAST
+    used = {**last_uses(), str(path.resolve()): time.time()}
+    newest = dict(sorted(used.items(), key=lambda item: item[1])[-MOST_REMEMBERED:])
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"model": str(path.resolve())}, f".{os.getpid()}")
+        write_json(note, {"used": newest}, f".{os.getpid()}")
     except OSError as error:
         raise MossError(
             f"{path} is ready, but {note} could not be written ({error.strerror}): name the model in each command, "
@@ -45,16 +58,26 @@ def remember_last(path: Path) -> None:
         ) from error
 
 
-def last_model() -> Path | None:
+def last_uses() -> dict[str, float]:
+    """Model folders and when each was used last, in seconds since 1970; nothing where the note is missing or not ours."""
     try:
-        last = Path(json.loads((model_home() / "last.json").read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return last if (last / MANIFEST).exists() else None
+        used = read_json(model_home() / LAST)["used"]
+        return {str(path): float(when) for path, when in used.items()}
+    except (MossError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def last_model() -> Path | None:
+    """The model folder used last of those that are still there."""
+    uses = last_uses()
+    for name in sorted(uses, key=lambda path: uses[path], reverse=True):
+        if (Path(name) / MANIFEST).exists():
+            return Path(name)
+    return None
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """The model folder that a path, a name under the model home, a hub id, or nothing (the last converted) means.
+    """The model folder that a path, a name under the model home, a hub id, or nothing (the one used last) means.
 
     Raises:
         MossError: there is none; the message says how to get one.
@@ -75,11 +98,18 @@ def resolve_model(model: str | Path | None) -> Path:
     if (named / MANIFEST).exists() or named.is_dir():
         return named
     known = ", ".join(model_names()) or "none"
-    source = model if "/" in str(model) else "fnlp/moss-moon-003-sft"
     raise MossError(
         f"there is no model called {str(model)!r} (converted so far: {known}). "
-        f"Make one with, for example: moss-jt convert {source}"
+        f"Make one with, for example: moss-jt convert {published(str(model)) or 'fnlp/moss-moon-003-sft'}"
     )
+
+
+def published(name: str) -> str | None:
+    """The hub id that is meant by a name: itself where it has an owner, or a published model of that name, or nearly so."""
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    close = difflib.get_close_matches(name.lower(), [one.partition("/")[2] for one in PUBLISHED], 1, 0.8)
+    return f"fnlp/{close[0]}" if close and "/" not in name else None
 
 
 def tiny_checkpoint() -> Path:

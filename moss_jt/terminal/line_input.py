@@ -10,6 +10,8 @@ from typing import Protocol, TextIO
 from moss_jt.user_folders import own_folder
 
 MAX_LINE_CHARACTERS = 1 << 20
+# What is longer was pasted, and is not kept in the history's file.
+MAX_KEPT_CHARACTERS, MAX_KEPT_LINES = 500, 5
 
 
 class LineReader(Protocol):
@@ -61,6 +63,8 @@ class PromptReader:
             """Lines are kept where they can be: a full disk, or bytes that are no text, end no conversation."""
 
             def store_string(self, string: str) -> None:
+                if len(string) > MAX_KEPT_CHARACTERS or string.count("\n") >= MAX_KEPT_LINES:
+                    return  # a pasted text: to be recalled in this conversation only
                 with contextlib.suppress(OSError):
                     super().store_string(string.encode("utf-8", "replace").decode())
 

@@ -1,118 +1,37 @@
-"""The chat on a terminal: it shows what moss_jt.chat.chat yields, and reads what the user types."""
+"""The chat on a terminal: it reads what the user types, and does it."""
 
-import contextlib
-import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 from moss_jt.chat.chat import Chat
-from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
+from moss_jt.chat.events import Event, Notice
 from moss_jt.chat.turn import TooLongError
+from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.errors import MossError
-from moss_jt.plugins.registry import plugin_names
+from moss_jt.plugins.registry import PluginLoadError, UnknownPluginError, plugin_names
 from moss_jt.terminal.line_input import LineReader
 from moss_jt.terminal.pictures import Shower
-from moss_jt.terminal.screen import Screen, shortened
+from moss_jt.terminal.screen import Screen
+from moss_jt.terminal.settings import (
+    MAX_FILE_KIB,
+    UnreadableError,
+    change_setting,
+    read_text_file,
+    settings_of,
+)
 from moss_jt.terminal.texts import notice_text, say
+from moss_jt.terminal.turn_view import TurnView
 
-NAME = "MOSS"
 PROMPT = "› "
-MOST_RESULT_LINES = 6
-MOST_LOCATION_CHARACTERS = 500  # of an address, which is of no use when it is cut
-
-
-class TurnView:
-    """Shows the events of one turn."""
-
-    def __init__(self, screen: Screen, chat: Chat, thoughts: bool, show_picture: Shower) -> None:
-        self._screen = screen
-        self._chat = chat
-        self._thoughts = thoughts
-        self._show_picture = show_picture
-        self._kind = ""
-
-    def show(self, events: Generator[Event]) -> None:
-        """All events, as they come; Ctrl-C ends the answer.
-
-        Raises:
-            MossError: the message is too long, or the model failed.
-        """
-        with contextlib.closing(events):
-            try:
-                self._wait()
-                for event in events:
-                    self._show(event)
-            except KeyboardInterrupt:
-                # Not the model but this loop was interrupted; closing the events ends the answer.
-                self._notice(say("stopped", self._chat.language))
-        self._screen.fresh_line()
-        self._show_sources()
-
-    def _show(self, event: Event) -> None:
-        if isinstance(event, Thought):
-            self._show_thought(event)
-        elif isinstance(event, Command):
-            self._screen.line(f"  ▸ {event.text}", "command")
-            self._wait()
-        elif isinstance(event, Result):
-            self._show_result(event)
-            self._wait()
-        elif isinstance(event, Text):
-            if self._kind != event.kind:
-                self._screen.fresh_line()
-                self._screen.write(f"{NAME} ", "name")
-            self._screen.write(event.text)
-        else:
-            self._notice(notice_text(event, self._chat.language))
-        self._kind = event.kind
-
-    def _show_thought(self, event: Thought) -> None:
-        if not self._thoughts:
-            return
-        if self._kind != event.kind:
-            self._screen.fresh_line()
-            self._screen.write("  ", "dim")
-        self._screen.write(event.text, "dim")
-
-    def _show_result(self, event: Result) -> None:
-        language = self._chat.language
-        if event.picture is not None:
-            sequence = self._show_picture(event.picture)
-            if sequence is not None:
-                self._screen.fresh_line()
-                self._screen.raw(sequence + "\n")
-            self._screen.line(f"  → {say('picture', language, path=str(event.picture))}", "dim")
-            return
-        lines = shown_lines(event) if event.found else [say("no_result", language)]
-        if event.failure:
-            lines = [f"{lines[0]}: {event.failure}"]
-        for number, line in enumerate(lines[:MOST_RESULT_LINES]):
-            arrow = "→" if number == 0 else " "
-            self._screen.line(f"  {arrow} {shortened(line, self._screen.columns - 5)}", "dim")
-        if len(lines) > MOST_RESULT_LINES:
-            self._screen.line("    …", "dim")
-
-    def _show_sources(self) -> None:
-        if not self._chat.sources:
-            return
-        for number, source in sorted(self._chat.sources.items()):
-            title = shortened(source.title, self._screen.columns)
-            location = " ".join(source.location.split())[:MOST_LOCATION_CHARACTERS]
-            self._screen.line(f"  [{number}] {title}  {location}".rstrip(), "dim")
-
-    def _notice(self, text: str) -> None:
-        self._screen.line(f"({text})", "warning")
-
-    def _wait(self) -> None:
-        self._screen.wait("  …")
-
-
-def shown_lines(event: Result) -> list[str]:
-    """A result as people read it: items as "[1] text", without the marks that are for the model."""
-    return [re.sub(r"^<\|(\d+)\|>: ", r"[\1] ", line) for line in event.text.split("\n")]
+LEAVING = ("stop", "/stop", "/exit", "/quit")
 
 
 class Terminal:
-    """The loop: read a line, do what it says or send it, show what comes."""
+    """The loop: read a line, do what it says or send it, show what comes.
+
+    thoughts  what MOSS thinks is shown
+    cost      after each answer, what it cost
+    """
 
     def __init__(
         self,
@@ -122,6 +41,7 @@ class Terminal:
         reader: LineReader,
         show_picture: Shower,
         thoughts: bool = True,
+        cost: bool = True,
     ) -> None:
         self._chat = chat
         self._model = model
@@ -129,6 +49,7 @@ class Terminal:
         self._reader = reader
         self._show_picture = show_picture
         self._thoughts = thoughts
+        self._cost = cost
 
     def run(self) -> None:
         """Until the user leaves."""
@@ -141,7 +62,7 @@ class Terminal:
                 continue
             except EOFError:
                 break
-            if line in ("stop", "/stop"):
+            if line in LEAVING:
                 break
             if line:
                 try:
@@ -150,35 +71,47 @@ class Terminal:
                     self._say("stopped")
         self._say("bye")
 
-    def answer(self, text: str) -> None:
-        """Send a message, and show what comes."""
-        view = TurnView(self._screen, self._chat, self._thoughts, self._show_picture)
-        view.show(self._chat.send(text))
-
     def _do(self, line: str) -> None:
-        word, *names = line.replace(",", " ").split()
+        word, *names = line.split()
         commands = {
+            "clear": self._clear,
             "/clear": self._clear,
             "/help": lambda: self._say("help"),
             "/thoughts": self._toggle_thoughts,
+            "/retry": self._retry,
         }
-        if line == "clear":
-            self._clear()
-        elif word == "/plugins":
-            self._plugins(names)
-        elif word in commands and not names:
+        if word in commands and not names:
             commands[word]()
+        elif word == "/plugins":
+            self._plugins([name for part in names for name in part.split(",") if name])
+        elif word == "/set" and len(names) in (0, 2):
+            self._set(*names)
+        elif word == "/system":
+            self._system(line.removeprefix(word).strip())
         elif word.startswith("/") and not names and "/" not in word[1:]:
             self._say("unknown", word=word)
         else:
-            try:
-                self.answer(line)
-            except TooLongError as error:
-                too_long = say("too_long", self._chat.language, tokens=error.tokens, room=error.room)
-                self._screen.line(too_long, "warning")
-            except MossError as error:
-                self._screen.error(error)
+            self._answer(lambda: self._chat.send(line))
         self._screen.line()
+
+    def _answer(self, begin: Callable[[], Generator[Event]]) -> None:
+        """Have an answer written, and show what comes."""
+        view = TurnView(
+            self._screen, self._chat, self._show_picture, thoughts=self._thoughts, cost=self._cost
+        )
+        try:
+            view.show(begin())
+        except TooLongError as error:
+            too_long = say("too_long", self._chat.language, tokens=error.tokens, room=error.room)
+            self._screen.line(too_long, "warning")
+        except MossError as error:
+            self._screen.error(error)
+
+    def _retry(self) -> None:
+        if self._chat.message is None:
+            self._warn("nothing_to_retry")
+        else:
+            self._answer(self._chat.retry)
 
     def _greet(self) -> None:
         self._say("greeting", model=self._model)
@@ -198,16 +131,47 @@ class Terminal:
         self._thoughts = not self._thoughts
         self._say("thoughts_on" if self._thoughts else "thoughts_off")
 
+    def _set(self, name: str = "", value: str = "") -> None:
+        """Change a setting of the answers to come, or list them all."""
+        settings = settings_of(self._chat)
+        if not name:
+            lines = "\n".join(f"  {key} {shown}" for key, shown in settings.items())
+            self._say("settings", lines=lines, penalty=str(REPETITION_PENALTY))
+        elif name not in settings:
+            self._warn("no_setting", name=name)
+        elif change_setting(self._chat, name, value):
+            self._say("set", name=name, value=settings_of(self._chat)[name])
+        else:
+            self._warn("not_set", name=name, value=value, wanted=say(f"wanted_{name}", self._chat.language))
+
+    def _system(self, path: str) -> None:
+        """A meta instruction from a file, or MOSS's own again."""
+        try:
+            text = read_text_file(Path(path).expanduser()) if path else None
+        except UnreadableError as error:
+            reason = say(error.code, self._chat.language, limit=MAX_FILE_KIB)
+            self._warn("system_failed", path=path, reason=reason)
+            return
+        try:
+            self._dropped(self._chat.instruct(text))
+        except MossError as error:
+            self._screen.error(error)
+        else:
+            self._say("system_set" if path else "system_own", path=path)
+
     def _plugins(self, names: list[str]) -> None:
         """Switch plugins on or off by name, then list all."""
         on = {plugin.name: plugin for plugin in self._chat.plugins}
         wanted = [plugin for name, plugin in on.items() if name not in names]
         try:
             if names:
-                turns = self._chat.switch([*wanted, *(name for name in names if name not in on)])
-                if turns:
-                    text = notice_text(Notice("dropped", {"turns": turns}), self._chat.language)
-                    self._screen.line(text, "warning")
+                self._dropped(self._chat.switch([*wanted, *(name for name in names if name not in on)]))
+        except UnknownPluginError as error:
+            self._warn("no_plugin", name=error.name, known=error.known)
+            return
+        except PluginLoadError as error:
+            self._warn("plugin_broken", name=error.name, reason=error.reason)
+            return
         except MossError as error:
             self._screen.error(error)
             return
@@ -216,5 +180,14 @@ class Terminal:
         marks = "\n".join(f"  {'●' if name in on_now else '○'} {name}" for name in known)
         self._say("plugins_list", marks=marks)
 
+    def _dropped(self, turns: int) -> None:
+        """Say how many turns had to go for a longer meta instruction."""
+        if turns:
+            notice = Notice("dropped", {"turns": turns})
+            self._screen.line(notice_text(notice, self._chat.language), "warning")
+
     def _say(self, code: str, **values: str) -> None:
         self._screen.line(say(code, self._chat.language, **values), "dim")
+
+    def _warn(self, code: str, **values: str) -> None:
+        self._screen.line(say(code, self._chat.language, **values), "warning")

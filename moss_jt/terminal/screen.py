@@ -46,7 +46,7 @@ class Screen:
         self.terminal = self.stream.isatty() and environment.get("TERM", "dumb") != "dumb"
         self.styled = self.terminal and not environment.get("NO_COLOR")
         self._column_0 = True
-        self._waiting = False
+        self._waiting = ""
 
     @property
     def columns(self) -> int:
@@ -83,15 +83,16 @@ class Screen:
             self._column_0 = True
 
     def wait(self, text: str) -> None:
-        """Show, where the output is a terminal, that something is going on; the next output takes its place."""
-        if self.terminal and self._column_0 and not self._waiting:
+        """Show, where the output is a terminal, that something is going on; what comes next takes its place."""
+        if self.terminal and self._column_0 and self._waiting != text:
+            self.end_wait()
             self.raw(f"\x1b[2m{text}\x1b[0m" if self.styled else text)
-            self._waiting = True
+            self._waiting = text
 
     def end_wait(self) -> None:
         if self._waiting:
             self.raw("\r\x1b[K")
-            self._waiting = False
+            self._waiting = ""
 
     def raw(self, text: str) -> None:
         """Our own text, escape sequences included."""

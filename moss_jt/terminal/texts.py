@@ -6,7 +6,7 @@ from moss_jt.chat.language import Language
 TEXTS: dict[str, tuple[str, str]] = {
     "greeting": (
         "{model} is ready. Just type; clear forgets the conversation, stop ends it, /help tells the rest.",
-        "{model} 已就绪，直接输入即可开始对话。输入 clear 忘掉对话，输入 stop 结束，/help 查看全部说明。",
+        "{model} 已就绪，直接输入即可开始对话。输入 clear 清空对话，stop 退出，/help 查看全部命令。",
     ),
     "plugins_hint": (
         "Plugins are off; /plugins lists them and switches them on.",
@@ -19,14 +19,20 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "help": (
         "  clear, /clear      forget the conversation\n"
-        "  stop, /stop        end (or Ctrl-D)\n"
+        "  stop, /exit, /quit end (or Ctrl-D)\n"
+        "  /retry             another answer to the last message\n"
+        "  /set [NAME VALUE]  list the settings, or change one: /set temperature 0.3\n"
+        "  /system [FILE]     a meta instruction of your own, from a text file; without FILE, MOSS's again\n"
         "  /plugins [NAMES]   list plugins, or switch some on or off\n"
         "  /thoughts          show inner thoughts, or hide them\n"
         "  /help              this list\n"
         "  Ctrl-C             end the answer and keep the conversation\n"
         "  Alt-Enter          a new line in a message",
-        "  clear, /clear      忘掉对话\n"
-        "  stop, /stop        结束（或 Ctrl-D）\n"
+        "  clear, /clear      清空对话\n"
+        "  stop, /exit, /quit 退出（或按 Ctrl-D）\n"
+        "  /retry             重新回答上一条消息\n"
+        "  /set [名称 值]     列出设置，或修改其中一项：/set temperature 0.3\n"
+        "  /system [文件]     用文本文件的内容作元指令；不写文件则恢复 MOSS 自己的\n"
         "  /plugins [名称]    列出插件，或开关其中几个\n"
         "  /thoughts          显示或隐藏内心想法\n"
         "  /help              本说明\n"
@@ -34,22 +40,22 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  Alt-Enter          在消息中换行",
     ),
     "cleared": ("The conversation is forgotten.", "对话已清空。"),
-    "thoughts_on": ("Inner thoughts are shown.", "显示内心想法。"),
-    "thoughts_off": ("Inner thoughts are hidden.", "隐藏内心想法。"),
+    "thoughts_on": ("Inner thoughts are shown.", "已显示内心想法。"),
+    "thoughts_off": ("Inner thoughts are hidden.", "已隐藏内心想法。"),
     "unknown": (
         "There is no command {word}; /help lists them.",
         "没有 {word} 这个命令，输入 /help 查看全部命令。",
     ),
-    "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 结束。"),
+    "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 退出。"),
     "bye": ("Goodbye!", "再见！"),
     "stopped": ("Stopped.", "已停止。"),
     "dropped": (
         "The conversation has reached the end of the context: its {turns} oldest turns are forgotten.",
-        "对话已到上下文末尾，最早的 {turns} 轮已被遗忘。",
+        "对话已达上下文上限，最早的 {turns} 轮已丢弃。",
     ),
     "dropped_one": (
         "The conversation has reached the end of the context: its oldest turn is forgotten.",
-        "对话已到上下文末尾，最早的一轮已被遗忘。",
+        "对话已达上下文上限，最早的一轮已丢弃。",
     ),
     "cut": (
         "The answer was cut at {tokens} tokens. Ask MOSS to go on, or give --max-new-tokens a larger number.",
@@ -74,6 +80,48 @@ TEXTS: dict[str, tuple[str, str]] = {
         "MOSS 给出了 {commands} 条命令，只执行了前 {limit} 条。",
     ),
     "no_result": ("no result", "没有结果"),
+    "colon": (": ", "："),
+    "reading": (
+        "reading {tokens} tokens: {percent} %, {left} s left",
+        "正在读取 {tokens} 个词元：{percent} %，还需 {left} 秒",
+    ),
+    "cost": (
+        "{read} tokens read and {new} written in {seconds} s",
+        "读入 {read} 个词元，写出 {new} 个，用时 {seconds} 秒",
+    ),
+    "speed": ("; written at {speed} tokens/s", "；写出速度 {speed} 词元/秒"),
+    "nothing_to_retry": ("Nothing was asked yet.", "还没有提过问题。"),
+    "settings": (
+        "{lines}\n/set NAME VALUE changes one. seed may be random, and repetition_penalty default: {penalty}, 1 when greedy.",
+        "{lines}\n用 /set 名称 值 修改。seed 可设为 random，repetition_penalty 可设为 default（{penalty}，贪心解码时为 1）。",
+    ),
+    "set": ("{name} is {value} from now on.", "{name} 已设为 {value}。"),
+    "not_set": ("{name} cannot be {value}: it must be {wanted}.", "{name} 不能设为 {value}：应为{wanted}。"),
+    "no_setting": (
+        "There is no setting {name}; /set lists them.",
+        "没有 {name} 这个设置，输入 /set 查看全部设置。",
+    ),
+    "wanted_temperature": ("0 (greedy) or more", "不小于 0 的数（0 为贪心解码）"),
+    "wanted_top_k": ("a whole number, 0 (all tokens) or more", "不小于 0 的整数（0 表示不限）"),
+    "wanted_top_p": ("above 0 and at most 1", "大于 0 且不大于 1 的数"),
+    "wanted_repetition_penalty": ("above 0 (1 for none)", "大于 0 的数（1 表示不惩罚）"),
+    "wanted_seed": ("a whole number, 0 or more", "不小于 0 的整数"),
+    "wanted_max_new_tokens": ("a whole number, 1 or more", "不小于 1 的整数"),
+    "system_set": ("The meta instruction is {path}'s from now on.", "元指令已换成 {path} 的内容。"),
+    "system_own": ("The meta instruction is MOSS's own again.", "已恢复 MOSS 自己的元指令。"),
+    "system_failed": (
+        "{path} cannot be read as UTF-8 text: {reason}",
+        "无法把 {path} 读作 UTF-8 文本：{reason}",
+    ),
+    "file_missing": ("there is no such file.", "没有这个文件。"),
+    "file_unreadable": ("it may not be read, or is none.", "没有读取权限，或者不是普通文件。"),
+    "file_no_text": ("it holds something else.", "内容不是 UTF-8 文本。"),
+    "file_too_long": ("it is longer than {limit} KiB.", "它超过 {limit} KiB。"),
+    "no_plugin": (
+        "There is no plugin {name}; there are {known}. One of your own: ./FILE.py:CLASS.",
+        "没有 {name} 这个插件；可用的有 {known}。自己写的插件请写成 ./文件.py:类名。",
+    ),
+    "plugin_broken": ("The plugin {name} cannot be loaded: {reason}", "插件 {name} 无法加载：{reason}"),
     "picture": ("picture: {path}", "图片：{path}"),
     "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
     "loaded": (
@@ -81,10 +129,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "it calls plugins well, and repeats badly what a search finds.",
         "已加载（{seconds} 秒）。下面是一段简短的对话（贪心解码，四个插件全开）。"
         "这个 MOSS 只有两百万参数：会调用插件，但复述搜索结果很差。",
-    ),
-    "times": (
-        "{first} s to the first word, {total} s in all; {read} tokens read, {new} written",
-        "首字 {first} 秒，共 {total} 秒；读入 {read} 个词元，写出 {new} 个",
     ),
     "failed": ("The demonstration failed:", "演示失败："),
     "your_turn": ("Your turn: the same conversation goes on.", "轮到您了：对话继续。"),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import Piece, Watcher
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
@@ -33,6 +33,7 @@ class ScriptedModel:
         self.pages = -(-capacity // PAGE)
         self.pass_tokens = PAGE
         self.logit_rows = self.score_rows = 1
+        self.watcher: Watcher | None = None
         self.read: list[int] = []
         self._tokenizer = tokenizer
         self.expect(*fields)
@@ -66,6 +67,10 @@ class ScriptedModel:
         self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         self._wanted = wanted
+        tokens = sum(len(piece.token_ids) for piece in pieces)
+        if self.watcher is not None and tokens > 1:
+            for share in (0.5, 1.0):
+                self.watcher(tokens, share)
         return [self._forward(piece) for piece in pieces]
 
     def _forward(self, piece: Piece) -> np.ndarray:
@@ -125,6 +130,9 @@ class ScriptedMoss:
         self.tokenizer = tiny_tokenizer()
         self.model = ScriptedModel(self.tokenizer, fields, capacity)
         self.engine = Engine(self.model)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        self.model.watcher = watcher
 
     def session(self) -> Text:
         return ScriptedSequence(self.engine)

@@ -1,0 +1,91 @@
+"""How fast this machine reads its memory, and the disk under the models where there is no model yet: probed once, remembered.
+
+Neither needs Jittor: moss-jt plan answers before anything is installed for computing.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt.errors import MossError
+from moss_jt.store.files import read_json, write_json
+from moss_jt.store.sizes import MIB
+from moss_jt.weights.disk_speed import disk_speed
+
+MEMORY_BYTES = 256 * MIB  # more than caches hold
+TRIES = 4
+DISK_BYTES = 64 * MIB
+NOTE = "memory-speed.json"
+
+
+def memory_speed(home: Path) -> float:
+    """Bytes per second that all processors together read from memory; remembered in the folder ``home``."""
+    key = f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
+    known = _remembered(home / NOTE)
+    if key not in known:
+        known[key] = _probe_memory()
+        with contextlib.suppress(OSError, MossError):
+            home.mkdir(parents=True, exist_ok=True)
+            write_json(home / NOTE, {"bytes_per_s": known}, f".{os.getpid()}")
+    return known[key]
+
+
+def home_disk_speed(home: Path) -> float | None:
+    """Bytes per second of the disk that models come to lie on; None where nothing can be written there."""
+    try:
+        models = home / "models"
+        models.mkdir(parents=True, exist_ok=True)
+        # In a folder of a name that stays the same: speeds are remembered by folder.
+        with tempfile.NamedTemporaryFile(dir=models, prefix=".probe-") as scratch:
+            if not _is_known(home, models):
+                piece = os.urandom(MIB)  # a file system must not make less of it
+                for _ in range(DISK_BYTES // MIB):
+                    scratch.write(piece)
+                scratch.flush()
+                os.fsync(scratch.fileno())
+            return disk_speed(Path(scratch.name), home / "disk-speed.json").best
+    except (OSError, MossError):
+        return None
+
+
+def _is_known(home: Path, folder: Path) -> bool:
+    """Whether :func:`disk_speed` has seen files in this folder."""
+    try:
+        known = read_json(home / "disk-speed.json")
+    except MossError:
+        return False
+    return any(key.startswith(f"{folder.resolve()} on device ") for key in known)
+
+
+def _probe_memory() -> float:
+    """The best of a few tries: every processor looks for the largest number of its part."""
+    data = np.ones(MEMORY_BYTES // 4, np.float32)
+    processors = len(os.sched_getaffinity(0))
+    parts = np.array_split(data, processors)
+    times = []
+    with ThreadPoolExecutor(processors) as pool:
+        for _ in range(TRIES):
+            begin = time.perf_counter()
+            list(pool.map(np.max, parts))
+            times.append(time.perf_counter() - begin)
+    return data.nbytes / min(times)
+
+
+def _remembered(path: Path) -> dict[str, float]:
+    try:
+        return {str(key): float(value) for key, value in read_json(path)["bytes_per_s"].items()}
+    except (MossError, KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown processor"
