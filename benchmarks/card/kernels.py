@@ -22,6 +22,7 @@ import numpy as np
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.launchers import Launchers
+from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
@@ -166,7 +167,7 @@ def packed(on: SimpleNamespace, kernels: Launchers, t: int, matrix: PackedArrays
 def by_cublas(on: SimpleNamespace, kernels: Launchers, t: int, n: int, k: int) -> tuple[bool, str]:
     x, weight = normal((t, k)), half((n, k), 1)
     rounded = x.astype(np.float16).astype(np.float64) @ weight.astype(np.float64).T
-    return close(on.host(kernels.dense(on.dev(x), on.dev(weight))), rounded, 1e-4)
+    return close(on.host(kernels.dense(on.dev(x), on.dev(weight), whole=True)), rounded, 1e-4)
 
 
 def gathered(on: SimpleNamespace, kernels: Launchers) -> tuple[bool, str]:
@@ -213,14 +214,22 @@ def check_attention(on: SimpleNamespace, kernels: Launchers, report: Report) -> 
         report.compare(name, attend, on, kernels, t, heads, dim, rotary, start)
 
 
+def in_order(on: SimpleNamespace, start: int, tokens: int) -> tuple[Any, Any]:
+    """Places (T, 2) and pages (1, pages) of one sequence whose pages lie in order, on the device."""
+    places = np.stack([np.zeros(tokens, np.int32), np.arange(start, start + tokens, dtype=np.int32)], axis=1)
+    pages = np.arange(-(-(start + tokens) // PAGE), dtype=np.int32)
+    return on.dev(np.ascontiguousarray(places)), on.dev(pages[None])
+
+
 def attend(
     on: SimpleNamespace, kernels: Launchers, t: int, heads: int, dim: int, rotary: int, start: int
 ) -> tuple[bool, str]:
-    positions, place = start + t + 8, np.arange(start, start + t)
+    positions, place = -(-(start + t) // PAGE) * PAGE, np.arange(start, start + t)
     table, qkv = rotary_table(positions, rotary), normal((t, 3 * heads * dim), 5)
     keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
     device_keys, device_values = on.dev(keys.copy()), on.dev(values.copy())
-    q = kernels.rotary_cache(on.dev(qkv), on.dev(table), device_keys, device_values, start)
+    where = in_order(on, start, t)
+    q = kernels.rotary_cache(on.dev(qkv), on.dev(table), device_keys, device_values, *where)
     parts = qkv.astype(np.float64).reshape(t, 3, heads, dim).transpose(1, 0, 2, 3)
     keys[place], values[place] = oracle.rotate(parts[1], place, rotary), parts[2]
     ours, our_keys, our_values = (
@@ -234,7 +243,7 @@ def attend(
     if off > 1e-5 or not same or not np.array_equal(our_values, values):
         return False, f"queries off by {off:.1e}"
     exact = oracle.attention(ours.astype(np.float64), our_keys, our_values, start)
-    attended = on.host(kernels.attention(q, device_keys, device_values, start))
+    attended = on.host(kernels.attention(q, device_keys, device_values, *where, whole=t > FEW_TOKENS))
     return close(attended.reshape(t, heads, dim), exact, 1e-4)
 
 
@@ -361,7 +370,7 @@ def time_all(on: SimpleNamespace, path: str | None) -> bool:
     cupy.cuda.device.get_cublas_handle()
     times.fact("memory taken with cuBLAS", taken_mib(cupy), "MiB")
     kernels = Launchers(cupy)
-    kernels.dense(on.dev(normal((FEW_TOKENS + 1, 64))), on.dev(half((24, 64))))
+    kernels.dense(on.dev(normal((PAGE, 64))), on.dev(half((24, 64))), whole=True)
     cupy.cuda.runtime.deviceSynchronize()
     times.fact("memory taken after a product", taken_mib(cupy), "MiB")
     time_copy(cupy, times)
@@ -439,9 +448,10 @@ def cache_of(on: SimpleNamespace) -> tuple[Any, Any]:
 def time_attention(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
     keys, values = cache_of(on)
     for t, context in ((1, 32), (1, 256), (1, 1024), (1, 2047), (16, 1024), (256, 0)):
-        q = on.dev(normal((t, WIDTH)))
+        q, where = on.dev(normal((t, WIDTH))), in_order(on, context, t)
         seconds = times.median(
-            lambda _, q=q, context=context: kernels.attention(q, keys, values, context), 10
+            lambda _, q=q, where=where: kernels.attention(q, keys, values, *where, whole=len(q) > FEW_TOKENS),
+            10,
         )
         times.row(f"attention T={t} after {context}", seconds, 4 * (context + t) * WIDTH)
 
@@ -466,7 +476,7 @@ def time_cublas(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
             n, k = MATRICES[name]
             weight = pool(on.cupy, 2 * n * k, "weights").view(np.float16).reshape(n, k)
             x = on.dev(normal((t, k)))
-            seconds = times.median(lambda _, x=x, weight=weight: kernels.dense(x, weight), 10)
+            seconds = times.median(lambda _, x=x, weight=weight: kernels.dense(x, weight, whole=True), 10)
             times.rate(f"cuBLAS {name} T={t}", seconds, 2.0 * t * n * k)
     n, k = MATRICES["fc_in"]
     scales, zeros = quantization(on, n, k)
@@ -489,7 +499,7 @@ def once(on: SimpleNamespace) -> bool:
             kernels.packed(x, matrix, scales, zeros, bits)
     keys, values = cache_of(on)
     for context in (32, 2047):
-        kernels.attention(on.dev(normal((1, WIDTH))), keys, values, context)
+        kernels.attention(on.dev(normal((1, WIDTH))), keys, values, *in_order(on, context, 1))
     on.cupy.cuda.runtime.deviceSynchronize()
     return True
 
