@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.convert.gptq_quantizer import Hessian, quantize_gptq
-from moss_jt.kernels.rotary import rotary_table
+from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.architecture import MATRICES
 from moss_jt.store.config import MossConfig
 from moss_jt.store.quant import PackedArrays, dequantize_rows, row_slabs

@@ -12,7 +12,7 @@ import numpy as np
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_block, check_cache, check_shape
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
-from moss_jt.kernels.rotary import spread_rotary_table
+from moss_jt.kernels.rotary_table import spread_rotary_table
 from moss_jt.store.config import MossConfig
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from moss_jt.backend import build as jittor_build
 from moss_jt.backend import home as jittor_home
-from moss_jt.backend.signals import keep_signals
+from moss_jt.backend.kept_signals import keep_signals
 from moss_jt.errors import MossError
 from moss_jt.plugins.folder_search import cache_folder as search_index_folder
 from moss_jt.store.locations import model_home

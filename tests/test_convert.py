@@ -25,7 +25,7 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.disk import Download
 from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
-from moss_jt.convert.verify import verify_store
+from moss_jt.store.verify import verify_store
 from moss_jt.errors import MossError
 from moss_jt.store import files
 from moss_jt.store.locations import resolve_model, tiny_checkpoint

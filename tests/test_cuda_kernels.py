@@ -17,7 +17,7 @@ from moss_jt.kernels.cuda.launchers import (
     folder,
 )
 from moss_jt.kernels.interface import PAGE
-from moss_jt.kernels.rotary import rotary_table
+from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
 from tests.support import cuda_reference

@@ -12,7 +12,7 @@ import pytest
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
-from moss_jt.convert.verify import verify_store
+from moss_jt.store.verify import verify_store
 from moss_jt.errors import MossError
 from moss_jt.store.files import read_json
 from moss_jt.store.manifest import sealed

@@ -16,7 +16,7 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, default_group_size, quantized_recipe
-from moss_jt.convert.verify import verify_store
+from moss_jt.store.verify import verify_store
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import MATRICES
 from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store

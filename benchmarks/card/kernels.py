@@ -24,7 +24,7 @@ from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import FEW_TOKENS
-from moss_jt.kernels.rotary import rotary_table
+from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))

@@ -11,7 +11,7 @@ from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
 from moss_jt.kernels.needs import CpuNeeds
-from moss_jt.kernels.rotary import rotary_table
+from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
 from moss_jt.store.config import MossConfig
 

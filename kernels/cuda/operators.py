@@ -19,7 +19,7 @@ from moss_jt.kernels.cuda.launchers import Array, Launchers, Product
 from moss_jt.kernels.cuda.recording import Piece, Recorder, Recording, launch_address, queue
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Region, Var
 from moss_jt.kernels.needs import FEW_TOKENS
-from moss_jt.kernels.rotary import rotary_table
+from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.config import MossConfig
 
 Work = Callable[[Sequence[Array], Array], None]
