@@ -15,7 +15,6 @@ from moss_jt.convert.disk import Download, check_disk
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
 from moss_jt.convert.journal import JOURNAL, Journal
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
-from moss_jt.store.verify import verify_file, verify_store
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import block_tensors, bytes_of, embedding_tensors, head_tensors
@@ -41,6 +40,7 @@ from moss_jt.store.model_folder import (
     open_store,
 )
 from moss_jt.store.safetensors_header import read_header
+from moss_jt.store.verify import verify_file, verify_store
 
 SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 

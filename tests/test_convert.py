@@ -25,13 +25,13 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.disk import Download
 from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
-from moss_jt.store.verify import verify_store
 from moss_jt.errors import MossError
 from moss_jt.store import files
 from moss_jt.store.locations import resolve_model, tiny_checkpoint
 from moss_jt.store.manifest import sealed
 from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
 from moss_jt.store.safetensors_header import read_header
+from moss_jt.store.verify import verify_store
 from tests.support.hub_server import serve_hub
 from tests.support.models import (
     convert_checkpoint,

@@ -14,8 +14,8 @@ from moss_jt.backend.cards import Card, refreshed
 from moss_jt.backend.device import chosen_card, chosen_device, note_process, swaps
 from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
-from moss_jt.backend.read_only import lead_operators_aside, writes_led_aside
 from moss_jt.backend.kept_signals import keep_signals
+from moss_jt.backend.read_only import lead_operators_aside, writes_led_aside
 from moss_jt.backend.toolkit import CUDA_13_FLAGS, Toolkit, composed
 from moss_jt.errors import MossError
 
