@@ -157,6 +157,8 @@ def test_numbers_are_read_as_they_were_typed(expression: str, value: str) -> Non
         "10^-400",
         "5e–6e",
         "2e-3pi",
+        "|1|2*|3|",
+        "|5-2 |-3*2| + 4|",
     ],
 )
 def test_what_can_be_read_in_two_ways_has_no_result(expression: str) -> None:

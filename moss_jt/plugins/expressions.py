@@ -2,12 +2,12 @@
 
 Sums, products, signs and powers bind as in Python; ``^`` is a power, too. A number, a name or a bracket before a name or a
 bracket multiplies, ``!`` is a factorial, ``|x|`` an absolute value, ``√`` a root. What mathematicians read in two ways is not
-read: ``6/2(1+2)``, ``2^3x``, ``√2x``.
+read: ``6/2(1+2)``, ``2^3x``, ``√2x``, ``|a|b|c|``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 from moss_jt.plugins.arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS, CalculationError, bounded
@@ -22,6 +22,7 @@ from moss_jt.plugins.notation import (
 )
 
 MAX_DEPTH = 40
+MAX_BARS = 8  # four absolute values: every way to pair them is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ def parse(tokens: Sequence[Token]) -> Tree:
     Raises:
         NotationError: it is none, can be read in two ways, or is nested too deeply.
     """
+    if sum(token.text == "|" for token in tokens) > MAX_BARS:
+        raise NotationError(f"more than {MAX_BARS // 2} absolute values")
     return _Parser(tokens, 0).whole()
 
 
@@ -112,14 +115,28 @@ def _is_fraction(tree: Tree) -> bool:
     return isinstance(above, Number) and isinstance(tree.right, Number)
 
 
+def _pairings(tokens: Sequence[Token]) -> Iterator[frozenset[int]]:
+    """Each choice of the bars outside brackets that begin an absolute value, so that every one of them has an end."""
+    depths = accumulate((token.text == "(") - (token.text == ")") for token in tokens)
+    bars = [
+        at
+        for at, (token, depth) in enumerate(zip(tokens, depths, strict=True))
+        if token.text == "|" and depth == 0
+    ]
+    for opening in combinations(bars, len(bars) // 2):
+        open_now = accumulate(1 if at in opening else -1 for at in bars)
+        if len(bars) % 2 == 0 and all(count >= 0 for count in open_now):
+            yield frozenset(opening)
+
+
 class _Parser:
     """Recursive descent over the tokens of one expression: sum, product, sign, power, atom."""
 
     def __init__(self, tokens: Sequence[Token], depth: int) -> None:
         self.tokens = tokens
         self.at = 0
-        self.depth = depth
-        self.bars = 0  # absolute values that are open
+        self.depth = self.outer = depth
+        self.opening: frozenset[int] = frozenset()  # places of the bars that begin an absolute value
         self.loose = False  # the last factor may reach further: 2^3x, √2x
 
     @property
@@ -139,6 +156,21 @@ class _Parser:
         return self.tokens[self.at - 1]
 
     def whole(self) -> Tree:
+        """The tree of all tokens; which bars begin an absolute value and which end one must be clear."""
+        readings, error = [], NotationError("an absolute value has no end")
+        for opening in _pairings(self.tokens):
+            try:
+                readings.append(self.read(opening))
+            except NotationError as fault:
+                error = fault
+        if not readings:
+            raise error
+        if len(readings) > 1:
+            raise NotationError("absolute values can be read in two ways")
+        return readings[0]
+
+    def read(self, opening: frozenset[int]) -> Tree:
+        self.opening, self.at, self.depth = opening, 0, self.outer
         tree = self.sum()
         if self.at < len(self.tokens):
             raise NotationError(f"{self.tokens[self.at].text!r} does not belong there")
@@ -157,7 +189,7 @@ class _Parser:
             if self.sign in ("*", "/", "//"):
                 sign = self.take().text
                 tree, divided = Operation(sign, tree, self.signed()), sign != "*"
-            elif self.kind == "name" or self.sign in ("(", "√") or (self.sign == "|" and not self.bars):
+            elif self.kind == "name" or self.sign in ("(", "√") or self.opens():
                 if self.loose or self.tokens[self.at - 1].text.endswith("."):
                     raise NotationError("a product can be read in two ways")
                 factor = self.power()
@@ -166,6 +198,9 @@ class _Parser:
                 tree, divided = Operation("*", tree, factor), False
             else:
                 return tree
+
+    def opens(self) -> bool:
+        return self.sign == "|" and self.at in self.opening
 
     def signed(self) -> Tree:
         negative = False
@@ -209,7 +244,7 @@ class _Parser:
             return self.named(token.text)
         if token.text == "(":
             return self.bracket(one_part)[0]
-        if token.text == "|":
+        if token.text == "|" and self.at - 1 in self.opening:
             return self.absolute()
         if token.text == "√":
             return self.root()
@@ -246,11 +281,9 @@ class _Parser:
 
     def absolute(self) -> Tree:
         self.nest(1)
-        self.bars += 1
         tree = self.sum()
-        self.bars -= 1
         self.nest(-1)
-        if self.take().text != "|":
+        if self.opens() or self.take().text != "|":
             raise NotationError("an absolute value has no end")
         self.loose = False
         return Call("abs", (tree,))

@@ -296,7 +296,9 @@ def limit_memory() -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + GIB
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    threading.stack_size(8 << 20)  # Jittor, in the process that runs the tests, raises what is inherited to 512 MiB
+    threading.stack_size(
+        8 << 20
+    )  # Jittor, in the process that runs the tests, raises what is inherited to 512 MiB
 
 
 def main() -> None:
