@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
-from moss_jt.measure.perplexity import evaluate
+from moss_jt.measure.perplexity import EngineTokens, evaluate
 from moss_jt.moss import Moss
 from moss_jt.store.architecture import MATRICES
 from moss_jt.store.model_folder import map_tensor, open_store
@@ -170,7 +170,7 @@ def test_every_variant_is_the_float_model_of_the_same_numbers(tmp_path: Path, na
     token_ids = np.random.default_rng(3).integers(0, 2000, 120).tolist()
     with Moss.load(wanted.path, draft="off") as reference, Moss.load(ours.path, draft="off") as moss:
         for length in (100, 20):
-            result = evaluate(token_ids, moss.model, reference.model, length)
+            result = evaluate(token_ids, EngineTokens(moss.engine), EngineTokens(reference.engine), length)
             assert result.comparison is not None
             assert 0 <= abs(result.comparison.mean_divergence) < 1e-9
             assert result.comparison.agreement == 1

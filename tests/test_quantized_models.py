@@ -13,7 +13,7 @@ from moss_jt.convert.calibration_text import calibration_tokens
 from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.pipeline import convert
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
-from moss_jt.measure.perplexity import evaluate
+from moss_jt.measure.perplexity import EngineTokens, evaluate
 from moss_jt.moss import Moss
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.support.dialogues import dialogues
@@ -50,7 +50,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divergence]
             out = where / re.sub(r"\W+", "-", f"{settings}{text}")
             convert(folder, quantized_recipe(recipe, folder.config, settings, out, calibration), out)
             with Moss.load(out, draft="off") as moss:
-                result = evaluate(token_ids, moss.model, reference.model, 1024)
+                result = evaluate(token_ids, EngineTokens(moss.engine), EngineTokens(reference.engine), 1024)
             assert result.comparison is not None
             print(
                 f"{settings} {text}: KL {result.comparison.mean_divergence:.6f}, agreement {result.comparison.agreement:.4f}"
