@@ -229,6 +229,8 @@ class Moss:
         Raises:
             MossError: a prompt is empty or longer than the context, or an option's value is impossible.
         """
+        if isinstance(prompts, str):
+            raise MossError("prompts are several: give a list of texts, or call generate for one.")
         params = SamplingParams(**sampling)
         answers: deque[Generation] = deque()
         try:

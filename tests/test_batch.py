@@ -72,7 +72,8 @@ def test_all_forms_are_answered_in_order_and_it_goes_on_after_a_kill(
     assert (
         body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
     )
-    assert found[3] == {"index": 3, "model": "moss-tiny", "error": "the line is no JSON object."}
+    error = {key: value for key, value in found[3].items() if key != "line"}
+    assert error == {"index": 3, "model": "moss-tiny", "error": "the line is no JSON object."}
     assert found[4]["response"]["body"]["choices"][0]["text"]
     assert found[5]["response"] is None and found[5]["error"]["message"] == "tools is not done."
     assert found[6]["new_tokens"] <= 12
@@ -98,6 +99,12 @@ def test_a_file_that_holds_something_else_is_left_alone(
     assert run(prompts, answers) == 1
     assert "is no beginning of the answers" in capsys.readouterr().err
     assert answers.read_text() == "precious\n"
+    # A prompt that was changed meanwhile has no answer yet.
+    answers.unlink()
+    assert run(prompts, answers) == 0
+    write(prompts, [{"prompt": "another"}, *LINES[1:2]])
+    assert run(prompts, answers) == 1
+    assert "line 1 differs" in capsys.readouterr().err
     prompts.write_bytes(b"\xff\xfe")
     assert run(prompts, tmp_path / "other.jsonl") == 1
     assert "cannot be read as lines of UTF-8 text" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from moss_jt.plugins.interface import Item, Outcome, Source, Style
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.plugins.run import body_of, call_with_limit, items_per_search, run_commands
 from moss_jt.plugins.text_files import page_text, text_files
+from tests.support.models import tiny_model_folder
 from tests.support.shared import shared
 
 
@@ -571,7 +572,7 @@ def test_what_is_not_searched_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_command_line_shows_how_far_indexing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``chat --search-folder``: a bar on a terminal, and what is left out; the model is not there, so no more happens."""
+    """``chat --search-folder``: a bar on a terminal, and what is left out; nobody types, so no more happens."""
     monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
     (tmp_path / "texts").mkdir()
     for number in range(3):
@@ -585,7 +586,7 @@ def test_the_command_line_shows_how_far_indexing_is(tmp_path: Path, monkeypatch:
         "-m",
         "moss_jt",
         "chat",
-        "none",
+        str(tiny_model_folder()),
         "--plugins",
         "search",
         "--search-folder",

@@ -5,6 +5,7 @@ A line is one of three: {"prompt": TEXT}, {"messages": [{"role": .., "content": 
 others their answers.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -192,11 +193,17 @@ class Done:
     stop_reason: str | None
 
 
-def answer_line(number: int, model: str, request: Request, done: Done) -> str:
+def mark_of(line: str) -> str:
+    """What tells a line of prompts from others, so that an answer is never taken for another line's."""
+    return hashlib.sha256(line.strip().encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def answer_line(number: int, model: str, line: str, request: Request, done: Done) -> str:
     """The answer to line ``number`` as one line of JSON."""
     if request.custom_id is None:
         fields: dict[str, Any] = {
             "index": number,
+            "line": mark_of(line),
             "model": model,
             "text": done.text,
             "prompt_tokens": done.prompt_tokens,
@@ -223,17 +230,24 @@ def answer_line(number: int, model: str, request: Request, done: Done) -> str:
         },
     }
     response = {"status_code": 200, "request_id": f"request-{number}", "body": body}
-    return _openai_line(number, request.custom_id, response, None)
+    return _openai_line(number, line, request.custom_id, response, None)
 
 
-def error_line(number: int, model: str, custom_id: str | None, message: str) -> str:
+def error_line(number: int, model: str, line: str, message: str) -> str:
+    custom_id = custom_id_of(line)
     if custom_id is None:
-        return json.dumps({"index": number, "model": model, "error": message}, ensure_ascii=False)
-    return _openai_line(number, custom_id, None, {"code": "invalid_request", "message": message})
+        fields = {"index": number, "line": mark_of(line), "model": model, "error": message}
+        return json.dumps(fields, ensure_ascii=False)
+    return _openai_line(number, line, custom_id, None, {"code": "invalid_request", "message": message})
 
 
-def _openai_line(number: int, custom_id: str, response: Any, error: Any) -> str:
-    fields = {"id": f"batch_req_{number}", "custom_id": custom_id, "response": response, "error": error}
+def _openai_line(number: int, line: str, custom_id: str, response: Any, error: Any) -> str:
+    fields = {
+        "id": f"batch_req_{number}_{mark_of(line)}",
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    }
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -247,5 +261,6 @@ def answers_line(answer: str, number: int, model: str, line: str) -> bool:
         return False
     if (custom_id := custom_id_of(line)) is not None:
         body = (fields.get("response") or {}).get("body") or {"model": model}
-        return fields.get("custom_id") == custom_id and body.get("model") == model
-    return fields.get("index") == number and fields.get("model") == model
+        mark = f"batch_req_{number}_{mark_of(line)}"
+        return (fields.get("id"), fields.get("custom_id"), body.get("model")) == (mark, custom_id, model)
+    return (fields.get("index"), fields.get("line"), fields.get("model")) == (number, mark_of(line), model)

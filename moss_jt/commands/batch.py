@@ -13,7 +13,6 @@ from moss_jt.chat.batch import (
     Request,
     answer_line,
     answers_line,
-    custom_id_of,
     error_line,
     parse_line,
 )
@@ -149,27 +148,27 @@ def _answer_all(moss: "Moss", name: str, prompts: Path, done: int, defaults: Def
     """Answers of all lines after the first ``done``, in order."""
     from moss_jt.moss import MANY
 
-    pending: deque[tuple[int, Request, Generation] | str] = deque()
+    pending: deque[tuple[int, str, Request, Generation] | str] = deque()
     for number, line in enumerate(_lines(prompts)):
         if number < done:
             continue
         try:
             request = parse_line(line, moss.tokenizer, defaults)
             limits = request.max_new_tokens, request.stop
-            pending.append((number, request, moss.begin(request.token_ids, request.params, *limits)))
+            pending.append((number, line, request, moss.begin(request.token_ids, request.params, *limits)))
         except MossError as error:
-            pending.append(error_line(number, name, custom_id_of(line), str(error)))
+            pending.append(error_line(number, name, line, str(error)))
         while len(pending) >= MANY:
             yield _finished(name, pending.popleft())
     while pending:
         yield _finished(name, pending.popleft())
 
 
-def _finished(name: str, answer: "tuple[int, Request, Generation] | str") -> str:
+def _finished(name: str, answer: "tuple[int, str, Request, Generation] | str") -> str:
     if isinstance(answer, str):
         return answer
-    number, request, generation = answer
+    number, line, request, generation = answer
     generation.finish()
     stats = generation.stats
     found = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
-    return answer_line(number, name, request, found)
+    return answer_line(number, name, line, request, found)

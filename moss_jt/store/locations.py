@@ -68,12 +68,13 @@ def last_uses() -> dict[str, float]:
 
 
 def last_model() -> Path | None:
-    """The model folder used last of those that are still there."""
+    """The model folder used last of those that are still there; the only one, if none was used yet."""
     uses = last_uses()
     for name in sorted(uses, key=lambda path: uses[path], reverse=True):
         if (Path(name) / MANIFEST).exists():
             return Path(name)
-    return None
+    names = model_names()
+    return models_folder() / names[0] if len(names) == 1 else None
 
 
 def resolve_model(model: str | Path | None) -> Path:
