@@ -13,7 +13,7 @@ from moss_jt.commands import ask
 from moss_jt.commands.ask import question_of
 from moss_jt.commands.cli import main
 from moss_jt.commands.plugin_options import trained_with_plugins
-from moss_jt.store.locations import last_model, last_uses, remember_last
+from moss_jt.store.locations import last_model, last_uses, remember_last, resolve_model
 from moss_jt.store.manifest import MANIFEST
 from tests.support.models import tiny_model_folder
 
@@ -213,6 +213,7 @@ def test_uses_are_remembered_in_order(home: Path) -> None:
 def test_a_note_that_is_none_names_no_model(home: Path, text: str) -> None:
     (home / "last.json").write_text(text)
     assert last_uses() == {} and last_model() is None
+    assert resolve_model(None) == home / "models" / "moss-tiny", "the only one"
     remember_last(home / "models" / "moss-tiny")
     assert last_model() == (home / "models" / "moss-tiny").resolve()
 

@@ -68,23 +68,28 @@ def last_uses() -> dict[str, float]:
 
 
 def last_model() -> Path | None:
-    """The model folder used last of those that are still there; the only one, if none was used yet."""
+    """The model folder used last of those that are still there."""
     uses = last_uses()
     for name in sorted(uses, key=lambda path: uses[path], reverse=True):
         if (Path(name) / MANIFEST).exists():
             return Path(name)
+    return None
+
+
+def only_model() -> Path | None:
+    """The model folder under the model home, where there is but one."""
     names = model_names()
     return models_folder() / names[0] if len(names) == 1 else None
 
 
 def resolve_model(model: str | Path | None) -> Path:
-    """The model folder that a path, a name under the model home, a hub id, or nothing (the one used last) means.
+    """The model folder that a path, a name under the model home, a hub id, or nothing (the one used last, or the only one) means.
 
     Raises:
         MossError: there is none; the message says how to get one.
     """
     if model is None:
-        last = last_model()
+        last = last_model() or only_model()
         if last is None:
             raise MossError(
                 "no model has been converted yet. Convert one: moss-jt convert fnlp/moss-moon-003-sft "
