@@ -60,6 +60,7 @@ FLOORS = (
     {"chat", "measure"},
     {"terminal", "convert"},
     {"moss"},
+    {"serve"},
     {"commands", "demos"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
