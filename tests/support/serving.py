@@ -27,6 +27,7 @@ def served(moss: Moss | None, home: Path, **changes: Any) -> Iterator[Server]:
             "home": home,
             "ports": [0],
             "plugins": make_plugins(["calculator", "solver"]),
+            "default_plugins": ["calculator", "solver"],
             "params": SamplingParams(temperature=0),
             **changes,
         }
