@@ -60,7 +60,7 @@ def read_sample(fields: Any, losses: Losses) -> Sample:
     """
     if not isinstance(fields, dict):
         raise MossError("it is no JSON object.")
-    for keys, reader in FORMS:
+    for _, keys, reader in FORMS:
         if all(key in fields for key in keys):
             return reader(fields, losses)
     raise MossError(
@@ -70,8 +70,8 @@ def read_sample(fields: Any, losses: Losses) -> Sample:
 
 
 def form_of(fields: dict[str, Any]) -> str:
-    """The name under which a form is counted."""
-    return next((NAMES[reader] for keys, reader in FORMS if all(key in fields for key in keys)), "unknown")
+    """The name of a form that was read."""
+    return next(name for name, keys, _ in FORMS if all(key in fields for key in keys))
 
 
 # MOSS's own form.
@@ -168,7 +168,7 @@ def _sharegpt(fields: dict[str, Any], losses: Losses) -> Conversation:
 
 
 def _sharegpt_message(message: Any) -> _Message:
-    role = SHAREGPT_ROLES.get(message.get("from")) if isinstance(message, dict) else None
+    role = SHAREGPT_ROLES.get(str(message.get("from"))) if isinstance(message, dict) else None
     if role is None:
         raise MossError(f"each of the conversations needs a from: one of {', '.join(SHAREGPT_ROLES)}.")
     text = _text(message.get("value"), "value")
@@ -279,19 +279,12 @@ def _conversation(pieces: list[Piece], turns: list[TrainedTurn]) -> Conversation
     return Conversation(pieces, turns)
 
 
-FORMS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], Losses], Sample]], ...] = (
-    (("chat",), _moss),
-    (("messages",), _openai),
-    (("conversations",), _sharegpt),
-    (("instruction", "output"), _alpaca),
-    (("prompt", "completion"), _completion),
-    (("text",), _plain),
+# Name, the keys that tell it, and its reader; the first that fits is taken.
+FORMS: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any], Losses], Sample]], ...] = (
+    ("MOSS", ("chat",), _moss),
+    ("OpenAI", ("messages",), _openai),
+    ("ShareGPT", ("conversations",), _sharegpt),
+    ("Alpaca", ("instruction", "output"), _alpaca),
+    ("completion", ("prompt", "completion"), _completion),
+    ("text", ("text",), _plain),
 )
-NAMES = {
-    _moss: "MOSS",
-    _openai: "OpenAI",
-    _sharegpt: "ShareGPT",
-    _alpaca: "Alpaca",
-    _completion: "completion",
-    _plain: "text",
-}
