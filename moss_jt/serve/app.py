@@ -7,9 +7,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-from moss_jt.serve import chat_completions, completions, errors, models, replay
+from moss_jt.serve import chat_completions, completions, conversations, errors, models, replay
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
+from moss_jt.serve.shelf import Shelf
 
 
 class ErrorFields(BaseModel):
@@ -40,16 +41,18 @@ ANY_TIME: dict[int | str, dict[str, Any]] = {
         429: "Too many answers are being written",
         501: "It is not done here",
         503: "The model is being loaded",
+        507: "It cannot be kept on the disk",
     }.items()
 }
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, shelf: Shelf) -> FastAPI:
     # No pages of the framework's own: they load scripts from elsewhere.
     app = FastAPI(title="moss-jt", docs_url=None, redoc_url=None, responses=ANY_TIME)
     errors.install(app)
     for module in (models, chat_completions, completions, replay):
         app.include_router(module.router(service))
+    app.include_router(conversations.router(service, shelf))
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=service.settings)
     if service.settings.origins:
