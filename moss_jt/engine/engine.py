@@ -163,6 +163,17 @@ class Engine:
         with self.lock:
             self._free(text.cut(length))
 
+    def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
+        """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
+        with self.lock:
+            text.settle(len(token_ids))
+            while text.cached < len(token_ids) - 1:
+                # Fewer than a page at once, for others must not take made-up pages for theirs.
+                text.compute(token_ids, min(PAGE // 2, len(token_ids) - 1 - text.cached))
+            for place in text.pages:
+                self.model.write_page(place, page)
+            self._touch(text)
+
     def drop(self, text: CachedText) -> None:
         """Nobody will ask for this text any more. To be called from anywhere, the collector of garbage too."""
         self._dropped.append(text)
