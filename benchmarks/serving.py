@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memory_cgroup import forget_cached, memory_group, run
+
 from moss_jt.plan.machine import parse_memory, peak_memory_bytes, process_memory
 from moss_jt.store.model_folder import Store, open_store
 
@@ -75,8 +76,10 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
         )
         peak = peak_memory_bytes()
     second = machine_limits(64, width, 2)
-    limits = second if first is None else MachineLimits(
-        (first.read + second.read) / 2, (first.sgemm + second.sgemm) / 2
+    limits = (
+        second
+        if first is None
+        else MachineLimits((first.read + second.read) / 2, (first.sgemm + second.sgemm) / 2)
     )
     disk = None
     if before is not None:

@@ -122,7 +122,7 @@ class Engine:
             self._wake()
 
     def take(self, job: Job) -> tuple[int, Any] | None:
-        """What the job gives next, once it is there: a token, and why no other follows; or a position, and the logits of the
+        """What the job gives next, once it is there: a token, and a Chosen; or a position, and the logits of the
         tokens from it on. None when the job is done.
 
         Raises:
@@ -144,9 +144,11 @@ class Engine:
             return None
 
     def end(self, job: Job, length: int) -> None:
-        """The caller wants no more of this job, and its text ends after ``length`` tokens."""
+        """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
+            job.out.clear()
+            job.ready.notify_all()
             if self._busy:  # a generator that the collector of garbage closes, at any place of the thread's
                 self._late.append((job, length))
                 return
