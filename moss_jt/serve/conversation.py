@@ -1,7 +1,7 @@
 """A conversation that the server keeps: on the disk after every turn, and in the cache while it is used."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class ServedConversation:
 
     turns      those that are finished, with what a page shows of them under ``extra``
     answering  its answer: the one that is being written, or the last one
+    asked      the first event of that
     damaged    lines of its file that could not be read
     """
 
@@ -144,7 +145,6 @@ class ServedConversation:
     def _events(self, question: Question) -> Iterator[Event]:
         if question.message is None:
             del self.turns[-1:]
-            self.asked = {"message": self.chat.message}
             return self.chat.retry()
         if question.turns < len(self.turns):
             del self.turns[question.turns :]
@@ -166,8 +166,8 @@ class ServedConversation:
         return True
 
     def _stats(self, seconds: float) -> dict[str, Any]:
-        stats = self.chat.stats
-        speed = stats.tokens_per_s
+        stats, session = self.chat.stats, self._model.session()
+        speed = session.later / session.later_s if session.later_s else None
         return {
             "read_tokens": stats.read_tokens,
             "new_tokens": stats.new_tokens,
@@ -203,6 +203,3 @@ def turn_fields(number: int, turn: FinishedTurn) -> dict[str, Any]:
         "stats": extra.get("stats"),
         "time": extra.get("time"),
     }
-
-
-Write = Callable[[Answering], None]

@@ -76,6 +76,7 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
 
     @routes.post("/conversations", status_code=201)
     async def create(asked: Change) -> dict[str, Any]:
+        service.model()
         settings = service.settings
         plugins = tuple(plugin.name for plugin in service.plugins(asked.plugins))
         params, most = changed(asked.sampling, service, settings.params, settings.max_new_tokens)
@@ -114,25 +115,25 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
         found = await shelf.ask(name, question)
         return EventStream(events_of(service, found, 0), service.settings.limits.slow_reader_s)
 
-    @routes.post("/conversations/{name}/turns", response_class=EventStream)
+    @routes.post("/conversations/{name}/turns", status_code=200, response_class=EventStream)
     async def say(name: str, asked: Message) -> Response:
         """Say something. The answer goes on whether or not its connection stays: see /answer and /stop."""
         found = await shelf.find(name)
         return await answered(name, Question(asked.message, len(found.turns)))
 
-    @routes.put("/conversations/{name}/turns/{turn}", response_class=EventStream)
+    @routes.put("/conversations/{name}/turns/{turn}", status_code=200, response_class=EventStream)
     async def edit(name: str, turn: int, asked: Message) -> Response:
         """Say something else in the place of a turn, and forget all that came after it."""
         if turn < 0:
             raise ApiError(404, "Turns count from 0.", "turn", "not_found")
         return await answered(name, Question(asked.message, turn))
 
-    @routes.post("/conversations/{name}/retry", response_class=EventStream)
+    @routes.post("/conversations/{name}/retry", status_code=200, response_class=EventStream)
     async def retry(name: str) -> Response:
         """Have another answer to the last message."""
         return await answered(name, Question(None, 0))
 
-    @routes.get("/conversations/{name}/answer", response_class=EventStream)
+    @routes.get("/conversations/{name}/answer", status_code=200, response_class=EventStream)
     async def answer(name: str, start: int = Query(0, ge=0, le=1 << 31, alias="from")) -> Response:
         """The answer that is being written, or was last, from its event ``from`` on."""
         found = await shelf.find(name)
@@ -148,7 +149,7 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             found.answering.cancel()
         return Response(status_code=204)
 
-    @routes.get("/pictures/{name}", response_class=FileResponse)
+    @routes.get("/pictures/{name}", status_code=200, response_class=FileResponse)
     async def picture(name: str) -> Response:
         """A picture that MOSS had drawn."""
         folder = service.settings.plugin_settings.picture_folder

@@ -25,10 +25,12 @@ class ServedSession:
     """moss_jt.chat.field_reader.ChatSession over a sequence whose answer somebody elsewhere may want no more of.
 
     cached  tokens of its text that had not to be computed
+    later, later_s  tokens that were written after the first of their field, and what the engine took for them
     """
 
     def __init__(self, sequence: Tokens) -> None:
         self.cached = 0
+        self.later, self.later_s = 0, 0.0
         self.answering: Answering | None = None
         self._sequence = sequence
 
@@ -57,6 +59,7 @@ class ServedSession:
     def serve(self, answering: Answering) -> None:
         """What is decoded from now on is of this answer, and ends when nobody wants it any more."""
         self.answering = answering
+        self.cached, self.later, self.later_s = 0, 0, 0.0
         answering.when_cancelled(self._sequence.cancel)
         answering.status = self.status
 
@@ -66,11 +69,14 @@ class ServedSession:
     def decode(self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
         unread = self._sequence.unread
         self._check()
-        for token in self._sequence.decode(params, max_new_tokens, stop_ids):
-            if unread:
-                self.cached += max(0, unread - self._sequence.timing.prefill_tokens)
-                unread = 0
-            yield token
+        before = self.position
+        try:
+            yield from self._sequence.decode(params, max_new_tokens, stop_ids)
+        finally:
+            timing = self._sequence.timing
+            if (written := self.position - before) > 0:
+                self.cached += max(0, unread - timing.prefill_tokens)
+                self.later, self.later_s = self.later + written - 1, self.later_s + timing.decode_s
         self._check()
 
     def _check(self) -> None:
@@ -127,7 +133,7 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
         answering.put(Extra(choice, {"type": "sources", "sources": sources_fields(turn.sources)}))
     stats = turn.stats
     usage = Usage(before + stats.read_tokens, stats.new_tokens, session.cached)
-    answering.put(Finished(choice, reason, usage, (0.0, stats.later_s)))
+    answering.put(Finished(choice, reason, usage, (0.0, session.later_s)))
 
 
 def event_fields(event: Event) -> dict[str, Any]:
