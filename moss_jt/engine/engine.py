@@ -313,7 +313,8 @@ class Engine:
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
         if job.scored:
-            job.out += [(piece.start, rows) for piece, rows in zip(part.pieces, found, strict=True)]
+            for piece, rows in zip(part.pieces, found, strict=True):
+                job.score(piece.start, rows)
         elif job.sampler is not None and found and len(found[-1]):
             first = job.first_s is None
             if job.first_s is None:

@@ -66,6 +66,7 @@ class Job:
     deadline    of time.monotonic, after which it ends
     background  it waits for those that are not
     ahead       so much may there be in ``out``; None for any number
+    scores      so many tokens' logits were given; what lost its pages on the way is computed again, and not given again
     out         what the caller has not taken: tokens, each with a Chosen, or logits
     ready       is told when something is there to be taken
     """
@@ -84,6 +85,7 @@ class Job:
     deadline: float | None = None
     background: bool = False
     ahead: int | None = None
+    scores: int = 0
     out: deque[tuple[int, Any]] = field(default_factory=deque)
     timing: Timing = field(default_factory=Timing)
     began: float = field(default_factory=time.monotonic)
@@ -110,6 +112,13 @@ class Job:
         if len(self.tokens) >= self.capacity:
             return "context"
         return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+    def score(self, start: int, logits: np.ndarray) -> None:
+        """Logits (R, V) of the tokens from ``start`` on."""
+        known = self.scores - start
+        if known < len(logits):
+            self.out.append((self.scores, logits[known:]))
+            self.scores = start + len(logits)
 
     def choose(self, logits: np.ndarray, draft: list[int]) -> int:
         """Tokens for rows of logits (R, V), the first of which follows the text and the others the draft; returns how many of
