@@ -75,6 +75,11 @@ def check_disk(
             )
 
 
+def on_one_disk(path: Path, folder: Path) -> bool:
+    """Whether a file lies where files of a folder, which need not be there yet, come to lie."""
+    return _device(path) == _device(folder)
+
+
 def _nearest(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 

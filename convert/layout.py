@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +39,24 @@ class Target:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file to write: the checkpoint's tensors that it takes, and how to make its targets once those are there."""
+    """A file to write: the checkpoint's tensors that it takes, and how to make its targets once those are there.
+
+    twin  a file of a finished model folder with these very bytes, and its entry of the manifest: it need not be written again
+    """
 
     name: str
     sources: tuple[str, ...]
     build: Callable[[], list[Target]]
+    twin: "Twin | None" = None
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A finished file, its entry of the manifest, and what compares it with that (raises MossError)."""
+
+    path: Path
+    entry: dict[str, Any]
+    verify: Callable[[Callable[[int], object]], None]
 
 
 def head_runs(config: MossConfig) -> list[tuple[int, int]]:

@@ -58,7 +58,7 @@ FLOORS = (
     {"weights"},
     {"engine"},
     {"chat", "measure"},
-    {"terminal", "convert"},
+    {"terminal", "convert", "train"},
     {"moss"},
     {"commands", "demos"},
 )

@@ -121,3 +121,15 @@ def write_text(path: Path, text: str, ending: str = ".new") -> None:
 def write_json(path: Path, fields: dict[str, Any], ending: str = ".new") -> None:
     """Replace a JSON file. ASCII only, so that names that are not UTF-8 can be written and come back as they were."""
     write_text(path, json.dumps(fields, indent=1) + "\n", ending)
+
+
+def link_over(path: Path, name: Path) -> None:
+    """Let ``name`` be another name of the file ``path``, in place of what it was. None is ever written to: see :func:`replacing`.
+
+    Raises:
+        OSError: they lie on different disks, or the file system has no such links.
+    """
+    fresh = name.with_name(f"{name.name}.new")
+    fresh.unlink(missing_ok=True)
+    os.link(path, fresh)
+    fresh.replace(name)
