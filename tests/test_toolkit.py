@@ -31,7 +31,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITTOR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr(toolkit, "NVCC_PLACES", ())
+    monkeypatch.setattr(toolkit, "USUAL_NVCC", ())
     monkeypatch.setattr(toolkit, "SYSTEM_LIBRARIES", tmp_path / "nowhere")
     monkeypatch.setattr(toolkit, "wheel_folders", lambda: [])
     return tmp_path
