@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moss_jt.chat.saved import About, Conversations
 from moss_jt.commands import ask
 from moss_jt.commands.ask import question_of
 from moss_jt.commands.cli import main
@@ -16,6 +17,7 @@ from moss_jt.commands.plugin_options import trained_with_plugins
 from moss_jt.store.locations import last_model, last_uses, remember_last, resolve_model
 from moss_jt.store.manifest import MANIFEST
 from tests.support.models import tiny_model_folder
+from tests.support.turns import turn_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,6 +195,23 @@ def test_of_a_link_only_the_link_is_removed(run: Any, home: Path) -> None:
     (home / "models" / "moss-tiny").symlink_to(target)
     assert run("rm", "moss-tiny", "--yes")[0] == 0
     assert (target / MANIFEST).exists() and not (home / "models" / "moss-tiny").is_symlink()
+
+
+def test_conversations_are_shown_and_removed(run: Any, home: Path) -> None:
+    kept = Conversations()
+    assert "CONVERSATION" not in run("list")[1]
+    for name in ("北京", "moss-tiny"):
+        kept.create(About(model="/models/m"), [turn_of("去哪儿？", "故宫")], name).close()
+    out = run("list")[1]
+    assert (
+        "CONVERSATION  TURNS  MODEL  LAST MESSAGE  USED\n" in out
+        and "moss-tiny *   1      m      去哪儿？" in out
+    )
+    code, out, _ = run("rm", "北京", "--yes")
+    assert (code, out) == (0, "The conversation 北京 is removed.\n") and kept.names() == ["moss-tiny"]
+    assert run("rm", "--chat", "北京", "--yes")[0] == 1
+    assert run("rm", "--chat", "moss-tiny", "--yes")[0] == 0
+    assert kept.names() == [] and (home / "models" / "moss-tiny").exists()
 
 
 # The model used last.

@@ -22,11 +22,16 @@ STYLES = {
 }
 
 
+def columns_of(text: str) -> int:
+    """Columns that a text takes on a terminal; Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def shortened(text: str, columns: int) -> str:
-    """A text on one line of at most so many columns; Chinese characters take two."""
+    """A text on one line of at most so many columns."""
     text, used = " ".join(text.split()), 0
     for index, character in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        used += columns_of(character)
         if used > columns - 1 and index < len(text) - 1:
             return text[:index] + "…"
     return text
