@@ -40,13 +40,13 @@ class Limits:
         self._streams = streams
         self._rows = rows
         self._next = 0
-        self._found: list[tuple[float, float, float]] = []
+        self._samples: list[tuple[float, float, float]] = []
 
     def measure(self) -> None:
         from moss_jt.measure.cpu_limits import machine_limits
 
         limits = machine_limits(self._rows, self._store.config.n_embd, 2)
-        self._found.append((limits.read, limits.sgemm, self._disk_speed() if self._streams else 0.0))
+        self._samples.append((limits.read, limits.sgemm, self._disk_speed() if self._streams else 0.0))
 
     def _disk_speed(self) -> float:
         """Bytes per second of reading blocks one after another, in the way that the ring reads them, and nothing else."""
@@ -71,7 +71,7 @@ class Limits:
 
     def medians(self) -> tuple[float, float, float]:
         """Memory in bytes per second, products in operations per second, disk in bytes per second or 0."""
-        read, sgemm, disk = (statistics.median(column) for column in zip(*self._found, strict=True))
+        read, sgemm, disk = (statistics.median(column) for column in zip(*self._samples, strict=True))
         return read, sgemm, disk
 
 
@@ -92,7 +92,7 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
     ) as moss:
         plan, limits = moss.plan, Limits(store, moss.plan.streams, max(count, 64))
         counts = sorted({1, count})
-        found = measure_together(
+        together = measure_together(
             moss.engine, counts, context, moss.config.vocab_size, arguments.steps, limits.measure
         )
         peak = peak_memory_bytes()
@@ -100,10 +100,10 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
     law_s = least_seconds(count, context, plan, MachineLimits(read, sgemm), disk or None)
     return {
         "conversations": count,
-        "pass_s": found[-1].pass_s,
-        "tok_s": found[-1].tokens_per_s,
-        "alone_pass_s": found[0].pass_s,
-        "law_share": law_s / found[-1].pass_s,
+        "pass_s": together[-1].pass_s,
+        "tok_s": together[-1].tokens_per_s,
+        "alone_pass_s": together[0].pass_s,
+        "law_share": law_s / together[-1].pass_s,
         "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
         "disk_gb_s": disk / 1e9,
         "read_gb_s": read / 1e9,
@@ -113,8 +113,8 @@ def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def last_json(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    return found
+    fields: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return fields
 
 
 def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
@@ -131,8 +131,8 @@ def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
         usage = run(command, group)
     if usage.exit_code:
         raise SystemExit(f"moss-jt ended with {usage.exit_code}: {usage.errors[-2000:]}")
-    found = last_json(usage.output)
-    return found | ({} if usage.peak_group is None else {"group_gib": usage.peak_group / 2**30})
+    row = last_json(usage.output)
+    return row | ({} if usage.peak_group is None else {"group_gib": usage.peak_group / 2**30})
 
 
 def theirs(arguments: argparse.Namespace) -> dict[str, float]:

@@ -113,12 +113,12 @@ def least_seconds(
 
 
 def report_together(
-    found: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
+    measured: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
 ) -> tuple[str, list[dict[str, Any]]]:
     """The text to print, and the same as numbers."""
     lines = ["conversations  tokens each  tokens/s  of the law  s/token of each"]
     rows = []
-    for entry in found:
+    for entry in measured:
         law = entry.count / least_seconds(entry.count, entry.context, plan, limits, disk_speed)
         share = entry.tokens_per_s / law
         lines.append(
