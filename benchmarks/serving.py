@@ -6,7 +6,7 @@
 MODEL is a model folder with random or real weights; PEER is an environment with xllamacpp and gguf, whose model has the same
 shape (phi2) and is made once, Q4_0 for an int4 folder and float16 for a float16 one. The rounds go through both in turn, so that
 a noisy minute hits neither alone; medians over rounds. Every number of conversations has a process of its own, with a plan of
-its own: what sixteen caches take is not there for weights. The law is what the same process measured just before and after:
+its own: what sixteen caches take is not there for weights. The law is what the same process measured between its passes:
 reading memory, multiplying, and reading the weights that stream. --group holds it all in a memory control group of a tenth more
 than --memory. The last line is one JSON object.
 """
@@ -28,79 +28,93 @@ from moss_jt.store.model_folder import Store, open_store
 
 HERE = Path(__file__).resolve().parent
 SHAPE = ("n_embd", "n_layer", "n_head", "rotary_dim", "n_inner", "vocab_size", "n_positions")
-# Blocks that are read to see how fast the disk is.
-READ_BLOCKS = 6
+# What is read, and how long a request is, to see how fast the disk is.
+READ_BYTES, REQUEST_BYTES = 2 << 30, 256 << 20
 
 
-def disk_speed(store: Store, blocks: range) -> float:
-    """Bytes per second of reading whole blocks one after another, in the way that the ring reads them, and nothing else."""
-    from moss_jt.store.locations import model_home
-    from moss_jt.weights.disk_speed import reader_for
-    from moss_jt.weights.file_reader import Extent
-    from moss_jt.weights.page_buffer import page_buffer
+class Limits:
+    """What the machine gave, measured again and again beside what is being judged: medians."""
 
-    reader = reader_for(store, model_home())
-    target = page_buffer(max(store.blocks[block].nbytes for block in blocks))
-    target[::4096] = 1  # the memory itself must be there before the clock runs
-    n_bytes, begin = 0, time.perf_counter()
-    for block in blocks:
-        file = store.blocks[block]
-        reader.read(Extent(file.path, 0, file.nbytes // 4096 * 4096), target)
-        n_bytes += file.nbytes // 4096 * 4096
-    seconds = time.perf_counter() - begin
-    reader.close()
-    return n_bytes / seconds
+    def __init__(self, store: Store, streams: bool, rows: int) -> None:
+        self._store = store
+        self._streams = streams
+        self._rows = rows
+        self._next = 0
+        self._samples: list[tuple[float, float, float]] = []
+
+    def measure(self) -> None:
+        from moss_jt.measure.cpu_limits import machine_limits
+
+        limits = machine_limits(self._rows, self._store.config.n_embd, 2)
+        self._samples.append((limits.read, limits.sgemm, self._disk_speed() if self._streams else 0.0))
+
+    def _disk_speed(self) -> float:
+        """Bytes per second of reading blocks one after another, in the way that the ring reads them, and nothing else."""
+        from moss_jt.store.locations import model_home
+        from moss_jt.weights.disk_speed import reader_for
+        from moss_jt.weights.file_reader import Extent
+        from moss_jt.weights.page_buffer import page_buffer
+
+        reader = reader_for(self._store, model_home())
+        target = page_buffer(REQUEST_BYTES)
+        target[::4096] = 1  # the memory itself must be there before the clock runs
+        done, begin = 0, time.perf_counter()
+        while done < READ_BYTES:
+            file = self._store.blocks[self._next % len(self._store.blocks)]
+            self._next += 1
+            for offset in range(0, file.nbytes - REQUEST_BYTES, REQUEST_BYTES):
+                reader.read(Extent(file.path, offset, REQUEST_BYTES), target)
+                done += REQUEST_BYTES
+        seconds = time.perf_counter() - begin
+        reader.close()
+        return done / seconds
+
+    def medians(self) -> tuple[float, float, float]:
+        """Memory in bytes per second, products in operations per second, disk in bytes per second or 0."""
+        read, sgemm, disk = (statistics.median(column) for column in zip(*self._samples, strict=True))
+        return read, sgemm, disk
 
 
 def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
-    """One number of conversations, in this process."""
+    """One number of conversations, in this process; and one conversation alone under the same plan."""
     from moss_jt import Moss
-    from moss_jt.measure.cpu_limits import MachineLimits, machine_limits
+    from moss_jt.measure.cpu_limits import MachineLimits
     from moss_jt.measure.side_by_side import least_seconds, measure_together, positions_for
 
-    count = int(arguments.parallel)
+    count, context = int(arguments.parallel), arguments.context
     store = open_store(arguments.model)
-    streams = arguments.memory is not None
-    before = disk_speed(store, range(READ_BLOCKS)) if streams else None
     with Moss.load(
         arguments.model,
         memory=arguments.memory,
-        context=positions_for(arguments.context),
+        context=positions_for(context),
         draft="off",
         parallel=count,
     ) as moss:
-        width, plan = moss.config.n_embd, moss.plan
-        first = machine_limits(max(count, 64), width, 2) if not streams else None
-        (found,) = measure_together(
-            moss.engine, [count], arguments.context, moss.config.vocab_size, arguments.steps
+        plan, limits = moss.plan, Limits(store, moss.plan.streams, max(count, 64))
+        counts = sorted({1, count})
+        together = measure_together(
+            moss.engine, counts, context, moss.config.vocab_size, arguments.steps, limits.measure
         )
         peak = peak_memory_bytes()
-    second = machine_limits(64, width, 2)
-    limits = (
-        second
-        if first is None
-        else MachineLimits((first.read + second.read) / 2, (first.sgemm + second.sgemm) / 2)
-    )
-    disk = None
-    if before is not None:
-        disk = (before + disk_speed(store, range(READ_BLOCKS, 2 * READ_BLOCKS))) / 2
-    law_s = least_seconds(count, arguments.context, plan, limits, disk)
+    read, sgemm, disk = limits.medians()
+    law_s = least_seconds(count, context, plan, MachineLimits(read, sgemm), disk or None)
     return {
         "conversations": count,
-        "pass_s": found.pass_s,
-        "tok_s": found.tokens_per_s,
-        "law_share": law_s / found.pass_s,
+        "pass_s": together[-1].pass_s,
+        "tok_s": together[-1].tokens_per_s,
+        "alone_pass_s": together[0].pass_s,
+        "law_share": law_s / together[-1].pass_s,
         "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
-        "disk_gb_s": 0.0 if disk is None else disk / 1e9,
-        "read_gb_s": limits.read / 1e9,
-        "sgemm_gflop_s": limits.sgemm / 1e9,
+        "disk_gb_s": disk / 1e9,
+        "read_gb_s": read / 1e9,
+        "sgemm_gflop_s": sgemm / 1e9,
         "peak_gib": peak / 2**30,
     }
 
 
 def last_json(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    return found
+    fields: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
+    return fields
 
 
 def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
@@ -117,8 +131,8 @@ def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
         usage = run(command, group)
     if usage.exit_code:
         raise SystemExit(f"moss-jt ended with {usage.exit_code}: {usage.errors[-2000:]}")
-    found = last_json(usage.output)
-    return found | ({} if usage.peak_group is None else {"group_gib": usage.peak_group / 2**30})
+    row = last_json(usage.output)
+    return row | ({} if usage.peak_group is None else {"group_gib": usage.peak_group / 2**30})
 
 
 def theirs(arguments: argparse.Namespace) -> dict[str, float]:

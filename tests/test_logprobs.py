@@ -22,8 +22,8 @@ def expected(row: np.ndarray) -> np.ndarray:
 def test_they_are_the_log_softmax_of_the_logits(top: int) -> None:
     rows = np.random.default_rng(0).normal(0, 9, (3, 300)).astype(np.float32)
     rows[1, 7] = rows[1, 9] = rows[1].max() + 1  # a tie: the lower id first
-    found = logprobs_of(rows, [4, 9, 0], top)
-    for row, token, one in zip(rows, [4, 9, 0], found, strict=True):
+    logprobs = logprobs_of(rows, [4, 9, 0], top)
+    for row, token, one in zip(rows, [4, 9, 0], logprobs, strict=True):
         wanted = expected(row)
         assert one.token_id == token and one.logprob == pytest.approx(wanted[token], abs=1e-5)
         best = np.argsort(-row, kind="stable")[:top]
@@ -59,9 +59,9 @@ def test_moss_gives_those_of_a_prompt_and_of_an_answer() -> None:
     with Moss.load(tiny_model_folder(), memory="2GiB", parallel=4) as moss:
         token_ids = [7 * number % 1900 + 17 for number in range(150)]
         logits = moss.logits(token_ids)
-        found = moss.logprobs(token_ids, top=5)
-        assert [one.token_id for one in found] == token_ids[1:]
-        for row, one in zip(logits, found, strict=False):
+        logprobs = moss.logprobs(token_ids, top=5)
+        assert [one.token_id for one in logprobs] == token_ids[1:]
+        for row, one in zip(logits, logprobs, strict=False):
             assert one.logprob == pytest.approx(expected(row)[one.token_id], abs=1e-4)
             assert one.top[0][0] == row.argmax() and len(one.top) == 5
         answer = moss.generate(token_ids, temperature=0, max_new_tokens=3, logprobs=1)

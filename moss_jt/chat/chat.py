@@ -84,7 +84,7 @@ class Chat:
             moss: a loaded model.
             plugins: names (moss_jt.plugins.registry.plugin_names) or plugin objects.
             settings: where plugins find what they need.
-            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 
@@ -140,7 +140,7 @@ class Chat:
 
     @property
     def token_ids(self) -> list[int]:
-        """The whole conversation as the model has it: the meta instruction and the turns."""
+        """The conversation as the model has it: the meta instruction and the turns."""
         return self._context.session.token_ids
 
     @property

@@ -1,4 +1,4 @@
-"""A conversation as one text of tokens: the meta instruction, then whole turns. The oldest turns go when room is needed.
+"""A conversation as one text of tokens: the meta instruction, then complete turns. The oldest turns go when room is needed.
 
 The model's cache follows the session, so what is appended is read once; only dropping turns, or another instruction, makes
 the model read what comes after it anew.
@@ -20,7 +20,7 @@ class Rewriting(NamedTuple):
 
 
 class ConversationContext:
-    """See the module. Ctrl-C may come at any place in it: what it leaves half done is done by the next that looks.
+    """See the module. Ctrl-C may come at any moment in it: what it leaves half done is done by the next that looks.
 
     turns  how many finished turns it holds
     """

@@ -12,8 +12,8 @@ from moss_jt.chat.prompt import (
     MOSS,
     RESULTS,
     THOUGHTS,
-    Piece,
     PromptEncoder,
+    Segment,
     closing,
     opening,
 )
@@ -106,11 +106,11 @@ def turn_tokens(encoder: PromptEncoder, turn: FinishedTurn) -> list[int]:
     """
     if turn.token_ids is not None and _says(encoder, turn):
         return [*turn.token_ids]
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     for name, role in FIELDS.items():
         body = ROLE_MARK.sub("< |", body_of(name, turn.fields[name]))
-        pieces += [*opening(role), Piece(body, foreign=True), *closing(role)]
-    return encoder.encode(pieces)
+        segments += [*opening(role), Segment(body, foreign=True), *closing(role)]
+    return encoder.encode(segments)
 
 
 def _says(encoder: PromptEncoder, turn: FinishedTurn) -> bool:

@@ -19,7 +19,7 @@ StopReason = Literal["eos", "length", "context", "time"]
 class Drafter(Protocol):
     """Guesses what follows, for one pass to verify: moss_jt.engine.draft.PromptLookup."""
 
-    def propose(self, token_ids: list[int], room: int) -> list[int]: ...
+    def propose(self, token_ids: list[int], most: int) -> list[int]: ...
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """``seconds`` of the pass, or None where others shared it."""
@@ -38,9 +38,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Queued:
-    """Where a job stands that waits for room in the cache: 1 is next; and how long that may take at most, where it is known."""
+    """A job that waits for room in the cache: its number in the queue, from 1 on, and how long that may take, where it is known."""
 
-    place: int
+    number: int
     expected_s: float | None
 
 
@@ -66,6 +66,7 @@ class Job:
     deadline    of time.monotonic, after which it ends
     background  it waits for those that are not
     ahead       so much may there be in ``out``; None for any number
+    scores      so many tokens' logits were given; what lost its pages on the way is computed again, and not given again
     out         what the caller has not taken: tokens, each with a Chosen, or logits
     ready       is told when something is there to be taken
     """
@@ -84,6 +85,7 @@ class Job:
     deadline: float | None = None
     background: bool = False
     ahead: int | None = None
+    scores: int = 0
     out: deque[tuple[int, Any]] = field(default_factory=deque)
     timing: Timing = field(default_factory=Timing)
     began: float = field(default_factory=time.monotonic)
@@ -110,6 +112,13 @@ class Job:
         if len(self.tokens) >= self.capacity:
             return "context"
         return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+    def score(self, start: int, logits: np.ndarray) -> None:
+        """Logits (R, V) of the tokens from ``start`` on."""
+        known = self.scores - start
+        if known < len(logits):
+            self.out.append((self.scores, logits[known:]))
+            self.scores = start + len(logits)
 
     def choose(self, logits: np.ndarray, draft: list[int]) -> int:
         """Tokens for rows of logits (R, V), the first of which follows the text and the others the draft; returns how many of

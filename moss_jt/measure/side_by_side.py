@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,20 @@ def positions_for(context: int) -> int:
 
 
 def measure_together(
-    engine: Engine, counts: Sequence[int], context: int, vocabulary: int, steps: int
+    engine: Engine,
+    counts: Sequence[int],
+    context: int,
+    vocabulary: int,
+    steps: int,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Together]:
     """Time passes of one token for each of several conversations, answers that the engine schedules and chooses as for anybody.
 
     Keys and values of the texts are made up, for reading sixteen of them may take longer than all the rest. All numbers of
     conversations are measured in turns of a few tokens, so that they share what a shared machine does in the meantime.
+
+    Args:
+        between: called before each turn and after the last, to measure the machine's limits in the same minutes.
 
     Raises:
         MossError: so many conversations of that length do not fit into the cache, or a number is impossible.
@@ -70,8 +78,10 @@ def measure_together(
         texts.append(text)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(-(-steps // TURN)):
+        between()
         for count in counts:
             times[count] += _passes(texts[:count], context, min(steps, TURN))
+    between()
     return [Together(count, context, statistics.median(times[count])) for count in counts]
 
 
@@ -103,12 +113,12 @@ def least_seconds(
 
 
 def report_together(
-    found: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
+    measured: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
 ) -> tuple[str, list[dict[str, Any]]]:
     """The text to print, and the same as numbers."""
     lines = ["conversations  tokens each  tokens/s  of the law  s/token of each"]
     rows = []
-    for entry in found:
+    for entry in measured:
         law = entry.count / least_seconds(entry.count, entry.context, plan, limits, disk_speed)
         share = entry.tokens_per_s / law
         lines.append(
