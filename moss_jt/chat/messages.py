@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moss_jt.chat.prompt import (
     MOSS,
-    Piece,
+    Segment,
     Switch,
     field,
     instruction,
@@ -37,13 +37,13 @@ class Conversation:
     turns: Sequence[tuple[str, str]]
     message: str
 
-    def instruction(self, plugins: Sequence[Switch] = (), system: str | None = None) -> list[Piece]:
+    def instruction(self, plugins: Sequence[Switch] = (), system: str | None = None) -> list[Segment]:
         """What the conversation begins with; ``system`` in the place of what MOSS is told about itself."""
-        own = [Piece(f"{neutral(self.system)}\n", foreign=True)] if self.system else []
+        own = [Segment(f"{neutral(self.system)}\n", foreign=True)] if self.system else []
         return [*instruction(plugins, system), *own]
 
 
-def turn_pieces(message: str, answer: str) -> list[Piece]:
+def turn_pieces(message: str, answer: str) -> list[Segment]:
     """A turn that is over, of which nothing but question and answer is known."""
     return [*question(message), *no_plugins(), *field(MOSS, neutral(answer))]
 

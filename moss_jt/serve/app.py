@@ -7,10 +7,19 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
-from moss_jt.serve import chat_completions, completions, conversations, errors, models, replay
+from moss_jt.serve import (
+    chat_completions,
+    completions,
+    conversations,
+    errors,
+    models,
+    reference,
+    replay,
+    vortex,
+)
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
-from moss_jt.serve.shelf import Shelf
+from moss_jt.serve.shelf import Shelves
 
 
 class ErrorFields(BaseModel):
@@ -46,13 +55,14 @@ ANY_TIME: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, shelf: Shelf) -> FastAPI:
+def make_app(service: Service, shelves: Shelves) -> FastAPI:
     # No pages of the framework's own: they load scripts from elsewhere.
     app = FastAPI(title="moss-jt", docs_url=None, redoc_url=None, responses=ANY_TIME)
     errors.install(app)
-    for module in (models, chat_completions, completions, replay):
+    for module in (models, chat_completions, completions, replay, vortex):
         app.include_router(module.router(service))
-    app.include_router(conversations.router(service, shelf))
+    app.include_router(conversations.router(service, shelves.page))
+    app.include_router(reference.router(service, shelves.reference))
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=service.settings)
     if service.settings.origins:

@@ -13,6 +13,7 @@ from moss_jt.chat.saved import About, OpenConversation
 from moss_jt.chat.saved import Conversation as Held
 from moss_jt.chat.turn import TooLongError
 from moss_jt.engine.causal_model import Watcher
+from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin
 from moss_jt.serve.answering import Answering
@@ -43,10 +44,15 @@ class _Model:
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be answered: a message after the first ``turns`` turns, or None for the last one once more."""
+    """What is to be answered: a message after the first ``turns`` turns, or None for the last one once more.
+
+    params, max_new_tokens  from this answer on; None: as before
+    """
 
     message: str | None
     turns: int
+    params: SamplingParams | None = None
+    max_new_tokens: int | None = None
 
 
 class ServedConversation:
@@ -143,6 +149,8 @@ class ServedConversation:
         answering.put({"type": "end", "kept": kept, "turns": len(self.turns), "title": self.title})
 
     def _events(self, question: Question) -> Iterator[Event]:
+        self.chat.params = question.params or self.chat.params
+        self.chat.max_new_tokens = question.max_new_tokens or self.chat.max_new_tokens
         if question.message is None:
             del self.turns[-1:]
             return self.chat.retry()

@@ -74,7 +74,7 @@ def status_of(text: Text, total: int) -> dict[str, Any] | None:
     queued = text.queued
     if queued is not None:
         expected = None if queued.expected_s is None else round(queued.expected_s, 3)
-        return {"type": "queue", "place": queued.place, "expected_s": expected}
+        return {"type": "queue", "place": queued.number, "expected_s": expected}
     if (unread := text.unread) > 1:
         return {"type": "progress", "total": total, "processed": max(0, total - unread)}
     return None

@@ -14,7 +14,7 @@ from moss_jt.errors import MossError
 from moss_jt.serve.app import make_app
 from moss_jt.serve.service import Service
 from moss_jt.serve.settings import Settings
-from moss_jt.serve.shelf import Shelf
+from moss_jt.serve.shelf import Shelves
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -35,11 +35,11 @@ class Server:
             MossError: a port is taken, or the address is not this machine's.
         """
         self.service = Service(settings, name)
-        self.shelf = Shelf(self.service, settings.home / "page")
+        self.shelves = Shelves(self.service, settings.home)
         self._sockets = [listening(settings.host, port) for port in settings.ports]
         self.ports = [found.getsockname()[1] for found in self._sockets]
         config = uvicorn.Config(
-            make_app(self.service, self.shelf),
+            make_app(self.service, self.shelves),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -63,7 +63,7 @@ class Server:
         if self._loop is not None and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
         self._thread.join()
-        self.shelf.close()
+        self.shelves.close()
         for listener in self._sockets:
             listener.close()
 

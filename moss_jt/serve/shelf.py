@@ -172,3 +172,15 @@ class Shelf:
         for found in self._live.values():
             found.close()
         self._live.clear()
+
+
+class Shelves:
+    """Those of the page, and those of the reference's interface: nobody finds the ones among the others."""
+
+    def __init__(self, service: Service, home: Path) -> None:
+        self.page = Shelf(service, home / "page")
+        self.reference = Shelf(service, home / "uid")
+
+    def close(self) -> None:
+        for shelf in (self.page, self.reference):
+            shelf.close()
