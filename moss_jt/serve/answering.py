@@ -1,7 +1,7 @@
 """Answers that are being written: a thread for each, which waits for the engine, and a log of what came, which the loop reads.
 
 The loop never waits for the engine, and the engine never for a reader: a slow or lost one changes nothing for the others, and an
-answer can be read again from any place.
+answer can be read again from any position.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ class Answering:
 
     error   what ended it, where that was an error
     ended   nothing more comes
-    status  what it waits for at this moment, to be told in a stream that is silent: queue place, progress; None for nothing
+    status  what it waits for at this moment, to be told in a stream that is silent: queue position, progress; None for nothing
     form    how it is worded, for whoever takes it up again
     """
 
@@ -81,12 +81,12 @@ class Answering:
         Raises:
             ApiError: the answer failed, after all that was put.
         """
-        place = 0
+        position = 0
         while True:
             changed = self._changed
-            if place < len(self._log):
-                part = self._log[place:]
-                place += len(part)
+            if position < len(self._log):
+                part = self._log[position:]
+                position += len(part)
                 yield part
             elif self.ended:
                 break
@@ -162,11 +162,11 @@ class Answers:
 
     def find(self, name: str) -> Answering | None:
         """An answer by its name, for some time after it has ended."""
-        found = self._named.get(name)
-        if found is not None and found.ended and found.ended_at < time.monotonic() - self._kept_s:
+        kept = self._named.get(name)
+        if kept is not None and kept.ended and kept.ended_at < time.monotonic() - self._kept_s:
             del self._named[name]
             return None
-        return found
+        return kept
 
     def drop(self, name: str) -> None:
         self._named.pop(name, None)

@@ -67,9 +67,9 @@ def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering],
         plugins = []  # nobody asked for them
     system = service.settings.system
     token_ids = prompt_tokens(encoder, conversation, plugins, system)
-    room = service.check_length(len(token_ids))
+    free = service.check_length(len(token_ids))
     params = service.params(asked)
-    most = min(asked.max_completion_tokens or asked.max_tokens or room, room)
+    most = min(asked.max_completion_tokens or asked.max_tokens or free, free)
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     choices = range(asked.n or 1)
     if plugins:
@@ -148,7 +148,7 @@ class ChatForm:
         yield data_event(error.body)
         yield DONE
 
-    def whole(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
+    def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
         choices = [Choice() for _ in range(self._choices)]
         for event in events:
             choice = choices[event.choice]
@@ -163,11 +163,11 @@ class ChatForm:
                 choice.reason = event.reason
         return {
             **self._head("chat.completion"),
-            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
+            "choices": [self._complete_choice(index, choice) for index, choice in enumerate(choices)],
             "usage": usage_fields(usage),
         }
 
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _complete_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.thoughts:
             message["reasoning_content"] = choice.thoughts

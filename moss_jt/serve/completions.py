@@ -68,13 +68,13 @@ def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answe
 def prompts_of(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each prompt, in whichever of OpenAI's four forms they came."""
     several = prompt if isinstance(prompt, list) and isinstance(prompt[0], str | list) else [prompt]
-    found = [
+    prompts = [
         tokenizer.encode(one.removeprefix(BYTE_ORDER_MARK)) if isinstance(one, str) else [*one]
         for one in several
     ]
-    if not all(found):
+    if not all(prompts):
         raise ApiError(400, "prompt: there is no text to continue.", "prompt", "invalid_value")
-    return found
+    return prompts
 
 
 class CompletionForm:
@@ -113,7 +113,7 @@ class CompletionForm:
         yield data_event(error.body)
         yield DONE
 
-    def whole(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
+    def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
         texts = [""] * self._choices
         tokens: list[list[Token]] = [[] for _ in texts]
         reasons = ["stop"] * self._choices

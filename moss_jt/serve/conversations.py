@@ -15,7 +15,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.conversation import Question, ServedConversation, turn_fields
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.schemas import Body, Whole
+from moss_jt.serve.schemas import Body, Natural
 from moss_jt.serve.service import Service
 from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import PING, EventStream, named_event
@@ -31,7 +31,7 @@ class Sampling(BaseModel):
 
     model_config = Body
     temperature: Annotated[float, Field(ge=0, le=5)] | None = None
-    top_k: Whole | None = None
+    top_k: Natural | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
@@ -91,20 +91,18 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
 
     @routes.patch("/conversations/{name}")
     async def change(name: str, asked: Change) -> dict[str, Any]:
-        async with shelf.changing(name) as found:
+        async with shelf.changing(name) as kept:
             if asked.plugins is not None or asked.system is not None:
-                plugins = found.chat.plugins if asked.plugins is None else service.plugins(asked.plugins)
-                system = (
-                    found.chat.system if asked.system is None else asked.system or service.settings.system
-                )
-                await service.aside(found.chat.begin_with, plugins, system)
+                plugins = kept.chat.plugins if asked.plugins is None else service.plugins(asked.plugins)
+                system = kept.chat.system if asked.system is None else asked.system or service.settings.system
+                await service.aside(kept.chat.begin_with, plugins, system)
             if asked.sampling is not None:
-                chat = found.chat
+                chat = kept.chat
                 chat.params, chat.max_new_tokens = changed(
                     asked.sampling, service, chat.params, chat.max_new_tokens
                 )
-            await shelf.keep(found, asked.title)
-            return conversation_fields(found)
+            await shelf.keep(kept, asked.title)
+            return conversation_fields(kept)
 
     @routes.delete("/conversations/{name}", status_code=204)
     async def remove(name: str) -> Response:
@@ -112,14 +110,14 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
         return Response(status_code=204)
 
     async def answered(name: str, question: Question) -> Response:
-        found = await shelf.ask(name, question)
-        return EventStream(events_of(service, found, 0), service.settings.limits.slow_reader_s)
+        kept = await shelf.ask(name, question)
+        return EventStream(events_of(service, kept, 0), service.settings.limits.slow_reader_s)
 
     @routes.post("/conversations/{name}/turns", status_code=200, response_class=EventStream)
     async def say(name: str, asked: Message) -> Response:
         """Say something. The answer goes on whether or not its connection stays: see /answer and /stop."""
-        found = await shelf.find(name)
-        return await answered(name, Question(asked.message, len(found.turns)))
+        kept = await shelf.find(name)
+        return await answered(name, Question(asked.message, len(kept.turns)))
 
     @routes.put("/conversations/{name}/turns/{turn}", status_code=200, response_class=EventStream)
     async def edit(name: str, turn: int, asked: Message) -> Response:
@@ -136,17 +134,17 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
     @routes.get("/conversations/{name}/answer", status_code=200, response_class=EventStream)
     async def answer(name: str, start: int = Query(0, ge=0, le=1 << 31, alias="from")) -> Response:
         """The answer that is being written, or was last, from its event ``from`` on."""
-        found = await shelf.find(name)
-        if found.answering is None:
+        kept = await shelf.find(name)
+        if kept.answering is None:
             raise ApiError(404, "No answer was written since the server began.", code="not_found")
-        return EventStream(events_of(service, found, start), service.settings.limits.slow_reader_s)
+        return EventStream(events_of(service, kept, start), service.settings.limits.slow_reader_s)
 
     @routes.post("/conversations/{name}/stop", status_code=204)
     async def stop(name: str) -> Response:
         """End the answer that is being written; what is there of it is kept."""
-        found = await shelf.find(name)
-        if found.answering is not None:
-            found.answering.cancel()
+        kept = await shelf.find(name)
+        if kept.answering is not None:
+            kept.answering.cancel()
         return Response(status_code=204)
 
     @routes.get("/pictures/{name}", status_code=200, response_class=FileResponse)
@@ -173,13 +171,13 @@ def _is_picture(path: Path, folder: Path) -> bool:
         return False
 
 
-async def events_of(service: Service, found: ServedConversation, start: int) -> AsyncIterator[str]:
+async def events_of(service: Service, kept: ServedConversation, start: int) -> AsyncIterator[str]:
     """An answer's events, each with its number ``n``, from the given one on. Status has none: it is not repeated."""
-    answering = found.answering
+    answering = kept.answering
     assert answering is not None
     silent_s, told, number = 0.0, None, 1
     if start == 0:
-        yield named_event("start", {"n": 0, **found.asked})
+        yield named_event("start", {"n": 0, **kept.asked})
     try:
         async for part in answering.follow(STATUS_S):
             texts = []
@@ -227,16 +225,16 @@ def sampling_fields(params: SamplingParams, max_new_tokens: int) -> dict[str, An
     return {**{name: getattr(params, name) for name in SAMPLING}, "max_new_tokens": max_new_tokens}
 
 
-def conversation_fields(found: ServedConversation) -> dict[str, Any]:
-    chat = found.chat
+def conversation_fields(kept: ServedConversation) -> dict[str, Any]:
+    chat = kept.chat
     return {
-        "id": found.id,
-        "title": found.title,
-        "updated": int(found.updated),
+        "id": kept.id,
+        "title": kept.title,
+        "updated": int(kept.updated),
         "plugins": [plugin.name for plugin in chat.plugins],
-        "system": found.about.system,
+        "system": kept.about.system,
         "sampling": sampling_fields(chat.params, chat.max_new_tokens),
-        "answering": found.busy,
-        "damaged": found.damaged,
-        "turns": [turn_fields(number, turn) for number, turn in enumerate(found.turns)],
+        "answering": kept.busy,
+        "damaged": kept.damaged,
+        "turns": [turn_fields(number, turn) for number, turn in enumerate(kept.turns)],
     }

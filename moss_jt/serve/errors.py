@@ -100,9 +100,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "The body is no JSON.", code="invalid_json")
-    place = [str(part) for part in first["loc"][1:]]
-    param = place[0] if place else None
-    where = ".".join(place) or "the body"
+    path = [str(part) for part in first["loc"][1:]]
+    param = path[0] if path else None
+    where = ".".join(path) or "the body"
     reason = str(first.get("ctx", {}).get("reason") or first["msg"])
     message = f"{where}: {reason}"[:MOST_LISTED]
     return ApiError(400, message, param, "invalid_value")

@@ -123,8 +123,8 @@ class AnswerPieces:
             if last and self._given == len(self._ends):
                 end = len(text)  # with what stands for a character that never became whole
             shown = text[max(begin, self._lead) : end]
-            whole = begin >= self._lead and end == self._ends[self._given - 1]
-            raw = self._tokenizer.token_bytes(logprob.token_id) if whole else shown.encode()
+            uncut = begin >= self._lead and end == self._ends[self._given - 1]
+            raw = self._tokenizer.token_bytes(logprob.token_id) if uncut else shown.encode()
             tokens.append(Token(shown, raw, logprob, self._echoed + max(begin, self._lead) - self._lead))
         return tokens
 
@@ -133,9 +133,9 @@ def _echo(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> No
     """The prompt as the answer's first piece."""
     tokens: list[Token] = []
     if wanted.logprobs is not None:
-        found = _prompt_logprobs(moss, wanted, answering)
+        logprobs = _prompt_logprobs(moss, wanted, answering)
         decoder, offset = IncrementalDecoder(moss.tokenizer), 0
-        for token, logprob in zip(wanted.token_ids, [None, *found], strict=True):
+        for token, logprob in zip(wanted.token_ids, [None, *logprobs], strict=True):
             text = decoder.push(token)
             tokens.append(Token(text, moss.tokenizer.token_bytes(token), logprob, offset))
             offset += len(text)
@@ -148,8 +148,8 @@ def _prompt_logprobs(moss: "Moss", wanted: Wanted, answering: Answering) -> list
     text.extend(wanted.token_ids)
     answering.when_cancelled(text.cancel)
     answering.status = lambda: status_of(text, len(wanted.token_ids))
-    found: list[Logprob] = []
+    logprobs: list[Logprob] = []
     for first, rows in text.logits():
         following = wanted.token_ids[first + 1 : first + 1 + len(rows)]
-        found += logprobs_of(rows[: len(following)], following, wanted.logprobs)
-    return found
+        logprobs += logprobs_of(rows[: len(following)], following, wanted.logprobs)
+    return logprobs

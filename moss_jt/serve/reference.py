@@ -21,7 +21,7 @@ from moss_jt.serve.errors import ApiError
 from moss_jt.serve.schemas import Body
 from moss_jt.serve.service import Service
 from moss_jt.serve.shelf import Shelf
-from moss_jt.serve.streams import WholeAnswer
+from moss_jt.serve.streams import CompleteAnswer
 
 MARK = "\n<|MOSS|>: "  # its answers begin so, and its clients cut it off
 TOP_K = 40
@@ -45,19 +45,21 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
     async def ask(asked: Asked, request: Request) -> Response:
         """Answer a prompt; without a uid, or with one that is not known, a conversation begins."""
         service.model()
-        found = await conversation_of(shelf, asked.uid)
+        conversation = await conversation_of(shelf, asked.uid)
         params = dataclasses.replace(
-            found.chat.params,
+            conversation.chat.params,
             temperature=asked.temperature,
             top_p=asked.top_p,
             top_k=TOP_K,
             repetition_penalty=REPETITION_PENALTY,
         )
         # Where the conversation has nearly all of it, its oldest turns go.
-        most = max(asked.max_length - len(found.chat.token_ids), asked.max_length // 4, 1)
-        found = await shelf.ask(found.id, Question(asked.prompt, len(found.turns), params, most))
-        assert found.answering is not None
-        return WholeAnswer(_whole(found, found.answering), found.answering.cancel)
+        most = max(asked.max_length - len(conversation.chat.token_ids), asked.max_length // 4, 1)
+        conversation = await shelf.ask(
+            conversation.id, Question(asked.prompt, len(conversation.turns), params, most)
+        )
+        assert conversation.answering is not None
+        return CompleteAnswer(_body(conversation, conversation.answering), conversation.answering.cancel)
 
     return routes
 
@@ -72,14 +74,14 @@ async def conversation_of(shelf: Shelf, uid: str | None) -> ServedConversation:
     return await shelf.create(About())
 
 
-async def _whole(found: ServedConversation, answering: Answering) -> dict[str, Any]:
+async def _body(conversation: ServedConversation, answering: Answering) -> dict[str, Any]:
     text = ""
     async for part in answering.follow(3600):
         text += "".join(fields["text"] for fields in part if fields["type"] == "text")
     return {
         "response": MARK + text,
-        "history": [[turn.message, MARK + turn.answer] for turn in found.turns],
+        "history": [[turn.message, MARK + turn.answer] for turn in conversation.turns],
         "status": 200,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "uid": found.id,
+        "uid": conversation.id,
     }

@@ -16,7 +16,7 @@ from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError
 from moss_jt.serve.events import Finished, Usage
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import PING, EventStream, WholeAnswer
+from moss_jt.serve.streams import PING, CompleteAnswer, EventStream
 
 NAME_HEADER = "x-conversation-id"
 NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -36,7 +36,7 @@ class Form(Protocol):
 
     def failed(self, error: ApiError) -> Iterator[str]: ...
 
-    def whole(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]: ...
+    def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]: ...
 
 
 def respond(
@@ -69,7 +69,7 @@ def respond(
     left = answering.cancel if name is None else _nothing
     if stream:
         return EventStream(events_of(service, answering, form), service.settings.limits.slow_reader_s, left)
-    return WholeAnswer(_whole(answering, form), left)
+    return CompleteAnswer(_body(answering, form), left)
 
 
 def _nothing() -> None:
@@ -90,13 +90,13 @@ async def _count(service: Service, answering: Answering, interface: str) -> None
     service.metrics.answers.labels(interface, outcome).inc()
 
 
-async def _whole(answering: Answering, form: Form) -> dict[str, Any]:
+async def _body(answering: Answering, form: Form) -> dict[str, Any]:
     events, usage = [], Usage()
     async for part in answering.follow(3600):
         for event in part:
             events.append(event)
             usage = _added(usage, event)
-    return form.whole(events, usage)
+    return form.body(events, usage)
 
 
 async def events_of(service: Service, answering: Answering, form: Form, start: int = 0) -> AsyncIterator[str]:
@@ -107,10 +107,10 @@ async def events_of(service: Service, answering: Answering, form: Form, start: i
 
     def counted(texts: Iterator[str]) -> str:
         nonlocal left
-        found = [*texts]
-        skipped = min(left, len(found))
+        new = [*texts]
+        skipped = min(left, len(new))
         left -= skipped
-        return "".join(found[skipped:])
+        return "".join(new[skipped:])
 
     if text := counted(form.first()):
         yield text
@@ -151,7 +151,7 @@ def _added(usage: Usage, event: Any) -> Usage:
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["llama.cpp"])
 
-    def found(name: str) -> Answering:
+    def named(name: str) -> Answering:
         answering = service.answers.find(name)
         if answering is None:
             raise ApiError(404, "There is no answer of that name, or not any more.", code="not_found")
@@ -163,14 +163,14 @@ def router(service: Service) -> APIRouter:
     ) -> Response:
         """The rest of a stream, from its event ``from`` on."""
         service.model()
-        answering = found(conv_id)
+        answering = named(conv_id)
         events = events_of(service, answering, answering.form, start)
         return EventStream(events, service.settings.limits.slow_reader_s)
 
     @routes.delete("/v1/stream", status_code=204)
     async def stop(conv_id: str = Query(max_length=128)) -> Response:
         """End an answer, and forget it."""
-        found(conv_id).cancel()
+        named(conv_id).cancel()
         service.answers.drop(conv_id)
         return Response(status_code=204)
 

@@ -12,7 +12,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Whole = Annotated[int, Field(ge=0, le=1 << 31)]
+Natural = Annotated[int, Field(ge=0, le=1 << 31)]
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=4)] | None
@@ -59,7 +59,7 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Whole | None = None
+    top_k: Natural | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Penalty | None = None
@@ -102,8 +102,8 @@ class CompletionRequest(Sampling):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
-        | Annotated[list[Whole], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Whole], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        | Annotated[list[Natural], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     echo: bool | None = None
@@ -123,4 +123,4 @@ class TokenizeRequest(BaseModel):
 
 class DetokenizeRequest(BaseModel):
     model_config = Body
-    tokens: list[Whole]
+    tokens: list[Natural]

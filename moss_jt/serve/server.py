@@ -37,7 +37,7 @@ class Server:
         self.service = Service(settings, name)
         self.shelves = Shelves(self.service, settings.home)
         self._sockets = [listening(settings.host, port) for port in settings.ports]
-        self.ports = [found.getsockname()[1] for found in self._sockets]
+        self.ports = [listener.getsockname()[1] for listener in self._sockets]
         config = uvicorn.Config(
             make_app(self.service, self.shelves),
             lifespan="off",
@@ -87,15 +87,15 @@ def listening(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen(512)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(512)
     except OSError as error:
         raise MossError(
             f"cannot listen at {host}, port {port}: {error.strerror or error}. Give another --host or --port."
         ) from error
-    return found
+    return listener
 
 
 def run(server: Server, load: Callable[[], "Moss"], say: Callable[[str], None]) -> None:

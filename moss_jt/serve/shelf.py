@@ -31,14 +31,14 @@ class Shelf:
 
     async def summaries(self) -> list[dict[str, Any]]:
         """Summaries, those used last first."""
-        found: list[dict[str, Any]] = await self._service.aside(self._read_summaries)
-        for summary in found:
+        summaries: list[dict[str, Any]] = await self._service.aside(self._read_summaries)
+        for summary in summaries:
             live = self._live.get(summary["id"])
             summary["answering"] = live is not None and live.busy
-        return found
+        return summaries
 
     def _read_summaries(self) -> list[dict[str, Any]]:
-        found = []
+        summaries = []
         known, self._known = self._known, {}
         for name in self._disk.names():
             with contextlib.suppress(MossError, OSError):
@@ -50,8 +50,8 @@ class Shelf:
                     held = self._disk.load(name)
                     title = held.about.title or (title_of(held.turns[0]) if held.turns else "")
                     self._known[name] = mark, {"title": title, "turns": len(held.turns)}
-                found.append({"id": name, **self._known[name][1], "updated": int(state.st_mtime)})
-        return found
+                summaries.append({"id": name, **self._known[name][1], "updated": int(state.st_mtime)})
+        return summaries
 
     async def create(self, about: About) -> ServedConversation:
         """A new conversation.
@@ -89,18 +89,18 @@ class Shelf:
         self, make: Callable[[], ServedConversation], undo: Callable[[], None]
     ) -> ServedConversation:
         try:
-            found: ServedConversation = await self._told(make)
+            conversation: ServedConversation = await self._told(make)
         except BaseException:
             undo()
             raise
-        self._live[found.id] = found
+        self._live[conversation.id] = conversation
         for name, other in [*self._live.items()]:
             if len(self._live) <= self._service.settings.limits.live:
                 break
-            if not other.busy and other is not found:
+            if not other.busy and other is not conversation:
                 del self._live[name]
                 other.close()
-        return found
+        return conversation
 
     async def _told(self, work: Callable[[], Any]) -> Any:
         """What takes the disk, with its errors as clients read them: without paths."""
@@ -121,16 +121,16 @@ class Shelf:
         Raises:
             ApiError: one is.
         """
-        found = await self.find(name)
-        if found.busy:
+        conversation = await self.find(name)
+        if conversation.busy:
             raise ApiError(409, "An answer of this conversation is being written.", code="conflict")
         try:
-            yield found
+            yield conversation
         except MossError as error:
             raise bad_value(error) from error
 
-    async def keep(self, found: ServedConversation, title: str | None = None) -> None:
-        await self._told(partial(found.keep, title))
+    async def keep(self, conversation: ServedConversation, title: str | None = None) -> None:
+        await self._told(partial(conversation.keep, title))
 
     async def ask(self, name: str, question: Question) -> ServedConversation:
         """Have a conversation go on.
@@ -138,39 +138,41 @@ class Shelf:
         Raises:
             ApiError: an answer of it is being written, it has not so many turns, or the server is busy.
         """
-        async with self.changing(name) as found:
-            if question.message is None and not found.turns:
+        async with self.changing(name) as conversation:
+            if question.message is None and not conversation.turns:
                 raise ApiError(
                     400, "Nothing was said yet that could be answered again.", code="invalid_value"
                 )
-            if question.turns > len(found.turns):
-                raise ApiError(404, f"The conversation has {len(found.turns)} turns.", code="not_found")
-            last = found.turns[-1] if found.turns else None
+            if question.turns > len(conversation.turns):
+                raise ApiError(
+                    404, f"The conversation has {len(conversation.turns)} turns.", code="not_found"
+                )
+            last = conversation.turns[-1] if conversation.turns else None
             message = question.message
             if message is None and last is not None:
                 message = str(last.extra.get("message") or last.message)
-            number = max(0, len(found.turns) - 1) if question.message is None else question.turns
-            found.asked = {"type": "start", "turn": number, "message": message}
-            found.answering = self._service.answers.start([partial(found.write, question)])
-            return found
+            number = max(0, len(conversation.turns) - 1) if question.message is None else question.turns
+            conversation.asked = {"type": "start", "turn": number, "message": message}
+            conversation.answering = self._service.answers.start([partial(conversation.write, question)])
+            return conversation
 
     async def remove(self, name: str) -> None:
         """Forget a conversation, and end what is being written of it."""
-        found = await self.find(name)
-        answering: Answering | None = found.answering
-        if answering is not None and found.busy:
+        conversation = await self.find(name)
+        answering: Answering | None = conversation.answering
+        if answering is not None and conversation.busy:
             answering.cancel()
             with contextlib.suppress(ApiError):
                 async for _ in answering.follow(0.5):
                     pass
         async with self._lock:
             self._live.pop(name, None)
-            await self._service.aside(found.remove)
+            await self._service.aside(conversation.remove)
 
     def close(self) -> None:
         """Let go of all files."""
-        for found in self._live.values():
-            found.close()
+        for conversation in self._live.values():
+            conversation.close()
         self._live.clear()
 
 

@@ -96,7 +96,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class WholeAnswer(Response):
+class CompleteAnswer(Response):
     """An answer that is sent when it is whole, as JSON.
 
     Args:

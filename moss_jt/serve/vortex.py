@@ -27,7 +27,7 @@ from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, bad_value
 from moss_jt.serve.plain import status_of
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import WholeAnswer, json_text
+from moss_jt.serve.streams import CompleteAnswer, json_text
 from moss_jt.store.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ CONNECT_S = 10.0
 SPOKEN = f"<|{COMMANDS}|>:"
 
 
-def _whole(value: Any) -> Any:
+def _integral(value: Any) -> Any:
     """Go's clients send every number as it would be written of a floating one: 512 may be 512.0 or 5.12e2."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=1 << 31)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=1 << 31)]
 
 
 class Asked(BaseModel):
@@ -59,7 +59,7 @@ class Asked(BaseModel):
     length_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     max_time: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.1
-    max_iterations: Annotated[int, BeforeValidator(_whole), Field(ge=1, le=1 << 31)] = MOST_TOKENS
+    max_iterations: Annotated[int, BeforeValidator(_integral), Field(ge=1, le=1 << 31)] = MOST_TOKENS
     regulation_start: Count = REGULATION_START
     url: str | None = Field(None, max_length=2000, description="A WebSocket to stream to.")
     web_search: bool = Field(False, alias="Web search")
@@ -110,7 +110,7 @@ def router(service: Service) -> APIRouter:
             task = asyncio.get_running_loop().create_task(stream(target, answering))
             service.tasks.add(task)
             task.add_done_callback(service.tasks.discard)
-        return WholeAnswer(_answer(prompt, answering), answering.cancel)
+        return CompleteAnswer(_answer(prompt, answering), answering.cancel)
 
     return routes
 
@@ -138,16 +138,16 @@ def prompt_of(moss: "Moss", asked: Asked) -> Prompt:
     plugins = [switch for name, switch in SWITCHES.items() if getattr(asked, name)]
     date = f"- Current date: {datetime.date.today().isoformat()}.\n"
     prefix = moss.tokenizer.encode(meta_instruction(plugins) + date)
-    room = moss.model.capacity - min(asked.max_iterations, MOST_TOKENS) - len(prefix)
+    free = moss.model.capacity - min(asked.max_iterations, MOST_TOKENS) - len(prefix)
     text = asked.x
     token_ids = moss.tokenizer.encode(text)
-    if len(token_ids) >= room:
-        end = moss.tokenizer.decode(token_ids[-max(room, 0) :]) if room > 0 else ""
+    if len(token_ids) >= free:
+        end = moss.tokenizer.decode(token_ids[-max(free, 0) :]) if free > 0 else ""
         start = end.find(f"<|{HUMAN}|>")
         if start < 0:
             raise ApiError(
                 400,
-                f"The text has {len(token_ids)} tokens, the context has room for {max(room, 0)}, and no turn begins in these.",
+                f"The text has {len(token_ids)} tokens, the context has room for {max(free, 0)}, and no turn begins in these.",
                 "x",
                 "context_length_exceeded",
             )
@@ -217,10 +217,10 @@ async def allowed(url: str, service: Service, request: Request) -> Target:
     if parts.scheme not in ("ws", "wss") or not name or parts.username is not None:
         raise refused
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        addresses = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise refused from None
-    for *_, address in found:
+    for *_, address in addresses:
         if name in service.settings.streams or _same(str(address[0]), request):
             return Target(url, str(address[0]), port)
     raise refused
