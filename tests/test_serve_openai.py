@@ -391,7 +391,9 @@ def test_tokens_come_and_go(http: httpx.Client) -> None:
     plain = http.post(
         "/tokenize", json={"content": text, "parse_special": False, "with_pieces": True}
     ).json()["tokens"]
-    pieces = [one["piece"] if isinstance(one["piece"], list) else list(one["piece"].encode()) for one in plain]
+    pieces = [
+        one["piece"] if isinstance(one["piece"], list) else list(one["piece"].encode()) for one in plain
+    ]
     assert len(plain) > len(tokens) and bytes(sum(pieces, [])).decode() == text
     assert http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
 

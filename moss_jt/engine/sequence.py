@@ -188,7 +188,8 @@ class Sequence:
             raise
 
     def _end(self, job: Job) -> None:
-        with self.engine.lock:  # who cancels may come at the same time, and must not end what begins after this job
+        # Who cancels may come at the same time, and must not end what begins after this job.
+        with self.engine.lock:
             if self._job is job:
                 self._job = None
                 self.engine.end(job, self.position)

@@ -34,12 +34,14 @@ def router(service: Service) -> APIRouter:
         return model_fields(service)
 
     for prefix in ("/v1", ""):
-        shown = {"include_in_schema": bool(prefix)}
-        routes.add_api_route(f"{prefix}/health", health, methods=["GET"], tags=["llama.cpp"], **shown)
-        routes.add_api_route(f"{prefix}/models", models, methods=["GET"], tags=["OpenAI"], **shown)
-        routes.add_api_route(
-            f"{prefix}/models/{{model_id:path}}", model, methods=["GET"], tags=["OpenAI"], **shown
-        )
+        for path, endpoint, tag in (
+            ("health", health, "llama.cpp"),
+            ("models", models, "OpenAI"),
+            ("models/{model_id:path}", model, "OpenAI"),
+        ):
+            routes.add_api_route(
+                f"{prefix}/{path}", endpoint, methods=["GET"], tags=[tag], include_in_schema=bool(prefix)
+            )
 
     @routes.post("/v1/embeddings", tags=["OpenAI"])
     async def embeddings() -> Response:

@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,9 @@ def listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(server: Server, load: Callable[[], "Moss"], say: Callable[[str], None]) -> None:
+def run(
+    server: Server, load: Callable[[], AbstractContextManager["Moss"]], say: Callable[[str], None]
+) -> None:
     """Serve until SIGINT or SIGTERM; to be called in the main thread, where Jittor may start.
 
     Args:

@@ -114,12 +114,12 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
     session.serve(answering)
     turn = Turn(
         context, encoder, wanted.plugins, params, wanted.max_new_tokens,
-        lambda: stops.found or answering.cancelled.is_set(),
+        lambda: stops.stopped or answering.cancelled.is_set(),
     )  # fmt: skip
     reason = "stop"
     for event in turn.events(conversation.message):
         if isinstance(event, Text):
-            if not stops.found and (shown := stops.push(event.text)):
+            if not stops.stopped and (shown := stops.push(event.text)):
                 answering.put(Words(choice, shown))
         elif isinstance(event, Thought):
             answering.put(Thinking(choice, event.text))
@@ -127,7 +127,7 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
             reason = "length"
         elif not (isinstance(event, Notice) and event.code in ("stopped", "empty")):
             answering.put(Extra(choice, event_fields(event)))
-    if not stops.found and (rest := stops.finish()):
+    if not stops.stopped and (rest := stops.finish()):
         answering.put(Words(choice, rest))
     if turn.sources:
         answering.put(Extra(choice, {"type": "sources", "sources": sources_fields(turn.sources)}))

@@ -68,7 +68,7 @@ class Asked(BaseModel):
     text_to_image: bool = Field(False, alias="Text-to-image")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Named:
     """A switch of the instruction: the client runs what it calls."""
 
@@ -178,7 +178,7 @@ def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, an
 
 
 async def _answer(prompt: Prompt, answering: Answering) -> dict[str, Any]:
-    pieces = []
+    pieces: list[str] = []
     async for part in answering.follow(3600):
         pieces += part
     written = "".join(pieces)
