@@ -98,6 +98,10 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def biases(self) -> dict[int, float]:
+        return {int(token): float(bias) for token, bias in dict(self.logit_bias).items()}
+
+    @property
     def penalty(self) -> float:
         if self.repetition_penalty is not None:
             return self.repetition_penalty
@@ -141,7 +145,7 @@ class Sampler:
         self._steps = params.drawn
         self._seen = set(token_ids)
         self._written: Counter[int] = Counter()
-        self._biases = {int(token): float(bias) for token, bias in params.logit_bias}
+        self._biases = params.biases
 
     def add(self, token_id: int) -> None:
         """The text goes on with this token."""
