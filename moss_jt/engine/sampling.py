@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def _checked_biases(
     given: Mapping[int, float] | Iterable[tuple[int, float]],
 ) -> tuple[tuple[int, float], ...]:
     """Pairs of a token id and its bias."""
-    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    pairs: tuple[tuple[Any, Any], ...] = tuple(given.items() if isinstance(given, Mapping) else given)
     for token, bias in pairs:
         if not (isinstance(token, Integral) and token >= 0):
             raise MossError(
