@@ -115,11 +115,12 @@ def _checked_biases(
     """Pairs of a token id and its bias."""
     pairs: tuple[tuple[Any, Any], ...] = tuple(given.items() if isinstance(given, Mapping) else given)
     for token, bias in pairs:
-        if not (isinstance(token, Integral) and token >= 0):
+        numbers = isinstance(token, Integral), isinstance(bias, Real)
+        if not numbers[0] or token < 0:
             raise MossError(
                 f"logit_bias has {token!r:.40} for a token; ids of tokens are whole numbers, 0 or more."
             )
-        if not (isinstance(bias, Real) and abs(bias) <= MOST_BIAS):
+        if not numbers[1] or not abs(bias) <= MOST_BIAS:
             raise MossError(
                 f"logit_bias of token {token} is {bias!r:.40}; it must be a number from -100 to 100."
             )
