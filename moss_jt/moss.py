@@ -310,7 +310,7 @@ class Moss:
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
-        if any(token >= self.config.vocab_size for token, _ in params.logit_bias):
+        if any(token >= self.config.vocab_size for token in params.biases):
             raise MossError(
                 f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
             )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,10 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def biases(self) -> dict[int, float]:
+        return {int(token): float(bias) for token, bias in dict(self.logit_bias).items()}
+
+    @property
     def penalty(self) -> float:
         if self.repetition_penalty is not None:
             return self.repetition_penalty
@@ -108,13 +113,14 @@ def _checked_biases(
     given: Mapping[int, float] | Iterable[tuple[int, float]],
 ) -> tuple[tuple[int, float], ...]:
     """Pairs of a token id and its bias."""
-    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    pairs: tuple[tuple[Any, Any], ...] = tuple(given.items() if isinstance(given, Mapping) else given)
     for token, bias in pairs:
-        if not (isinstance(token, Integral) and token >= 0):
+        numbers = isinstance(token, Integral), isinstance(bias, Real)
+        if not numbers[0] or token < 0:
             raise MossError(
                 f"logit_bias has {token!r:.40} for a token; ids of tokens are whole numbers, 0 or more."
             )
-        if not (isinstance(bias, Real) and abs(bias) <= MOST_BIAS):
+        if not numbers[1] or not abs(bias) <= MOST_BIAS:
             raise MossError(
                 f"logit_bias of token {token} is {bias!r:.40}; it must be a number from -100 to 100."
             )
@@ -141,7 +147,7 @@ class Sampler:
         self._steps = params.drawn
         self._seen = set(token_ids)
         self._written: Counter[int] = Counter()
-        self._biases = {int(token): float(bias) for token, bias in params.logit_bias}
+        self._biases = params.biases
 
     def add(self, token_id: int) -> None:
         """The text goes on with this token."""
