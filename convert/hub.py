@@ -16,6 +16,7 @@ from moss_jt.convert.checkpoint import (
 from moss_jt.convert.disk import Download, check_disk, folder_bytes
 from moss_jt.convert.vocabulary import required_files
 from moss_jt.errors import MissingFileError, MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.files import FULL, read_json
 
 
@@ -66,9 +67,7 @@ def open_hub(
         assert single is not None
         missing = max(0, sizes[single] - folder_bytes(folder))
         if missing:
-            notice(
-                f"{repo} is one file of {sizes[single] / 2**30:.1f} GiB, downloaded whole before it is converted."
-            )
+            notice(f"{repo} is one file of {gib(sizes[single])}, downloaded whole before it is converted.")
         # Whatever the weights' format, the model folder has about the checkpoint's size.
         check_disk(out, [max(0, sizes[single] - folder_bytes(out))], folder, [missing])
         return dict.fromkeys(read_shard(fetch(single)), single)

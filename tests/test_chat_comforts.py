@@ -1,8 +1,13 @@
 """What a chat offers beside answers: another try, settings, an instruction of one's own, what a turn cost, how far reading is."""
 
+import ast
 import io
 import itertools
+import socket
+import string
+import urllib.error
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -11,11 +16,12 @@ from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Text
 from moss_jt.chat.prompt import META, TOOLS, instruction, text_of
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason, ReasonedError
+from moss_jt.plugins.failures import failure_of
 from moss_jt.plugins.registry import PluginLoadError, make_plugins
 from moss_jt.terminal.line_input import PipeReader
 from moss_jt.terminal.loop import Terminal
-from moss_jt.terminal.reasons import CHINESE, reason
+from moss_jt.terminal.reasons import CHINESE, in_language
 from moss_jt.terminal.screen import Screen
 from moss_jt.terminal.settings import settings_of
 from moss_jt.terminal.texts import TEXTS
@@ -236,23 +242,91 @@ def test_what_fails_is_said_in_the_chats_language() -> None:
     chat.language = "zh"
     shown = talk(chat, "一除以零？\n/plugins nonsense\n/plugins ./gone.py:Plugin\n")
     assert "→ 没有结果：除数为零" in shown
-    assert "没有 nonsense 这个插件；可用的有 search" in shown and "插件 ./gone.py:Plugin 无法加载" in shown
+    assert "没有 nonsense 这个插件；可用的有 search" in shown
+    assert "插件 ./gone.py:Plugin 无法加载：没有 gone.py 这个文件" in shown
 
 
-def test_reasons() -> None:
-    assert reason("it took longer than 3 s", "zh") == "用时超过 3 秒"
-    assert reason("it took longer than 3 s", "en") == "it took longer than 3 s"
-    assert reason("KeyError: 'x'", "zh") == "KeyError: 'x'"
-    root = Path(__file__).resolve().parents[1] / "moss_jt" / "plugins"
-    said = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("*.py"))
-    ours = [english for english, _ in CHINESE if english.isascii() and english.replace(" ", "").isalpha()]
-    outside = {"math domain error"}
-    assert [english for english in ours if english not in said and english not in outside] == []
+def test_a_plugin_that_lacks_something_is_said_in_the_chats_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moss_jt.plugins.web_search.ddgs_installed", lambda: False)
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    lines = "/plugins search\n/plugins image\n/plugins calculater\n"
+    for language, said in (
+        (
+            "en",
+            (
+                "Web search needs the package ddgs: pip install ddgs.",
+                "--image-url",
+                "did you mean calculator?",
+            ),
+        ),
+        (
+            "zh",
+            (
+                "网络搜索需要安装 ddgs：pip install ddgs。",
+                "请在启动时用 --image-url",
+                "是不是想用 calculator？",
+            ),
+        ),
+    ):
+        chat = Chat(ScriptedMoss())
+        chat.language = language  # type: ignore[assignment]
+        shown = talk(chat, lines)
+        assert all(words in shown for words in said), shown
+        assert language == "en" or "server" not in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "english", "chinese"),
+    [
+        (FileNotFoundError(2, "No such file", "a.txt"), "there is no file a.txt", "没有 a.txt 这个文件"),
+        (PermissionError(13, "Denied", "a.txt"), "no permission for a.txt", "没有访问 a.txt 的权限"),
+        (OSError(28, "Full", "a.txt"), "a.txt cannot be read or written (Full)", "无法读写 a.txt（Full）"),
+        (urllib.error.URLError(ConnectionRefusedError(111, "x")), "the connection was refused; is the server running?",
+         "连接被拒绝，请检查服务器是否已启动"),
+        (socket.gaierror(-2, "x"), "the server's name is unknown; check the address and the network",
+         "无法解析服务器的域名，请检查地址和网络"),
+        (TimeoutError("timed out"), "the server did not answer in time", "服务器没有及时回应"),
+        (urllib.error.HTTPError("http://a", 503, "x", Message(), None), "the server answered with error 503", "服务器返回错误 503"),
+        (ReasonedError("{text!r} is too large", text="9"), "'9' is too large", "'9' 太大"),
+        (ValueError("as others say it"), "ValueError: as others say it", "ValueError: as others say it"),
+    ],
+)  # fmt: skip
+def test_why_a_call_failed_is_known_by_its_exception(error: Exception, english: str, chinese: str) -> None:
+    failure = failure_of(error)
+    assert (in_language(failure, "en"), in_language(failure, "zh")) == (english, chinese)
+
+
+def test_every_reason_has_its_chinese() -> None:
+    """All templates in the code, and no others, with the same values in both languages."""
+    root = Path(__file__).resolve().parents[1] / "moss_jt"
+    makers = {"Reason", "ReasonedError", "CalculationError", "NotationError"}
+    said = {
+        node.args[0].value
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in makers
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert said == CHINESE.keys()
+    for english, chinese in CHINESE.items():
+        fields = [
+            {field for _, field, _, _ in string.Formatter().parse(text) if field}
+            for text in (english, chinese)
+        ]
+        assert fields[0] == fields[1], english
+
+
+def test_a_reason_within_a_reason_is_said_too() -> None:
+    fault = Reason("{name} is missing", name="label")
+    whole = Reason("the plugin cannot be called: {fault}", fault=fault)
+    assert whole == "the plugin cannot be called: label is missing"
+    assert in_language(MossError(whole), "zh") == "插件无法调用：缺少 label"
 
 
 def test_both_languages_fill_in_the_same_values() -> None:
-    import string
-
     for english, chinese in TEXTS.values():
         assert {field for _, field, _, _ in string.Formatter().parse(english) if field} == {
             field for _, field, _, _ in string.Formatter().parse(chinese) if field
@@ -292,7 +366,7 @@ def test_a_plugin_of_ones_own_needs_no_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("own.py:Gone", OWN, "has no attribute 'Gone'"),
+        ("own.py:Gone", OWN, "own.py has no class Gone"),
         ("own.py", OWN, "name the class in it"),
         ("missing.py:Dice", OWN, "there is no file"),
         ("own.py:Dice", "def (", "SyntaxError"),

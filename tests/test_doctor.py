@@ -96,7 +96,7 @@ def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pyte
     assert doctor.compiler().verdict == "problem"
 
 
-CARD = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (13, 0))
+CARD = Card("Card 9000", 12 * (1 << 30), 11 * (1 << 30), (8, 6), (13, 0))
 
 
 def missing(text: str) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
     found = {finding.what: finding for finding in doctor.gpu_findings()}
     assert (
         found["GPU"].text
-        == "0: Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 13.0"
+        == "0: Card 9000, sm_86, 12.00 GiB, of which 11.00 GiB are free; the driver knows CUDA up to 13.0"
     )
     assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
     assert "moss-jt --gpu" not in found
@@ -195,5 +195,5 @@ def test_model_folders_are_judged(home: Path) -> None:
     (home / "models" / "begun").mkdir()
     found = {finding.what: finding for finding in doctor.models()}
     assert [found[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
-    assert "4 blocks, float16" in found["Model good"].text
+    assert "4 blocks, float16, " in found["Model good"].text and " MiB in " in found["Model good"].text
     assert "head.safetensors" in found["Model cut"].advice

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from moss_jt.commands.progress import byte_bar, size_text
+from moss_jt.commands.progress import byte_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.disk import folder_bytes
@@ -18,6 +18,7 @@ from moss_jt.convert.folder_source import ModelFolder, folder_recipe
 from moss_jt.convert.hub import open_hub
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.locations import TINY, folder_for, model_home, published, remember_last, tiny_checkpoint
 from moss_jt.store.model_folder import MANIFEST
 from moss_jt.terminal.output import harmless
@@ -87,7 +88,7 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
     remember_last(out)
     screen = Screen()
     screen.line(
-        f"{out} is ready ({size_text(folder_bytes(out))})."
+        f"{out} is ready ({gib(folder_bytes(out))})."
         if fresh
         else f"{out} was converted already; nothing to do."
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from moss_jt.commands.progress import size_text
 from moss_jt.convert.disk import folder_bytes
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.locations import models_folder
 from moss_jt.store.manifest import MANIFEST
 from moss_jt.terminal.screen import Screen
@@ -28,7 +28,7 @@ def command(names: tuple[str, ...], yes: bool) -> None:
     for folder in folders:
         size = 0 if folder.is_symlink() else folder_bytes(folder)
         remove(folder)
-        Screen().line(f"{folder.name} is removed ({size_text(size)}).")
+        Screen().line(f"{folder.name} is removed ({gib(size)}).")
 
 
 def folder_of(name: str) -> Path:
@@ -53,7 +53,7 @@ def confirm(folders: list[Path]) -> None:
     """
     if not sys.stdin.isatty():
         raise click.UsageError("nobody can be asked here; add --yes to remove.")
-    sizes = size_text(sum(0 if folder.is_symlink() else folder_bytes(folder) for folder in folders))
+    sizes = gib(sum(0 if folder.is_symlink() else folder_bytes(folder) for folder in folders))
     Screen(sys.stderr).write(f"Remove {', '.join(folder.name for folder in folders)} ({sizes})? [y/N] ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise click.Abort

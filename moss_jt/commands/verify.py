@@ -2,8 +2,9 @@
 
 import click
 
-from moss_jt.commands.progress import byte_bar, size_text
+from moss_jt.commands.progress import byte_bar
 from moss_jt.convert.named import model_folder
+from moss_jt.plan.residency import gib
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.verify import verify_store
 from moss_jt.terminal.screen import Screen
@@ -20,6 +21,4 @@ def command(model: str | None) -> None:
     total = sum(spec.nbytes for file in store.files for spec in file.tensors.values())
     with byte_bar(store.path.name, total) as bar:
         verify_store(store, bar.update)
-    Screen().line(
-        f"{store.path} is whole: {size_text(total)} in {len(store.files)} files, every checksum right."
-    )
+    Screen().line(f"{store.path} is whole: {gib(total)} in {len(store.files)} files, every checksum right.")

@@ -25,10 +25,10 @@ from moss_jt.backend.home import (
 from moss_jt.backend.toolkit import find_toolkit
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import default_budget, process_memory
+from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.locations import model_home, models_folder
 from moss_jt.store.model_folder import MANIFEST, open_store
 
-GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
 CONVERSION_BYTES = 45 * 10**9
@@ -191,10 +191,8 @@ def processor() -> Finding:
 
 def memory() -> Finding:
     found = process_memory()
-    text = (
-        f"{found.total_bytes / GIB:.1f} GiB, of which {found.free_bytes / GIB:.1f} are free; default limit "
-    )
-    return Finding("Memory", "ok", f"{text}{default_budget(found) / GIB:.1f} GiB (--memory)")
+    text = f"{gib(found.total_bytes)}, of which {gib(found.free_bytes)} are free; default limit "
+    return Finding("Memory", "ok", f"{text}{gib(default_budget(found))} (--memory)")
 
 
 def disk() -> Finding:
@@ -213,8 +211,8 @@ def gpu(card: Card) -> Finding:
     """The driver and a card."""
     cuda = f"{card.driver_cuda[0]}.{card.driver_cuda[1]}"
     text = (
-        f"{card.number}: {card.name}, sm_{card.compute[0]}{card.compute[1]}, {card.total_bytes / GIB:.1f} GiB, of which "
-        f"{card.free_bytes / GIB:.1f} are free; the driver knows CUDA up to {cuda}"
+        f"{card.number}: {card.name}, sm_{card.compute[0]}{card.compute[1]}, {gib(card.total_bytes)}, of which "
+        f"{gib(card.free_bytes)} are free; the driver knows CUDA up to {cuda}"
     )
     if card.is_too_old:
         oldest = f"{OLDEST_CARD[0]}.{OLDEST_CARD[1]}"
@@ -259,6 +257,5 @@ def model(folder: Path) -> Finding:
         store = open_store(folder)
     except MossError as error:
         return Finding(what, "problem", "damaged", str(error))
-    size = sum(file.nbytes for file in store.files) / GIB
-    precision = "float16" if store.bits == 16 else f"int{store.bits}"
-    return Finding(what, "ok", f"{store.config.n_layer} blocks, {precision}, {size:.2f} GiB in {folder}")
+    size = gib(sum(file.nbytes for file in store.files))
+    return Finding(what, "ok", f"{store.config.n_layer} blocks, {BITS_NAMES[store.bits]}, {size} in {folder}")

@@ -8,9 +8,10 @@ from moss_jt.chat.events import Event, Notice
 from moss_jt.chat.turn import TooLongError
 from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.errors import MossError
-from moss_jt.plugins.registry import PluginLoadError, UnknownPluginError, plugin_names
+from moss_jt.plugins.registry import plugin_names
 from moss_jt.terminal.line_input import LineReader
 from moss_jt.terminal.pictures import Shower
+from moss_jt.terminal.reasons import in_language
 from moss_jt.terminal.screen import Screen
 from moss_jt.terminal.settings import (
     MAX_FILE_KIB,
@@ -105,7 +106,7 @@ class Terminal:
             too_long = say("too_long", self._chat.language, tokens=error.tokens, room=error.room)
             self._screen.line(too_long, "warning")
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
 
     def _retry(self) -> None:
         if self._chat.message is None:
@@ -155,7 +156,7 @@ class Terminal:
         try:
             self._dropped(self._chat.instruct(text))
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
         else:
             self._say("system_set" if path else "system_own", path=path)
 
@@ -166,14 +167,8 @@ class Terminal:
         try:
             if names:
                 self._dropped(self._chat.switch([*wanted, *(name for name in names if name not in on)]))
-        except UnknownPluginError as error:
-            self._warn("no_plugin", name=error.name, known=error.known)
-            return
-        except PluginLoadError as error:
-            self._warn("plugin_broken", name=error.name, reason=error.reason)
-            return
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
             return
         on_now = {plugin.name for plugin in self._chat.plugins}
         known = [*plugin_names(), *sorted(on_now - set(plugin_names()))]
@@ -186,8 +181,16 @@ class Terminal:
             notice = Notice("dropped", {"turns": turns})
             self._screen.line(notice_text(notice, self._chat.language), "warning")
 
+    def _fail(self, error: MossError) -> None:
+        self._screen.error(MossError(sentence(in_language(error, self._chat.language))))
+
     def _say(self, code: str, **values: str) -> None:
         self._screen.line(say(code, self._chat.language, **values), "dim")
 
     def _warn(self, code: str, **values: str) -> None:
         self._screen.line(say(code, self._chat.language, **values), "warning")
+
+
+def sentence(text: str) -> str:
+    """What an error says after ``moss-jt: error:``, as a sentence of its own; a name at its beginning stays as it is."""
+    return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text

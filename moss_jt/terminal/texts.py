@@ -117,11 +117,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "file_unreadable": ("it may not be read, or is none.", "没有读取权限，或者不是普通文件。"),
     "file_no_text": ("it holds something else.", "内容不是 UTF-8 文本。"),
     "file_too_long": ("it is longer than {limit} KiB.", "它超过 {limit} KiB。"),
-    "no_plugin": (
-        "There is no plugin {name}; there are {known}. One of your own: ./FILE.py:CLASS.",
-        "没有 {name} 这个插件；可用的有 {known}。自己写的插件请写成 ./文件.py:类名。",
-    ),
-    "plugin_broken": ("The plugin {name} cannot be loaded: {reason}", "插件 {name} 无法加载：{reason}"),
     "picture": ("picture: {path}", "图片：{path}"),
     "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
     "loaded": (
