@@ -7,14 +7,18 @@ from typing import Any
 class Reason(str):
     """A sentence in English that remembers its template and what was filled in, so that it can be said in another language.
 
-    ``Reason("there is no file {path}", path=path)``. moss_jt.terminal.reasons has the templates in Chinese.
+    ``Reason("there is no file {path}", path=path)``; a tuple is a list of names. moss_jt.terminal.reasons has the templates in
+    Chinese.
     """
 
     template: str
     values: dict[str, Any]
 
     def __new__(cls, template: str, **values: Any) -> "Reason":
-        self = super().__new__(cls, template.format(**values) if values else template)
+        shown = {
+            name: ", ".join(value) if isinstance(value, tuple) else value for name, value in values.items()
+        }
+        self = super().__new__(cls, template.format(**shown) if values else template)
         self.template, self.values = template, values
         return self
 

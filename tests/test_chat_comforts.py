@@ -6,15 +6,16 @@ import itertools
 import socket
 import string
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from email.message import Message
 from pathlib import Path
 
 import pytest
 
 from moss_jt.chat.chat import Chat
-from moss_jt.chat.events import Text
+from moss_jt.chat.events import Event, Text
 from moss_jt.chat.prompt import META, TOOLS, instruction, text_of
+from moss_jt.chat.turn import TurnStats
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError, Reason, ReasonedError
 from moss_jt.plugins.failures import failure_of
@@ -89,6 +90,14 @@ def test_nothing_to_answer_again() -> None:
     with pytest.raises(MossError, match="nothing was said yet"):
         chat.retry()
     assert "Nothing was asked yet." in talk(chat, "/retry\n")
+
+
+def test_a_greedy_retry_is_told_to_stay_the_same() -> None:
+    moss = ScriptedMoss(" one<eom>", " one<eom>", " one<eom>", " two<eom>")
+    chat = Chat(moss, temperature=0)
+    assert "At temperature 0 MOSS gives the same answer again" in talk(chat, "well?\n/retry\n")
+    chat.params = SamplingParams(temperature=0.7)
+    assert "At temperature 0" not in talk(chat, "well?\n/retry\n")
 
 
 # Settings.
@@ -171,6 +180,49 @@ def test_an_instruction_that_cannot_be_read_changes_nothing(tmp_path: Path) -> N
     assert chat.token_ids == before and chat.system is None
 
 
+# What is typed wrongly is told on one line, and MOSS is asked nothing.
+
+
+@pytest.mark.parametrize(
+    ("line", "english", "chinese"),
+    [
+        (
+            "/retry now",
+            "/retry is a command of its own: type nothing after it.",
+            "/retry 是单独的命令，后面不用加任何内容。",
+        ),
+        ("/help me", "/help is a command of its own", "/help 是单独的命令"),
+        ("/exit now", "/exit is a command of its own", "/exit 是单独的命令"),
+        ("/thoughts maybe", "/thoughts is a command of its own", "/thoughts 是单独的命令"),
+        ("/set temperature", "Type /set NAME VALUE", "修改设置请输入 /set 名称 值"),
+        ("/set temprature 1", "did you mean temperature?", "是不是想用 temperature？"),
+        (
+            "/retri",
+            "There is no command /retri; did you mean /retry?",
+            "没有 /retri 这个命令，是不是想用 /retry？",
+        ),
+        ("/plugin calculator", "did you mean /plugins?", "是不是想用 /plugins？"),
+        ("/xyzzy now", "There is no command /xyzzy; /help lists them.", "没有 /xyzzy 这个命令，输入 /help"),
+        ("/重来", "There is no command /重来", "没有 /重来 这个命令"),
+    ],
+)
+def test_a_command_that_is_typed_wrongly_is_no_message(line: str, english: str, chinese: str) -> None:
+    for language, said in (("en", english), ("zh", chinese)):
+        chat = Chat(ScriptedMoss())
+        chat.language = language  # type: ignore[assignment]
+        assert said in talk(chat, f"{line}\n") and chat.message is None and chat.turns == 0
+
+
+def test_thoughts_are_switched_by_word_too_and_words_alone_are_messages() -> None:
+    moss = ScriptedMoss(" one<eom>", " two<eom>", " three<eom>")
+    chat = Chat(moss, temperature=0)
+    shown = talk(
+        chat, "/thoughts off\n/thoughts off\n/thoughts on\nclear the table\nstop that\n/usr/bin is what?\n"
+    )
+    assert shown.count("Inner thoughts are hidden.") == 2 and "Inner thoughts are shown." in shown
+    assert moss.model.finished and chat.turns == 3
+
+
 # Leaving.
 
 
@@ -192,7 +244,27 @@ def test_what_an_answer_cost_is_said_after_it() -> None:
     assert stats.later_tokens == stats.new_tokens - 1 and stats.later_s > 0
     cost = stream.getvalue().splitlines()[-1]
     assert cost.startswith(f"  {stats.read_tokens} tokens read and {stats.new_tokens} written in ")
-    assert " s; written at " in cost and cost.endswith(" tokens/s")
+    assert cost.endswith(" s"), "a rate over a few milliseconds says nothing"
+
+
+def test_a_rate_needs_half_a_second() -> None:
+    assert TurnStats(new_tokens=9, later_tokens=8, later_s=0.4).tokens_per_s is None
+    assert TurnStats(new_tokens=9, later_tokens=8, later_s=0.5).tokens_per_s == 16
+    stream = io.StringIO()
+    chat = Chat(ScriptedMoss(" one<eom>"), temperature=0)
+    view = TurnView(Screen(stream, {}), chat, lambda path: None)
+    events = chat.send("go")
+    for event in events:
+        view.show_event(event)
+    chat.stats.later_tokens, chat.stats.later_s = 8, 0.5
+    for language, said in (("en", "; written at 16.0 tokens/s"), ("zh", "；生成速度 16.0 词元/秒")):
+        chat.language = language  # type: ignore[assignment]
+        view.show(iter_nothing())
+        assert said in stream.getvalue()
+
+
+def iter_nothing() -> Generator[Event]:
+    yield from ()
 
 
 def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
@@ -242,7 +314,7 @@ def test_what_fails_is_said_in_the_chats_language() -> None:
     chat.language = "zh"
     shown = talk(chat, "一除以零？\n/plugins nonsense\n/plugins ./gone.py:Plugin\n")
     assert "→ 没有结果：除数为零" in shown
-    assert "没有 nonsense 这个插件；可用的有 search" in shown
+    assert "没有 nonsense 这个插件；可用的有 search、calculator、" in shown
     assert "插件 ./gone.py:Plugin 无法加载：没有 gone.py 这个文件" in shown
 
 

@@ -58,7 +58,7 @@ def test_a_missing_compiler_is_a_problem_with_its_remedy(
     code, text = run(capsys)
     assert code == 1
     assert "g++ is missing: install it" in text
-    assert "1 problem(s)" in text
+    assert "1 problem to solve" in text
 
 
 def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,17 +118,17 @@ def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
         == "0: Card 9000, sm_86, 12.00 GiB, of which 11.00 GiB are free; the driver knows CUDA up to 13.0"
     )
     assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
-    assert "moss-jt --gpu" not in found
+    assert "--gpu" not in found
     monkeypatch.setattr(
         doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}, scattered=True)
     )
     monkeypatch.setattr(doctor, "require_gpu", lambda number: None)
     toolkit, last = list(doctor.gpu_findings())[1], list(doctor.gpu_findings())[-1]
     assert toolkit.text == "13.0, /x/bin/nvcc, completed with pip's wheels at the first start"
-    assert last.text == "all that it needs is there"
+    assert last.text == "everything that it needs is there"
     monkeypatch.setattr(doctor, "require_gpu", missing("update the driver."))
     last = list(doctor.gpu_findings())[-1]
-    assert (last.what, last.verdict, last.advice) == ("moss-jt --gpu", "problem", "update the driver.")
+    assert (last.what, last.verdict, last.advice) == ("--gpu", "problem", "update the driver.")
 
 
 def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,8 +143,8 @@ def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
         ("GPU", "note"),
         ("CUDA toolkit", "ok"),
         ("CuPy", "ok"),
-        ("moss-jt --gpu --device 0", "ok"),
-        ("moss-jt --gpu --device 1", "problem"),
+        ("--gpu --device 0", "ok"),
+        ("--gpu --device 1", "problem"),
     ]
     assert found[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in found[1].advice
 
@@ -171,7 +171,7 @@ def test_with_gpu_doctor_says_what_it_takes(
         main(["doctor", "--gpu"])
     text = capsys.readouterr().out
     assert left.value.code == 1 and "Only to compute on a GPU" not in text
-    assert "what it takes" in text and "Nothing was downloaded" in text
+    assert "needs these steps" in text and "Nothing was downloaded" in text
     for words in wanted:
         assert words in text
 

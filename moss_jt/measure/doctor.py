@@ -101,12 +101,12 @@ def gpu_findings(wanted: bool = False) -> Iterator[Finding]:
 
 
 def suits(card: Card, one_of_several: bool) -> Finding:
-    what = f"moss-jt --gpu --device {card.number}" if one_of_several else "moss-jt --gpu"
+    what = f"--gpu --device {card.number}" if one_of_several else "--gpu"
     try:
         require_gpu(card.number)
     except MossError as error:
         return Finding(what, "problem", "the parts do not suit each other", str(error))
-    return Finding(what, "ok", "all that it needs is there")
+    return Finding(what, "ok", "everything that it needs is there")
 
 
 def what_it_takes(card: Card | None) -> Finding:
@@ -117,9 +117,7 @@ def what_it_takes(card: Card | None) -> Finding:
     if series != NEWEST_SERIES:
         steps.append("a CUDA Toolkit 12 with nvcc, from NVIDIA or with python -m jittor_utils.install_cuda")
     steps.append("the first start, which compiles Jittor once more, for minutes")
-    return Finding(
-        "moss-jt --gpu", "note", "what it takes", "; ".join(steps) + ". Nothing was downloaded now."
-    )
+    return Finding("--gpu", "note", "needs these steps", "; ".join(steps) + ". Nothing was downloaded now.")
 
 
 def python() -> Finding:

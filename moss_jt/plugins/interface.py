@@ -91,7 +91,7 @@ def plugin_fault(plugin: object) -> Reason | None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         return Reason("timeout_s is {type}, and must be a number of seconds above 0", type=type_of(seconds))
     if found["style"] not in get_args(Style):
-        return Reason("style is not one of {styles}", styles=", ".join(get_args(Style)))
+        return Reason("style is not one of {styles}", styles=get_args(Style))
     return None if callable(found["call"]) else Reason("call is not a method")
 
 

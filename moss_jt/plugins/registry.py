@@ -27,7 +27,7 @@ class UnknownPluginError(MossError):
 
     def __init__(self, name: str) -> None:
         names = plugin_names()
-        known = ", ".join(names)
+        known = tuple(names)
         if meant := difflib.get_close_matches(name.lower(), names, 1):
             super().__init__(
                 Reason(

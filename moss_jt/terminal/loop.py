@@ -1,6 +1,8 @@
 """The chat on a terminal: it reads what the user types, and does it."""
 
+import re
 from collections.abc import Callable, Generator
+from difflib import get_close_matches
 from pathlib import Path
 
 from moss_jt.chat.chat import Chat
@@ -25,6 +27,18 @@ from moss_jt.terminal.turn_view import TurnView
 
 PROMPT = "› "
 LEAVING = ("stop", "/stop", "/exit", "/quit")
+COMMANDS = (
+    "/clear",
+    "/exit",
+    "/help",
+    "/plugins",
+    "/quit",
+    "/retry",
+    "/set",
+    "/stop",
+    "/system",
+    "/thoughts",
+)
 
 
 class Terminal:
@@ -78,22 +92,33 @@ class Terminal:
             "clear": self._clear,
             "/clear": self._clear,
             "/help": lambda: self._say("help"),
-            "/thoughts": self._toggle_thoughts,
             "/retry": self._retry,
         }
         if word in commands and not names:
             commands[word]()
+        elif word == "/thoughts" and names in ([], ["on"], ["off"]):
+            self._show_thoughts(names == ["on"] if names else not self._thoughts)
         elif word == "/plugins":
             self._plugins([name for part in names for name in part.split(",") if name])
         elif word == "/set" and len(names) in (0, 2):
             self._set(*names)
         elif word == "/system":
             self._system(line.removeprefix(word).strip())
-        elif word.startswith("/") and not names and "/" not in word[1:]:
-            self._say("unknown", word=word)
+        elif word == "/set":
+            self._warn("set_usage")
+        elif word in COMMANDS:
+            self._warn("takes_nothing", word=word)
+        elif re.fullmatch(r"/\w+", word):
+            self._unknown(word)
         else:
             self._answer(lambda: self._chat.send(line))
         self._screen.line()
+
+    def _unknown(self, word: str) -> None:
+        if meant := get_close_matches(word.lower(), COMMANDS, 1):
+            self._warn("unknown_meant", word=word, meant=meant[0])
+        else:
+            self._warn("unknown", word=word)
 
     def _answer(self, begin: Callable[[], Generator[Event]]) -> None:
         """Have an answer written, and show what comes."""
@@ -111,13 +136,18 @@ class Terminal:
     def _retry(self) -> None:
         if self._chat.message is None:
             self._warn("nothing_to_retry")
-        else:
-            self._answer(self._chat.retry)
+            return
+        if self._chat.params.temperature == 0:
+            self._say("retry_greedy")
+        self._answer(self._chat.retry)
 
     def _greet(self) -> None:
         self._say("greeting", model=self._model)
         if self._chat.plugins:
-            self._say("plugins_on", names=", ".join(plugin.name for plugin in self._chat.plugins))
+            self._say(
+                "plugins_on",
+                names=say("comma", self._chat.language).join(plugin.name for plugin in self._chat.plugins),
+            )
         else:
             self._say("plugins_hint")
         self._screen.line()
@@ -128,9 +158,9 @@ class Terminal:
             self._screen.raw("\x1b[2J\x1b[H")
         self._say("cleared")
 
-    def _toggle_thoughts(self) -> None:
-        self._thoughts = not self._thoughts
-        self._say("thoughts_on" if self._thoughts else "thoughts_off")
+    def _show_thoughts(self, shown: bool) -> None:
+        self._thoughts = shown
+        self._say("thoughts_on" if shown else "thoughts_off")
 
     def _set(self, name: str = "", value: str = "") -> None:
         """Change a setting of the answers to come, or list them all."""
@@ -139,7 +169,8 @@ class Terminal:
             lines = "\n".join(f"  {key} {shown}" for key, shown in settings.items())
             self._say("settings", lines=lines, penalty=str(REPETITION_PENALTY))
         elif name not in settings:
-            self._warn("no_setting", name=name)
+            meant = get_close_matches(name.lower(), settings, 1)
+            self._warn("no_setting_meant" if meant else "no_setting", name=name, meant="".join(meant))
         elif change_setting(self._chat, name, value):
             self._say("set", name=name, value=settings_of(self._chat)[name])
         else:

@@ -123,8 +123,10 @@ def in_language(text: object, language: Language) -> str:
         text = text.args[0] if text.args and isinstance(text.args[0], Reason) else str(text)
     if language == "en" or not isinstance(text, Reason) or text.template not in CHINESE:
         return str(text)
-    values = {
-        name: in_language(value, language) if isinstance(value, Reason) else value
-        for name, value in text.values.items()
-    }
-    return CHINESE[text.template].format(**values)
+    return CHINESE[text.template].format(**{name: _in_chinese(value) for name, value in text.values.items()})
+
+
+def _in_chinese(value: object) -> object:
+    if isinstance(value, tuple):
+        return "、".join(map(str, value))
+    return in_language(value, "zh") if isinstance(value, Reason) else value
