@@ -18,6 +18,7 @@ from moss_jt.convert.vocabulary import required_files
 from moss_jt.errors import MissingFileError, MossError
 from moss_jt.plan.residency import gib
 from moss_jt.store.files import FULL, read_json
+from moss_jt.store.published import closest
 
 
 def open_hub(
@@ -85,13 +86,13 @@ def hub_errors(repo: str) -> Iterator[None]:
         yield
     except errors.HFValidationError as error:
         raise MossError(
-            f"{repo!r} is neither a folder nor a hub id such as fnlp/moss-moon-003-sft."
+            f"{repo!r} is neither a folder nor the id of a model on the hub, such as fnlp/moss-moon-003-sft-plugin."
         ) from error
     except errors.GatedRepoError as error:
         raise MossError(f"{repo} is gated: accept its terms on the hub and set HF_TOKEN.") from error
     except errors.RepositoryNotFoundError as error:
         raise MossError(
-            f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN)."
+            f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN){closest(repo)}"
         ) from error
     except UnicodeEncodeError as error:  # of a header
         raise MossError(

@@ -12,8 +12,9 @@ from moss_jt.plan.report import GB, Speed, Speeds, report
 from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
 from moss_jt.plan.verdict import verdict
 from moss_jt.store.config import MOSS_MOON_003
-from moss_jt.store.locations import PUBLISHED, model_home
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.published import PUBLISHED
 from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geometry, sizes_of_store
 from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_under

@@ -28,6 +28,7 @@ from moss_jt.plan.machine import default_budget, process_memory
 from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.locations import model_home, models_folder
 from moss_jt.store.model_folder import MANIFEST, open_store
+from moss_jt.store.published import RECOMMENDED
 
 PYTHONS = ((3, 11), (3, 12))
 # What converting the 16-billion-parameter model needs at most.
@@ -199,9 +200,7 @@ def disk() -> Finding:
     text = f"{free / 1e9:.0f} GB free for {model_home()}"
     if free >= CONVERSION_BYTES:
         return Finding("Disk", "ok", text)
-    advice = (
-        "Converting the float16 model needs 45 GB: set MOSS_JT_HOME to a larger disk, or convert an int4 one."
-    )
+    advice = "Converting a float16 model takes 45 GB, an int4 one 22 GB: set MOSS_JT_HOME to a folder on a larger disk."
     return Finding("Disk", "note", text, advice)
 
 
@@ -237,9 +236,7 @@ def models() -> Iterator[Finding]:
     """Each folder under the model home, finished or not."""
     folders = sorted(path for path in models_folder().glob("*") if path.is_dir())
     if not folders:
-        advice = (
-            "moss-jt chat moss-tiny works at once; moss-jt convert fnlp/moss-moon-003-sft gets the real one."
-        )
+        advice = f"moss-jt chat moss-tiny works at once; moss-jt convert {RECOMMENDED} gets the real one."
         yield Finding("Models", "note", "none converted yet", advice)
     for folder in folders:
         yield model(folder)
