@@ -68,7 +68,9 @@ def open_hub(
         assert single is not None
         missing = max(0, sizes[single] - folder_bytes(folder))
         if missing:
-            notice(f"{repo} is one file of {gib(sizes[single])}, downloaded whole before it is converted.")
+            notice(
+                f"{repo} is one file of {gib(sizes[single])}, downloaded completely before it is converted."
+            )
         # Whatever the weights' format, the model folder has about the checkpoint's size.
         check_disk(out, [max(0, sizes[single] - folder_bytes(out))], folder, [missing])
         return dict.fromkeys(read_shard(fetch(single)), single)

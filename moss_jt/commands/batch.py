@@ -157,8 +157,8 @@ def _finished(name: str, answer: "Begun") -> bytes:
     index, line, request, generation = answer
     generation.finish()
     stats = generation.stats
-    found = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
-    return encoded(answer_line(index, name, line, request, found))
+    finished = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
+    return encoded(answer_line(index, name, line, request, finished))
 
 
 def encoded(line: str) -> bytes:

@@ -95,7 +95,7 @@ class Work:
         if not self.before.exists() and self._has_old_errors():
             self.answers.replace(self.before)
         with self.answers.open("a+b") as self._file:
-            done, _ = self._whole(self._file)
+            done, _ = self._check(self._file)
             yield done
 
     def _has_old_errors(self) -> bool:
@@ -103,17 +103,17 @@ class Work:
         if not self.answers.exists():
             return False
         with self.answers.open("rb") as file:
-            return self._whole(file)[1]
+            return self._check(file)[1]
 
-    def _whole(self, file: BinaryIO) -> tuple[int, bool]:
+    def _check(self, file: BinaryIO) -> tuple[int, bool]:
         """How many answers a file holds, and whether one of them is to be made again; what a kill cut off is removed."""
         file.seek(0)
         done, end, again = 0, 0, False
         for (number, line), raw in zip(lines_of(self.prompts), _results(file), strict=False):
-            found = standing(raw.decode("utf-8", "replace"), done, self.model, line)
-            if found == "foreign":
+            state = standing(raw.decode("utf-8", "replace"), done, self.model, line)
+            if state == "foreign":
                 self._refuse(done + 1)
-            again |= found == "old error" or (found == "error" and number not in self.survey.faults)
+            again |= state == "old error" or (state == "error" and number not in self.survey.faults)
             done, end = done + 1, end + len(raw)
         if done == self.survey.total and file.readline(1):
             self._refuse(done + 1)
@@ -142,8 +142,8 @@ class Work:
                 if index < done:
                     continue
                 text = "" if raw is None else raw.decode("utf-8", "replace")
-                found = standing(text, index, self.model, line)
-                good = found == "answer" or (found == "error" and number in self.survey.faults)
+                state = standing(text, index, self.model, line)
+                good = state == "answer" or (state == "error" and number in self.survey.faults)
                 yield raw if good else None
 
     def write(self, line: bytes) -> None:
@@ -164,13 +164,13 @@ class Work:
 
 
 def _cut_off(rest: bytes) -> bool:
-    """Whether what stands behind the last whole line can be the beginning of one of ours."""
+    """Whether what stands behind the last complete line can be the beginning of one of ours."""
     return any(
         rest.startswith(mark) or mark.startswith(rest) for mark in (b'{"index": ', b'{"id": "batch_req_')
     )
 
 
 def _results(file: BinaryIO) -> Iterator[bytes]:
-    """Whole lines."""
+    """Complete lines."""
     while (raw := file.readline(MAX_LINE)).endswith(b"\n"):
         yield raw

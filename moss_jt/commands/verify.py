@@ -21,4 +21,6 @@ def command(model: str | None) -> None:
     total = sum(spec.nbytes for file in store.files for spec in file.tensors.values())
     with byte_bar(store.path.name, total) as bar:
         verify_store(store, bar.update)
-    Screen().line(f"{store.path} is whole: {gib(total)} in {len(store.files)} files, every checksum right.")
+    Screen().line(
+        f"{store.path} is complete: {gib(total)} in {len(store.files)} files, every checksum right."
+    )

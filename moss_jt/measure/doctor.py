@@ -149,17 +149,17 @@ def installed(package: str) -> str | None:
 
 
 def jittor() -> Finding:
-    found = installed("jittor")
-    if found is None:
+    version = installed("jittor")
+    if version is None:
         return Finding("Jittor", "problem", "not installed", "pip install jittor==1.3.11.0")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    release = ".".join(found.split(".")[:3])
+    release = ".".join(version.split(".")[:3])
     if any(cache_folder().glob(f"jt{release}/**/jittor_core{suffix}")):
-        return Finding("Jittor", "ok", f"{found}, compiled in {cache_folder()}")
+        return Finding("Jittor", "ok", f"{version}, compiled in {cache_folder()}")
     return Finding(
         "Jittor",
         "note",
-        f"{found}, not compiled yet",
+        f"{version}, not compiled yet",
         "The first start compiles it, once: 1 to 3 minutes, with CUDA 2 to 5.",
     )
 
@@ -189,9 +189,9 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    found = process_memory()
-    text = f"{gib(found.total_bytes)}, of which {gib(found.free_bytes)} are free; default limit "
-    return Finding("Memory", "ok", f"{text}{gib(default_budget(found))} (--memory)")
+    memory = process_memory()
+    text = f"{gib(memory.total_bytes)}, of which {gib(memory.free_bytes)} are free; default limit "
+    return Finding("Memory", "ok", f"{text}{gib(default_budget(memory))} (--memory)")
 
 
 def disk() -> Finding:

@@ -76,23 +76,23 @@ class Plugin(Protocol):
 
 def plugin_fault(plugin: object) -> Reason | None:
     """What is wrong with a plugin that others wrote, such as ``timeout_s is missing``; None where it can be called."""
-    found: dict[str, object] = {}
+    attributes: dict[str, object] = {}
     for name in ("name", "label", "function", "argument", "style", "timeout_s", "call"):
         try:
-            found[name] = getattr(plugin, name)
+            attributes[name] = getattr(plugin, name)
         except Exception as error:  # noqa: BLE001  a property may do anything
             if isinstance(error, AttributeError):
                 return Reason("{name} is missing", name=name)
             return Reason("{name} cannot be read", name=name)
     for name in ("name", "label", "function", "argument"):
-        if not isinstance(found[name], str) or not found[name]:
-            return Reason("{name} is {type}, and must be text", name=name, type=type_of(found[name]))
-    seconds = found["timeout_s"]
+        if not isinstance(attributes[name], str) or not attributes[name]:
+            return Reason("{name} is {type}, and must be text", name=name, type=type_of(attributes[name]))
+    seconds = attributes["timeout_s"]
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         return Reason("timeout_s is {type}, and must be a number of seconds above 0", type=type_of(seconds))
-    if found["style"] not in get_args(Style):
+    if attributes["style"] not in get_args(Style):
         return Reason("style is not one of {styles}", styles=get_args(Style))
-    return None if callable(found["call"]) else Reason("call is not a method")
+    return None if callable(attributes["call"]) else Reason("call is not a method")
 
 
 def outcome_fault(outcome: object) -> Reason | None:

@@ -131,7 +131,7 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
                     "the plugin {name} cannot be called: {fault}.", name=type(plugin).__name__, fault=fault
                 )
             )
-    order = {name: place for place, name in enumerate(BUILT_IN)}
+    order = {name: index for index, name in enumerate(BUILT_IN)}
     unique = {plugin.name: plugin for plugin in made}
     return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))
 
