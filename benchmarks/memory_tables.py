@@ -3,6 +3,7 @@
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.plan.placement import less_margin
 from moss_jt.plan.report import BITS_NAMES, GB, Speed, Speeds
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
 from moss_jt.store.config import MOSS_MOON_003
@@ -57,7 +58,10 @@ def gpu_table() -> str:
         for bits in BITS:
             sizes = sizes_of_geometry(MOSS_MOON_003, bits)
             needs = CudaNeeds(MOSS_MOON_003, bits)
-            plans = [plan_gpu(sizes, needs, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
+            plans = [
+                plan_gpu(sizes, needs, CONTEXT, less_margin(card * GIB), (ram - SYSTEM) * GIB)
+                for ram in HOSTS
+            ]
             disk = " / ".join(f"{plan.disk_bytes_per_pass / GB:.1f}" for plan in plans)
             seconds = " / ".join(f"{speeds.seconds(plan):.2f}" for plan in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"

@@ -28,11 +28,9 @@ from moss_jt.plan.machine import default_budget, process_memory
 from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.locations import model_home, models_folder
 from moss_jt.store.model_folder import MANIFEST, open_store
-from moss_jt.store.published import RECOMMENDED
+from moss_jt.store.published import CONVERSION_BYTES, RECOMMENDED
 
 PYTHONS = ((3, 11), (3, 12))
-# What converting the 16-billion-parameter model needs at most.
-CONVERSION_BYTES = 45 * 10**9
 # What pip takes for the extras, as seen with CUDA 13.0's wheels and CuPy 13.6.
 EXTRA_SIZES = {13: "0.73 GB to download, 1.3 GB on the disk", 12: "0.11 GB to download, 0.23 GB on the disk"}
 
@@ -198,7 +196,7 @@ def disk() -> Finding:
     there = next(parent for parent in (model_home(), *model_home().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:.0f} GB free for {model_home()}"
-    if free >= CONVERSION_BYTES:
+    if free >= CONVERSION_BYTES[16]:
         return Finding("Disk", "ok", text)
     advice = "Converting a float16 model takes 45 GB, an int4 one 22 GB: set MOSS_JT_HOME to a folder on a larger disk."
     return Finding("Disk", "note", text, advice)

@@ -12,6 +12,9 @@ NAMES = tuple(
 PUBLISHED = tuple(f"fnlp/{name}" for name in NAMES)
 # What whoever does not know should take: it calls plugins, and needs the least memory.
 RECOMMENDED = "fnlp/moss-moon-003-sft-plugin-int4"
+BY_BITS = {16: "fnlp/moss-moon-003-sft-plugin", 8: "fnlp/moss-moon-003-sft-plugin-int8", 4: RECOMMENDED}
+# What converting takes at most, by bits: float16 comes in shards that go once they are converted, the others in one file.
+CONVERSION_BYTES = {16: 45 * 10**9, 8: 37 * 10**9, 4: 22 * 10**9}
 
 
 def hub_id_of(name: str) -> str | None:
