@@ -176,8 +176,8 @@ class Terminal:
         if self._keeping is None:
             self._warn("keeps_none")
             return
-        found = self._keeping.conversations.list(MOST_CHATS)
-        lines = chat_lines(found, self._chat.language, self._keeping.name, self._screen.columns)
+        summaries = self._keeping.conversations.list(MOST_CHATS)
+        lines = chat_lines(summaries, self._chat.language, self._keeping.name, self._screen.columns)
         if lines:
             self._say("chats", lines="\n".join(lines))
         else:
