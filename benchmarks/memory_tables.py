@@ -28,6 +28,12 @@ def cpu_plan(bits: int, context: int, budget: int) -> ResidencyPlan:
     return plan(sizes_of_geometry(MOSS_MOON_003, bits), needs, context, budget, threads=THREADS)
 
 
+def card_plan(bits: int, context: int, card: int, ram: int) -> ResidencyPlan:
+    """On a card of so many GiB as --gpu takes it by default, with so much RAM."""
+    sizes, needs = sizes_of_geometry(MOSS_MOON_003, bits), CudaNeeds(MOSS_MOON_003, bits)
+    return plan_gpu(sizes, needs, context, less_margin(card * GIB), ram * GIB)
+
+
 def cpu_table() -> str:
     """RAM of the machine against weights: what is resident, what streams, and at best how long a token takes."""
     lines = [
@@ -56,12 +62,7 @@ def gpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_GPU_MEMORY), speed(ASSUMED_LINK))
     for card in CARDS:
         for bits in BITS:
-            sizes = sizes_of_geometry(MOSS_MOON_003, bits)
-            needs = CudaNeeds(MOSS_MOON_003, bits)
-            plans = [
-                plan_gpu(sizes, needs, CONTEXT, less_margin(card * GIB), (ram - SYSTEM) * GIB)
-                for ram in HOSTS
-            ]
+            plans = [card_plan(bits, CONTEXT, card, ram - SYSTEM) for ram in HOSTS]
             disk = " / ".join(f"{plan.disk_bytes_per_pass / GB:.1f}" for plan in plans)
             seconds = " / ".join(f"{speeds.seconds(plan):.2f}" for plan in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"

@@ -36,8 +36,8 @@ def bits_of_name(name: str) -> int | None:
     short = _short(name)
     if not short.startswith(FAMILY):
         return None
-    whole, bits = _parted(short)
-    if whole not in (FAMILY, *NAMES):
+    full, bits = _parted(short)
+    if full not in (FAMILY, *NAMES):
         raise MossError(f"{name} is not a published MOSS model. Published are {', '.join(PUBLISHED)}.")
     return bits
 
@@ -53,10 +53,10 @@ def about_unpublished(name: str) -> str:
     short = _short(name)
     if not short.startswith(FAMILY) or short in NAMES:
         return ""
-    whole, bits = _parted(short)
-    if whole == FAMILY:
+    full, bits = _parted(short)
+    if full == FAMILY:
         return f"{name} is the family's name; published are {', '.join(PUBLISHED)}."
-    return f"{name} is not published. To make it: moss-jt convert fnlp/{whole} --bits {bits}"
+    return f"{name} is not published. To make it: moss-jt convert fnlp/{full} --bits {bits}"
 
 
 def _short(name: str) -> str:
