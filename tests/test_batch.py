@@ -196,6 +196,10 @@ def test_a_file_that_holds_something_else_is_left_alone(
         ('{"prompt": "a", "top_p": 7}', "top_p is 7"),
         ('{"prompt": "a", "stop": [1]}', "stop must be"),
         ('{"prompt": "a", "n": 2}', "n is not supported"),
+        ('{"prompt": "a", "presence_penalty": 3}', "presence_penalty is 3"),
+        ('{"prompt": "a", "logit_bias": [5]}', "logit_bias must be"),
+        ('{"prompt": "a", "logit_bias": {"x": 5}}', "logit_bias must be"),
+        ('{"prompt": "a", "logit_bias": {"5": "x"}}', "logit_bias of token 5"),
         ('{"messages": []}', "messages must be"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "a message has a role"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a message has a role"),
@@ -222,6 +226,12 @@ def test_what_is_wrong_with_a_line_is_said(line: str, message: str) -> None:
 def test_names_that_change_no_answer_are_passed_over() -> None:
     line = '{"prompt": "a", "metadata": {"my": "own"}, "user": "x", "model": "y", "n": 1}'
     assert parse_line(line, tiny_tokenizer(), DEFAULTS).max_new_tokens == 20
+
+
+def test_penalties_and_biases_are_understood() -> None:
+    line = '{"prompt": "a", "frequency_penalty": 0.5, "logit_bias": {"5": -100}}'
+    params = parse_line(line, tiny_tokenizer(), DEFAULTS).params
+    assert params.frequency_penalty == 0.5 and params.logit_bias == ((5, -100),)
 
 
 def test_messages_become_a_conversation_in_which_nothing_is_forged() -> None:

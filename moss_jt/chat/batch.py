@@ -38,6 +38,9 @@ SAMPLING = (
     "seed",
     "length_penalty",
     "regulation_start",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_p",
 )
 LIMITS = {
     "max_new_tokens": "max_new_tokens",
@@ -46,8 +49,8 @@ LIMITS = {
 }
 # What OpenAI's requests may hold that changes the answer, and that is not done here.
 UNSUPPORTED = {
-    "n": 1, "tools": None, "functions": None, "response_format": None, "logit_bias": None, "logprobs": None,
-    "frequency_penalty": 0, "presence_penalty": 0, "suffix": None, "echo": False, "best_of": 1,
+    "n": 1, "tools": None, "functions": None, "response_format": None, "logprobs": None, "suffix": None,
+    "echo": False, "best_of": 1,
 }  # fmt: skip
 # What may stand there and changes no answer; "metadata" is the user's own.
 IGNORED = (
@@ -111,6 +114,7 @@ def _request(
         if fields.get(name, neutral_value) not in (neutral_value, None):
             raise MossError(f"{name} is not supported.")
     sampling = {name: _number(fields, name) for name in SAMPLING if fields.get(name) is not None}
+    sampling |= {"logit_bias": _biases(fields["logit_bias"])} if fields.get("logit_bias") else {}
     limits = [_number(fields, name) for name in LIMITS if fields.get(name) is not None]
     stop = fields.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
@@ -133,7 +137,7 @@ def _check_names(fields: dict[str, Any], text: str) -> None:
     Raises:
         MossError: an option has a name that is none: it would be passed over, and the answer be another than was asked for.
     """
-    known = (text, "stop", *SAMPLING, *LIMITS)
+    known = (text, "stop", "logit_bias", *SAMPLING, *LIMITS)
     for name in fields.keys() - {*known, *IGNORED, *UNSUPPORTED}:
         close = get_close_matches(name, known, 1)
         meant = f"did you mean {close[0]}?" if close else 'what is your own goes into "metadata".'
@@ -146,6 +150,13 @@ def _number(fields: dict[str, Any], name: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
         raise MossError(f"{name} must be a {'whole ' if integral else ''}number.")
     return value
+
+
+def _biases(given: Any) -> dict[int, Any]:
+    """JSON's objects have texts for names."""
+    if not isinstance(given, dict) or not all(token.isascii() and token.isdigit() for token in given):
+        raise MossError("logit_bias must be an object of token ids and numbers.")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
