@@ -101,7 +101,12 @@ def outcome_fault(outcome: object) -> Reason | None:
         return Reason(
             "the plugin answered with {type}, and must answer with an Outcome", type=type_of(outcome)
         )
-    wanted = {"text": str, "failure": str, "items": (tuple, list), "picture": (Path, type(None))}
+    wanted: dict[str, tuple[type, ...]] = {
+        "text": (str,),
+        "failure": (str,),
+        "items": (tuple, list),
+        "picture": (Path, type(None)),
+    }
     for name, types in wanted.items():
         value = getattr(outcome, name)
         if not isinstance(value, types):

@@ -57,11 +57,9 @@ class TextFiles:
             reasons.append(
                 Reason("nothing beyond {count:,} files or {limit} MiB", count=len(self.states), limit=limit)
             )
-        return (
-            Reason("{first}; {second}", first=reasons[0], second=reasons[1])
-            if len(reasons) > 1
-            else (reasons or [""])[0]
-        )
+        if len(reasons) > 1:
+            return Reason("{first}; {second}", first=reasons[0], second=reasons[1])
+        return reasons[0] if reasons else ""
 
 
 def text_files(folder: Path) -> TextFiles:
