@@ -368,7 +368,7 @@ def test_who_is_waited_for_goes_before_the_background_in_every_pass(
             background.append(text.begin(GREEDY, 50, ahead=None))
         text = Text(engine)
         text.extend([9])
-        answer = text.begin(GREEDY, 40)
+        answer = text.begin(GREEDY, 40, ahead=None)
     assert list(answer) == [token % 50 for token in range(10, 50)]
     alone = sum(size == 1 for size in sizes)
     assert alone >= 25 if cost else alone <= 12
