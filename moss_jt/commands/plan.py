@@ -8,7 +8,16 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import home_disk_speed, memory_speed
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
-from moss_jt.plan.report import GB, Speed, Speeds, report
+from moss_jt.plan.report import (
+    ASSUMED_DISK,
+    ASSUMED_GPU_MEMORY,
+    ASSUMED_LINK,
+    ASSUMED_MEMORY,
+    GB,
+    Speed,
+    Speeds,
+    report,
+)
 from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
 from moss_jt.plan.verdict import verdict
 from moss_jt.store.config import MOSS_MOON_003
@@ -18,12 +27,6 @@ from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geom
 from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_under
 
-# What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
-# PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
-ASSUMED_DISK = 1.0
-ASSUMED_MEMORY = 20.0
-ASSUMED_GPU_MEMORY = 400.0
-ASSUMED_LINK = 12.0
 # A shorter file says little about its disk.
 LEAST_PROBE_BYTES = 16 * MIB
 

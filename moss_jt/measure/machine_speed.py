@@ -25,7 +25,7 @@ NOTE = "memory-speed.json"
 
 def memory_speed(home: Path) -> float:
     """Bytes per second that all processors together read from memory; remembered in the folder ``home``."""
-    key = f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
+    key = _key()
     known = _remembered(home / NOTE)
     if key not in known:
         known[key] = _probe_memory()
@@ -33,6 +33,11 @@ def memory_speed(home: Path) -> float:
             home.mkdir(parents=True, exist_ok=True)
             write_json(home / NOTE, {"bytes_per_s": known}, f".{os.getpid()}")
     return known[key]
+
+
+def known_memory_speed(home: Path) -> float | None:
+    """The same where it was measured before; None where it was not: measuring takes memory."""
+    return _remembered(home / NOTE).get(_key())
 
 
 def home_disk_speed(home: Path) -> float | None:
@@ -81,6 +86,10 @@ def _remembered(path: Path) -> dict[str, float]:
         return {str(key): float(value) for key, value in read_json(path)["bytes_per_s"].items()}
     except (MossError, KeyError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _key() -> str:
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
 
 
 def _processor() -> str:

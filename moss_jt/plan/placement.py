@@ -11,6 +11,7 @@ from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
 from moss_jt.plan.residency import (
     GPU_FOOTPRINT_BYTES,
+    Copy,
     CpuWorkspace,
     GpuWorkspace,
     ResidencyPlan,
@@ -65,6 +66,7 @@ def plan_here(
     memory: str | int | None,
     context: int | None,
     parallel: int = 1,
+    copy: Copy | None = None,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
@@ -73,6 +75,7 @@ def plan_here(
         memory: the limit of the whole process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
         parallel: for so many conversations the cache has room.
+        copy: writes drafts, and must be resident.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -87,6 +90,7 @@ def plan_here(
         threads=compute_threads(),
         footprint_bytes=footprint_here(),
         parallel=parallel,
+        copy=copy,
     )
 
 
@@ -103,6 +107,7 @@ class GpuPlanner:
     """The same on the machine's GPU, once before anything starts there and again when it is known what that took.
 
     gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
+    copy        writes drafts, and must be on the card
     """
 
     store: Store
@@ -114,6 +119,7 @@ class GpuPlanner:
     context: int
     offload: Offload
     parallel: int = 1
+    copy: Copy | None = None
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -153,6 +159,7 @@ class GpuPlanner:
             footprint_bytes=footprint,
             host_footprint_bytes=self.host_footprint_bytes,
             parallel=self.parallel,
+            copy=self.copy,
         )
         if self.offload != "stream":
             _check_host(placed, self.offload)

@@ -16,6 +16,8 @@ import numpy as np
 
 from moss_jt.engine import cached_text, engine, pace
 from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.draft_copy import DraftCopy
+from moss_jt.engine.draft_pace import DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
@@ -33,6 +35,7 @@ class HashedModel:
     def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
         self.pages, self.capacity = pages, capacity
         self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
+        self.link_s = 0.0
         self._cache = np.zeros((pages, PAGE), np.int64)
         self._tokens = np.full((pages, PAGE), -1)
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
@@ -105,11 +108,49 @@ class SteppedEngine(Engine):
         return flight is not None
 
 
+class HashedCopy:
+    """A copy that drafts over a HashedModel's cache: its logits are the model's, now and then, and its keys and values never."""
+
+    def __init__(self, model: HashedModel, dice: random.Random) -> None:
+        self._model, self._dice = model, dice
+        self.agreement = dice.choice([0.0, 0.6, 0.95])
+
+    def forward_many(
+        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        model = self._model
+        model.between()
+        found = []
+        for index, piece in enumerate(pieces):
+            if not wanted(index):
+                found.append(np.empty((0, VOCABULARY), np.float32))
+                continue
+            for position, token in enumerate(piece.token_ids, piece.start):
+                place = piece.pages[position // PAGE], position % PAGE
+                # What the model would write, so that a draft may come true, and then something else.
+                before = model._at(piece.pages, position - 1) if position else 1
+                model._cache[place] = hash((before, token, False)) & 0xFFFFFFFFFF
+                model._tokens[place] = token
+            logits = model._logits(piece)
+            if self._dice.random() > self.agreement:
+                logits = logits[:, ::-1].copy()
+                if self._dice.random() < 0.1:
+                    logits[:] = np.nan
+                for position in range(piece.start, piece.start + len(piece.token_ids)):
+                    model._cache[piece.pages[position // PAGE], position % PAGE] = self._dice.randrange(99)
+            found.append(logits)
+        return found
+
+    def close(self) -> None:
+        pass
+
+
 class Guesses:
     """Drafts of all lengths, right and wrong."""
 
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice
+        self.promise = dice.random()
 
     def propose(self, token_ids: Sequence[int], room: int) -> list[int]:
         return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, room))]
@@ -245,7 +286,11 @@ def run_schedule(seed: int) -> None:
     pages = -(-capacity // PAGE) + dice.randint(0, 10)
     pass_tokens, logit_rows = dice.choice([1, 3, 4, 5, 9, 40]), dice.randint(1, 6)
     model = HashedModel(pages, capacity, pass_tokens, logit_rows)
-    own = SteppedEngine(model)
+    copy = None
+    if dice.random() < 0.4:
+        pace = DraftPace(dice.choice([0.0001, 1.0]), 0.0, dice.choice([0.00001, 0.01]))
+        copy = DraftCopy(HashedCopy(model, dice), pace, dice.randint(1, 6), dice.random() < 0.5)
+    own = SteppedEngine(model, copy=copy)
     disk = Disk(dice) if dice.random() < 0.7 else None
     own._file = disk  # type: ignore[assignment]
     clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
