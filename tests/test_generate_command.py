@@ -47,11 +47,18 @@ def test_json_says_everything(run: Any, model: str) -> None:
     code, out, _ = run(model, "--prompt", PROMPT, "--greedy", "--max-new-tokens", "12", "--json")
     assert code == 0
     found = json.loads(out)
-    assert list(found) == ["text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason", "seconds"]
+    assert list(found) == [
+        *("text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason"),
+        *("passes", "drafted", "accepted", "seconds"),
+    ]
     assert len(found["token_ids"]) == found["new_tokens"] == 12
     assert found["prompt_tokens"] > 8 and found["stop_reason"] == "length"
-    assert list(found["seconds"]) == ["load", "prefill", "decode"]
-    assert all(seconds > 0 for seconds in found["seconds"].values())
+    seconds = found["seconds"]
+    assert list(seconds) == ["load", "prefill", "decode", "drafting", "waiting", "computing"]
+    assert all(seconds[part] > 0 for part in ("load", "prefill", "decode", "computing"))
+    assert seconds["drafting"] == found["drafted"] == found["accepted"] == 0 < found["passes"]
+    parts = seconds["drafting"] + seconds["waiting"] + seconds["computing"]
+    assert parts == pytest.approx(seconds["decode"], abs=1e-5)
 
 
 def test_text_streams_to_stdout_and_a_pipe_is_a_prompt(run: Any, model: str) -> None:

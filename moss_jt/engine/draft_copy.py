@@ -75,7 +75,7 @@ class DraftCopy:
         self.model = model
         self.pace = pace
         self.longest = longest
-        self._adaptive = adaptive
+        self.adaptive = adaptive
 
     def write(self, texts: Sequence[Ahead], wanted: Callable[[int], bool] = lambda index: True) -> None:
         """Write drafts ahead of these texts, side by side.
@@ -86,7 +86,7 @@ class DraftCopy:
         Raises:
             MossError: the copy's weights cannot be read.
         """
-        rate = self.pace.best(len(texts), self.longest)[1] if self._adaptive else 0.0
+        rate = self.pace.best(len(texts), self.longest)[1] if self.adaptive else 0.0
         writing = []
         for index, text in enumerate(texts):
             if self._front_suffices(text, len(texts), rate):
@@ -146,7 +146,7 @@ class DraftCopy:
 
     def _front_suffices(self, text: Ahead, texts: int, rate: float) -> bool:
         """Whether what lookup proposes for nothing promises more than what the copy would write."""
-        if not text.front or not self._adaptive:
+        if not text.front or not self.adaptive:
             return False
         tokens, right = 1.0, 1.0
         for _ in text.front:
