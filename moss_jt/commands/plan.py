@@ -16,9 +16,10 @@ from moss_jt.plan.report import (
     GB,
     Speed,
     Speeds,
+    number,
     report,
 )
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
+from moss_jt.plan.residency import BITS_NAMES, Copy, ResidencyPlan, TooLittleError, gib, plan, plan_gpu
 from moss_jt.plan.verdict import verdict
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.locations import PUBLISHED, model_home
@@ -37,6 +38,11 @@ LEAST_PROBE_BYTES = 16 * MIB
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
+@click.option(
+    "--draft-bits",
+    type=click.Choice(["4", "8"]),
+    help="With a copy of MODEL in so many bits that writes ahead, for MODEL to verify in one pass.",
+)
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
 @click.option("--gpu-memory", metavar="AMOUNT", help="Plan for a card with this much memory.")
 @click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
@@ -55,6 +61,7 @@ def command(
     model: str | None,
     memory: str | None,
     bits: str | None,
+    draft_bits: str | None,
     gpu: bool,
     gpu_memory: str | None,
     host_memory: str | None,
@@ -73,6 +80,7 @@ def command(
     moss-jt plan                                          which MOSS for this machine?
     moss-jt plan moss-moon-003-sft --bits 4 --memory 14GiB
     moss-jt plan moss-moon-003-sft --gpu-memory 12GiB --host-memory 30GiB
+    moss-jt plan moss-moon-003-sft --memory 16GiB --draft-bits 4
     """
     on_card = gpu or gpu_memory is not None
     if on_card and memory is not None:
@@ -93,8 +101,13 @@ def command(
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
+    remark = ""
+    if draft_bits is not None:
+        placed, remark = with_copy(sizes, int(draft_bits), amounts, context, placed, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
     screen.line(verdict(speeds.seconds(placed), as_it_is, quicker))
+    if remark:
+        screen.line(remark)
     screen.line("\n" + report(model, placed, speeds))
 
 
@@ -153,6 +166,24 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     return found
 
 
+def with_copy(
+    sizes: ModelSizes, bits: int, amounts: Amounts, context: int | None, plain: ResidencyPlan, speeds: Speeds
+) -> tuple[ResidencyPlan, str]:
+    """The better of the plan without a copy and the one with it, and what there is to say about that."""
+    if bits >= sizes.bits:
+        raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
+    copy = f"An {BITS_NAMES[bits]} copy that drafts"
+    try:
+        drafted = place(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
+    except TooLittleError as error:
+        lower = f" It would with --context {error.context}." if error.context else ""
+        return plain, f"{copy} finds no room here.{lower}"
+    without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
+    if seconds >= without:
+        return plain, f"{copy} would not pay here: {number(seconds)} s per token."
+    return drafted, f"{copy} is counted in; without it a token takes {number(without)} s."
+
+
 def this_cards_memory(gpu_memory: str | None) -> str:
     """What the card of this machine may give, in bytes.
 
@@ -180,6 +211,7 @@ def place(
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
+    copy: ModelSizes | None = None,
 ) -> ResidencyPlan:
     """The plan for amounts as typed; limits larger than this machine has are fine here."""
     here = process_memory()
@@ -187,14 +219,16 @@ def place(
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
         needs = CpuNeeds(sizes.config, sizes.bits)
-        return plan(sizes, needs, context, budget, threads=compute_threads())
+        own = None if copy is None else Copy(copy, CpuNeeds(copy.config, copy.bits))
+        return plan(sizes, needs, context, budget, threads=compute_threads(), copy=own)
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
     if gpu_memory.strip().endswith("%"):
         raise MossError(
             "--gpu-memory is planned without the GPU, so a share means nothing. Write it like 8GiB."
         )
     card = parse_memory(gpu_memory, 0)
-    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
+    cards = None if copy is None else Copy(copy, CudaNeeds(copy.config, copy.bits))
+    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host, copy=cards)
 
 
 def speeds_of(

@@ -293,13 +293,11 @@ class Engine:
         logits: list[np.ndarray] = []
         times = flight.times
         try:
-            begin = time.monotonic()
-            self._write_ahead(flight)
+            times.drafting_s = self._write_ahead(flight)
             pieces += [(part, piece) for part in flight.parts for piece in part.pieces]
-            drafted, waited = time.monotonic(), self.model.link_s
+            begin, waited = time.monotonic(), self.model.link_s
             logits = self.model.forward_many([piece for _, piece in pieces], wanted)
-            times.drafting_s, times.pass_s = drafted - begin, time.monotonic() - drafted
-            times.link_s = self.model.link_s - waited
+            times.pass_s, times.link_s = time.monotonic() - begin, self.model.link_s - waited
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
         with self.lock:
@@ -327,11 +325,12 @@ class Engine:
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
 
-    def _write_ahead(self, flight: Pass) -> None:
-        """Have the copy write drafts, where there is one."""
+    def _write_ahead(self, flight: Pass) -> float:
+        """Have the copy write drafts, where there is one; returns the seconds that took."""
+        begin = time.monotonic()
         parts = [part for part in flight.parts if part.room]
         if self._copy is None or not parts:
-            return
+            return 0.0
         texts = []
         for part in parts:
             job = part.job
@@ -344,6 +343,7 @@ class Engine:
         for part, text in zip(parts, texts, strict=True):
             part.draft, part.sure = text.draft, text.sure
             part.pieces = [Piece(text.pages, part.start, [text.last, *text.draft], False, "all")]
+        return time.monotonic() - begin
 
     def _deliver(self, part: Part, found: Sequence[np.ndarray], flight: Pass) -> None:
         job, text = part.job, part.job.text
