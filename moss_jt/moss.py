@@ -24,12 +24,13 @@ from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
+from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
-from moss_jt.plan.copy_choice import Choice, Place, best_copy, named_copy
+from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import Copy, ResidencyPlan
@@ -141,31 +142,31 @@ class Moss:
             needs = CudaNeeds(store.config, store.bits)
             planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
 
-        def place(copy: Store | None) -> ResidencyPlan:
+        def plan_with(copy: Store | None) -> ResidencyPlan:
             if on_gpu:
                 return replace(planner, copy=_copy_on(copy, CudaNeeds)).plan()
             cpu_needs = CpuNeeds(store.config, store.bits)
             return plan_here(store, cpu_needs, memory, context, parallel, _copy_on(copy, CpuNeeds))
 
-        choice = _choose_copy(store, draft, draft_model, place, way, on_gpu)
-        placed = choice.plan
-        make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
+        choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
+        plan = choice.plan
+        make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         if on_gpu:
             planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
-            loaded, placed = _load_on_gpu(store, planner, way)
+            loaded, plan = _load_on_gpu(store, planner, way)
         else:
-            loaded = _load(store, placed, way)
+            loaded = _load(store, plan, way)
         copy = None
         if choice.copy is not None:
             try:
-                copy = _load_copy(choice.copy, loaded, placed, draft, on_gpu)
+                copy = _load_copy(choice.copy, loaded, plan, draft, on_gpu)
             except BaseException:
                 loaded.close()
                 raise
-        hold(placed)
+        hold(plan)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name, copy)
+        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -195,6 +196,23 @@ class Moss:
             result[first : first + len(rows)] = rows
         return result
 
+    def logprobs(self, token_ids: Sequence[int], top: int = 0) -> list[Logprob]:
+        """How likely each token of a text but the first was after those before it, and ``top`` of the likeliest beside each.
+
+        The model's own probabilities, as natural logarithms; in parts, so a long text needs no memory for all its logits.
+
+        Raises:
+            MossError: as :meth:`logits`.
+        """
+        token_ids = self._checked(token_ids)
+        text = self.session()
+        text.extend(token_ids)
+        logprobs: list[Logprob] = []
+        for first, rows in text.logits():
+            following = token_ids[first + 1 : first + 1 + len(rows)]
+            logprobs += logprobs_of(rows[: len(following)], following, top)
+        return logprobs
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -209,6 +227,8 @@ class Moss:
         length_penalty: float = 1.0,
         regulation_start: int = REGULATION_START,
         max_time: float | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
     ) -> Generation:
         """Continue a text.
 
@@ -218,9 +238,11 @@ class Moss:
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
             stop: a string, or several, that end the answer; they are not part of its text. None for none.
             max_time: seconds after which the answer ends; looked at after each token.
+            logprobs: 0 or more: ``logprobs`` of the answer says how likely each token was, and so many of the likeliest beside it.
+            sampling: presence_penalty, frequency_penalty, logit_bias, min_p.
 
         Returns:
-            An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
+            An iterator of pieces of text, with ``token_ids``, ``text``, ``logprobs`` and ``stats``.
 
         Raises:
             MossError: the prompt is empty or longer than the context, or an option's value is impossible.
@@ -233,8 +255,10 @@ class Moss:
             seed,
             length_penalty=length_penalty,
             regulation_start=regulation_start,
+            **sampling,
         )
-        return self._answer(self.session(), prompt, params, max_new_tokens, stop, max_time, begin=False)
+        limits = max_new_tokens, stop, max_time
+        return self._answer(self.session(), prompt, params, *limits, begin=False, logprobs=logprobs)
 
     def generate_many(
         self,
@@ -282,13 +306,22 @@ class Moss:
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
         max_time: float | None = None,
+        *,
+        background: bool = True,
+        logprobs: int | None = None,
     ) -> Generation:
-        """An answer in the background that is written from now on, to its end, whether or not its pieces are asked for.
+        """An answer that is written from now on, to its end, whether or not its pieces are asked for.
+
+        Args:
+            background: other answers of this model go first.
+            logprobs: see :meth:`generate`.
 
         Raises:
             MossError: as :meth:`generate`.
         """
-        return self._answer(self.session(True), prompt, params, max_new_tokens, stop, max_time, begin=True)
+        limits = max_new_tokens, stop, max_time
+        text = self.session(background)
+        return self._answer(text, prompt, params, *limits, begin=True, logprobs=logprobs)
 
     def _answer(
         self,
@@ -299,6 +332,7 @@ class Moss:
         stop: str | Sequence[str] | None,
         max_time: float | None,
         begin: bool,
+        logprobs: int | None = None,
     ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
@@ -306,7 +340,11 @@ class Moss:
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
-        return Generation(text, decoder, params, *limits, begin=begin)
+        if any(token >= self.config.vocab_size for token in params.biases):
+            raise MossError(
+                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+            )
+        return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs)
 
     def _checked(self, given: Sequence[int]) -> list[int]:
         """The token ids, from a list or an array."""
@@ -349,7 +387,7 @@ class Moss:
             plugins: what MOSS may call: names ("calculator", "solver", "search", "image", an installed one's, or
                 "./my_plugin.py:Class"), or objects of your own (moss_jt.Plugin).
             settings: where plugins find what they need.
-            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 
@@ -399,7 +437,12 @@ def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Cop
 
 
 def _choose_copy(
-    store: Store, draft: str | int, draft_model: str | Path, place: Place, offload: Offload, on_gpu: bool
+    store: Store,
+    draft: str | int,
+    draft_model: str | Path,
+    plan_with: PlanWith,
+    offload: Offload,
+    on_gpu: bool,
 ) -> Choice:
     """The copy that drafts for a model, if any, and the plan with it."""
     if draft_model not in ("auto", "off"):
@@ -407,12 +450,14 @@ def _choose_copy(
             raise MossError(
                 f"--draft-model needs weights that stream; it does not go with --offload {offload}."
             )
-        return named_copy(store, model_folder(draft_model), place)
-    plan = place(None)
+        return named_copy(store, model_folder(draft_model), plan_with)
+    plan = plan_with(None)
     if draft_model == "off" or str(draft) == "off" or not plan.streams or offload not in ("auto", "stream"):
         return Choice(plan)
     candidates = copies_of(store)
-    return best_copy(store, candidates, plan, place, _speeds(store, on_gpu)) if candidates else Choice(plan)
+    return (
+        best_copy(store, candidates, plan, plan_with, _speeds(store, on_gpu)) if candidates else Choice(plan)
+    )
 
 
 def _speeds(store: Store, on_gpu: bool) -> Speeds:

@@ -107,19 +107,19 @@ class Digests:
     """Of all logits that tokens were chosen from, by the answer's seed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: dict[int | None, list[str]] = {}
+        self.digests: dict[int | None, list[str]] = {}
         choose = Sampler.choose
 
         def noted(sampler: Sampler, logits: np.ndarray) -> int:
             digest = hashlib.sha256(logits.tobytes()).hexdigest()
-            self.found.setdefault(sampler.params.seed, []).append(digest)
+            self.digests.setdefault(sampler.params.seed, []).append(digest)
             return choose(sampler, logits)
 
         monkeypatch.setattr(Sampler, "choose", noted)
 
     def take(self) -> dict[int | None, list[str]]:
-        found, self.found = self.found, {}
-        return found
+        digests, self.digests = self.digests, {}
+        return digests
 
 
 def ask_all(moss: Moss, temperature: float) -> list[tuple[list[int], str | None]]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from moss_jt.chat.prompt import (
     MOSS,
-    Piece,
     PromptEncoder,
+    Segment,
     field,
     meta_instruction,
     neutral,
@@ -36,6 +36,9 @@ SAMPLING = (
     "seed",
     "length_penalty",
     "regulation_start",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_p",
 )
 LIMITS = {
     "max_new_tokens": "max_new_tokens",
@@ -44,8 +47,8 @@ LIMITS = {
 }
 # What OpenAI's requests may hold that changes the answer, and that is not done here.
 UNSUPPORTED = {
-    "n": 1, "tools": None, "functions": None, "response_format": None, "logit_bias": None, "logprobs": None,
-    "frequency_penalty": 0, "presence_penalty": 0, "suffix": None, "echo": False, "best_of": 1,
+    "n": 1, "tools": None, "functions": None, "response_format": None, "logprobs": None, "suffix": None,
+    "echo": False, "best_of": 1,
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -102,6 +105,7 @@ def _request(
         if fields.get(name, neutral_value) not in (neutral_value, None):
             raise MossError(f"{name} is not done.")
     sampling = {name: _number(fields, name) for name in SAMPLING if fields.get(name) is not None}
+    sampling |= {"logit_bias": _biases(fields["logit_bias"])} if fields.get("logit_bias") else {}
     limits = [_number(fields, name) for name in LIMITS if fields.get(name) is not None]
     stop = fields.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
@@ -121,10 +125,17 @@ def _request(
 
 def _number(fields: dict[str, Any], name: str) -> Any:
     value = fields[name]
-    whole = name in ("top_k", "seed", "regulation_start", *LIMITS)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise MossError(f"{name} must be a {'whole ' if whole else ''}number.")
+    integral = name in ("top_k", "seed", "regulation_start", *LIMITS)
+    if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
+        raise MossError(f"{name} must be a {'whole ' if integral else ''}number.")
     return value
+
+
+def _biases(given: Any) -> dict[int, Any]:
+    """JSON's objects have texts for names."""
+    if not isinstance(given, dict) or not all(token.isascii() and token.isdigit() for token in given):
+        raise MossError("logit_bias must be an object of token ids and numbers.")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
@@ -141,9 +152,9 @@ def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
         raise MossError("messages must be a list of objects with a role and a content.")
     turns = [_message(message) for message in messages]
     system = [
-        Piece(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
+        Segment(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
     ]
-    pieces = [Piece(meta_instruction()), *system]
+    segments = [Segment(meta_instruction()), *system]
     spoken = [(role, text) for role, text in turns if role in ("user", "assistant")]
     if not spoken or spoken[-1][0] != "user":
         raise MossError("the last message must be the user's.")
@@ -152,11 +163,11 @@ def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
         if role != expected:
             raise MossError(f"after {_other(role)} comes {expected}: the user and the assistant take turns.")
         if role == "user":
-            pieces += [*question(text), *no_plugins()]
+            segments += [*question(text), *no_plugins()]
         else:
-            pieces += field(MOSS, neutral(text))
+            segments += field(MOSS, neutral(text))
         expected = _other(role)
-    return PromptEncoder(tokenizer).encode([*pieces, *opening(MOSS)])
+    return PromptEncoder(tokenizer).encode([*segments, *opening(MOSS)])
 
 
 def _other(role: str) -> str:

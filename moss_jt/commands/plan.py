@@ -97,18 +97,18 @@ def command(
         screen.line(overview(amounts, context, speeds))
         return
     sizes, store = sizes_of(model, None if bits is None else int(bits))
-    placed = place(sizes, *amounts, context)
+    chosen = plan_for(sizes, *amounts, context)
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
     remark = ""
     if draft_bits is not None:
-        placed, remark = with_copy(sizes, int(draft_bits), amounts, context, placed, speeds)
+        chosen, remark = with_copy(sizes, int(draft_bits), amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
-    screen.line(verdict(speeds.seconds(placed), as_it_is, quicker))
+    screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
     if remark:
         screen.line(remark)
-    screen.line("\n" + report(model, placed, speeds))
+    screen.line("\n" + report(model, chosen, speeds))
 
 
 Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory
@@ -120,7 +120,7 @@ def overview(amounts: Amounts, context: int | None, speeds: Speeds) -> str:
     for bits, name in BITS_NAMES.items():
         sizes = sizes_of_geometry(MOSS_MOON_003, bits)
         try:
-            text = verdict(speeds.seconds(place(sizes, *amounts, context)), False, ())
+            text = verdict(speeds.seconds(plan_for(sizes, *amounts, context)), False, ())
         except MossError as error:
             text = f"does not run: {str(error).partition(':')[0]}."
         lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
@@ -156,14 +156,14 @@ def sizes_of(model: str, bits: int | None) -> tuple[ModelSizes, Store | None]:
 
 def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict[int, ResidencyPlan | None]:
     """The same model in fewer bits; None where it does not fit even so."""
-    found: dict[int, ResidencyPlan | None] = {}
+    plans: dict[int, ResidencyPlan | None] = {}
     for bits in (8, 4):
         if bits < sizes.bits:
             try:
-                found[bits] = place(sizes_of_geometry(sizes.config, bits), *amounts, context)
+                plans[bits] = plan_for(sizes_of_geometry(sizes.config, bits), *amounts, context)
             except MossError:
-                found[bits] = None
-    return found
+                plans[bits] = None
+    return plans
 
 
 def with_copy(
@@ -174,10 +174,10 @@ def with_copy(
         raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
     copy = f"An {BITS_NAMES[bits]} copy that drafts"
     try:
-        drafted = place(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
+        drafted = plan_for(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
     except TooLittleError as error:
         lower = f" It would with --context {error.context}." if error.context else ""
-        return plain, f"{copy} finds no room here.{lower}"
+        return plain, f"{copy} does not fit here.{lower}"
     without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
     if seconds >= without:
         return plain, f"{copy} would not pay here: {number(seconds)} s per token."
@@ -205,7 +205,7 @@ def on_this_machine(memory: str | None, gpu_memory: str | None, host_memory: str
     return given is None or parse_memory(given, total) <= total
 
 
-def place(
+def plan_for(
     sizes: ModelSizes,
     memory: str | None,
     gpu_memory: str | None,

@@ -2,7 +2,7 @@
 
 There is no second cache, and no prompt is read twice: the copy reads the keys and values that the model has computed, and
 writes provisional ones for its own tokens behind them, where the verifying pass puts the model's. It chooses with the same
-random numbers, penalties and cut-offs with which the model's tokens will be chosen at that place. So its tokens come true
+random numbers, penalties and cut-offs with which the model's tokens will be chosen there. So its tokens come true
 where its logits are near enough, and where they do not, nothing is left of them.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace, Sure
 from moss_jt.engine.sampling import Sampler
 from moss_jt.errors import MossError
@@ -23,7 +23,7 @@ class CopyModel(Protocol):
     """A moss_jt.engine.model.Model over the copy's weights and the model's own cache, or a scripted one."""
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = ...
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...
     ) -> list[np.ndarray]: ...
 
     def close(self) -> None: ...
@@ -36,7 +36,7 @@ class Ahead:
     pages, start  the text's pages, and the position of its last token, which is computed in this pass
     last          that token
     sampler       chooses as the model's will; a fork of its own
-    room          tokens that the draft may have
+    most          tokens that the draft may have
     end_ids       tokens after which nothing follows
     front         what prompt lookup proposes, and how likely each of its tokens is right
     draft, sure   what was written, and how sure the copy was of each; nothing where the front is taken as it is
@@ -46,7 +46,7 @@ class Ahead:
     start: int
     last: int
     sampler: Sampler
-    room: int
+    most: int
     end_ids: frozenset[int] = frozenset()
     front: Sequence[int] = ()
     front_chance: float = 0.0
@@ -104,14 +104,14 @@ class DraftCopy:
 
     def _step(self, texts: Sequence[Ahead], writing: Sequence[int], wanted: Callable[[int], bool]) -> None:
         """One pass of the copy, and what it chooses."""
-        pieces = []
+        runs = []
         for index in writing:
             text = texts[index]
             start, token_ids = text.start + len(text.draft), text.next_ids
-            pieces.append(Piece(text.pages, start, token_ids, False, "all"))
+            runs.append(TokenRun(text.pages, start, token_ids, False, "all"))
         begin = time.monotonic()
-        logits = self.model.forward_many(pieces, lambda number: wanted(writing[number]))
-        self.pace.steps.note(sum(len(piece.token_ids) for piece in pieces), time.monotonic() - begin)
+        logits = self.model.forward_many(runs, lambda number: wanted(writing[number]))
+        self.pace.steps.note(sum(len(run.token_ids) for run in runs), time.monotonic() - begin)
         for index, rows in zip(writing, logits, strict=True):
             self._choose(texts[index], rows)
 
@@ -119,7 +119,7 @@ class DraftCopy:
         """The copy's tokens for rows of logits, up to the first that is not what lookup proposed."""
         front = () if text.draft else text.front
         text.ended = not len(logits)
-        for place, row in enumerate(logits):
+        for number, row in enumerate(logits):
             try:
                 token, margin = text.sampler.guess(row)
             except MossError:  # a copy of garbage, whose logits are no numbers
@@ -130,8 +130,8 @@ class DraftCopy:
             text.right *= self.pace.chance_of(len(text.draft), sure)
             text.draft.append(token)
             text.sure.append(sure)
-            text.ended = token in text.end_ids or len(text.draft) >= text.room
-            if text.ended or place >= len(front) or token != front[place]:
+            text.ended = token in text.end_ids or len(text.draft) >= text.most
+            if text.ended or number >= len(front) or token != front[number]:
                 return
 
     def _promise(self, text: Ahead) -> float:
@@ -139,8 +139,8 @@ class DraftCopy:
         return text.right * self.pace.chance(len(text.draft))
 
     def _is_worth_going_on(self, text: Ahead, rate: float) -> bool:
-        room = min(text.room, self.longest)
-        if text.ended or len(text.draft) >= room:
+        most = min(text.most, self.longest)
+        if text.ended or len(text.draft) >= most:
             return False
         return self._promise(text) >= rate * self.pace.passes.per_token
 

@@ -106,16 +106,16 @@ class DraftPace:
         self.passes = PassCost(pass_s, token_share)
         self.steps = PassCost(step_s, step_share)
         self._all = Learned(FIRST_CHANCE)
-        self._by_place = [Learned(FIRST_CHANCE) for _ in range(LONGEST_DRAFT)]
+        self._by_depth = [Learned(FIRST_CHANCE) for _ in range(LONGEST_DRAFT)]
         self._by_margin = {True: [*map(Learned, GREEDY[1])], False: [*map(Learned, DRAWN[1])]}
 
-    def chance(self, place: int) -> float:
-        """That the draft's token at this place is right if those before are."""
-        return self._by_place[place].value
+    def chance(self, depth: int) -> float:
+        """That the draft's token after so many others is right if those before are."""
+        return self._by_depth[depth].value
 
-    def chance_of(self, place: int, sure: Sure) -> float:
+    def chance_of(self, depth: int, sure: Sure) -> float:
         """The same of a token of which it is known how sure the copy is."""
-        odds = self._learned(sure).odds * self._by_place[place].odds / self._all.odds
+        odds = self._learned(sure).odds * self._by_depth[depth].odds / self._all.odds
         return odds / (1 + odds)
 
     def best(self, sequences: int, longest: int = LONGEST_DRAFT) -> tuple[int, float]:
@@ -133,11 +133,11 @@ class DraftPace:
     def learn(self, draft: Sequence[int], sure: Sequence[Sure], text: Sequence[int]) -> None:
         """What became of a draft: the text as the model wrote it instead, which ends with the first token that differs."""
         if not sure:
-            for learned in (self._all, *self._by_place, *self._by_margin[True], *self._by_margin[False]):
+            for learned in (self._all, *self._by_depth, *self._by_margin[True], *self._by_margin[False]):
                 learned.forget()
-        for place, (token, margin, written) in enumerate(zip(draft, sure, text, strict=False)):
+        for depth, (token, margin, written) in enumerate(zip(draft, sure, text, strict=False)):
             right = float(token == written)
-            for learned in (self._all, self._by_place[place], self._learned(margin)):
+            for learned in (self._all, self._by_depth[depth], self._learned(margin)):
                 learned.note(right)
 
     def _learned(self, sure: Sure) -> Learned:

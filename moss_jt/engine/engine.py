@@ -1,7 +1,7 @@
 """Many sequences over one reading of the weights: one thread that schedules, computes and chooses, pass after pass.
 
 A pass is filled in this order: the next token of every running answer, guesses of what follows it (drafts) as far as rows of
-logits are left, and pieces of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
+logits are left, and parts of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
 who wants no more is gone within one block. Interactive jobs go before background ones, and the older before the younger; a
 background job counts as that much younger, so that it, too, has its turn in the end.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
-from moss_jt.engine.causal_model import CausalModel, Piece, Rows
+from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
 from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
@@ -59,16 +59,16 @@ class Part:
 
     front  what prompt lookup proposes
     sure   how sure the copy is of each of the draft's tokens, where it has written it
-    room   tokens that the draft may have
+    most   tokens that the draft may have
     """
 
     job: Job
     start: int
-    pieces: list[Piece] = field(default_factory=list)
+    runs: list[TokenRun] = field(default_factory=list)
     front: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     sure: list[Sure] = field(default_factory=list)
-    room: int = 0
+    most: int = 0
     prompt_tokens: int = 0
 
 
@@ -145,7 +145,7 @@ class Engine:
             self._wake()
 
     def take(self, job: Job) -> tuple[int, Any] | None:
-        """What the job gives next, once it is there: a token, and why no other follows; or a position, and the logits of the
+        """What the job gives next, once it is there: a token, and a Chosen; or a position, and the logits of the
         tokens from it on. None when the job is done.
 
         Raises:
@@ -167,10 +167,12 @@ class Engine:
             return None
 
     def end(self, job: Job, length: int) -> None:
-        """The caller wants no more of this job, and its text ends after ``length`` tokens."""
+        """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
-            if self._busy:  # a generator that the collector of garbage closes, at any place of the thread's
+            job.out.clear()
+            job.ready.notify_all()
+            if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
             self._remove(job)
@@ -186,6 +188,17 @@ class Engine:
         with self.lock:
             self._free(text.cut(length))
 
+    def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
+        """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
+        with self.lock:
+            text.settle(len(token_ids))
+            while text.cached < len(token_ids) - 1:
+                # Fewer than a page at once, for others must not take made-up pages for theirs.
+                text.compute(token_ids, min(PAGE // 2, len(token_ids) - 1 - text.cached))
+            for number in text.pages:
+                self.model.write_page(number, page)
+            self._touch(text)
+
     def drop(self, text: CachedText) -> None:
         """Nobody will ask for this text any more. To be called from anywhere, the collector of garbage too."""
         self._dropped.append(text)
@@ -196,16 +209,16 @@ class Engine:
             waiting = self._queue_in_order()
             if job not in waiting:
                 return None
-            place = waiting.index(job)
-            needed = sum(self._pages_to_come(one) for one in waiting[: place + 1])
-            room = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
+            before = waiting.index(job)
+            needed = sum(self._pages_to_come(one) for one in waiting[: before + 1])
+            free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
             passes = 0
             for running in sorted(self._running, key=lambda one: one.left):
-                if room >= needed:
+                if free >= needed:
                     break
-                room, passes = room + len(running.text.pages), running.left
+                free, passes = free + len(running.text.pages), running.left
             pass_s = self._pace.pass_s
-            return Queued(place + 1, None if pass_s is None else passes * pass_s)
+            return Queued(before + 1, None if pass_s is None else passes * pass_s)
 
     def close(self) -> None:
         """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
@@ -264,7 +277,7 @@ class Engine:
                     break
             flight = self._fill()
             self._busy = False
-            if not any(part.pieces for part in flight.parts):
+            if not any(part.runs for part in flight.parts):
                 return None
             self.passes += 1
             for part in flight.parts:
@@ -283,20 +296,20 @@ class Engine:
 
     def compute(self, flight: Pass) -> None:
         """Compute a pass, and hand out what it gives."""
-        pieces: list[tuple[Part, Piece]] = []
+        runs: list[tuple[Part, TokenRun]] = []
 
         def wanted(index: int) -> bool:
-            part, piece = pieces[index]
-            return not part.job.done or (piece.whole and piece.pages[piece.start // PAGE] in flight.shared)
+            part, run = runs[index]
+            return not part.job.done or (run.whole and run.pages[run.start // PAGE] in flight.shared)
 
         error: BaseException | None = None
         logits: list[np.ndarray] = []
         times = flight.times
         try:
             times.drafting_s = self._write_ahead(flight)
-            pieces += [(part, piece) for part in flight.parts for piece in part.pieces]
+            runs += [(part, run) for part in flight.parts for run in part.runs]
             begin, waited = time.monotonic(), self.model.link_s
-            logits = self.model.forward_many([piece for _, piece in pieces], wanted)
+            logits = self.model.forward_many([run for _, run in runs], wanted)
             times.pass_s, times.link_s = time.monotonic() - begin, self.model.link_s - waited
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
@@ -307,11 +320,11 @@ class Engine:
                 self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s)
                 if self._copy is not None and not flight.prompt_tokens:
                     self._copy.pace.passes.note(
-                        len([token for _, piece in pieces for token in piece.token_ids]), times.pass_s
+                        len([token for _, run in runs for token in run.token_ids]), times.pass_s
                     )
             rows = iter(logits)
             for part in flight.parts:
-                found = [next(rows, None) for _ in part.pieces]
+                own = [next(rows, None) for _ in part.runs]
                 if part.job.done:
                     continue
                 if error is not None:
@@ -319,7 +332,7 @@ class Engine:
                     self._fail(part.job, error)
                     continue
                 try:
-                    self._deliver(part, [piece for piece in found if piece is not None], flight)
+                    self._deliver(part, [rows for rows in own if rows is not None], flight)
                 except BaseException as raised:  # noqa: BLE001
                     self._fail(part.job, raised)
             self._busy = False
@@ -328,7 +341,7 @@ class Engine:
     def _write_ahead(self, flight: Pass) -> float:
         """Have the copy write drafts, where there is one; returns the seconds that took."""
         begin = time.monotonic()
-        parts = [part for part in flight.parts if part.room]
+        parts = [part for part in flight.parts if part.most]
         if self._copy is None or not parts:
             return 0.0
         texts = []
@@ -336,31 +349,32 @@ class Engine:
             job = part.job
             assert job.sampler is not None
             promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
-            pages, limits = part.pieces[0].pages, (part.room, frozenset(job.stop_ids))
+            pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
             sampler = job.sampler.fork()
             texts.append(Ahead(pages, part.start, job.tokens[-1], sampler, *limits, part.front, promise))
         self._copy.write(texts, lambda index: not parts[index].job.done)
         for part, text in zip(parts, texts, strict=True):
             part.draft, part.sure = text.draft, text.sure
-            part.pieces = [Piece(text.pages, part.start, [text.last, *text.draft], False, "all")]
+            part.runs = [TokenRun(text.pages, part.start, [text.last, *text.draft], False, "all")]
         return time.monotonic() - begin
 
-    def _deliver(self, part: Part, found: Sequence[np.ndarray], flight: Pass) -> None:
+    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
         job, text = part.job, part.job.text
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
         if job.scored:
-            job.out += [(piece.start, rows) for piece, rows in zip(part.pieces, found, strict=True)]
-        elif job.sampler is not None and found and len(found[-1]):
+            for run, rows in zip(part.runs, logits, strict=True):
+                job.score(run.start, rows)
+        elif job.sampler is not None and logits and len(logits[-1]):
             first = job.first_s is None
             if job.first_s is None:
                 job.first_s = time.monotonic()
                 job.timing.prefill_s = job.first_s - job.began
             length = len(job.tokens)
-            accepted = job.choose(found[-1], part.draft)
+            accepted = job.choose(logits[-1], part.draft)
             for position in range(length, len(job.tokens)):
                 text.grown(position + 1)
-            if part.room:
+            if part.most:
                 self._free(text.back_to(length + accepted))
             timing = job.timing
             timing.decode_s = time.monotonic() - job.first_s
@@ -466,27 +480,27 @@ class Engine:
 
     def _store(self, text: CachedText) -> None:
         """Move a text's pages to the disk; where that is not possible, they are forgotten and computed anew in time."""
-        places: list[int] = []
+        records: list[int] = []
         for page in text.pages:
-            place = None if self._file is None else self._file.write(self.model.read_page(page))
-            if place is None:
-                self._free(places)
+            record = None if self._file is None else self._file.write(self.model.read_page(page))
+            if record is None:
+                self._free(records)
                 self._free(text.release())
                 return
-            places.append(place)
-        text.store(places)
+            records.append(record)
+        text.store(records)
 
-    def _read_page(self, place: int, page: int) -> bool:
+    def _read_page(self, record: int, page: int) -> bool:
         assert self._file is not None
         data = np.empty_like(self.model.read_page(page))
-        if not self._file.read(place, data):
+        if not self._file.read(record, data):
             return False
         self.model.write_page(page, data)
         return True
 
-    def _free(self, places: list[int]) -> None:
-        if places and self._file is not None:
-            self._file.free(places)
+    def _free(self, records: list[int]) -> None:
+        if records and self._file is not None:
+            self._file.free(records)
 
     def _touch(self, text: CachedText) -> None:
         self._held[id(text)] = text
@@ -518,24 +532,24 @@ class Engine:
         front: list[int] = []
         length, text = len(job.tokens), job.text
         spare = min(self.model.logit_rows - flight.logits, self.model.pass_tokens - flight.rows) - sharing
-        room = max(0, min(spare // sharing, job.left - 1, job.capacity - length))
-        if job.drafter is not None and room > 0:
-            front = job.drafter.propose(job.tokens, room)
-        room = len(front) if self._copy is None else min(room, self._copy.longest)
+        most = max(0, min(spare // sharing, job.left - 1, job.capacity - length))
+        if job.drafter is not None and most > 0:
+            front = job.drafter.propose(job.tokens, most)
+        most = len(front) if self._copy is None else min(most, self._copy.longest)
         certain = text.pages_for(1)
-        while text.pages_for(1 + room) > certain + spare_pages:
-            room -= 1
-        front = front[:room]
-        extra = text.pages_for(1 + room) - certain
-        start = text.compute(job.tokens, 1 + room)
-        piece = Piece(tuple(text.pages), start, [job.tokens[-1], *front], False, "all")
-        flight.parts.append(Part(job, start, [piece], front, front, room=room))
-        flight.rows += 1 + room
-        flight.logits += 1 + room
+        while text.pages_for(1 + most) > certain + spare_pages:
+            most -= 1
+        front = front[:most]
+        extra = text.pages_for(1 + most) - certain
+        start = text.compute(job.tokens, 1 + most)
+        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all")
+        flight.parts.append(Part(job, start, [run], front, front, most=most))
+        flight.rows += 1 + most
+        flight.logits += 1 + most
         return extra
 
     def _add_texts(self, flight: Pass, jobs: Sequence[Job]) -> None:
-        """Pieces of texts that are being read, dealt in turns so that a long one does not hold up a short one."""
+        """Runs of texts that are being read, dealt in turns so that a long one does not hold up a short one."""
         most = self.model.pass_tokens - flight.rows
         if flight.parts:
             most = min(most, self._pace.prompt_tokens(most))
@@ -569,7 +583,7 @@ class Engine:
             rows = "last"
         if whole:
             flight.fresh.add(text.pages[-1])
-        part.pieces.append(Piece(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
+        part.runs.append(TokenRun(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
         part.prompt_tokens += count
         flight.prompt_tokens += count
         flight.rows += count
@@ -577,7 +591,7 @@ class Engine:
         return True
 
     def _affordable(self, flight: Pass, job: Job, count: int, whole: bool, most: int) -> int:
-        """Of ``count`` tokens that come next, how many the pass has room for: all or none of a whole page."""
+        """Of ``count`` tokens that come next, how many the pass can take: all or none of a whole page."""
         if job.scored:
             most = min(most, self.model.score_rows - flight.logits)
         elif job.sampler is not None and job.text.cached + count == job.end:
@@ -596,6 +610,6 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _close_at_exit(engine: "weakref.ref[Engine]") -> None:
     """The interpreter must not end while the thread computes."""
-    found = engine()
-    if found is not None:
-        found.close()
+    alive = engine()
+    if alive is not None:
+        alive.close()

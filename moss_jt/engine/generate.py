@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Protocol, Self
 
 from moss_jt.engine.job import Queued
+from moss_jt.engine.logprobs import Logprob
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
@@ -27,6 +28,7 @@ SECONDS = ("load", "prefill", "decode", "drafting", "waiting", "computing")
 class GenerationStats:
     """What a generation was, complete once it has ended.
 
+    cached_tokens  of the prompt that did not have to be computed, because another text began alike
     stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
                  (max_time has passed); None while it goes on
     passes       in which its tokens after the first were computed
@@ -38,6 +40,7 @@ class GenerationStats:
 
     prompt_tokens: int
     new_tokens: int = 0
+    cached_tokens: int = 0
     stop_reason: str | None = None
     passes: int = 0
     drafted: int = 0
@@ -63,15 +66,15 @@ class StopStrings:
             )
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to show now. ``found`` is set once a stop string is complete."""
+        """The text that is safe to show now. ``stopped`` is set once a stop string is complete."""
         held = self._held + text
-        places = [place for place in (held.find(stop) for stop in self._stops) if place >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return held[: min(places)]
+        starts = [start for start in (held.find(stop) for stop in self._stops) if start >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return held[: min(starts)]
         keep = self._possible_start(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
@@ -103,6 +106,7 @@ class Generation:
 
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
+    logprobs   of each new token so far, how likely the model found it; empty where that was not asked for
     stats      see GenerationStats
     """
 
@@ -117,6 +121,7 @@ class Generation:
         load_s: float = 0.0,
         max_time: float | None = None,
         begin: bool = False,
+        logprobs: int | None = None,
     ) -> None:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
@@ -131,7 +136,9 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         limits = max_new_tokens, self._stop_ids, max_time
         self._tokens: Answer | Generator[int] = (
-            sequence.begin(params, *limits, ahead=None) if begin else sequence.decode(params, *limits)
+            sequence.begin(params, *limits, ahead=None, logprobs=logprobs)
+            if begin
+            else sequence.decode(params, *limits, logprobs=logprobs)
         )
         self._pieces = self._run()
 
@@ -146,14 +153,23 @@ class Generation:
         """Where the answer waits for room in the cache, or None where it does not; for other threads to look at."""
         return self._sequence.queued
 
+    @property
+    def logprobs(self) -> list[Logprob]:
+        return self._sequence.logprobs
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read before the first new one; for other threads to look at."""
+        return 0 if self.token_ids else self._sequence.unread
+
     def finish(self) -> Self:
-        """Wait for the whole answer."""
+        """Wait for the end of the answer."""
         for _ in self:
             pass
         return self
 
     def close(self) -> None:
-        """Have no more of it."""
+        """Have no more of it; it is gone within one block. An answer that was begun may be closed from any thread."""
         self._tokens.close()
 
     def _run(self) -> Iterator[str]:
@@ -162,15 +178,16 @@ class Generation:
             if token in self._stop_ids:
                 break
             piece = self._show(self._stops.push(self._decoder.push(token)))
-            if self._stops.found:
+            if self._stops.stopped:
                 self.stats.stop_reason = "stop"
             if piece:
                 yield piece
-            if self._stops.found:
+            if self._stops.stopped:
+                self._tokens.close()
                 return
         self.stats.stop_reason = self._sequence.stop_reason
         rest = self._stops.push(self._decoder.finish())
-        if self._stops.found:
+        if self._stops.stopped:
             self.stats.stop_reason = "stop"
         piece = self._show(rest + self._stops.finish())
         if piece:
@@ -180,6 +197,8 @@ class Generation:
         timing = self._sequence.timing
         self.token_ids.append(token)
         self.stats.new_tokens += 1
+        if self.stats.new_tokens == 1:
+            self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
         self.stats.stop_reason = self._sequence.stop_reason
         self.stats.passes = timing.passes
         self.stats.drafted, self.stats.accepted = timing.drafted, timing.accepted

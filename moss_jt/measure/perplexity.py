@@ -170,24 +170,24 @@ class _Window:
 
     def next_part(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray] | None:
         """Logits of both models, and the tokens that came."""
-        found = [next(logits, None) for logits in self._logits]
-        if found[0] is None:
+        parts = [next(logits, None) for logits in self._logits]
+        if parts[0] is None:
             return None
-        first, self._read = self._read, self._read + len(found[0])
+        first, self._read = self._read, self._read + len(parts[0])
         targets = np.asarray(self._window[first + 1 : self._read + 1])
-        return found[0], found[1] if len(found) > 1 else None, targets
+        return parts[0], parts[1] if len(parts) > 1 else None, targets
 
 
 def passes_needed(agreed: Sequence[bool], drafted: int) -> int:
     """Passes over a text that one model writes and another drafts for, ``drafted`` tokens at a time; ``agreed``: at which
     positions the draft's token is the text's. A pass ends with the first that is not, or with the token after the draft.
     """
-    passes, place = 0, 0
-    while place < len(agreed):
-        end = min(place + drafted, len(agreed))
-        while place < end and agreed[place]:
-            place += 1
-        place += 1
+    passes, position = 0, 0
+    while position < len(agreed):
+        end = min(position + drafted, len(agreed))
+        while position < end and agreed[position]:
+            position += 1
+        position += 1
         passes += 1
     return passes
 

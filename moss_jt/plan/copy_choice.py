@@ -10,7 +10,7 @@ from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, TooLittleError
 from moss_jt.store.copies import open_copy
 from moss_jt.store.model_folder import Store
 
-Place = Callable[[Store | None], ResidencyPlan]
+PlanWith = Callable[[Store | None], ResidencyPlan]
 
 
 @dataclass(frozen=True)
@@ -22,37 +22,37 @@ class Choice:
     notice: str = ""
 
 
-def named_copy(store: Store, path: Path, place: Place) -> Choice:
+def named_copy(store: Store, path: Path, plan_with: PlanWith) -> Choice:
     """The copy that the user has named.
 
     Raises:
-        MossError: it is no copy of this model, or there is no room for it.
+        MossError: it is no copy of this model, or it does not fit.
     """
     copy = open_copy(store, path)
-    return Choice(place(copy), copy)
+    return Choice(plan_with(copy), copy)
 
 
 def best_copy(
-    store: Store, candidates: Sequence[Path], plan: ResidencyPlan, place: Place, speeds: Speeds
+    store: Store, candidates: Sequence[Path], plan: ResidencyPlan, plan_with: PlanWith, speeds: Speeds
 ) -> Choice:
     """The first of the candidates that fits, if it makes the model quicker.
 
     Args:
         plan: without a copy.
-        place: plans with one, and raises MossError where it does not fit.
+        plan_with: plans with one, and raises MossError where it does not fit.
     """
     notice = ""
     for path in candidates:
         try:
             copy = open_copy(store, path)
-            placed = place(copy)
+            better = plan_with(copy)
         except TooLittleError as error:
             notice = notice or _smaller_context(path, error)
             continue
         except MossError:
             continue  # damaged, or the memory does not do for other reasons: it is no use as a copy
-        if speeds.outlook(placed).seconds_per_token < speeds.outlook(plan).seconds_per_token:
-            return Choice(placed, copy)
+        if speeds.outlook(better).seconds_per_token < speeds.outlook(plan).seconds_per_token:
+            return Choice(better, copy)
     return Choice(plan, None, notice)
 
 

@@ -50,7 +50,7 @@ def outlook(
     share = CPU_TOKEN_SHARE if link_bytes_per_s is None else GPU_TOKEN_SHARE
     read_s = plan.weight_bytes_per_pass / memory_bytes_per_s
     step_s = plan.copy_bytes_per_pass / memory_bytes_per_s
-    found = [
+    outlooks = [
         Outlook(
             drafted,
             tokens_per_pass(agreement, drafted),
@@ -59,4 +59,4 @@ def outlook(
         )
         for drafted in range(LONGEST + 1)
     ]
-    return min(found, key=lambda one: one.seconds_per_token)
+    return min(outlooks, key=lambda one: one.seconds_per_token)
