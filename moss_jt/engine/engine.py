@@ -220,6 +220,12 @@ class Engine:
             pass_s = self._pace.pass_s
             return Queued(before + 1, None if pass_s is None else passes * pass_s)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for room in the cache."""
+        with self.lock:
+            return len(self._queue_in_order())
+
     def close(self) -> None:
         """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
         with self.lock:
