@@ -70,7 +70,7 @@ inline void float_block(const M& m, const int64_t* rows, const float* x, int64_t
 template <class Row, class M, int kRows, int kTokens>
 inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
                           int64_t gap, bool add) {
-#if MOSS_SIMD == 512
+#if MOSS_SIMD > 0
     if constexpr (Row::kInDigits) digit_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
     else
 #endif

@@ -97,7 +97,6 @@ class CheckedBlock:
     bits: int
     vectors: list[Var]
     matrices: list[Var]
-    ordered: bool  # some matrix has an input_order
 
 
 class CpuOperators:
@@ -159,7 +158,7 @@ class CpuOperators:
     def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
         needs = CpuNeeds(self.config, checked.bits)
         onednn = onednn_folder() is not None
-        return needs.block_floats(tokens, positions, few=few, ordered=checked.ordered, onednn=onednn)
+        return needs.block_floats(tokens, positions, few=few, onednn=onednn)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)
@@ -171,7 +170,7 @@ class CpuOperators:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
         vectors = [field for field in fields if not isinstance(field, (DenseMatrix, PackedMatrix))]
         arrays = [array for matrix in matrices for array in self._arrays(matrix)]
-        return CheckedBlock(bits.pop(), vectors, arrays, any(m.input_order is not None for m in packed))
+        return CheckedBlock(bits.pop(), vectors, arrays)
 
     def _arrays(self, matrix: Matrix) -> list[Var]:
         if isinstance(matrix, DenseMatrix):
