@@ -96,7 +96,7 @@ inline void write_span(const float* x, uint8_t* digits, float& scale, float& sum
 }
 
 // Readers of fields, kSpan of them: step() takes them apart, and sum(x) gives their products with one token's digits, in each
-// lane, as floats. input(i) is the input that stands at place i, a multiple of 16, of the digits.
+// lane, as floats. input(i) is the input that belongs to number i, a multiple of 16, of the digits.
 
 constexpr int kVectorBytes = sizeof(Simd::I), kFieldVectors = kSpan / kVectorBytes;
 

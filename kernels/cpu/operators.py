@@ -106,19 +106,20 @@ class CpuOperators:
 
     Args:
         config: the model's geometry.
-        simd: 512 (AVX-512), 256 (AVX2) or 0 (plain C++); by default the widest, or what MOSS_JT_SIMD says.
+        simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
+            or what MOSS_JT_SIMD says.
 
     Raises:
         ValueError: head_dim is odd, or this machine does not have ``simd``.
     """
 
-    def __init__(self, config: MossConfig, simd: int | None = None) -> None:
+    def __init__(self, config: MossConfig, simd: str | None = None) -> None:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
         self.config = config
         self.simd = chosen_simd() if simd is None else simd
         if self.simd not in available_simd():
-            raise ValueError(f"simd {simd} is not among {available_simd()}")
+            raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()

@@ -1,5 +1,5 @@
 // Vectors of floats: one set of operations, three implementations; MOSS_SIMD (512, 256 or 0) says which one is Simd. The
-// first two also have whole numbers, whose products MOSS_VNNI gives instructions of their own (AVX-512 VNNI, AVX-VNNI).
+// first two also have integers, whose products MOSS_VNNI gives instructions of their own (AVX-512 VNNI, AVX-VNNI).
 //
 // Kernels are written once over Simd. They promise that a token's result does not depend on how many tokens share a
 // pass, so every operation here rounds in one defined way: fused where it says fma, and the compiler is told
@@ -74,7 +74,7 @@ struct Simd {
     static void store_half(uint16_t* p, F x) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    // Whole numbers. Names say what a lane is: ints of 32 bits, words of 16, bytes.
+    // Integers. Names say what a lane is: ints of 32 bits, words of 16, bytes.
     static I zero_ints() { return _mm512_setzero_si512(); }
     static I load_ints(const void* p) { return _mm512_loadu_si512(p); }
     static void store_ints(int32_t* p, I x) { _mm512_storeu_si512(p, x); }

@@ -150,17 +150,17 @@ def installed(package: str) -> str | None:
 
 
 def jittor() -> Finding:
-    found = installed("jittor")
-    if found is None:
+    version = installed("jittor")
+    if version is None:
         return Finding("Jittor", "problem", "not installed", "pip install jittor==1.3.11.0")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    release = ".".join(found.split(".")[:3])
+    release = ".".join(version.split(".")[:3])
     if any(cache_folder().glob(f"jt{release}/**/jittor_core{suffix}")):
-        return Finding("Jittor", "ok", f"{found}, compiled in {cache_folder()}")
+        return Finding("Jittor", "ok", f"{version}, compiled in {cache_folder()}")
     return Finding(
         "Jittor",
         "note",
-        f"{found}, not compiled yet",
+        f"{version}, not compiled yet",
         "The first start compiles it, once: 1 to 3 minutes, with CUDA 2 to 5.",
     )
 
@@ -179,10 +179,16 @@ def onednn() -> Finding:
 def processor() -> Finding:
     from moss_jt.kernels.cpu.simd import available_simd
 
-    names = {512: "AVX-512", 256: "AVX2", 0: "plain C++"}
-    widest = max(available_simd())
-    text = f"{os.cpu_count()} cores, kernels for {names[widest]}"
-    if widest:
+    names = {
+        "512-vnni": "AVX-512 with VNNI",
+        "512": "AVX-512",
+        "256-vnni": "AVX2 with AVX-VNNI",
+        "256": "AVX2",
+        "0": "plain C++",
+    }
+    fastest = available_simd()[0]
+    text = f"{os.cpu_count()} cores, kernels for {names[fastest]}"
+    if fastest != "0":
         return Finding("Processor", "ok", text)
     return Finding(
         "Processor", "note", text, "Without AVX2, FMA and F16C a token takes several times as long."
@@ -190,11 +196,11 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    found = process_memory()
+    memory = process_memory()
     text = (
-        f"{found.total_bytes / GIB:.1f} GiB, of which {found.free_bytes / GIB:.1f} are free; default limit "
+        f"{memory.total_bytes / GIB:.1f} GiB, of which {memory.free_bytes / GIB:.1f} are free; default limit "
     )
-    return Finding("Memory", "ok", f"{text}{default_budget(found) / GIB:.1f} GiB (--memory)")
+    return Finding("Memory", "ok", f"{text}{default_budget(memory) / GIB:.1f} GiB (--memory)")
 
 
 def disk() -> Finding:
