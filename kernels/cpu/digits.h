@@ -125,23 +125,30 @@ struct SpanDigits {
     }
 };
 
+#if MOSS_VNNI
+
 // sum + the fields' products with one of the three bytes of their inputs, whose vectors begin at x[first].
 template <class X>
 inline Simd::I add_digit(Simd::I sum, const Simd::I* fields, const X& x, int first) {
-#if MOSS_VNNI
     MOSS_UNROLL
     for (int v = 0; v < kFieldVectors; v++) sum = Simd::add_dot_bytes(sum, fields[v], x[first + v]);
     return sum;
+}
+
 #else
-    // Fields of 4 bits only: up to four times 2 * 15 * 128 is a word.
+
+// The products of fields of 4 bits with one of the three bytes, in words: up to four times 2 * 15 * 128.
+template <class X>
+inline Simd::I digit_words(const Simd::I* fields, const X& x, int first) {
     Simd::I products[kFieldVectors];
     MOSS_UNROLL
     for (int v = 0; v < kFieldVectors; v++) products[v] = Simd::dot_bytes(fields[v], x[first + v]);
     MOSS_UNROLL
     for (int v = 1; v < kFieldVectors; v++) products[0] = Simd::add_words(products[0], products[v]);
-    return Simd::add_ints(sum, Simd::dot_words(products[0], Simd::set1_words(1)));
-#endif
+    return products[0];
 }
+
+#endif
 
 // 16 bytes hold 16 inputs in their low nibbles and the next 16 in the high ones.
 struct NibbleFields {
@@ -164,9 +171,16 @@ struct NibbleFields {
     }
     template <class X>
     F sum(const X& x) const {  // within 31 bits
+#if MOSS_VNNI
         Simd::I sum = add_digit(Simd::zero_ints(), fields, x, 0);
         sum = add_digit(Simd::times_256(sum), fields, x, kFieldVectors);
         return Simd::to_floats(add_digit(Simd::times_256(sum), fields, x, 2 * kFieldVectors));
+#else
+        const Simd::I high = Simd::dot_words(digit_words(fields, x, 0), Simd::set1_words(256));
+        const Simd::I middle = Simd::dot_words(digit_words(fields, x, kFieldVectors), Simd::set1_words(1));
+        const Simd::I low = Simd::dot_words(digit_words(fields, x, 2 * kFieldVectors), Simd::set1_words(1));
+        return Simd::to_floats(Simd::add_ints(Simd::times_256(Simd::add_ints(high, middle)), low));
+#endif
     }
 };
 
