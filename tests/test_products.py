@@ -1,7 +1,7 @@
 """Products of packed matrices as integers, on every level of vectors: what this machine lacks through a model of it.
 
-tests/native/instructions has the instructions in plain C++. Few tokens' inputs have 24 bits, whole pages' 16; the bounds below follow
-from that and hold for any numbers.
+tests/native/instructions has the instructions in plain C++. Few tokens' inputs have 24 bits, whole pages' 16; the bounds
+below follow from that and hold for any numbers.
 """
 
 import subprocess
@@ -136,7 +136,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool],
     wanted = [(level, True) for level in LEVELS] + [
         (level, False) for level in LEVELS if level in available_simd()
     ]
-    return {(level, modelled): compiled(folder, level, modelled) for level, modelled in wanted}
+    with ThreadPoolExecutor() as compilers:
+        done = compilers.map(lambda key: compiled(folder, *key), wanted)
+        return dict(zip(wanted, done, strict=True))
 
 
 @pytest.mark.parametrize("bits", (4, 8))

@@ -120,7 +120,7 @@ inline void product_rows(const M& m, int64_t first, int64_t end, const float* x,
     product_streams<Row, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
 }
 
-// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end; x as rearrange() leaves it for few tokens.
+// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end; x as arrange() (gemm.h) leaves it.
 template <class M>
 inline void product_few(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
                         int64_t ldy, bool add) {
