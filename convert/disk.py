@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before anything is written."""
+"""Space on the disk: asked for before anything is written."""
 
 import itertools
 import operator
@@ -35,13 +35,13 @@ class Download:
         there = folder_bytes(self.folder)
         last = {shard: number for number, shards in enumerate(steps) for shard in shards}
         needed: set[str] = set()
-        found = []
+        growths = []
         for number, shards in enumerate(steps):
             needed |= shards
-            found.append(sum(self.shard_bytes[shard] for shard in needed) - there)
+            growths.append(sum(self.shard_bytes[shard] for shard in needed) - there)
             if not self.keep:
                 needed = {shard for shard in needed if last[shard] > number}
-        return found
+        return growths
 
 
 def folder_bytes(folder: Path) -> int:

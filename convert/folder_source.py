@@ -86,8 +86,8 @@ def _pieces(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.nda
     """The tensor, compared with its checksum while it is read: damage must not be quantised and then vouched for."""
     source = SourceTensor(spec.name, spec.dtype_name, spec.shape, file.path, spec.offset)
     digest = hashlib.sha256()
-    for piece in source.pieces(0, spec.shape[0]):
-        digest.update(piece.reshape(-1).view(np.uint8).data)
-        yield piece
+    for chunk in source.chunks(0, spec.shape[0]):
+        digest.update(chunk.reshape(-1).view(np.uint8).data)
+        yield chunk
     if digest.hexdigest() != checksum:
         raise MossError(f"{file.path}: {spec.name} is not what was written: its checksum differs. {REPAIR}")

@@ -119,7 +119,7 @@ def already_converted(
     progress: Progress = lambda count: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> bool:
-    """True when ``out`` is finished, made from this very source, and whole: everything in it is read and compared.
+    """True when ``out`` is finished, made from this very source, and complete: everything in it is read and compared.
 
     A damaged folder becomes an unfinished one again, whose journal lists the files that are as they should be.
 
@@ -146,7 +146,7 @@ def already_converted(
         except MossError as error:
             reason = str(error)
             kept = _intact_files(out, manifest, config)
-    notice(f"{out} is not whole: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
+    notice(f"{out} is not complete: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
     with writing(out), _alone(out):
         journal = Journal(out, identity)
         journal.files = {name: with_header(out / name, entry) for name, entry in kept.items()}
@@ -172,7 +172,7 @@ def _manifest_of(out: Path, identity: dict[str, Any]) -> tuple[Manifest | None, 
 
 
 def _is_of_another_version(out: Path) -> bool:
-    """Whether a manifest that cannot be read is whole, and so a later version's, which must not be written over."""
+    """Whether a manifest that cannot be read is complete, and so a later version's, which must not be written over."""
     try:
         fields = read_json(out / MANIFEST)
     except MossError:

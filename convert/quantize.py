@@ -129,9 +129,9 @@ def _whole(target: Target) -> np.ndarray:
     """A target's tensor in memory, as it would be written."""
     array = np.empty(target.shape, DTYPES[target.dtype])
     flat, done = array.reshape(-1), 0
-    for piece in target.produce():
-        flat[done : done + piece.size] = piece.reshape(-1)
-        done += piece.size
+    for chunk in target.produce():
+        flat[done : done + chunk.size] = chunk.reshape(-1)
+        done += chunk.size
     return array
 
 
@@ -214,6 +214,6 @@ class GptqQuantizer:
 def _stored(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a finished file by local name."""
     return {
-        local_name(name): SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset).whole()
+        local_name(name): SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset).read()
         for name, spec in read_header(path).tensors.items()
     }

@@ -18,14 +18,14 @@ FOLDERS = {
 
 def module_files() -> dict[str, Path]:
     """Installed module name of every source file of the four folders."""
-    found = {}
+    collected = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "moss-tiny-training" in path.parts:
                 continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
+            collected[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return collected
 
 
 MODULES = module_files()

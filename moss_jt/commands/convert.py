@@ -168,7 +168,7 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
 
 def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> bool:
     """Convert, and clear away what was downloaded for it; False where ``out`` is finished already."""
-    # That is asked first: a checkpoint of one file must be there, whole, to plan its conversion.
+    # That is asked first: a checkpoint of one file must be there completely, to plan its conversion.
     done = not options.quantizes and has_bits(out, options) and finished(out, checkpoint, checkpoint.identity)
     fresh = not done and run_conversion(checkpoint, recipe_for(checkpoint), options, out)
     if checkpoint.download is not None:
@@ -195,7 +195,7 @@ def run_conversion(
 
 
 def finished(out: Path, source: Checkpoint | ModelFolder, identity: dict[str, Any]) -> bool:
-    """Whether ``out`` was made from this source and is whole, which takes reading all of it; a bar shows how far it is."""
+    """Whether ``out`` was made from this source and is complete, which takes reading all of it; a bar shows how far it is."""
     if not (out / MANIFEST).exists():
         return False
     n_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
