@@ -120,7 +120,8 @@ class CpuTrainingOperators:
             raise ValueError(f"{a.shape} and {b.shape} cannot be multiplied so")
         if plus is not None:
             check_shape("plus", plus, (rows, columns))
-        data = {"k": inner, "ta": transpose_a, "tb": transpose_b, "alpha": alpha, "plus": plus is not None}
+        flags = {"ta": int(transpose_a), "tb": int(transpose_b), "plus": int(plus is not None)}
+        data = {"k": inner, "alpha": alpha, **flags}
         return self._run(MULTIPLY, [(rows, columns)], [a, b, a if plus is None else plus], data)[0]
 
     def norm(self, h: Var, weight: Var, bias: Var) -> Var:
