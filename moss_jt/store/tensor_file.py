@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.errors import MossError
-from moss_jt.store.files import open_regular, reading, replacing, writing
-from moss_jt.store.safetensors_header import DTYPES, read_header
+from moss_jt.store.files import open_regular, parse_json, reading, replacing, writing
+from moss_jt.store.safetensors_header import DTYPES, MAX_HEADER_BYTES, read_header
 
 NAMES = {dtype.str: name for name, dtype in DTYPES.items() if dtype.names is None}
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -58,3 +58,17 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             wide = array.astype(np.float32) if spec.dtype_name in FLOATS else array
             tensors[name] = wide.reshape(spec.shape)
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors.
+
+    Raises:
+        MossError: it is none.
+    """
+    with reading(path), open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise MossError(f"{path} is no safetensors file, or it is damaged.")
+        fields = parse_json(file.read(length), path).get("__metadata__", {})
+    return fields if isinstance(fields, dict) else {}
