@@ -223,7 +223,7 @@ def convert(
         _check_ours(out)
         journal = Journal(out, json.loads(json.dumps(recipe.identity)))
         left = [plan for plan in recipe.files if plan.name not in journal.files]
-        _check_room(source, recipe, left, out)
+        _check_space(source, recipe, left, out)
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             if journal.restarted:
@@ -273,7 +273,7 @@ def _check_ours(out: Path) -> None:
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
 
 
-def _check_room(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
+def _check_space(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
     sizes = file_bytes(source.config, recipe.bits, recipe.group_size)
     if source.download is None:
         written = [one for one in left if one.twin is None or not on_one_disk(one.twin.path, out)]

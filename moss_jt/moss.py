@@ -21,6 +21,7 @@ from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
+from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -165,6 +166,23 @@ class Moss:
             result[first : first + len(rows)] = rows
         return result
 
+    def logprobs(self, token_ids: Sequence[int], top: int = 0) -> list[Logprob]:
+        """How likely each token of a text but the first was after those before it, and ``top`` of the likeliest beside each.
+
+        The model's own probabilities, as natural logarithms; in parts, so a long text needs no memory for all its logits.
+
+        Raises:
+            MossError: as :meth:`logits`.
+        """
+        token_ids = self._checked(token_ids)
+        text = self.session()
+        text.extend(token_ids)
+        logprobs: list[Logprob] = []
+        for first, rows in text.logits():
+            following = token_ids[first + 1 : first + 1 + len(rows)]
+            logprobs += logprobs_of(rows[: len(following)], following, top)
+        return logprobs
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -179,6 +197,8 @@ class Moss:
         length_penalty: float = 1.0,
         regulation_start: int = REGULATION_START,
         max_time: float | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
     ) -> Generation:
         """Continue a text.
 
@@ -188,9 +208,11 @@ class Moss:
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
             stop: a string, or several, that end the answer; they are not part of its text. None for none.
             max_time: seconds after which the answer ends; looked at after each token.
+            logprobs: 0 or more: ``logprobs`` of the answer says how likely each token was, and so many of the likeliest beside it.
+            sampling: presence_penalty, frequency_penalty, logit_bias, min_p.
 
         Returns:
-            An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
+            An iterator of pieces of text, with ``token_ids``, ``text``, ``logprobs`` and ``stats``.
 
         Raises:
             MossError: the prompt is empty or longer than the context, or an option's value is impossible.
@@ -203,8 +225,10 @@ class Moss:
             seed,
             length_penalty=length_penalty,
             regulation_start=regulation_start,
+            **sampling,
         )
-        return self._answer(self.session(), prompt, params, max_new_tokens, stop, max_time, begin=False)
+        limits = max_new_tokens, stop, max_time
+        return self._answer(self.session(), prompt, params, *limits, begin=False, logprobs=logprobs)
 
     def generate_many(
         self,
@@ -252,13 +276,22 @@ class Moss:
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
         max_time: float | None = None,
+        *,
+        background: bool = True,
+        logprobs: int | None = None,
     ) -> Generation:
-        """An answer in the background that is written from now on, to its end, whether or not its pieces are asked for.
+        """An answer that is written from now on, to its end, whether or not its pieces are asked for.
+
+        Args:
+            background: other answers of this model go first.
+            logprobs: see :meth:`generate`.
 
         Raises:
             MossError: as :meth:`generate`.
         """
-        return self._answer(self.session(True), prompt, params, max_new_tokens, stop, max_time, begin=True)
+        limits = max_new_tokens, stop, max_time
+        text = self.session(background)
+        return self._answer(text, prompt, params, *limits, begin=True, logprobs=logprobs)
 
     def _answer(
         self,
@@ -269,6 +302,7 @@ class Moss:
         stop: str | Sequence[str] | None,
         max_time: float | None,
         begin: bool,
+        logprobs: int | None = None,
     ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
@@ -276,7 +310,11 @@ class Moss:
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
-        return Generation(text, decoder, params, *limits, begin=begin)
+        if any(token >= self.config.vocab_size for token in params.biases):
+            raise MossError(
+                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+            )
+        return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs)
 
     def _checked(self, given: Sequence[int]) -> list[int]:
         """The token ids, from a list or an array."""

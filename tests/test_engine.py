@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.generate import Generation
 from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.engine.sampling import SamplingParams
@@ -278,3 +279,37 @@ def test_a_full_disk_costs_time_and_nothing_else(tmp_path: Path) -> None:
     file.free([0])
     assert file.write(np.full(8, 3.0)) == 0
     file.close()
+
+
+def test_who_waits_for_a_token_is_freed_by_who_ends_the_answer() -> None:
+    """As a server does when its client goes away: the answer is closed from another thread."""
+    model = GatedModel()
+    text = Text(Engine(model))
+    text.extend([1])
+    answer = text.begin(GREEDY, 5)
+    taken: list[list[int]] = []
+    waiting = threading.Thread(target=lambda: taken.append(list(answer)))
+    waiting.start()
+    assert model.entered.wait(10)
+    answer.close()
+    waiting.join(10)
+    assert not waiting.is_alive() and taken == [[]]
+    for _ in range(20):
+        model.gate.release()
+    assert list(text.decode(GREEDY, 2)) == [2, 3]
+
+
+def test_an_answer_that_was_begun_ends_at_its_stop_string() -> None:
+    class Letters:
+        def push(self, token_id: int) -> str:
+            return chr(ord("a") + token_id)
+
+        def finish(self) -> str:
+            return ""
+
+    model = ScriptedModel(count_up, 400, pages=8)
+    text = Text(Engine(model))
+    text.extend([0])
+    answer = Generation(text, Letters(), GREEDY, 300, (), ["ef"], begin=True)
+    assert answer.finish().text == "bcd" and answer.stats.stop_reason == "stop"
+    assert text.engine.plan() is None and len(model.passes) < 300, "nothing is written that nobody wants"

@@ -75,11 +75,11 @@ class ConversationContext:
 
     def finished(self) -> dict[object, list[int]]:
         """The tokens of each finished turn, oldest first."""
-        token_ids, start, found = self.session.token_ids, self._instruction, {}
+        token_ids, start, tokens = self.session.token_ids, self._instruction, {}
         for turn, length in self._turns.items():
-            found[turn] = token_ids[start : start + length]
+            tokens[turn] = token_ids[start : start + length]
             start += length
-        return found
+        return tokens
 
     def restore(self, turns: Mapping[object, Sequence[int]]) -> int:
         """Have these turns in the place of all, as many of the newest as there is room for; returns how many have none."""

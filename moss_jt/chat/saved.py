@@ -194,24 +194,24 @@ class Conversations:
 
     def names(self) -> list[str]:
         """All names, those used last first."""
-        found = []
+        dated = []
         for path in self.folder.glob(f"[!.]*{ENDING}"):
             with contextlib.suppress(OSError):  # it may have gone meanwhile
-                found.append((path.stat().st_mtime_ns, path.stem))
-        return [name for _, name in sorted(found, reverse=True)]
+                dated.append((path.stat().st_mtime_ns, path.stem))
+        return [name for _, name in sorted(dated, reverse=True)]
 
     def list(self, most: int | None = None) -> "list[Summary]":
         """Summaries, of the conversations used last first, at most so many. What cannot be read is left out."""
-        found = []
+        summaries = []
         for name in self.names()[:most]:
             with contextlib.suppress(MossError, OSError):
                 held, state = self.load(name), self._path(name).stat()
                 messages = [turn.message for turn in (held.turns[:1] + held.turns[-1:])] or ["", ""]
                 sizes = state.st_mtime, state.st_size
-                found.append(
+                summaries.append(
                     Summary(name, held.about.model, len(held.turns), messages[0], messages[-1], *sizes)
                 )
-        return found
+        return summaries
 
     def rename(self, opened: "OpenConversation", name: str) -> None:
         """Give a conversation that is open another name.
@@ -362,14 +362,14 @@ def new_name() -> str:
 
 
 def _create(path: Path, about: About, turns: Sequence[FinishedTurn]) -> int:
-    """Put a file of these lines in the place of ``path`` in one step; returns its descriptor, which is locked.
+    """Replace ``path`` by a file of these lines in one step; returns its descriptor, which is locked.
 
     Where that would be too long to be read again, the oldest turns are left out.
     """
-    lines, room = [], MAX_FILE_BYTES // 4
+    lines, left = [], MAX_FILE_BYTES // 4
     for line in map(turn_line, reversed(turns)):
-        room -= len(line)
-        if room < 0:
+        left -= len(line)
+        if left < 0:
             break
         lines.append(line)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -480,10 +480,10 @@ def _read(path: Path) -> Conversation:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def about_of(fields: Mapping[str, Any]) -> About | None:

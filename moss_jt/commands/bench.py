@@ -42,7 +42,7 @@ def command(
         if min(counts) < 1:
             raise MossError("--parallel needs numbers from 1 up.")
         options["parallel"] = max(counts)
-        options["context"] = options["context"] or max(lengths) + new_tokens * len(counts) + 1
+        options["context"] = options["context"] or max(lengths) + max(new_tokens, 8)
     store = open_store(model_folder(model))
     with loaded(model, options) as moss:
         from moss_jt.measure.bench import measure, report
@@ -50,7 +50,7 @@ def command(
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         together = (
-            measure_together(moss.model, counts, max(lengths), moss.config.vocab_size, new_tokens)
+            measure_together(moss.engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
             if counts
             else []
         )

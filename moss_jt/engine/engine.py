@@ -122,7 +122,7 @@ class Engine:
             self._wake()
 
     def take(self, job: Job) -> tuple[int, Any] | None:
-        """What the job gives next, once it is there: a token, and why no other follows; or a position, and the logits of the
+        """What the job gives next, once it is there: a token, and a Chosen; or a position, and the logits of the
         tokens from it on. None when the job is done.
 
         Raises:
@@ -144,9 +144,11 @@ class Engine:
             return None
 
     def end(self, job: Job, length: int) -> None:
-        """The caller wants no more of this job, and its text ends after ``length`` tokens."""
+        """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
+            job.out.clear()
+            job.ready.notify_all()
             if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
@@ -162,6 +164,17 @@ class Engine:
         """A text that no job is about ends after ``length`` tokens."""
         with self.lock:
             self._free(text.cut(length))
+
+    def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
+        """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
+        with self.lock:
+            text.settle(len(token_ids))
+            while text.cached < len(token_ids) - 1:
+                # Fewer than a page at once, for others must not take made-up pages for theirs.
+                text.compute(token_ids, min(PAGE // 2, len(token_ids) - 1 - text.cached))
+            for number in text.pages:
+                self.model.write_page(number, page)
+            self._touch(text)
 
     def drop(self, text: CachedText) -> None:
         """Nobody will ask for this text any more. To be called from anywhere, the collector of garbage too."""
@@ -300,7 +313,8 @@ class Engine:
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
         if job.scored:
-            job.out += [(run.start, rows) for run, rows in zip(part.runs, logits, strict=True)]
+            for run, rows in zip(part.runs, logits, strict=True):
+                job.score(run.start, rows)
         elif job.sampler is not None and logits and len(logits[-1]):
             first = job.first_s is None
             if job.first_s is None:

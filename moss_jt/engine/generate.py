@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Protocol, Self
 
 from moss_jt.engine.job import Queued
+from moss_jt.engine.logprobs import Logprob
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
@@ -24,6 +25,7 @@ class TextDecoder(Protocol):
 class GenerationStats:
     """What a generation was, complete once it has ended.
 
+    cached_tokens  of the prompt that did not have to be computed, because another text began alike
     stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
                  (max_time has passed); None while it goes on
     seconds      load (the model, once), prefill (until the first token's logits, waiting for room included), decode
@@ -32,6 +34,7 @@ class GenerationStats:
 
     prompt_tokens: int
     new_tokens: int = 0
+    cached_tokens: int = 0
     stop_reason: str | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("load", "prefill", "decode"), 0.0)
@@ -96,6 +99,7 @@ class Generation:
 
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
+    logprobs   of each new token so far, how likely the model found it; empty where that was not asked for
     stats      see GenerationStats
     """
 
@@ -110,6 +114,7 @@ class Generation:
         load_s: float = 0.0,
         max_time: float | None = None,
         begin: bool = False,
+        logprobs: int | None = None,
     ) -> None:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
@@ -124,7 +129,9 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         limits = max_new_tokens, self._stop_ids, max_time
         self._tokens: Answer | Generator[int] = (
-            sequence.begin(params, *limits, ahead=None) if begin else sequence.decode(params, *limits)
+            sequence.begin(params, *limits, ahead=None, logprobs=logprobs)
+            if begin
+            else sequence.decode(params, *limits, logprobs=logprobs)
         )
         self._pieces = self._run()
 
@@ -139,6 +146,15 @@ class Generation:
         """Where the answer waits for room in the cache, or None where it does not; for other threads to look at."""
         return self._sequence.queued
 
+    @property
+    def logprobs(self) -> list[Logprob]:
+        return self._sequence.logprobs
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read before the first new one; for other threads to look at."""
+        return 0 if self.token_ids else self._sequence.unread
+
     def finish(self) -> Self:
         """Wait for the end of the answer."""
         for _ in self:
@@ -146,7 +162,7 @@ class Generation:
         return self
 
     def close(self) -> None:
-        """Have no more of it."""
+        """Have no more of it; it is gone within one block. An answer that was begun may be closed from any thread."""
         self._tokens.close()
 
     def _run(self) -> Iterator[str]:
@@ -160,6 +176,7 @@ class Generation:
             if piece:
                 yield piece
             if self._stops.stopped:
+                self._tokens.close()
                 return
         self.stats.stop_reason = self._sequence.stop_reason
         rest = self._stops.push(self._decoder.finish())
@@ -173,6 +190,8 @@ class Generation:
         timing = self._sequence.timing
         self.token_ids.append(token)
         self.stats.new_tokens += 1
+        if self.stats.new_tokens == 1:
+            self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
         self.stats.stop_reason = self._sequence.stop_reason
         self.stats.seconds.update(prefill=timing.prefill_s, decode=timing.decode_s)
 

@@ -11,7 +11,7 @@ from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.measure.cpu_limits import MachineLimits
 from moss_jt.plan.report import BITS_NAMES
-from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
+from moss_jt.plan.residency import ResidencyPlan, gib, seconds_per_pass
 
 GB = 10**9
 GIB = 1 << 30
@@ -148,7 +148,7 @@ def report(
         )
         speeds = {"prefill_tok_s": prefill, "decode_tok_s": decode}
         rows.append({**asdict(entry), **speeds, "prefill_share": share.prefill, "decode_share": share.decode})
-    lines += ["", f"Peak memory{' on the host' if on_gpu else ''}: {peak_bytes / GIB:.2f} GiB"]
+    lines += ["", f"Peak memory{' on the host' if on_gpu else ''}: {gib(peak_bytes)}"]
     summary = {
         "model": name,
         "bits": sizes.bits,

@@ -14,6 +14,7 @@ from moss_jt.plan.residency import (
     CpuWorkspace,
     GpuWorkspace,
     ResidencyPlan,
+    gib,
     gib_up,
     plan,
     plan_gpu,
@@ -200,7 +201,7 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     n_bytes = parse_memory(text, card.total_bytes)
     if n_bytes > card.total_bytes:
         raise MossError(
-            f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
+            f"--gpu-memory {text} is more than {card.name} has, {gib(card.total_bytes)}. Give a smaller amount."
         )
     return n_bytes
 

@@ -345,12 +345,14 @@ def cache_text(plan: ResidencyPlan) -> str:
 
 
 def gib(n_bytes: int) -> str:
-    """As people read it: GiB, or MiB where that would be nearly nothing."""
-    if n_bytes < GIB // 10:
-        return f"{n_bytes / MIB:.1f} MiB" if n_bytes else "nothing"
-    return f"{n_bytes / GIB:.2f} GiB"
+    """As people read it: GiB, below one MiB, and KiB where that would be nearly nothing."""
+    if n_bytes >= GIB:
+        return f"{n_bytes / GIB:.2f} GiB"
+    if n_bytes >= MIB:
+        return f"{n_bytes / MIB:.{0 if n_bytes >= 100 * MIB else 1}f} MiB"
+    return f"{n_bytes / 1024:.1f} KiB" if n_bytes else "nothing"
 
 
 def gib_up(n_bytes: int) -> str:
     """Rounded up: a limit typed back as shown must not be too small."""
-    return f"{-(-n_bytes * 100 // GIB) / 100:.2f} GiB"
+    return f"{-(-n_bytes * 100 // GIB) / 100:.2f} GiB" if n_bytes >= GIB else f"{-(-n_bytes // MIB)} MiB"

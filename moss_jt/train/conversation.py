@@ -96,7 +96,7 @@ def instruction_for(functions: Collection[str], system: str | None) -> list[Segm
     return instruction([plugin for name, plugin in TRAINED_PLUGINS.items() if name in functions], system)
 
 
-def turn_pieces(turn: TrainedTurn, mask: Mask) -> Iterator[Learned]:
+def turn_segments(turn: TrainedTurn, mask: Mask) -> Iterator[Learned]:
     """A turn's segments.
 
     ``moss`` is the reference's loss: everything but what results say (finetune_moss.py masks the meta instruction, and in the

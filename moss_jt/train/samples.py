@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from moss_jt.chat.prompt import PromptEncoder, Segment
 from moss_jt.errors import MossError
-from moss_jt.train.conversation import Conversation, Learned, Mask, PlainText, turn_pieces
+from moss_jt.train.conversation import Conversation, Learned, Mask, PlainText, turn_segments
 from moss_jt.train.formats import Losses, Sample
 
 # How finetune_moss.py cuts, and MOSS's longest text.
@@ -60,7 +60,7 @@ class Sampler:
         ids, targets = self._encoded(Learned(segment, False) for segment in source.instruction)
         start = len(ids)
         for number, turn in enumerate(source.turns):
-            more, learned = self._encoded(turn_pieces(turn, self._mask))
+            more, learned = self._encoded(turn_segments(turn, self._mask))
             if len(ids) + len(more) > self._length:
                 if len(ids) == start:
                     raise MossError(

@@ -17,6 +17,7 @@ import numpy as np
 from moss_jt.engine import cached_text, engine, pace
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.job import Job
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
@@ -24,7 +25,15 @@ from moss_jt.engine.sequence import Sequence as Text
 PAGE = 4  # small pages meet every case in short texts
 VOCABULARY = 7
 GREEDY = SamplingParams(temperature=0)
-DICE = SamplingParams(temperature=1.5, top_k=0, top_p=0.9, repetition_penalty=1.1)
+DICE = SamplingParams(
+    temperature=1.5,
+    top_k=0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias={2: 1.5},
+)
 
 
 class HashedModel:
@@ -33,8 +42,8 @@ class HashedModel:
     def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
         self.pages, self.capacity = pages, capacity
         self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
-        self._cache = np.zeros((pages, PAGE), np.int64)
-        self._tokens = np.full((pages, PAGE), -1)
+        self._cache = [[0] * PAGE for _ in range(pages)]
+        self._tokens = [[-1] * PAGE for _ in range(pages)]
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
 
     def forward_many(
@@ -55,18 +64,18 @@ class HashedModel:
             if run.whole:
                 assert len(run.token_ids) == PAGE and run.start % PAGE == 0
             for position, token in enumerate(run.token_ids, run.start):
-                at = run.pages[position // PAGE], position % PAGE
-                assert at not in written, "two runs write to one place"
-                written.add(at)
+                page, slot = run.pages[position // PAGE], position % PAGE
+                assert (page, slot) not in written, "two runs write to one place"
+                written.add((page, slot))
                 before = self._at(run.pages, position - 1) if position else 1
-                self._cache[at] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
-                self._tokens[at] = token
+                self._cache[page][slot] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
+                self._tokens[page][slot] = token
         for index in order:
             actual[index] = self._logits(runs[index])
         return actual
 
     def _at(self, pages: Sequence[int], position: int) -> int:
-        return int(self._cache[pages[position // PAGE], position % PAGE])
+        return self._cache[pages[position // PAGE]][position % PAGE]
 
     def _logits(self, run: TokenRun) -> np.ndarray:
         count = len(run.token_ids)
@@ -74,20 +83,20 @@ class HashedModel:
         if first == count:
             return np.empty((0, VOCABULARY), np.float32)
         # Everything that the tokens see, as attention does.
-        past = self._cache[list(run.pages)].reshape(-1)
-        tokens = self._tokens[list(run.pages)].reshape(-1)
+        past = [value for page in run.pages for value in self._cache[page]]
+        tokens = [token for page in run.pages for token in self._tokens[page]]
         rows = []
         for offset in range(first, count):
             end = run.start + offset + 1
-            seed = hash((tuple(past[:end].tolist()), tuple(tokens[:end].tolist()))) & 0xFFFFFFFF
+            seed = hash((tuple(past[:end]), tuple(tokens[:end]))) & 0xFFFFFFFF
             rows.append([((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)])
         return np.array(rows, np.float32)
 
     def read_page(self, page: int) -> np.ndarray:
-        return np.stack([self._cache[page], self._tokens[page]])
+        return np.array([self._cache[page], self._tokens[page]])
 
     def write_page(self, page: int, data: np.ndarray) -> None:
-        self._cache[page], self._tokens[page] = data
+        self._cache[page], self._tokens[page] = data.tolist()
 
 
 class SteppedEngine(Engine):
@@ -191,6 +200,48 @@ class Client:
             self.text.truncate(int(cut * self.text.position))
 
 
+class Reader:
+    """Somebody who wants the logits of a whole text, as moss-jt eval does: they are compared with those of the text alone."""
+
+    def __init__(self, dice: random.Random, capacity: int) -> None:
+        self.token_ids = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, capacity))]
+        self.background = dice.random() < 0.5
+        self.rows: list[list[float]] = []
+        self.done = False
+        self._job: Job | None = None
+        self._text: Text | None = None
+
+    def act(self, engine: Engine) -> None:
+        """Ask for them, or take what is there."""
+        if self._job is None or self._text is None:
+            self._text = Text(engine, background=self.background)
+            self._text.extend(self.token_ids)
+            self._job = self._text._new_job(len(self.token_ids))
+            self._job.scored, self._job.ahead = True, 1
+            self._text._do(self._job)
+        with suppress(FailingError):
+            while self._job.out:
+                taken = engine.take(self._job)
+                assert taken is not None and taken[0] == len(self.rows)
+                self.rows += taken[1].tolist()
+            if self._job.done:
+                assert engine.take(self._job) is None and len(self.rows) == len(self.token_ids)
+        if self._job.done:
+            self._text._end(self._job)
+            self._text, self.done = None, True
+
+    def alone(self, capacity: int, pass_tokens: int) -> list[list[float]]:
+        """What an engine of its own would have said."""
+        most = 64 if pass_tokens >= PAGE else pass_tokens
+        own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
+        again = Reader(random.Random(0), capacity)
+        again.token_ids = self.token_ids
+        while not again.done:
+            again.act(own)
+            own.step()
+        return again.rows
+
+
 def play_alone(client: Client, capacity: int, pass_tokens: int) -> list[list[int]]:
     """What the same client is told by an engine of its own, without drafts, in passes as long as they may be."""
     most = 64 if pass_tokens >= PAGE else pass_tokens
@@ -247,6 +298,7 @@ def run_schedule(seed: int) -> None:
     disk = Disk(dice) if dice.random() < 0.7 else None
     own._file = disk  # type: ignore[assignment]
     clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
+    readers = [Reader(dice, capacity) for _ in range(dice.choice([0, 0, 0, 1, 2]))]
     drafter = Guesses(dice) if dice.random() < 0.6 else None
     failures = planned = dice.choice([0, 0, 0, 2])
     busy = dice.choice([0.2, 0.6, 1.0])  # how often a client does something between two passes
@@ -260,6 +312,10 @@ def run_schedule(seed: int) -> None:
                 client.begin(own, drafter)
             elif client.answer is not None:
                 client.take(client.turns[client.turn - 1]["cancel"])
+
+        for reader in readers:
+            if not reader.done and dice.random() < busy:
+                reader.act(own)
 
     def between() -> None:
         nonlocal failures
@@ -280,9 +336,12 @@ def run_schedule(seed: int) -> None:
         for client in clients:
             if client.done and dice.random() < 0.3:
                 client.text = None  # its sequence is gone
-        if all(client.done for client in clients):
+        if all(one.done for one in [*clients, *readers]):
             break
-    assert all(client.done for client in clients), "somebody starves"
+    assert all(one.done for one in [*clients, *readers]), "somebody starves"
+    for reader in readers:
+        alone = reader.alone(capacity, pass_tokens)
+        assert reader.rows == alone[: len(reader.rows)], "a text's logits depend on others"
     for client in clients:
         assert client.said == play_alone(client, capacity, pass_tokens), "an answer depends on the others"
         client.text = None
@@ -296,6 +355,8 @@ def run_schedule(seed: int) -> None:
 def run_schedules(seeds: Iterable[int]) -> None:
     """Schedules one after another; the seed of one that breaks a promise is told."""
     with ExitStack() as stack:
+        gc.freeze()  # what was there before need not be looked at by every collection
+        stack.callback(gc.unfreeze)
         for module in (engine, cached_text, pace):
             stack.enter_context(mock.patch.object(module, "PAGE", PAGE))
         for seed in seeds:
