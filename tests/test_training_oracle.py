@@ -13,6 +13,7 @@ import pytest
 from moss_jt.errors import MossError
 from moss_jt.plan.placement import plan_here
 from moss_jt.store.architecture import BLOCK
+from moss_jt.store.config import MossConfig
 from moss_jt.store.locations import tiny_checkpoint
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.qkv_order import head_runs
@@ -168,7 +169,7 @@ def test_kept_or_computed_again_is_the_same_to_the_bit(case: Case, tmp_path: Pat
 def test_what_is_not_done_is_refused_by_name(
     oracle: Path, change: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    config = parse_config_of(oracle / "qkv")
+    config = MossConfig.from_json(json.loads((oracle / "qkv" / "config.json").read_text()))
     folder = tmp_path / "adapter"
     folder.mkdir()
     fields = json.loads((oracle / "qkv-first" / "adapter_config.json").read_text())

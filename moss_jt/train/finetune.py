@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moss_jt.errors import MossError
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import Dataset
 from moss_jt.train.lora import Adapter
-from moss_jt.train.model import StepResult, TrainingModel
+from moss_jt.train.loss import StepResult
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import write_adapter
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.state import StateFolder
+
+if TYPE_CHECKING:
+    from moss_jt.train.model import TrainingModel
 
 # A state is written after so many seconds, for what came after it is done again when the training goes on.
 SAVE_SECONDS = 120.0
@@ -72,7 +74,7 @@ class Finetuning:
 
     def __init__(
         self,
-        model: TrainingModel,
+        model: "TrainingModel",
         data: Dataset,
         course: CourseSettings,
         learning: LearningSettings,
@@ -162,9 +164,3 @@ def digest_of(samples: Sequence[TokenSample]) -> str:
             len(sample).to_bytes(8, "little") + sample.token_ids.tobytes() + sample.targets.tobytes()
         )
     return digest.hexdigest()
-
-
-def check_samples(samples: Sequence[TokenSample], vocab_size: int) -> None:
-    """Raises MossError where a sample has a token that the model has not."""
-    if any(int(sample.token_ids.max()) >= vocab_size for sample in samples):
-        raise MossError("the data have a token that this model has not: its tokenizer is another model's.")

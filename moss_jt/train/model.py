@@ -16,22 +16,10 @@ from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
 from moss_jt.train.block import BlockTrainer, Kept, on_device
 from moss_jt.train.lora import Adapter, Floats, Pair
+from moss_jt.train.loss import Softmax, StepResult, predictions
 from moss_jt.train.needs import LOSS_ROWS
 from moss_jt.train.samples import TokenSample
 from moss_jt.weights.weights import HeadSlab, Weights
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """
-    loss      mean over the targets of minus the logarithm of their probability
-    accuracy  share of the targets that are the most likely token
-    targets   how many there were
-    """
-
-    loss: float
-    accuracy: float
-    targets: int
 
 
 @dataclass
@@ -149,13 +137,13 @@ class TrainingModel:
         self, hidden: Floats, samples: Sequence[TokenSample], with_gradient: bool
     ) -> tuple[StepResult, Floats]:
         """hidden (T, C) -> the result, and the gradient of hidden (T, C), where it is wanted."""
-        rows, wanted = _predictions(samples)
+        rows, wanted = predictions(samples)
         h = hidden[rows]
         norm_weight, norm_bias = self._weights.norm_weight, self._weights.norm_bias
         normed = np.concatenate(
             [self._operators.norm(jt.array(part), norm_weight, norm_bias).numpy() for part in _parts(h)]
         )
-        softmax = _Softmax(wanted)
+        softmax = Softmax(wanted)
         g_normed = np.zeros_like(normed)
         for slab in self._weights.head_slabs():
             for part in _slices(len(normed)):
@@ -171,7 +159,7 @@ class TrainingModel:
                 g[rows[part]] = back.numpy()
         return result, g
 
-    def _add_slopes(self, softmax: "_Softmax", slab: HeadSlab, normed: Floats, g_normed: Floats) -> None:
+    def _add_slopes(self, softmax: Softmax, slab: HeadSlab, normed: Floats, g_normed: Floats) -> None:
         """What the loss depends on through this slab's logits, once all slabs have been seen."""
         for part in _slices(len(normed)):
             logits = self._logits(normed[part], slab.weight, slab.bias)
@@ -184,60 +172,9 @@ class TrainingModel:
         return logits
 
 
-def _predictions(samples: Sequence[TokenSample]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Rows of the step's tokens that predict a target, and the targets."""
-    targets = np.concatenate([sample.targets for sample in samples])
-    rows = np.flatnonzero(targets) - 1  # a sample's first token is no target
-    return rows, np.concatenate([sample.token_ids for sample in samples])[rows + 1]
-
-
 def _slices(count: int) -> list[slice]:
     return [slice(begin, min(count, begin + LOSS_ROWS)) for begin in range(0, count, LOSS_ROWS)]
 
 
 def _parts(h: Floats) -> list[Floats]:
     return [h[part] for part in _slices(len(h))]
-
-
-class _Softmax:
-    """Cross entropy over a vocabulary that comes slab by slab, in any order."""
-
-    def __init__(self, wanted: NDArray[np.int32]) -> None:
-        self._wanted = wanted
-        self._largest = np.full(len(wanted), -np.inf, np.float32)
-        self._best = np.full(len(wanted), -1, np.int64)
-        self._total = np.zeros(len(wanted), np.float64)  # of exponentials, relative to the largest
-        self._own = np.zeros(len(wanted), np.float32)  # the targets' logits
-
-    def see(self, part: slice, first: int, logits: Floats) -> None:
-        """logits (R, V') of rows ``first`` .. of the head, for the predictions ``part``."""
-        slab_largest = logits.max(axis=1)
-        largest = np.maximum(self._largest[part], slab_largest)
-        self._total[part] *= np.exp(self._largest[part] - largest, dtype=np.float64)
-        self._total[part] += np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64)
-        self._best[part] = np.where(
-            slab_largest > self._largest[part], logits.argmax(axis=1) + first, self._best[part]
-        )
-        self._largest[part] = largest
-        rows, columns = self._inside(part, first, logits.shape[1])
-        self._own[part][rows] = logits[rows, columns]
-
-    def result(self) -> StepResult:
-        losses = np.log(self._total) + self._largest.astype(np.float64) - self._own
-        hits = self._best == self._wanted
-        return StepResult(float(losses.mean()), float(hits.mean()), len(self._wanted))
-
-    def slope(self, part: slice, first: int, logits: Floats) -> Floats:
-        """The mean loss's derivative by these logits; may overwrite them."""
-        shift = self._largest[part] + np.log(self._total[part]).astype(np.float32)
-        slope: Floats = np.exp(logits - shift[:, None], out=logits)
-        rows, columns = self._inside(part, first, logits.shape[1])
-        slope[rows, columns] -= 1
-        slope /= np.float32(len(self._wanted))
-        return slope
-
-    def _inside(self, part: slice, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of the predictions have their target in this slab, and its columns there."""
-        columns = self._wanted[part].astype(np.int64) - first
-        rows = np.flatnonzero((columns >= 0) & (columns < count))
-        return rows, columns[rows]
