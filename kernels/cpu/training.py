@@ -1,5 +1,6 @@
 """Training's operators on the CPU: each is one jt.code operation over training.h."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -175,11 +176,11 @@ class CpuTrainingOperators:
     def _run(
         self,
         source: str,
-        shapes: list[tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         inputs: list[Var],
         data: dict[str, Any] | None = None,
     ) -> list[Var]:
-        return run(self.simd, HEADER, source, shapes, inputs, data)
+        return run(self.simd, HEADER, source, list(shapes), inputs, data)
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, int]:

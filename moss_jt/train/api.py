@@ -8,7 +8,7 @@ from moss_jt.backend.device import decide
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
 from moss_jt.plan.placement import hold, plan_here
-from moss_jt.plan.residency import ResidencyPlan
+from moss_jt.plan.residency import ResidencyPlan, in_slabs
 from moss_jt.store.files import read_small
 from moss_jt.store.locations import model_home
 from moss_jt.store.manifest import MANIFEST, sha256_of
@@ -72,8 +72,8 @@ def planned(
     plan = plan_here(store, frugal, memory, 1)
     keeping = dataclasses.replace(frugal, keeps=True)
     if plan.budget_bytes - plan.peak_bytes >= keeping.kept_bytes:
-        return plan_here(store, keeping, memory, 1), keeping
-    return plan, frugal
+        return in_slabs(plan_here(store, keeping, memory, 1)), keeping
+    return in_slabs(plan), frugal
 
 
 def start(
