@@ -13,8 +13,7 @@ import pytest
 
 from benchmarks.memory_tables import CONTEXT, SYSTEM, card_plan, cpu_plan
 from moss_jt.commands.cli import COMMANDS
-from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_MEMORY
-from moss_jt.plan.report import GB, Speed, Speeds
+from moss_jt.plan.report import ASSUMED_DISK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import BITS_NAMES
 from moss_jt.store.sizes import GIB
 from tests.support.models import tiny_model_folder

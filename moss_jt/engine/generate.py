@@ -1,6 +1,6 @@
 """Text that continues a prompt, piece by piece as it comes, with the tokens and the times behind it."""
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Protocol, Self
@@ -21,6 +21,9 @@ class TextDecoder(Protocol):
     def finish(self) -> str: ...
 
 
+SECONDS = ("load", "prefill", "decode", "drafting", "waiting", "computing")
+
+
 @dataclass
 class GenerationStats:
     """What a generation was, complete once it has ended.
@@ -28,17 +31,21 @@ class GenerationStats:
     cached_tokens  of the prompt that did not have to be computed, because another text began alike
     stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
                  (max_time has passed); None while it goes on
+    passes       in which its tokens after the first were computed
+    drafted      tokens that were guessed, of which ``accepted`` came true
     seconds      load (the model, once), prefill (until the first token's logits, waiting for room included), decode
-                 (everything after)
+                 (everything after); and of decode: drafting (a copy wrote ahead), waiting (for weights that stream),
+                 computing (the rest)
     """
 
     prompt_tokens: int
     new_tokens: int = 0
     cached_tokens: int = 0
     stop_reason: str | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("load", "prefill", "decode"), 0.0)
-    )
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
 
 
 class StopStrings:
@@ -86,6 +93,19 @@ class StopStrings:
         return 0
 
 
+def stops_at(stops: Sequence[str], decoder: TextDecoder | None) -> Callable[[int], bool] | None:
+    """Whether a stop string is complete, token after token; None where there is none, or nothing to read tokens with."""
+    if not stops or decoder is None:
+        return None
+    strings = StopStrings(stops)
+
+    def ends(token: int) -> bool:
+        strings.push(decoder.push(token))
+        return strings.stopped
+
+    return ends
+
+
 def check_count(max_new_tokens: int) -> None:
     """Raises MossError where it is no number of tokens."""
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
@@ -95,7 +115,8 @@ def check_count(max_new_tokens: int) -> None:
 class Generation:
     """An iterator of pieces of text. Iterate to the end, or drop it at any time.
 
-    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for.
+    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for. Where that is at a stop
+    string, it takes a decoder of its own to see that, ``ahead``.
 
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
@@ -115,6 +136,7 @@ class Generation:
         max_time: float | None = None,
         begin: bool = False,
         logprobs: int | None = None,
+        ahead: TextDecoder | None = None,
     ) -> None:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
@@ -129,7 +151,7 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         limits = max_new_tokens, self._stop_ids, max_time
         self._tokens: Answer | Generator[int] = (
-            sequence.begin(params, *limits, ahead=None, logprobs=logprobs)
+            sequence.begin(params, *limits, ahead=None, logprobs=logprobs, ends=stops_at(stop_strings, ahead))
             if begin
             else sequence.decode(params, *limits, logprobs=logprobs)
         )
@@ -193,7 +215,16 @@ class Generation:
         if self.stats.new_tokens == 1:
             self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
         self.stats.stop_reason = self._sequence.stop_reason
-        self.stats.seconds.update(prefill=timing.prefill_s, decode=timing.decode_s)
+        self.stats.passes = timing.passes
+        self.stats.drafted, self.stats.accepted = timing.drafted, timing.accepted
+        drafting, waiting = timing.drafting_s, timing.link_s
+        self.stats.seconds.update(
+            prefill=timing.prefill_s,
+            decode=timing.decode_s,
+            drafting=drafting,
+            waiting=waiting,
+            computing=max(0.0, timing.decode_s - drafting - waiting),
+        )
 
     def _show(self, text: str) -> str:
         self.text += text
