@@ -59,11 +59,11 @@ class Course:
         """Every sample once, in an order of this epoch's own."""
         order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._lengths))
         steps: list[list[int]] = []
-        room = 0
+        left = 0
         for number in order.tolist():
-            if self._lengths[number] > room:
+            if self._lengths[number] > left:
                 steps.append([])
-                room = self._settings.step_tokens
+                left = self._settings.step_tokens
             steps[-1].append(number)
-            room -= self._lengths[number]
+            left -= self._lengths[number]
         return steps
