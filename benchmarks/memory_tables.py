@@ -33,9 +33,12 @@ def speed(gigabytes: float) -> Speed:
     return Speed(gigabytes * GB, "assumed")
 
 
-def cpu_plan(bits: int, context: int, budget: int) -> ResidencyPlan:
-    needs = CpuNeeds(MOSS_MOON_003, bits)
-    return plan(sizes_of_geometry(MOSS_MOON_003, bits), needs, context, budget, threads=THREADS)
+def cpu_plan(bits: int, context: int, budget: int, draft_bits: int | None = None) -> ResidencyPlan:
+    """``draft_bits``: with a copy in so many that drafts."""
+    sizes, needs, copy = sizes_of_geometry(MOSS_MOON_003, bits), CpuNeeds(MOSS_MOON_003, bits), None
+    if draft_bits is not None:
+        copy = Copy(sizes_of_geometry(MOSS_MOON_003, draft_bits), CpuNeeds(MOSS_MOON_003, draft_bits))
+    return plan(sizes, needs, context, budget, threads=THREADS, copy=copy)
 
 
 def card_plan(bits: int, context: int, card: int, ram: int) -> ResidencyPlan:
@@ -89,12 +92,8 @@ def drafts_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     sizes, copied = (sizes_of_geometry(MOSS_MOON_003, bits) for bits in (16, 4))
-    copy = Copy(copied, CpuNeeds(MOSS_MOON_003, 4))
     for ram in (14, 16, 22, 30):
-        plans = [
-            plan(sizes, CpuNeeds(MOSS_MOON_003, 16), CONTEXT, ram * GIB, threads=THREADS, copy=one)
-            for one in (None, copy)
-        ]
+        plans = [cpu_plan(16, CONTEXT, ram * GIB, draft_bits) for draft_bits in (None, 4)]
         for disk in DISKS:
             speeds = Speeds(speed(disk), speed(ASSUMED_MEMORY))
             lines.append(_drafts_row(f"`--memory {ram}GiB`", f"disk, {disk:g} GB/s", plans, speeds))
