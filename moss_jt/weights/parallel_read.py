@@ -85,7 +85,7 @@ def _finish(requests: Any) -> int:
     pointers = (ctypes.POINTER(Request) * len(requests))(*map(ctypes.pointer, requests))
     started = functions.lio_listio(LIO_WAIT, pointers, len(requests), None) == 0
     reason = 0 if started else ctypes.get_errno()
-    done, whole = 0, True
+    done, gapless = 0, True
     for request in requests:
         one = (ctypes.POINTER(Request) * 1)(ctypes.pointer(request))
         # A signal ends the waiting, not the reading, and the memory must not go while it goes on.
@@ -95,8 +95,8 @@ def _finish(requests: Any) -> int:
         count = functions.aio_return(ctypes.byref(request))
         if failure:
             reason = failure
-        done += count if whole and not failure else 0
-        whole = whole and count == request.n_bytes
+        done += count if gapless and not failure else 0
+        gapless = gapless and count == request.n_bytes
     if reason not in (0, errno.EINTR):
         raise OSError(reason, os.strerror(reason))
     return int(done)
