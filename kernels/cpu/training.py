@@ -76,11 +76,11 @@ class CpuTrainingOperators:
         ValueError: this machine does not have ``simd``.
     """
 
-    def __init__(self, config: MossConfig, simd: int | None = None) -> None:
+    def __init__(self, config: MossConfig, simd: str | None = None) -> None:
         self.config = config
         self.simd = chosen_simd() if simd is None else simd
         if self.simd not in available_simd():
-            raise ValueError(f"simd {simd} is not among {available_simd()}")
+            raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
 

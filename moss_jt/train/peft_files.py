@@ -99,7 +99,7 @@ def read_adapter(folder: Path, config: MossConfig) -> Adapter:
         )
     fields = read_json(folder / CONFIG)
     _check_config(folder, fields)
-    tensors = _by_place(folder, read_tensors(folder / WEIGHTS))
+    tensors = _by_tensor(folder, read_tensors(folder / WEIGHTS))
     adapter = Adapter(config, _settings(folder, fields, config, tensors))
     order = _row_order(config)
     for key, pair in adapter.pairs.items():
@@ -128,25 +128,25 @@ def _check_config(folder: Path, fields: Mapping[str, Any]) -> None:
             raise MossError(f"{folder}: {name} is {str(value)[:40]}; a number is needed.")
 
 
-Place = tuple[int, str, str]  # block, target, A or B
+Key = tuple[int, str, str]  # block, target, A or B
 
 
-def _by_place(folder: Path, tensors: Mapping[str, np.ndarray]) -> dict[Place, np.ndarray]:
-    placed = {}
+def _by_tensor(folder: Path, tensors: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
+    keyed = {}
     for name, tensor in tensors.items():
         match = KEY.fullmatch(name)
         if match is None or match["matrix"] not in FIELDS:
             raise MossError(
                 f"{folder} has a tensor {name[:120]!r}, which is none of a LoRA adapter's for MOSS."
             )
-        placed[int(match["layer"]), FIELDS[match["matrix"]], match["part"]] = tensor
-    if not placed:
+        keyed[int(match["layer"]), FIELDS[match["matrix"]], match["part"]] = tensor
+    if not keyed:
         raise MossError(f"{folder} holds no tensors.")
-    return placed
+    return keyed
 
 
 def _settings(
-    folder: Path, fields: Mapping[str, Any], config: MossConfig, tensors: Mapping[Place, np.ndarray]
+    folder: Path, fields: Mapping[str, Any], config: MossConfig, tensors: Mapping[Key, np.ndarray]
 ) -> LoraSettings:
     """What the tensors and the configuration say together."""
     rank = int(fields["r"])
