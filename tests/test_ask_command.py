@@ -133,6 +133,13 @@ def test_which_models_were_trained_with_plugins(home: Path, source: str, expecte
     assert trained_with_plugins(folder) is expected
 
 
+def test_a_copy_in_fewer_bits_keeps_its_origin(run: Any, home: Path) -> None:
+    folder = (home / "models" / "moss-tiny").rename(home / "models" / "mine")
+    assert run("convert", str(folder), "--bits", "8", "--out", str(home / "copy"))[0] == 0
+    assert json.loads((home / "copy" / MANIFEST).read_text())["source"].endswith("moss-tiny")
+    assert trained_with_plugins(home / "copy")
+
+
 # list and rm.
 
 
