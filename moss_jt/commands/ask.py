@@ -77,10 +77,10 @@ def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: 
 
 
 def question_of(words: tuple[str, ...]) -> tuple[str | None, str]:
-    """MODEL and QUESTION; one word alone is the question, unless a question is piped in and it names a model.
+    """MODEL and QUESTION; one word alone is the question, unless it names a model and a question is piped in.
 
     Raises:
-        UsageError: there are more words, or none and nothing is piped in.
+        UsageError: there are more words, or no question and nothing is piped in.
         MossError: the question is empty, or no text.
     """
     piped = not sys.stdin.isatty()
@@ -90,12 +90,13 @@ def question_of(words: tuple[str, ...]) -> tuple[str | None, str]:
         )
     if len(words) == 2:
         model, question = words[0], words[1]
-    elif len(words) == 1 and not (piped and names_a_model(words[0])):
+    elif len(words) == 1 and not names_a_model(words[0]):
         model, question = None, words[0]
     elif piped:
         model, question = (words[0] if words else None), "-"
     else:
-        raise click.UsageError('ask something: moss-jt ask "What is 37 times 48?"')
+        name = f"{words[0]} " if words else ""
+        raise click.UsageError(f'the question is missing: moss-jt ask {name}"What is 37 times 48?"')
     if question == "-":
         question = read_text(sys.stdin.buffer)
     question = question.strip()

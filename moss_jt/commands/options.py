@@ -1,6 +1,8 @@
 """What chat, generate and bench have in common on the command line: the model, where it may live, how it chooses."""
 
 import contextlib
+import select
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,9 +12,12 @@ from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import remember_last
+from moss_jt.terminal.screen import Screen
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
+
+PATIENCE_S = 2.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -157,11 +162,15 @@ def device_of(options: dict[str, Any]) -> str:
 
 
 def read_text(stream: Any) -> str:
-    """All of a stream of bytes as UTF-8, without a byte order mark.
+    """All of a stream of bytes as UTF-8, without a byte order mark. Whoever does not know that it is read is told.
 
     Raises:
-        MossError: it is no UTF-8, or far too long for any prompt.
+        MossError: it is not UTF-8, or far too long for any prompt.
     """
+    if stream.isatty():
+        Screen(sys.stderr).line("Type the text, and then Ctrl-D on a line of its own.")
+    elif not comes_soon(stream):
+        Screen(sys.stderr).line("moss-jt: waiting for the text on standard input (Ctrl-C ends this).")
     limit = 1 << 24
     data = stream.read(limit + 1)
     if len(data) > limit:
@@ -169,4 +178,12 @@ def read_text(stream: Any) -> str:
     try:
         return str(data, "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MossError(f"the prompt is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise MossError(f"the prompt is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+
+
+def comes_soon(stream: Any) -> bool:
+    """Whether something can be read before a user begins to wonder; what is no file of the system's comes at once."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], PATIENCE_S)[0])
+    except (OSError, ValueError):
+        return True
