@@ -33,7 +33,7 @@ class ModelFolder:
         try:
             return read_small(self.store.tokenizer_path).decode("utf-8")
         except ValueError as error:
-            raise MossError(f"{self.store.tokenizer_path} is no text. {REPAIR}") from error
+            raise MossError(f"{self.store.tokenizer_path} is not text. {REPAIR}") from error
 
     @property
     def download(self) -> None:

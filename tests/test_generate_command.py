@@ -103,7 +103,7 @@ def test_the_small_model_comes_with_the_program(run: Any) -> None:
         (("--prompt", "a", "--context", "4000"), "this model has 1024 positions"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p is 1.5; it must be"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens is 0"),
-        (("--prompt", "a", "--draft", "often"), "'often' is no draft"),
+        (("--prompt", "a", "--draft", "often"), "'often' is not a kind of draft"),
         (("--prompt", "a", "--memory", "1MiB"), "is too little for this model"),
         (("--prompt", "a", "--stop", ""), "a stop string is empty"),
     ],

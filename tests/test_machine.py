@@ -39,7 +39,7 @@ def test_amounts(text: str | int, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "8 light years", "1e9", "%", "8GiBs", "9" * 40, "nan"])
 def test_what_is_no_amount_is_refused(text: str) -> None:
-    with pytest.raises(MossError, match="is no amount of memory. Write it like 8GiB"):
+    with pytest.raises(MossError, match="is not an amount of memory. Write it like 8GiB"):
         parse_memory(text, 100 * GIB)
 
 

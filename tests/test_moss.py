@@ -187,7 +187,7 @@ def test_a_prompt_that_fills_the_context_has_no_answer(moss: Moss) -> None:
     ("options", "message"),
     [
         ({"device": "abacus"}, "there is no device 'abacus'"),
-        ({"memory": "much"}, "'much' is no amount of memory"),
+        ({"memory": "much"}, "'much' is not an amount of memory"),
         ({"context": 5000}, "this model has 1024 positions"),
         ({"context": "5"}, "context is '5'"),
         ({"context": 2.5}, "context is 2.5"),
@@ -259,5 +259,5 @@ def test_what_is_no_name_of_a_model_is_said(model: Any) -> None:
 
 
 def test_a_model_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MossError, match="is no model folder"):
+    with pytest.raises(MossError, match="is not a model folder"):
         Moss.load(tmp_path)

@@ -176,10 +176,13 @@ def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
         (["moss-moon-003-pm"], "moss-moon-003-pm is not a published MOSS model. Published are"),
         (["moss-moon-003-sft-int4", "--bits", "8"], "what quantization lost does not come back"),
         (["moss-moon-003", "--memory", "1GiB"], "too little for this model"),
-        (["moss-moon-003", "--memory", "lots"], "is no amount of memory"),
+        (["moss-moon-003", "--memory", "lots"], "is not an amount of memory"),
         (["moss-moon-003", "--memory", "8GiB", "--context", "4096"], "2048 positions"),
         (["moss-moon-003", "--memory", "8GiB", "--disk-speed", "0"], "a speed of 0.0 is not possible"),
-        (["moss-moon-003", "--gpu-memory", "80%", "--host-memory", "32GiB"], "is a share of no card"),
+        (
+            ["moss-moon-003", "--gpu-memory", "80%", "--host-memory", "32GiB"],
+            "is a share of a card that is not named",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_1(

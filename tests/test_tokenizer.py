@@ -193,7 +193,7 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="tokenizer.json is missing"):
         Tokenizer.from_file(path)
     path.write_text("{}")
-    with pytest.raises(MossError, match="tokenizer.json is no tokenizer"):
+    with pytest.raises(MossError, match="tokenizer.json is not a tokenizer"):
         Tokenizer.from_file(path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na c\n")
@@ -302,7 +302,7 @@ def test_special_tokens_of_a_checkpoint_cannot_be_forged(tmp_path: Path) -> None
         (None, {"299": {"content": "éà"}}, "its id here is 256"),
         (None, {"256": {"content": "é"}}, "its id here is 165"),
         (None, {"256": {"content": ""}}, "no token"),
-        (None, [1], "is no list of added tokens"),
+        (None, [1], "is not a list of added tokens"),
     ],
 )
 def test_damaged_lists_of_added_tokens_are_named(

@@ -34,7 +34,7 @@ from moss_jt.terminal.turn_view import TurnView
 @click.command()
 @click.argument("words", nargs=-1, metavar="[MODEL] QUESTION")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object in the end, with all that happened."
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end, with everything that happened."
 )
 @click.option("--quiet", is_flag=True, help="Show nothing but the answer.")
 @plugin_options
@@ -43,12 +43,12 @@ from moss_jt.terminal.turn_view import TurnView
     type=click.IntRange(min=1),
     default=MAX_ANSWER_TOKENS,
     show_default=True,
-    help="The most tokens of the answer.",
+    help="At most this many tokens in the answer.",
 )
 @sampling_options
 @loading_options
 def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: int, **options: Any) -> None:
-    """Ask MODEL, the one used last by default, one question.
+    """Ask MODEL, by default the one used last, one question.
 
     Standard output gets the answer and nothing else; thoughts, commands, results and sources go to standard error. What is
     piped in, or - for QUESTION, is one message, however many lines it has.
