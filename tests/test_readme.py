@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks.memory_tables import CONTEXT, SYSTEM, card_plan, cpu_plan
 from moss_jt.commands.cli import COMMANDS
-from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_MEMORY, ASSUMED_PRODUCTS
+from moss_jt.commands.plan import ASSUMED_PRODUCTS
 from moss_jt.plan.first_word import GFLOP, first_word
-from moss_jt.plan.report import GB, Speed, Speeds
+from moss_jt.plan.report import ASSUMED_DISK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import BITS_NAMES
 from moss_jt.plan.verdict import duration
 from moss_jt.store.sizes import GIB

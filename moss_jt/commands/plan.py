@@ -14,8 +14,18 @@ from moss_jt.measure.machine_speed import home_disk_speed, memory_speed, product
 from moss_jt.plan.first_word import first_word
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.placement import gpu_budget, less_margin
-from moss_jt.plan.report import GB, Speed, Speeds, report
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
+from moss_jt.plan.report import (
+    ASSUMED_DISK,
+    ASSUMED_GPU_MEMORY,
+    ASSUMED_LINK,
+    ASSUMED_MEMORY,
+    GB,
+    Speed,
+    Speeds,
+    number,
+    report,
+)
+from moss_jt.plan.residency import BITS_NAMES, Copy, ResidencyPlan, TooLittleError, gib, plan, plan_gpu
 from moss_jt.plan.verdict import duration, verdict
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.locations import model_home
@@ -25,13 +35,7 @@ from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geom
 from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_under
 
-# What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
-# PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
-ASSUMED_DISK = 1.0
-ASSUMED_MEMORY = 20.0
-ASSUMED_GPU_MEMORY = 400.0
-ASSUMED_LINK = 12.0
-# GFLOP/s of matrix products, two cores with AVX2 and such a card.
+# GFLOP/s of matrix products, assumed: two cores with AVX2, and a card of the lower middle class.
 ASSUMED_PRODUCTS, ASSUMED_GPU_PRODUCTS = 100.0, 10_000.0
 # A token is about a word: at this pace an answer comes as fast as it is read.
 READING_S = 0.5
@@ -46,6 +50,11 @@ LEAST_PROBE_BYTES = 16 * MIB
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
+@click.option(
+    "--draft-bits",
+    type=click.Choice(["4", "8"]),
+    help="With a copy of MODEL in so many bits that writes ahead, for MODEL to verify in one pass.",
+)
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
 @click.option(
     "--gpu-memory",
@@ -74,6 +83,7 @@ def command(
     model: str | None,
     memory: str | None,
     bits: str | None,
+    draft_bits: str | None,
     gpu: bool,
     gpu_memory: str | None,
     host_memory: str | None,
@@ -92,6 +102,7 @@ def command(
     moss-jt plan                                          which MOSS for this machine?
     moss-jt plan moss-moon-003-sft-plugin --bits 4 --memory 14GiB
     moss-jt plan moss-moon-003-sft-plugin-int4 --gpu-memory 12GiB --host-memory 30GiB
+    moss-jt plan moss-moon-003-sft-plugin --memory 16GiB --draft-bits 4
     """
     on_card = gpu or gpu_memory is not None
     if on_card and memory is not None:
@@ -116,12 +127,15 @@ def command(
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
+    remark = ""
+    if draft_bits is not None:
+        chosen, remark = with_copy(sizes, int(draft_bits), amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
     screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
     screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
-    for remark in (about_unpublished(model) if store is None else "", shorter(sizes, amounts, chosen)):
-        if remark:
-            screen.line(remark)
+    for one in (remark, about_unpublished(model) if store is None else "", shorter(sizes, amounts, chosen)):
+        if one:
+            screen.line(one)
     screen.line("\n" + report(model, chosen, speeds))
 
 
@@ -220,6 +234,24 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     return plans
 
 
+def with_copy(
+    sizes: ModelSizes, bits: int, amounts: Amounts, context: int | None, plain: ResidencyPlan, speeds: Speeds
+) -> tuple[ResidencyPlan, str]:
+    """The better of the plan without a copy and the one with it, and what there is to say about that."""
+    if bits >= sizes.bits:
+        raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
+    copy = f"An {BITS_NAMES[bits]} copy that drafts"
+    try:
+        drafted = plan_for(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
+    except TooLittleError as error:
+        lower = f" It would with --context {error.context}." if error.context else ""
+        return plain, f"{copy} does not fit here.{lower}"
+    without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
+    if seconds >= without:
+        return plain, f"{copy} would not pay here: {number(seconds)} s per token."
+    return drafted, f"{copy} is counted in; without it a token takes {number(without)} s."
+
+
 def this_cards_memory(gpu_memory: str | None) -> str:
     """What the card of this machine may give, in bytes.
 
@@ -260,6 +292,7 @@ def plan_for(
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
+    copy: ModelSizes | None = None,
 ) -> ResidencyPlan:
     """The plan for amounts as typed; limits larger than this machine has are fine here."""
     here = process_memory()
@@ -267,10 +300,12 @@ def plan_for(
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
         needs = CpuNeeds(sizes.config, sizes.bits)
-        return plan(sizes, needs, context, budget, threads=compute_threads())
+        own = None if copy is None else Copy(copy, CpuNeeds(copy.config, copy.bits))
+        return plan(sizes, needs, context, budget, threads=compute_threads(), copy=own)
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
     card = parse_memory(gpu_memory, 0)
-    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
+    cards = None if copy is None else Copy(copy, CudaNeeds(copy.config, copy.bits))
+    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host, copy=cards)
 
 
 def speeds_of(

@@ -27,6 +27,8 @@ import numpy as np
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
 from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
+from moss_jt.engine.draft_copy import Ahead, DraftCopy
+from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
 from moss_jt.engine.pace import Pace
 from moss_jt.engine.page_file import PageFile
@@ -43,13 +45,30 @@ IDLE_S = 5.0
 
 
 @dataclass
+class PassTimes:
+    """Seconds of a pass: of the model, of the copy before it, and of the model's those in which it waited for weights."""
+
+    pass_s: float = 0.0
+    drafting_s: float = 0.0
+    link_s: float = 0.0
+
+
+@dataclass
 class Part:
-    """What a pass computes for one job: the text from ``start`` on, and a draft of what follows it."""
+    """What a pass computes for one job: the text from ``start`` on, and a draft of what follows it.
+
+    front  what prompt lookup proposes
+    sure   how sure the copy is of each of the draft's tokens, where it has written it
+    most   tokens that the draft may have
+    """
 
     job: Job
     start: int
     runs: list[TokenRun] = field(default_factory=list)
+    front: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    sure: list[Sure] = field(default_factory=list)
+    most: int = 0
     prompt_tokens: int = 0
 
 
@@ -58,6 +77,7 @@ class Pass:
     """What is computed together.
 
     logits  rows of them
+    times   what it took
     fresh   whole pages that it computes, for any sequence that begins alike
     shared  those of them that more than one sequence has already
     """
@@ -66,6 +86,7 @@ class Pass:
     rows: int = 0
     logits: int = 0
     prompt_tokens: int = 0
+    times: PassTimes = field(default_factory=PassTimes)
     fresh: set[int] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
 
@@ -75,10 +96,12 @@ class Engine:
 
     Args:
         folder: where pages go that find no room in the cache; None: they are forgotten, and computed again when needed.
+        copy: writes ahead of the model, over its cache; closed by who has made it.
     """
 
-    def __init__(self, model: CausalModel, folder: Path | None = None) -> None:
+    def __init__(self, model: CausalModel, folder: Path | None = None, copy: DraftCopy | None = None) -> None:
         self.model = model
+        self._copy = copy
         self.lock = threading.RLock()
         self.pool = PagePool(model.pages)
         self.passes = 0
@@ -197,6 +220,12 @@ class Engine:
             pass_s = self._pace.pass_s
             return Queued(before + 1, None if pass_s is None else passes * pass_s)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for room in the cache."""
+        with self.lock:
+            return len(self._queue_in_order())
+
     def close(self) -> None:
         """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
         with self.lock:
@@ -273,25 +302,32 @@ class Engine:
 
     def compute(self, flight: Pass) -> None:
         """Compute a pass, and hand out what it gives."""
-        runs = [(part, run) for part in flight.parts for run in part.runs]
+        runs: list[tuple[Part, TokenRun]] = []
 
         def wanted(index: int) -> bool:
             part, run = runs[index]
             return not part.job.done or (run.whole and run.pages[run.start // PAGE] in flight.shared)
 
-        begin = time.monotonic()
         error: BaseException | None = None
         logits: list[np.ndarray] = []
+        times = flight.times
         try:
+            times.drafting_s = self._write_ahead(flight)
+            runs += [(part, run) for part in flight.parts for run in part.runs]
+            begin, waited = time.monotonic(), self.model.link_s
             logits = self.model.forward_many([run for _, run in runs], wanted)
+            times.pass_s, times.link_s = time.monotonic() - begin, self.model.link_s - waited
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
-        seconds = time.monotonic() - begin
         with self.lock:
             self._flight = None
             self._busy = True
             if error is None and not any(part.job.done for part in flight.parts):
-                self._pace.note(flight.prompt_tokens, seconds)
+                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s)
+                if self._copy is not None and not flight.prompt_tokens:
+                    self._copy.pace.passes.note(
+                        len([token for _, run in runs for token in run.token_ids]), times.pass_s
+                    )
             rows = iter(logits)
             for part in flight.parts:
                 own = [next(rows, None) for _ in part.runs]
@@ -302,13 +338,33 @@ class Engine:
                     self._fail(part.job, error)
                     continue
                 try:
-                    self._deliver(part, [rows for rows in own if rows is not None], flight, seconds)
+                    self._deliver(part, [rows for rows in own if rows is not None], flight)
                 except BaseException as raised:  # noqa: BLE001
                     self._fail(part.job, raised)
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
 
-    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass, seconds: float) -> None:
+    def _write_ahead(self, flight: Pass) -> float:
+        """Have the copy write drafts, where there is one; returns the seconds that took."""
+        begin = time.monotonic()
+        parts = [part for part in flight.parts if part.most]
+        if self._copy is None or not parts:
+            return 0.0
+        texts = []
+        for part in parts:
+            job = part.job
+            assert job.sampler is not None
+            promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
+            pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
+            sampler = job.sampler.fork()
+            texts.append(Ahead(pages, part.start, job.tokens[-1], sampler, *limits, part.front, promise))
+        self._copy.write(texts, lambda index: not parts[index].job.done)
+        for part, text in zip(parts, texts, strict=True):
+            part.draft, part.sure = text.draft, text.sure
+            part.runs = [TokenRun(text.pages, part.start, [text.last, *text.draft], False, "all")]
+        return time.monotonic() - begin
+
+    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
         job, text = part.job, part.job.text
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
@@ -324,18 +380,37 @@ class Engine:
             accepted = job.choose(logits[-1], part.draft)
             for position in range(length, len(job.tokens)):
                 text.grown(position + 1)
-            if part.draft:
+            if part.most:
                 self._free(text.back_to(length + accepted))
-            job.timing.decode_s = time.monotonic() - job.first_s
-            if job.drafter is not None and not first and not job.done:
-                alone = len(flight.parts) == 1 and part.prompt_tokens == 0
-                job.drafter.learn(len(part.draft), accepted, seconds if alone else None)
+            timing = job.timing
+            timing.decode_s = time.monotonic() - job.first_s
+            if not first:
+                timing.drafted += len(part.draft)
+                timing.accepted += accepted
+                timing.drafting_s += flight.times.drafting_s
+                timing.link_s += flight.times.link_s
+                self._learn(part, accepted, job.tokens[length:], flight)
         if job.sampler is None and text.cached >= job.end:
             job.done = True
         if job.done:
             self._remove(job)
             self._touch(text)
         job.ready.notify_all()
+
+    def _learn(self, part: Part, accepted: int, written: Sequence[int], flight: Pass) -> None:
+        """What the model has written in a pass, and what had been guessed."""
+        job = part.job
+        if self._copy is not None:
+            self._copy.pace.learn(part.draft, part.sure, written)
+        if job.drafter is None or job.done:
+            return
+        if self._copy is None:
+            alone = len(flight.parts) == 1 and part.prompt_tokens == 0
+            job.drafter.learn(len(part.draft), accepted, flight.times.pass_s if alone else None)
+        else:
+            right = _alike(part.front, written)
+            judged = right + (right < min(len(part.front), len(written)))
+            job.drafter.learn(judged, right, None)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         job.error, job.done = error, True
@@ -460,21 +535,23 @@ class Engine:
             sharing: so many jobs share the rows that are left.
             spare_pages: pages that nobody needs for what is certain.
         """
-        draft: list[int] = []
+        front: list[int] = []
         length, text = len(job.tokens), job.text
         spare = min(self.model.logit_rows - flight.logits, self.model.pass_tokens - flight.rows) - sharing
-        most = min(spare // sharing, job.left - 1, job.capacity - length)
+        most = max(0, min(spare // sharing, job.left - 1, job.capacity - length))
         if job.drafter is not None and most > 0:
-            draft = job.drafter.propose(job.tokens, most)
+            front = job.drafter.propose(job.tokens, most)
+        most = len(front) if self._copy is None else min(most, self._copy.longest)
         certain = text.pages_for(1)
-        while text.pages_for(1 + len(draft)) > certain + spare_pages:
-            draft.pop()
-        extra = text.pages_for(1 + len(draft)) - certain
-        start = text.compute(job.tokens, 1 + len(draft))
-        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *draft], False, "all")
-        flight.parts.append(Part(job, start, [run], draft))
-        flight.rows += 1 + len(draft)
-        flight.logits += 1 + len(draft)
+        while text.pages_for(1 + most) > certain + spare_pages:
+            most -= 1
+        front = front[:most]
+        extra = text.pages_for(1 + most) - certain
+        start = text.compute(job.tokens, 1 + most)
+        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all")
+        flight.parts.append(Part(job, start, [run], front, front, most=most))
+        flight.rows += 1 + most
+        flight.logits += 1 + most
         return extra
 
     def _add_texts(self, flight: Pass, jobs: Sequence[Job]) -> None:
@@ -528,6 +605,13 @@ class Engine:
         if whole:
             return count if count <= most else 0
         return max(0, min(count, most))
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _close_at_exit(engine: "weakref.ref[Engine]") -> None:

@@ -21,6 +21,9 @@ class TextDecoder(Protocol):
     def finish(self) -> str: ...
 
 
+SECONDS = ("load", "prefill", "decode", "drafting", "waiting", "computing")
+
+
 @dataclass
 class GenerationStats:
     """What a generation was, complete once it has ended.
@@ -28,17 +31,21 @@ class GenerationStats:
     cached_tokens  of the prompt that did not have to be computed, because another text began alike
     stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
                  (max_time has passed); None while it goes on
+    passes       in which its tokens after the first were computed
+    drafted      tokens that were guessed, of which ``accepted`` came true
     seconds      load (the model, once), prefill (until the first token's logits, waiting for room included), decode
-                 (everything after)
+                 (everything after); and of decode: drafting (a copy wrote ahead), waiting (for weights that stream),
+                 computing (the rest)
     """
 
     prompt_tokens: int
     new_tokens: int = 0
     cached_tokens: int = 0
     stop_reason: str | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("load", "prefill", "decode"), 0.0)
-    )
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
 
 
 class StopStrings:
@@ -193,7 +200,16 @@ class Generation:
         if self.stats.new_tokens == 1:
             self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
         self.stats.stop_reason = self._sequence.stop_reason
-        self.stats.seconds.update(prefill=timing.prefill_s, decode=timing.decode_s)
+        self.stats.passes = timing.passes
+        self.stats.drafted, self.stats.accepted = timing.drafted, timing.accepted
+        drafting, waiting = timing.drafting_s, timing.link_s
+        self.stats.seconds.update(
+            prefill=timing.prefill_s,
+            decode=timing.decode_s,
+            drafting=drafting,
+            waiting=waiting,
+            computing=max(0.0, timing.decode_s - drafting - waiting),
+        )
 
     def _show(self, text: str) -> str:
         self.text += text

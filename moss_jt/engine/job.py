@@ -19,6 +19,11 @@ StopReason = Literal["eos", "length", "context", "time"]
 class Drafter(Protocol):
     """Guesses what follows, for one pass to verify: moss_jt.engine.draft.PromptLookup."""
 
+    @property
+    def promise(self) -> float:
+        """How likely each token of the latest proposal is right."""
+        ...
+
     def propose(self, token_ids: list[int], most: int) -> list[int]: ...
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
@@ -28,12 +33,21 @@ class Drafter(Protocol):
 
 @dataclass
 class Timing:
-    """What an answer cost. prefill_s is until its first token's logits, waiting included; decode_s everything after."""
+    """What an answer cost. prefill_s is until its first token's logits, waiting included; decode_s everything after.
+
+    passes                in which its tokens were computed, after the prompt
+    drafted, accepted     tokens that were guessed, and those of them that came true
+    drafting_s, link_s    of decode_s: a copy wrote ahead; weights were waited for
+    """
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafting_s: float = 0.0
+    link_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ between: its penalties and biases before the temperature, min_p after top-p.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -155,12 +156,37 @@ class Sampler:
         self._written[token_id] += 1
         self._steps += 1
 
+    def fork(self) -> "Sampler":
+        """One that goes on from here as this one will, without it."""
+        other = copy(self)
+        other._random, other._seen, other._written = (
+            deepcopy(self._random),
+            set(self._seen),
+            self._written.copy(),
+        )
+        return other
+
     def choose(self, logits: np.ndarray) -> int:
         """The next token for logits (V,) float32, which stay as they are.
 
         Raises:
             MossError: they are no numbers.
         """
+        return self._choose(logits)[0]
+
+    def guess(self, logits: np.ndarray) -> tuple[int, float]:
+        """The same token, and how sure it is, 0 .. 1, if the logits are only nearly right: where it is greedy its probability;
+        where it is drawn, how far the draw was from what gives another token.
+
+        Raises:
+            MossError: they are no numbers.
+        """
+        token, margin = self._choose(logits)
+        if self.params.greedy:
+            margin = 1 / float(np.exp(logits - logits[token]).sum(dtype=np.float64))
+        return token, margin
+
+    def _choose(self, logits: np.ndarray) -> tuple[int, float]:
         scores = self._biased(penalized(logits, self._seen, self.params.penalty))
         # As logarithms: the power itself may be more than a number can be.
         regulation = math.log(self.params.length_penalty) * max(0, self._steps - self.params.regulation_start)
@@ -173,13 +199,17 @@ class Sampler:
                 "the model computed something that is not a number (infinity or NaN). Check its folder with moss-jt verify."
             )
         if self.params.greedy:
-            return best
+            return best, 1.0
         draw = self._random.random()
         token_ids, probabilities = candidates(scores, self.params)
         if regulation:
             probabilities[np.isin(token_ids, self._end_ids)] *= math.exp(min(regulation, MOST_REGULATION))
-        index = np.searchsorted(np.cumsum(probabilities), draw * probabilities.sum(), side="right")
-        return int(token_ids[min(int(index), len(token_ids) - 1)])
+        total = probabilities.sum()
+        ends = np.cumsum(probabilities)
+        index = min(int(np.searchsorted(ends, draw * total, side="right")), len(token_ids) - 1)
+        above = ends[index] / total - draw if index + 1 < len(ends) else 1.0
+        below = draw - ends[index - 1] / total if index else 1.0
+        return int(token_ids[index]), float(min(max(min(above, below), 0.0), 1.0))
 
     def _biased(self, scores: np.ndarray) -> np.ndarray:
         """Scores with OpenAI's penalties for what the answer has, and its biases."""

@@ -165,6 +165,12 @@ class Sequence:
             self._do(job)
         return Answer(self, job)
 
+    def cancel(self) -> None:
+        """End what is being read or answered, within one block and from any thread; who waits for it gets no more of it."""
+        with self.engine.lock:
+            if self._job is not None:
+                self._end(self._job)
+
     def _new_job(self, end: int) -> Job:
         ready = threading.Condition(self.engine.lock)
         return Job(
@@ -182,9 +188,11 @@ class Sequence:
             raise
 
     def _end(self, job: Job) -> None:
-        if self._job is job:
-            self._job = None
-            self.engine.end(job, self.position)
+        # Who cancels may come at the same time, and must not end what begins after this job.
+        with self.engine.lock:
+            if self._job is job:
+                self._job = None
+                self.engine.end(job, self.position)
 
 
 class Answer:

@@ -37,7 +37,7 @@ def product_speed(home: Path) -> float:
 
 
 def _probed_once(home: Path, note: str, unit: str, probe: Callable[[], float]) -> float:
-    key = f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
+    key = _key()
     known = _remembered(home / note, unit)
     if key not in known:
         known[key] = probe()
@@ -45,6 +45,11 @@ def _probed_once(home: Path, note: str, unit: str, probe: Callable[[], float]) -
             home.mkdir(parents=True, exist_ok=True)
             write_json(home / note, {unit: known}, f".{os.getpid()}")
     return known[key]
+
+
+def known_memory_speed(home: Path) -> float | None:
+    """The same where it was measured before; None where it was not: measuring takes memory."""
+    return _remembered(home / NOTE, "bytes_per_s").get(_key())
 
 
 def home_disk_speed(home: Path) -> float | None:
@@ -107,6 +112,10 @@ def _remembered(path: Path, unit: str) -> dict[str, float]:
         return {str(key): float(value) for key, value in read_json(path)[unit].items()}
     except (MossError, KeyError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _key() -> str:
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
 
 
 def _processor() -> str:

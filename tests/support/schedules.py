@@ -16,6 +16,8 @@ import numpy as np
 
 from moss_jt.engine import cached_text, engine, pace
 from moss_jt.engine.causal_model import TokenRun
+from moss_jt.engine.draft_copy import DraftCopy
+from moss_jt.engine.draft_pace import DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.job import Job
 from moss_jt.engine.sampling import SamplingParams
@@ -42,6 +44,7 @@ class HashedModel:
     def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
         self.pages, self.capacity = pages, capacity
         self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
+        self.link_s = 0.0
         self._cache = [[0] * PAGE for _ in range(pages)]
         self._tokens = [[-1] * PAGE for _ in range(pages)]
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
@@ -112,11 +115,47 @@ class SteppedEngine(Engine):
         return flight is not None
 
 
+class HashedCopy:
+    """A copy that drafts over a HashedModel's cache: its logits are the model's, now and then, and its keys and values never."""
+
+    def __init__(self, model: HashedModel, dice: random.Random) -> None:
+        self._model, self._dice = model, dice
+        self.agreement = dice.choice([0.0, 0.6, 0.95])
+
+    def forward_many(
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        self._model.between()
+        nothing = np.empty((0, VOCABULARY), np.float32)
+        return [self._logits(run) if wanted(index) else nothing for index, run in enumerate(runs)]
+
+    def _logits(self, run: TokenRun) -> np.ndarray:
+        cache, tokens = self._model._cache, self._model._tokens
+        slots = [(run.pages[n // PAGE], n % PAGE) for n in range(run.start, run.start + len(run.token_ids))]
+        for (page, slot), token, position in zip(
+            slots, run.token_ids, range(run.start, 1 << 20), strict=False
+        ):
+            # What the model would write, so that a draft may come true.
+            before = self._model._at(run.pages, position - 1) if position else 1
+            cache[page][slot] = hash((before, token, False)) & 0xFFFFFFFFFF
+            tokens[page][slot] = token
+        logits = self._model._logits(run)
+        if self._dice.random() > self.agreement:
+            logits = logits[:, ::-1] if self._dice.random() < 0.9 else np.full_like(logits, np.nan)
+            for page, slot in slots:
+                cache[page][slot] = self._dice.randrange(99)
+        return logits
+
+    def close(self) -> None:
+        pass
+
+
 class Guesses:
     """Drafts of all lengths, right and wrong."""
 
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice
+        self.promise = dice.random()
 
     def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
         return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, most))]
@@ -294,7 +333,11 @@ def run_schedule(seed: int) -> None:
     pages = -(-capacity // PAGE) + dice.randint(0, 10)
     pass_tokens, logit_rows = dice.choice([1, 3, 4, 5, 9, 40]), dice.randint(1, 6)
     model = HashedModel(pages, capacity, pass_tokens, logit_rows)
-    own = SteppedEngine(model)
+    copy = None
+    if dice.random() < 0.4:
+        pace = DraftPace(dice.choice([0.0001, 1.0]), 0.0, dice.choice([0.00001, 0.01]))
+        copy = DraftCopy(HashedCopy(model, dice), pace, dice.randint(1, 6), dice.random() < 0.5)
+    own = SteppedEngine(model, copy=copy)
     disk = Disk(dice) if dice.random() < 0.7 else None
     own._file = disk  # type: ignore[assignment]
     clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
