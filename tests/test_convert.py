@@ -232,7 +232,7 @@ def test_a_wrong_index_is_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": swapped}))
     assert "lm_head.weight, but it does not" in refused(source, tmp_path / "out")
     index.write_text(json.dumps({"weight_map": dict(swapped, x="../../etc/passwd")}))
-    assert "no file beside it" in refused(source, tmp_path / "out2")
+    assert "no such file beside it" in refused(source, tmp_path / "out2")
     index.unlink()
     assert "index" in refused(source, tmp_path / "out3")
 

@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_on_one_line(
 
 def test_text_that_is_no_utf_8_is_refused(run: Any, model: str) -> None:
     code, _, err = run(model, stdin=b"abc\xff")
-    assert code == 1 and "no UTF-8 text (byte 3)" in err
+    assert code == 1 and "not UTF-8 text (byte 3)" in err
 
 
 def test_an_unknown_model_and_no_model_say_how_to_get_one(run: Any) -> None:

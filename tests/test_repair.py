@@ -368,5 +368,5 @@ def test_a_safetensors_header_larger_than_any_models_is_refused_unread(folder: P
     data = path.read_bytes()
     path.write_bytes((17 << 20).to_bytes(8, "little") + data[8:])
     os.truncate(path, 18 << 20)
-    with pytest.raises(MossError, match="no safetensors file"):
+    with pytest.raises(MossError, match="not a safetensors file"):
         open_store(folder)
