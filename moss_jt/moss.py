@@ -344,7 +344,8 @@ class Moss:
             raise MossError(
                 f"logit_bias names a token that does not exist; ids are 0 to {self.config.vocab_size - 1}."
             )
-        return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs)
+        ahead = IncrementalDecoder(self.tokenizer) if begin and stops else None
+        return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs, ahead=ahead)
 
     def _checked(self, given: Sequence[int]) -> list[int]:
         """The token ids, from a list or an array."""

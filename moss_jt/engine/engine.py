@@ -3,7 +3,8 @@
 A pass is filled in this order: the next token of every running answer, guesses of what follows it (drafts) as far as rows of
 logits are left, and parts of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
 who wants no more is gone within one block. Interactive jobs go before background ones, and the older before the younger; a
-background job counts as that much younger, so that it, too, has its turn in the end.
+background job counts as that much younger, so that it, too, has its turn in the end. Where answers in the background make a pass
+longer that somebody waits for, they are in few of those passes.
 
 An answer is the same bits whoever else is there, because each token's way through the operators is settled by its own text
 (moss_jt.engine.cached_text), the operators give a token the same bits in any company (moss_jt.kernels.places), and its random
@@ -40,6 +41,8 @@ from moss_jt.kernels.interface import PAGE
 AHEAD = 16
 # A background job is as old as an interactive one that came so many jobs later.
 BACKGROUND_JOBS = 64
+# One of so many passes reads texts in the background before others.
+BACKGROUND_READS = 8
 # Without work the thread ends, and a later job starts another.
 IDLE_S = 5.0
 
@@ -77,6 +80,7 @@ class Pass:
     """What is computed together.
 
     logits  rows of them
+    guests  whether answers in the background take part, where interactive jobs are there, too
     times   what it took
     fresh   whole pages that it computes, for any sequence that begins alike
     shared  those of them that more than one sequence has already
@@ -86,6 +90,7 @@ class Pass:
     rows: int = 0
     logits: int = 0
     prompt_tokens: int = 0
+    guests: bool | None = None
     times: PassTimes = field(default_factory=PassTimes)
     fresh: set[int] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
@@ -284,7 +289,9 @@ class Engine:
             flight = self._fill()
             self._busy = False
             if not any(part.runs for part in flight.parts):
-                return None
+                for part in flight.parts:  # all that they wanted read is there, because others had it read
+                    self._deliver(part, [], flight)
+                return self.plan() if flight.parts else None
             self.passes += 1
             for part in flight.parts:
                 part.job.served = self.passes
@@ -323,7 +330,7 @@ class Engine:
             self._flight = None
             self._busy = True
             if error is None and not any(part.job.done for part in flight.parts):
-                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s)
+                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s, flight.guests)
                 if self._copy is not None and not flight.prompt_tokens:
                     self._copy.pace.passes.note(
                         len([token for _, run in runs for token in run.token_ids]), times.pass_s
@@ -515,8 +522,20 @@ class Engine:
     # What goes into a pass.
 
     def _fill(self) -> Pass:
-        flight = Pass()
         ready = [job for job in self._running if not job.paused]
+        guests = [job for job in ready if job.background and job.answering]
+        if not guests or all(job.background for job in ready):
+            return self._fill_from(ready)
+        if self._pace.guests():
+            flight = self._fill_from(ready)
+            flight.guests = True
+            return flight
+        flight = self._fill_from([job for job in ready if job not in guests])
+        flight.guests = False
+        return flight
+
+    def _fill_from(self, ready: Sequence[Job]) -> Pass:
+        flight = Pass()
         answering = sorted((job for job in ready if job.answering), key=lambda job: job.served)
         answering = answering[: min(self.model.logit_rows, self.model.pass_tokens)]
         texts = sorted((job for job in ready if not job.answering), key=lambda job: job.served)
@@ -560,11 +579,12 @@ class Engine:
         if flight.parts:
             most = min(most, self._pace.prompt_tokens(most))
         parts = [Part(job, job.text.cached) for job in jobs]
-        turn = deque(parts)
-        while turn:
-            part = turn.popleft()
-            if self._add_run(flight, part, most - flight.prompt_tokens):
-                turn.append(part)
+        for last in (self.passes % BACKGROUND_READS == 0, self.passes % BACKGROUND_READS != 0):
+            turn = deque(part for part in parts if part.job.background == last)
+            while turn:
+                part = turn.popleft()
+                if self._add_run(flight, part, most - flight.prompt_tokens):
+                    turn.append(part)
         # Who only shares another's pages goes along: if the pass fails, those are not computed.
         flight.parts += [part for part in parts if part.job.text.cached != part.start]
 

@@ -1,6 +1,6 @@
 """Text that continues a prompt, piece by piece as it comes, with the tokens and the times behind it."""
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Protocol, Self
@@ -93,6 +93,19 @@ class StopStrings:
         return 0
 
 
+def stops_at(stops: Sequence[str], decoder: TextDecoder | None) -> Callable[[int], bool] | None:
+    """Whether a stop string is complete, token after token; None where there is none, or nothing to read tokens with."""
+    if not stops or decoder is None:
+        return None
+    strings = StopStrings(stops)
+
+    def ends(token: int) -> bool:
+        strings.push(decoder.push(token))
+        return strings.stopped
+
+    return ends
+
+
 def check_count(max_new_tokens: int) -> None:
     """Raises MossError where it is no number of tokens."""
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
@@ -102,7 +115,8 @@ def check_count(max_new_tokens: int) -> None:
 class Generation:
     """An iterator of pieces of text. Iterate to the end, or drop it at any time.
 
-    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for.
+    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for. Where that is at a stop
+    string, it takes a decoder of its own to see that, ``ahead``.
 
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
@@ -122,6 +136,7 @@ class Generation:
         max_time: float | None = None,
         begin: bool = False,
         logprobs: int | None = None,
+        ahead: TextDecoder | None = None,
     ) -> None:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
@@ -136,7 +151,7 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         limits = max_new_tokens, self._stop_ids, max_time
         self._tokens: Answer | Generator[int] = (
-            sequence.begin(params, *limits, ahead=None, logprobs=logprobs)
+            sequence.begin(params, *limits, ahead=None, logprobs=logprobs, ends=stops_at(stop_strings, ahead))
             if begin
             else sequence.decode(params, *limits, logprobs=logprobs)
         )

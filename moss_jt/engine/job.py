@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ from moss_jt.engine.cached_text import CachedText
 from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import Sampler
 
-StopReason = Literal["eos", "length", "context", "time"]
+StopReason = Literal["eos", "stop", "length", "context", "time"]
 
 
 class Drafter(Protocol):
@@ -76,6 +76,7 @@ class Job:
     scored      the logits of all its tokens are wanted, and are what is taken: position of the first, (R, V)
     logprobs    with each token, how likely it and so many others were; None for nothing of that
     stop_ids    tokens that end the answer
+    ends        is given each token, and says whether the answer ends with it
     left        tokens that it may have still
     deadline    of time.monotonic, after which it ends
     background  it waits for those that are not
@@ -94,6 +95,7 @@ class Job:
     logprobs: int | None = None
     drafter: Drafter | None = None
     stop_ids: Collection[int] = ()
+    ends: Callable[[int], bool] | None = None
     left: int = 0
     capacity: int = 0
     deadline: float | None = None
@@ -134,6 +136,12 @@ class Job:
             self.out.append((self.scores, logits[known:]))
             self.scores = start + len(logits)
 
+    def _reason(self, token: int) -> StopReason | None:
+        """Why no other follows this token."""
+        if token in self.stop_ids:
+            return "eos"
+        return "stop" if self.ends is not None and self.ends(token) else self.limit()
+
     def choose(self, logits: np.ndarray, draft: list[int]) -> int:
         """Tokens for rows of logits (R, V), the first of which follows the text and the others the draft; returns how many of
         the draft were right."""
@@ -145,7 +153,7 @@ class Job:
             self.tokens.append(token)
             self.left -= 1
             guessed = accepted < len(draft) and draft[accepted] == token
-            reason: StopReason | None = "eos" if token in self.stop_ids else self.limit()
+            reason = self._reason(token)
             likely = None if self.logprobs is None else logprobs_of(row[None], [token], self.logprobs)[0]
             self.out.append((token, Chosen(reason, likely)))
             if guessed:

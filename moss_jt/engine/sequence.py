@@ -7,7 +7,7 @@ does not depend on each other: see moss_jt.engine.engine.
 import threading
 import time
 import weakref
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from collections.abc import Sequence as Tokens
 
 import numpy as np
@@ -27,8 +27,8 @@ class Sequence:
         background: others go first.
 
     token_ids    all text so far, prompts and answers
-    stop_reason  why the last answer ended: "eos" (one of the stop ids), "length", "context" (it is full), "time"; None while it
-                 goes on
+    stop_reason  why the last answer ended: "eos" (one of the stop ids), "stop" (see ``begin``), "length", "context" (it is
+                 full), "time"; None while it goes on
     timing       what the last answer cost
     logprobs     how likely the last answer's tokens were, of those that were taken; empty where that was not asked for
     """
@@ -149,15 +149,20 @@ class Sequence:
         max_time: float | None = None,
         ahead: int | None = AHEAD,
         logprobs: int | None = None,
+        ends: Callable[[int], bool] | None = None,
     ) -> "Answer":
-        """The same, but written from now on, until it is ``ahead`` tokens ahead of who takes them; None: to its end."""
+        """The same, but written from now on, until it is ``ahead`` tokens ahead of who takes them; None: to its end.
+
+        Args:
+            ends: is given each token when it is chosen, and says whether the answer ends with it ("stop").
+        """
         if not self.token_ids:
             raise MossError("there is no text to continue: the prompt is empty.")
         job = self._new_job(self.position)
         job.sampler = Sampler(params, self.token_ids, stop_ids)
         job.drafter, job.stop_ids, job.left = self.drafter, frozenset(stop_ids), max_new_tokens
         job.deadline = None if max_time is None else time.monotonic() + max_time
-        job.ahead, job.logprobs = ahead, logprobs
+        job.ahead, job.logprobs, job.ends = ahead, logprobs, ends
         self.timing, self.logprobs = job.timing, []
         self.stop_reason = job.limit()
         job.done = self.stop_reason is not None

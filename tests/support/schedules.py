@@ -26,6 +26,7 @@ from moss_jt.engine.sequence import Sequence as Text
 
 PAGE = 4  # small pages meet every case in short texts
 VOCABULARY = 7
+BEGINNINGS = [1, 2, 3, 4, 5, 6, 0, 1, 2] * 3, [3, 3, 3, 3, 3, 3, 3, 3, 3]
 GREEDY = SamplingParams(temperature=0)
 DICE = SamplingParams(
     temperature=1.5,
@@ -173,7 +174,7 @@ class Client:
 
     def __init__(self, dice: random.Random, capacity: int) -> None:
         self.turns: list[dict[str, Any]] = []
-        beginning = [[1, 2, 3, 4, 5, 6, 0, 1, 2] * 3, [3, 3, 3, 3, 3, 3, 3, 3, 3]][dice.random() < 0.3]
+        beginning = BEGINNINGS[dice.random() < 0.3]
         for number in range(dice.randint(1, 3)):
             shared = beginning[: dice.randint(0, len(beginning))] if number == 0 else []
             self.turns.append(
@@ -240,10 +241,15 @@ class Client:
 
 
 class Reader:
-    """Somebody who wants the logits of a whole text, as moss-jt eval does: they are compared with those of the text alone."""
+    """Somebody who wants the logits of a whole text, as moss-jt eval does, and they are compared with those of the text alone; or
+    only that it is read ahead."""
 
     def __init__(self, dice: random.Random, capacity: int) -> None:
-        self.token_ids = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, capacity))]
+        self.scored = dice.random() < 0.6
+        count = dice.randint(1, capacity)
+        self.token_ids = [dice.randrange(VOCABULARY) for _ in range(count)]
+        if not self.scored:
+            self.token_ids = (BEGINNINGS[0] * 2)[: max(2, min(count, capacity))]
         self.background = dice.random() < 0.5
         self.rows: list[list[float]] = []
         self.done = False
@@ -255,8 +261,8 @@ class Reader:
         if self._job is None or self._text is None:
             self._text = Text(engine, background=self.background)
             self._text.extend(self.token_ids)
-            self._job = self._text._new_job(len(self.token_ids))
-            self._job.scored, self._job.ahead = True, 1
+            self._job = self._text._new_job(len(self.token_ids) - (not self.scored))
+            self._job.scored, self._job.ahead = self.scored, 1
             self._text._do(self._job)
         with suppress(FailingError):
             while self._job.out:
@@ -264,7 +270,8 @@ class Reader:
                 assert taken is not None and taken[0] == len(self.rows)
                 self.rows += taken[1].tolist()
             if self._job.done:
-                assert engine.take(self._job) is None and len(self.rows) == len(self.token_ids)
+                assert engine.take(self._job) is None
+                assert len(self.rows) == len(self.token_ids) * self.scored
         if self._job.done:
             self._text._end(self._job)
             self._text, self.done = None, True
@@ -274,7 +281,7 @@ class Reader:
         most = 64 if pass_tokens >= PAGE else pass_tokens
         own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
         again = Reader(random.Random(0), capacity)
-        again.token_ids = self.token_ids
+        again.token_ids, again.scored = self.token_ids, self.scored
         while not again.done:
             again.act(own)
             own.step()
