@@ -153,6 +153,8 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     with Moss.load(folder, device=device, **loading) as moss:
         with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
             remember_last(folder)
+        if moss.notice:
+            Screen(sys.stderr).line(f"moss-jt: {moss.notice}")
         yield moss
 
 
