@@ -60,7 +60,7 @@ LEAST_PROBE_BYTES = 16 * MIB
 @click.option(
     "--gpu-memory",
     metavar="AMOUNT",
-    help="Plan for a card with this much memory, of which a twentieth stays free.",
+    help="Plan for a card with this much memory, a twentieth of which stays free.",
 )
 @click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
 @click.option(
@@ -288,11 +288,12 @@ def described_cards_memory(gpu_memory: str) -> str:
     """What a card of that size gives, in bytes: as much as ``--gpu`` takes of one that is free by default.
 
     Raises:
-        MossError: it is no amount of memory.
+        MossError: it is not an amount of memory.
     """
     if gpu_memory.strip().endswith("%"):
         raise MossError(
-            f"--gpu-memory {gpu_memory.strip()} is a share of no card. Without --gpu, say how much memory the card has, like 8GiB."
+            f"--gpu-memory {gpu_memory.strip()} is a share of a card that is not named. Without --gpu, say how much memory the "
+            "card has, like 8GiB."
         )
     return str(less_margin(parse_memory(gpu_memory, 0)))
 
