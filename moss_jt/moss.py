@@ -21,6 +21,9 @@ from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
+from moss_jt.engine.prompt_cache import PromptCache
+from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
+from moss_jt.engine.prompt_key import prompt_cache_bytes
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from moss_jt.engine.model import Model
 
 END_TOKEN = "<eom>"
+# What of beginnings is kept beside a model.
+PROMPT_CACHE = "2GiB"
 # Prompts of generate_many that the engine knows of at once.
 MANY = 256
 
@@ -63,8 +68,13 @@ class Moss:
         load_s: float = 0.0,
         folder: Path | None = None,
         name: str = "MOSS",
+        prompts: PromptCache | None = None,
     ) -> None:
-        """``folder``: where the cache of what is idle goes when there is no room for it."""
+        """
+        Args:
+            folder: where the cache of what is idle goes when there is no room for it.
+            prompts: where what was read of beginnings is kept for later processes.
+        """
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
@@ -72,7 +82,7 @@ class Moss:
         self.load_s = load_s
         self.name = name
         self._draft = draft
-        self.engine = Engine(model, folder)
+        self.engine = Engine(model, folder, prompts)
 
     @classmethod
     def load(
@@ -87,6 +97,7 @@ class Moss:
         draft: str | int = "auto",
         offload: str = "auto",
         parallel: int = 1,
+        prompt_cache: str | int = PROMPT_CACHE,
     ) -> Self:
         """Load a model folder.
 
@@ -105,6 +116,8 @@ class Moss:
                 the GPU "unified", CUDA's managed memory.
             parallel: the cache has room for so many conversations of ``context`` tokens. More run at once while they are
                 shorter, and who finds no room waits.
+            prompt_cache: what was read of a chat's beginning is kept beside the model and not read again, in another process
+                neither: so many bytes at most, as "2GiB"; those used longest ago go. 0 keeps none.
 
         Raises:
             MossError: there is no such model, its folder is damaged, the memory is too little for it, or something
@@ -118,6 +131,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
+        keep_bytes = prompt_cache_bytes(prompt_cache)
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
@@ -134,8 +148,9 @@ class Moss:
         else:
             loaded = _load(store, placed, way)
         hold(placed)
+        prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name)
+        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name, prompts)
 
     @property
     def stop_ids(self) -> frozenset[int]:

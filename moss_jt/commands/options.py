@@ -78,8 +78,16 @@ loading_options = _all_of(
         help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
         "off, or the longest guess. Changes the speed, never the text.",
     ),
+    click.option(
+        "--prompt-cache",
+        metavar="AMOUNT",
+        default="2GiB",
+        show_default=True,
+        help="Keep what was read of a chat's beginning beside the model, so that later starts do not read it again: so much at "
+        "most; 0 keeps none. Changes the speed, never the text.",
+    ),
 )
-LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "offload", "parallel")
+LOADING = ("prompt_cache", "memory", "gpu_memory", "host_memory", "context", "draft", "offload", "parallel")
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(

@@ -87,6 +87,9 @@ class Model:
         self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
+    def page_views(self, page: int) -> list[np.ndarray] | None:
+        return self._cache.page_views(page)
+
     def read_page(self, page: int) -> np.ndarray:
         return self._cache.read_page(page)
 
