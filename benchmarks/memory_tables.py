@@ -3,6 +3,7 @@
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.plan.placement import less_margin
 from moss_jt.plan.report import BITS_NAMES, GB, Speed, Speeds
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
 from moss_jt.store.config import MOSS_MOON_003
@@ -27,6 +28,12 @@ def cpu_plan(bits: int, context: int, budget: int) -> ResidencyPlan:
     return plan(sizes_of_geometry(MOSS_MOON_003, bits), needs, context, budget, threads=THREADS)
 
 
+def card_plan(bits: int, context: int, card: int, ram: int) -> ResidencyPlan:
+    """On a card of so many GiB as --gpu takes it by default, with so much RAM."""
+    sizes, needs = sizes_of_geometry(MOSS_MOON_003, bits), CudaNeeds(MOSS_MOON_003, bits)
+    return plan_gpu(sizes, needs, context, less_margin(card * GIB), ram * GIB)
+
+
 def cpu_table() -> str:
     """RAM of the machine against weights: what is resident, what streams, and at best how long a token takes."""
     lines = [
@@ -36,10 +43,10 @@ def cpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_MEMORY))
     for ram in HOSTS:
         for bits in BITS:
-            placed = cpu_plan(bits, CONTEXT, (ram - SYSTEM) * GIB)
+            plan = cpu_plan(bits, CONTEXT, (ram - SYSTEM) * GIB)
             lines.append(
-                f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(placed)} | "
-                f"{placed.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(placed):.2f} |"
+                f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(plan)} | "
+                f"{plan.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(plan):.2f} |"
             )
     return "\n".join(lines)
 
@@ -55,11 +62,9 @@ def gpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_GPU_MEMORY), speed(ASSUMED_LINK))
     for card in CARDS:
         for bits in BITS:
-            sizes = sizes_of_geometry(MOSS_MOON_003, bits)
-            needs = CudaNeeds(MOSS_MOON_003, bits)
-            plans = [plan_gpu(sizes, needs, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
-            disk = " / ".join(f"{placed.disk_bytes_per_pass / GB:.1f}" for placed in plans)
-            seconds = " / ".join(f"{speeds.seconds(placed):.2f}" for placed in plans)
+            plans = [card_plan(bits, CONTEXT, card, ram - SYSTEM) for ram in HOSTS]
+            disk = " / ".join(f"{plan.disk_bytes_per_pass / GB:.1f}" for plan in plans)
+            seconds = " / ".join(f"{speeds.seconds(plan):.2f}" for plan in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"
             lines.append(
                 f"| {card} GiB | {BITS_NAMES[bits]} | {share(plans[0])} | {link} | {disk} GB | {seconds} |"
@@ -77,7 +82,7 @@ def smallest_table() -> str:
 
 
 def smallest(bits: int, context: int) -> int:
-    """The smallest budget, found as a user would: by trying."""
+    """The smallest budget, as a user would search it: by trying."""
     low, high = 0, 64 * GIB
     while high - low > 1:
         middle = (low + high) // 2
@@ -89,9 +94,9 @@ def smallest(bits: int, context: int) -> int:
     return high
 
 
-def share(placed: ResidencyPlan) -> str:
-    units = placed.weight_bytes_per_pass - placed.sizes.small_bytes
-    return "everything" if not placed.streams else f"{100 * placed.bytes_on('device') / units:.0f} %"
+def share(plan: ResidencyPlan) -> str:
+    units = plan.weight_bytes_per_pass - plan.sizes.small_bytes
+    return "everything" if not plan.streams else f"{100 * plan.bytes_on('device') / units:.0f} %"
 
 
 TABLES = {"cpu": cpu_table, "gpu": gpu_table, "smallest": smallest_table}

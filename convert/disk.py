@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before anything is written."""
+"""Space on the disk: asked for before anything is written."""
 
 import itertools
 import operator
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 
 SPARE_BYTES = 256 << 20
 
@@ -35,13 +36,13 @@ class Download:
         there = folder_bytes(self.folder)
         last = {shard: number for number, shards in enumerate(steps) for shard in shards}
         needed: set[str] = set()
-        found = []
+        growths = []
         for number, shards in enumerate(steps):
             needed |= shards
-            found.append(sum(self.shard_bytes[shard] for shard in needed) - there)
+            growths.append(sum(self.shard_bytes[shard] for shard in needed) - there)
             if not self.keep:
                 needed = {shard for shard in needed if last[shard] > number}
-        return found
+        return growths
 
 
 def folder_bytes(folder: Path) -> int:
@@ -70,7 +71,7 @@ def check_disk(
         needed, free = peak + SPARE_BYTES, shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise MossError(
-                f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
+                f"{folder} needs {gib(needed)} of disk and {gib(free)} are free. "
                 "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
             )
 

@@ -72,7 +72,7 @@ def _plan(file: StoreFile, manifest: Manifest) -> FilePlan:
 
     def target(spec: TensorSpec) -> Target:
         checksum = entry.tensors[spec.name].sha256
-        return Target(spec.name, spec.dtype_name, spec.shape, lambda: _pieces(file, spec, checksum))
+        return Target(spec.name, spec.dtype_name, spec.shape, lambda: _chunks(file, spec, checksum))
 
     def verify(progress: Callable[[int], object]) -> None:
         verify_file(file, entry, progress)
@@ -82,12 +82,12 @@ def _plan(file: StoreFile, manifest: Manifest) -> FilePlan:
     return FilePlan(file.path.name, (), lambda: [target(spec) for spec in file.tensors.values()], twin)
 
 
-def _pieces(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.ndarray]:
+def _chunks(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.ndarray]:
     """The tensor, compared with its checksum while it is read: damage must not be quantised and then vouched for."""
     source = SourceTensor(spec.name, spec.dtype_name, spec.shape, file.path, spec.offset)
     digest = hashlib.sha256()
-    for piece in source.pieces(0, spec.shape[0]):
-        digest.update(piece.reshape(-1).view(np.uint8).data)
-        yield piece
+    for chunk in source.chunks(0, spec.shape[0]):
+        digest.update(chunk.reshape(-1).view(np.uint8).data)
+        yield chunk
     if digest.hexdigest() != checksum:
         raise MossError(f"{file.path}: {spec.name} is not what was written: its checksum differs. {REPAIR}")

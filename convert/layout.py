@@ -76,8 +76,8 @@ def dense_target(source: SourceTensor, name: str, runs: list[tuple[int, int]]) -
 
     def produce() -> Iterator[np.ndarray]:
         for first, count in runs:
-            for piece in source.pieces(first, count):
-                yield to_float16(piece, source.dtype, source.name)
+            for chunk in source.chunks(first, count):
+                yield to_float16(chunk, source.dtype, source.name)
 
     return Target(name, "F16", source.shape, produce)
 
@@ -132,7 +132,7 @@ def zero_biases(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
 def check_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Raises MossError where one of these biases is not all zeros."""
     for name in names:
-        if checkpoint.tensor(name).whole().any():
+        if checkpoint.tensor(name).read().any():
             raise MossError(
                 f"{checkpoint.source} holds {name}, which is no tensor of a MOSS or CodeGen model, and not all zeros."
             )

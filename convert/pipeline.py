@@ -119,7 +119,7 @@ def already_converted(
     progress: Progress = lambda count: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> bool:
-    """True when ``out`` is finished, made from this very source, and whole: everything in it is read and compared.
+    """True when ``out`` is finished, made from this very source, and complete: everything in it is read and compared.
 
     A damaged folder becomes an unfinished one again, whose journal lists the files that are as they should be.
 
@@ -146,7 +146,7 @@ def already_converted(
         except MossError as error:
             reason = str(error)
             kept = _intact_files(out, manifest, config)
-    notice(f"{out} is not whole: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
+    notice(f"{out} is not complete: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
     with writing(out), _alone(out):
         journal = Journal(out, identity)
         journal.files = {name: with_header(out / name, entry) for name, entry in kept.items()}
@@ -172,7 +172,7 @@ def _manifest_of(out: Path, identity: dict[str, Any]) -> tuple[Manifest | None, 
 
 
 def _is_of_another_version(out: Path) -> bool:
-    """Whether a manifest that cannot be read is whole, and so a later version's, which must not be written over."""
+    """Whether a manifest that cannot be read is complete, and so a later version's, which must not be written over."""
     try:
         fields = read_json(out / MANIFEST)
     except MossError:
@@ -223,7 +223,7 @@ def convert(
         _check_ours(out)
         journal = Journal(out, json.loads(json.dumps(recipe.identity)))
         left = [plan for plan in recipe.files if plan.name not in journal.files]
-        _check_room(source, recipe, left, out)
+        _check_space(source, recipe, left, out)
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             if journal.restarted:
@@ -273,7 +273,7 @@ def _check_ours(out: Path) -> None:
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
 
 
-def _check_room(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
+def _check_space(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
     sizes = file_bytes(source.config, recipe.bits, recipe.group_size)
     if source.download is None:
         written = [one for one in left if one.twin is None or not on_one_disk(one.twin.path, out)]

@@ -57,7 +57,7 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def test_the_answer_is_alone_on_standard_output(run: Any) -> None:
     code, out, err = run("ask", "moss-tiny", "What is 37 times 48?", "--greedy")
     assert (code, out) == (0, "37 times 48 equals 1776[1].\n")
-    for words in ('▸ Calculate("37*48")', "→ 1776", '[1] Calculate("37*48") → 1776', "tokens/s"):
+    for words in ('▸ Calculate("37*48")', "→ 1776", '[1] Calculate("37*48") → 1776', "written in"):
         assert words in err, "plugins that compute here are on for a model trained with them"
     code, out, err = run("ask", "What is 37 times 48?", "--greedy", "--quiet")
     assert (code, out, err) == (0, "37 times 48 equals 1776[1].\n", ""), "of the model used last"
@@ -71,25 +71,25 @@ def test_what_is_piped_in_is_one_message(run: Any) -> None:
 
 
 def test_json_tells_all_that_happened(run: Any) -> None:
-    found = json.loads(run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json")[1])
-    assert found["answer"] == "37 times 48 equals 1776[1]." and found["commands"] == ['Calculate("37*48")']
-    assert "arithmetic" in found["thoughts"] and found["results"][0]["text"] == "1776"
-    assert found["sources"] == {"1": {"title": 'Calculate("37*48") → 1776', "location": ""}}
-    assert found["new_tokens"] > 10 and found["seconds"] > 0 and found["notices"] == []
-    found = json.loads(
+    actual = json.loads(run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json")[1])
+    assert actual["answer"] == "37 times 48 equals 1776[1]." and actual["commands"] == ['Calculate("37*48")']
+    assert "arithmetic" in actual["thoughts"] and actual["results"][0]["text"] == "1776"
+    assert actual["sources"] == {"1": {"title": 'Calculate("37*48") → 1776', "location": ""}}
+    assert actual["new_tokens"] > 10 and actual["seconds"] > 0 and actual["notices"] == []
+    actual = json.loads(
         run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json", "--plugins", "none")[1]
     )
-    assert found["commands"] == [] and found["thoughts"] == ""
+    assert actual["commands"] == [] and actual["thoughts"] == ""
 
 
 def test_a_folder_switches_search_on_and_a_file_instructs(run: Any, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "wall.txt").write_text("长城古老，著名，北方。", encoding="utf-8")
-    found = json.loads(
+    actual = json.loads(
         run("ask", "moss-tiny", "请介绍一下长城", "--greedy", "--json", "--search-folder", str(texts))[1]
     )
-    assert "长城古老" in found["results"][0]["text"]
+    assert "长城古老" in actual["results"][0]["text"]
     code, out, err = run("ask", "moss-tiny", "hi", "--system", str(tmp_path / "missing.txt"))
     assert code == 1 and out == "" and "there is no such file" in err
 
@@ -238,6 +238,6 @@ def test_a_note_that_is_none_names_no_model(home: Path, text: str) -> None:
 
 
 def test_convert_asks_whether_a_published_model_is_meant(run: Any) -> None:
-    assert "Is fnlp/moss-moon-003-sft-plugin meant?" in run("convert", "moss-moon-003-sft-plugin")[2]
-    assert "Is fnlp/moss-moon-003-sft meant?" in run("convert", "moss-moon-003-stf")[2]
-    assert "meant?" not in run("convert", "my-checkpoint")[2]
+    assert "Did you mean fnlp/moss-moon-003-sft-plugin?" in run("convert", "moss-moon-003-sft-plugin")[2]
+    assert "Did you mean fnlp/moss-moon-003-sft?" in run("convert", "moss-moon-003-stf")[2]
+    assert "Did you mean" not in run("convert", "my-checkpoint")[2]

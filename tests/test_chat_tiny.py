@@ -69,10 +69,10 @@ def test_one_cache_through_phases_and_turns(chat: Chat, moss: Moss, monkeypatch:
     computed = []
     forward = moss.model.forward_many
 
-    def counting(pieces, wanted):  # type: ignore[no-untyped-def]
-        for piece in pieces:
-            computed.extend(range(piece.start, piece.start + len(piece.token_ids)))
-        return forward(pieces, wanted)
+    def counting(runs, wanted):  # type: ignore[no-untyped-def]
+        for run in runs:
+            computed.extend(range(run.start, run.start + len(run.token_ids)))
+        return forward(runs, wanted)
 
     monkeypatch.setattr(moss.model, "forward_many", counting)
     answer(chat, "What is 12 plus 30?")

@@ -58,7 +58,7 @@ def test_a_missing_compiler_is_a_problem_with_its_remedy(
     code, text = run(capsys)
     assert code == 1
     assert "g++ is missing: install it" in text
-    assert "1 problem(s)" in text
+    assert "1 problem to solve" in text
 
 
 def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +84,10 @@ def test_a_missing_onednn_is_a_problem_with_its_remedy(
 
 def test_jittor_that_is_not_compiled_yet_is_no_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITTOR_HOME", str(home))
-    found = doctor.jittor()
-    assert found.verdict == "note" and "not compiled yet" in found.text and "1 to 3 minutes" in found.advice
+    actual = doctor.jittor()
+    assert (
+        actual.verdict == "note" and "not compiled yet" in actual.text and "1 to 3 minutes" in actual.advice
+    )
 
 
 def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,7 @@ def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pyte
     assert doctor.compiler().verdict == "problem"
 
 
-CARD = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (13, 0))
+CARD = Card("Card 9000", 12 * (1 << 30), 11 * (1 << 30), (8, 6), (13, 0))
 
 
 def missing(text: str) -> Callable[..., Any]:
@@ -112,23 +114,23 @@ def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
     monkeypatch.setattr(doctor, "find_cards", lambda: [CARD])
     monkeypatch.setattr(doctor, "find_toolkit", missing("nvcc is missing: install it."))
     monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
-    found = {finding.what: finding for finding in doctor.gpu_findings()}
+    actual = {finding.what: finding for finding in doctor.gpu_findings()}
     assert (
-        found["GPU"].text
-        == "0: Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 13.0"
+        actual["GPU"].text
+        == "0: Card 9000, sm_86, 12.00 GiB, of which 11.00 GiB are free; the driver knows CUDA up to 13.0"
     )
-    assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
-    assert "moss-jt --gpu" not in found
+    assert actual["CUDA toolkit"].verdict == "note" and "install it" in actual["CUDA toolkit"].advice
+    assert "--gpu" not in actual
     monkeypatch.setattr(
         doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}, scattered=True)
     )
     monkeypatch.setattr(doctor, "require_gpu", lambda number: None)
     toolkit, last = list(doctor.gpu_findings())[1], list(doctor.gpu_findings())[-1]
     assert toolkit.text == "13.0, /x/bin/nvcc, completed with pip's wheels at the first start"
-    assert last.text == "all that it needs is there"
+    assert last.text == "everything that it needs is there"
     monkeypatch.setattr(doctor, "require_gpu", missing("update the driver."))
     last = list(doctor.gpu_findings())[-1]
-    assert (last.what, last.verdict, last.advice) == ("moss-jt --gpu", "problem", "update the driver.")
+    assert (last.what, last.verdict, last.advice) == ("--gpu", "problem", "update the driver.")
 
 
 def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,16 +139,16 @@ def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}))
     monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
     monkeypatch.setattr(doctor, "require_gpu", lambda number: number and missing("too old")())
-    found = list(doctor.gpu_findings())
-    assert [(finding.what, finding.verdict) for finding in found] == [
+    actual = list(doctor.gpu_findings())
+    assert [(finding.what, finding.verdict) for finding in actual] == [
         ("GPU", "ok"),
         ("GPU", "note"),
         ("CUDA toolkit", "ok"),
         ("CuPy", "ok"),
-        ("moss-jt --gpu --device 0", "ok"),
-        ("moss-jt --gpu --device 1", "problem"),
+        ("--gpu --device 0", "ok"),
+        ("--gpu --device 1", "problem"),
     ]
-    assert found[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in found[1].advice
+    assert actual[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in actual[1].advice
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_with_gpu_doctor_says_what_it_takes(
         main(["doctor", "--gpu"])
     text = capsys.readouterr().out
     assert left.value.code == 1 and "Only to compute on a GPU" not in text
-    assert "what it takes" in text and "Nothing was downloaded" in text
+    assert "needs these steps" in text and "Nothing was downloaded" in text
     for words in wanted:
         assert words in text
 
@@ -193,7 +195,7 @@ def test_model_folders_are_judged(home: Path) -> None:
     shutil.copytree(tiny_model_folder(), home / "models" / "cut")
     (home / "models" / "cut" / "head.safetensors").write_bytes(b"")
     (home / "models" / "begun").mkdir()
-    found = {finding.what: finding for finding in doctor.models()}
-    assert [found[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
-    assert "4 blocks, float16" in found["Model good"].text
-    assert "head.safetensors" in found["Model cut"].advice
+    actual = {finding.what: finding for finding in doctor.models()}
+    assert [actual[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
+    assert "4 blocks, float16, " in actual["Model good"].text and " MiB in " in actual["Model good"].text
+    assert "head.safetensors" in actual["Model cut"].advice

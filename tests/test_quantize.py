@@ -104,9 +104,9 @@ class Killed(BaseException):
 
 def test_gptq_goes_on_at_the_block_where_it_was_killed(small: Path, tmp_path: Path) -> None:
     """At every file's beginning and inside one; no hidden states are left behind, and all bytes are the same."""
-    whole = contents(quantize(small, tmp_path / "whole", GPTQ))
-    assert not [name for name in whole if "calibration" in name or "journal" in name]
-    total = sum(len(data) for data in whole.values())
+    complete = contents(quantize(small, tmp_path / "whole", GPTQ))
+    assert not [name for name in complete if "calibration" in name or "journal" in name]
+    total = sum(len(data) for data in complete.values())
     for share in (0.35, 0.5, 0.6, 0.7):
         seen = 0
 
@@ -120,7 +120,7 @@ def test_gptq_goes_on_at_the_block_where_it_was_killed(small: Path, tmp_path: Pa
         with pytest.raises(Killed):
             quantize(small, out, GPTQ, progress=stop)
         assert not (out / MANIFEST).exists()
-        assert contents(quantize(small, out, GPTQ)) == whole
+        assert contents(quantize(small, out, GPTQ)) == complete
 
 
 def saved(array: np.ndarray) -> bytes:
@@ -163,13 +163,13 @@ def test_a_damaged_block_is_quantised_again_and_only_that(
     small: Path, tmp_path: Path, settings: QuantSettings
 ) -> None:
     out = quantize(small, tmp_path / "out", settings)
-    whole = contents(out)
+    complete = contents(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     block = out / "block-01.safetensors"
     data = bytearray(block.read_bytes())
     data[-9] ^= 1
     block.write_bytes(data)
-    assert contents(quantize(small, out, settings)) == whole
+    assert contents(quantize(small, out, settings)) == complete
     for name, time_ns in times.items():
         assert ((out / name).stat().st_mtime_ns == time_ns) == (name != block.name)
 

@@ -1,4 +1,4 @@
-"""A conversation as one text of tokens: the meta instruction, then whole turns. The oldest turns go when room is needed.
+"""A conversation as one text of tokens: the meta instruction, then complete turns. The oldest turns go when room is needed.
 
 The model's cache follows the session, so what is appended is read once; only dropping turns, or another instruction, makes
 the model read what comes after it anew.
@@ -20,7 +20,7 @@ class Rewriting(NamedTuple):
 
 
 class ConversationContext:
-    """See the module. Ctrl-C may come at any place in it: what it leaves half done is done by the next that looks.
+    """See the module. Ctrl-C may come at any moment in it: what it leaves half done is done by the next that looks.
 
     turns  how many finished turns it holds
     """
@@ -75,11 +75,11 @@ class ConversationContext:
 
     def finished(self) -> dict[object, list[int]]:
         """The tokens of each finished turn, oldest first."""
-        token_ids, start, found = self.session.token_ids, self._instruction, {}
+        token_ids, start, tokens = self.session.token_ids, self._instruction, {}
         for turn, length in self._turns.items():
-            found[turn] = token_ids[start : start + length]
+            tokens[turn] = token_ids[start : start + length]
             start += length
-        return found
+        return tokens
 
     def restore(self, turns: Mapping[object, Sequence[int]]) -> int:
         """Have these turns in the place of all, as many of the newest as there is room for; returns how many have none."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moss_jt.chat.prompt import (
     COMMANDS,
@@ -11,8 +12,8 @@ from moss_jt.chat.prompt import (
     MOSS,
     RESULTS,
     THOUGHTS,
-    Piece,
     PromptEncoder,
+    Segment,
     closing,
     opening,
 )
@@ -39,6 +40,7 @@ class FinishedTurn:
     asked      how many messages there were up to this one: random numbers go by it
     dropped    how many of the oldest turns the model had no longer before it then
     ways       of each page of the whole text then, whether it was read as a page: read alike, it has the same bits again
+    extra      what a front end keeps with it, as JSON has it
     """
 
     fields: Mapping[str, str]
@@ -47,6 +49,7 @@ class FinishedTurn:
     asked: int = 0
     dropped: int = 0
     ways: tuple[bool, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def message(self) -> str:
@@ -106,11 +109,11 @@ def turn_tokens(encoder: PromptEncoder, turn: FinishedTurn) -> list[int]:
     """
     if turn.token_ids is not None and _says(encoder, turn):
         return [*turn.token_ids]
-    pieces: list[Piece] = []
+    segments: list[Segment] = []
     for name, role in FIELDS.items():
         body = ROLE_MARK.sub("< |", body_of(name, turn.fields[name]))
-        pieces += [*opening(role), Piece(body, foreign=True), *closing(role)]
-    return encoder.encode(pieces)
+        segments += [*opening(role), Segment(body, foreign=True), *closing(role)]
+    return encoder.encode(segments)
 
 
 def _says(encoder: PromptEncoder, turn: FinishedTurn) -> bool:

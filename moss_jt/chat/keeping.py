@@ -86,13 +86,13 @@ class Keeping:
 def about_chat(chat: Chat, model: str = "") -> About:
     """What is kept of a chat beside its turns."""
     sampling = {name: getattr(chat.params, name) for name in SAMPLING}
-    places = {name: getattr(chat.settings, name, None) for name in PLUGIN_SETTINGS}
+    settings = {name: getattr(chat.settings, name, None) for name in PLUGIN_SETTINGS}
     return About(
         chat.meta_instruction,
         chat.system,
         tuple(plugin.name for plugin in chat.plugins),
         {**sampling, "max_new_tokens": chat.max_new_tokens},
-        {name: str(place) for name, place in places.items() if place is not None},
+        {name: str(value) for name, value in settings.items() if value is not None},
         model,
     )
 

@@ -55,6 +55,7 @@ class About:
     sampling          temperature and so on, and max_new_tokens
     plugin_settings   where plugins find what they need, by their names in moss_jt.plugins.registry.PluginSettings
     model             the path of its folder, or any other name
+    title             what a front end calls the conversation, where somebody gave it a title
     """
 
     meta_instruction: str = ""
@@ -63,6 +64,7 @@ class About:
     sampling: Mapping[str, int | float | None] = field(default_factory=dict)
     plugin_settings: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,24 +197,24 @@ class Conversations:
 
     def names(self) -> list[str]:
         """All names, those used last first."""
-        found = []
+        dated = []
         for path in self.folder.glob(f"[!.]*{ENDING}"):
             with contextlib.suppress(OSError):  # it may have gone meanwhile
-                found.append((path.stat().st_mtime_ns, path.stem))
-        return [name for _, name in sorted(found, reverse=True)]
+                dated.append((path.stat().st_mtime_ns, path.stem))
+        return [name for _, name in sorted(dated, reverse=True)]
 
     def list(self, most: int | None = None) -> "list[Summary]":
         """Summaries, of the conversations used last first, at most so many. What cannot be read is left out."""
-        found = []
+        summaries = []
         for name in self.names()[:most]:
             with contextlib.suppress(MossError, OSError):
                 held, state = self.load(name), self._path(name).stat()
                 messages = [turn.message for turn in (held.turns[:1] + held.turns[-1:])] or ["", ""]
                 sizes = state.st_mtime, state.st_size
-                found.append(
+                summaries.append(
                     Summary(name, held.about.model, len(held.turns), messages[0], messages[-1], *sizes)
                 )
-        return found
+        return summaries
 
     def rename(self, opened: "OpenConversation", name: str) -> None:
         """Give a conversation that is open another name.
@@ -363,14 +365,14 @@ def new_name() -> str:
 
 
 def _create(path: Path, about: About, turns: Sequence[FinishedTurn]) -> int:
-    """Put a file of these lines in the place of ``path`` in one step; returns its descriptor, which is locked.
+    """Replace ``path`` by a file of these lines in one step; returns its descriptor, which is locked.
 
     Where that would be too long to be read again, the oldest turns are left out.
     """
-    lines, room = [], MAX_FILE_BYTES // 4
+    lines, left = [], MAX_FILE_BYTES // 4
     for line in map(turn_line, reversed(turns)):
-        room -= len(line)
-        if room < 0:
+        left -= len(line)
+        if left < 0:
             break
         lines.append(line)
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -436,7 +438,7 @@ def _existing(path: Path) -> Iterator[None]:
 
 
 def about_line(name: str, about: About) -> bytes:
-    own = {
+    own: dict[str, Any] = {
         "version": 1,
         "model": about.model,
         "system": about.system,
@@ -444,6 +446,8 @@ def about_line(name: str, about: About) -> bytes:
         "sampling": dict(about.sampling),
         "plugin_settings": dict(about.plugin_settings),
     }
+    if about.title:
+        own["title"] = about.title
     return _line({"conversation_id": name, "meta_instruction": about.meta_instruction, "moss_jt": own})
 
 
@@ -457,6 +461,8 @@ def turn_line(turn: FinishedTurn) -> bytes:
         }
     if turn.token_ids is not None:
         own["token_ids"] = [*turn.token_ids]
+    if turn.extra:
+        own["extra"] = dict(turn.extra)
     return _line({**turn.fields, "moss_jt": own})
 
 
@@ -482,10 +488,10 @@ def _read(path: Path) -> Conversation:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def about_of(fields: Mapping[str, Any]) -> About | None:
@@ -512,6 +518,7 @@ def about_of(fields: Mapping[str, Any]) -> About | None:
         sampling,
         settings,
         str(own.get("model") or ""),
+        str(own.get("title") or ""),
     )
 
 
@@ -533,6 +540,7 @@ def turn_of(fields: Mapping[str, Any]) -> FinishedTurn | None:
         _count(own.get("asked")),
         _count(own.get("dropped")),
         tuple(way == "1" for way in str(own.get("ways", ""))[:MAX_PAGES]),
+        _mapping(own.get("extra")),
     )
 
 

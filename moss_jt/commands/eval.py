@@ -14,6 +14,7 @@ from moss_jt.engine.cached_text import pages_of
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.measure.perplexity import (
+    DRAFTS,
     EngineTokens,
     Evaluation,
     Score,
@@ -61,7 +62,8 @@ def command(
     """Perplexity of MODEL on a text, and with --against how far its predictions are from another model's.
 
     FILE is UTF-8 text; <eoh>, <eom> and the like in it count as the special tokens. It is read in windows of --context
-    tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare.
+    tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare. Tokens per pass
+    are what drafts of 4 to 22 tokens by the one would bring the other on this text: see --draft-model of moss-jt chat.
 
     \b
     moss-jt eval moss-moon-003-sft-int4 dialogues.txt --against moss-moon-003-sft
@@ -82,7 +84,7 @@ def command(
 
 
 def _window(stores: list[Store], names: list[str], context: int | None) -> int:
-    """Tokens of a window that all models have room for."""
+    """Tokens of a window that fit into all models' contexts."""
     for name, store in zip(names, stores, strict=True):
         if context is not None and not 2 <= context <= store.config.n_positions:
             raise MossError(
@@ -94,12 +96,12 @@ def _window(stores: list[Store], names: list[str], context: int | None) -> int:
 def _token_ids(stores: list[Store], names: list[str], file: Path, max_tokens: int | None) -> list[int]:
     """The text's tokens, which must be the same for all models."""
     text = _read(file, max_tokens)
-    found = [Tokenizer.from_file(store.tokenizer_path).encode(text)[:max_tokens] for store in stores]
-    if found[0] != found[-1]:
+    texts = [Tokenizer.from_file(store.tokenizer_path).encode(text)[:max_tokens] for store in stores]
+    if texts[0] != texts[-1]:
         raise MossError(
             f"{names[0]} and {names[-1]} have different tokenizers: their predictions cannot be compared."
         )
-    return found[0]
+    return texts[0]
 
 
 def _read(file: Path, max_tokens: int | None) -> str:
@@ -127,15 +129,15 @@ def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Mos
     rows = rows_at_once(vocabulary, len(stores), budget)
     budget -= workspace_bytes(vocabulary, len(stores), rows)
     for store, share in zip(stores, _shares(stores, context, budget), strict=True):
-        room = share // 20 // sizes_of_store(store).cache_bytes(context)
-        parallel = max(1, min(rows // context, room))
+        windows = share // 20 // sizes_of_store(store).cache_bytes(context)
+        parallel = max(1, min(rows // context, windows))
         moss = Moss.load(store.path, memory=share, context=context, draft="off", parallel=parallel)
         moss.model.score_rows = rows
         yield moss
 
 
 def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
-    """What the whole process may hold once each of the models is there.
+    """What the process may hold once each of the models is there.
 
     The first of two gets half of what there is for models, or what it needs at least; the other one the rest.
 
@@ -167,6 +169,8 @@ def _fields(result: Evaluation, context: int) -> dict[str, Any]:
         fields["against"] = _score_fields(result.reference)
         fields["mean_kl_divergence"] = result.comparison.mean_divergence
         fields["greedy_agreement"] = result.comparison.agreement
+        tokens = result.comparison.tokens_per_pass
+        fields["tokens_per_pass"] = {str(drafted): tokens(drafted) for drafted in DRAFTS}
     return fields
 
 
@@ -186,6 +190,12 @@ def _table(result: Evaluation, model: str, against: str | None, context: int) ->
             f"{'mean divergence':{width}}  {result.comparison.mean_divergence:.6f} nats, KL({against} || {model})"
         )
         lines.append(f"{'same greedy token':{width}}  {100 * result.comparison.agreement:.2f} %")
+        tokens = ", ".join(
+            f"{drafted}: {result.comparison.tokens_per_pass(drafted):.1f}" for drafted in DRAFTS
+        )
+        lines.append(
+            f"{'tokens per pass':{width}}  if one drafts for the other, by the tokens of a draft: {tokens}"
+        )
     return "\n".join(lines)
 
 

@@ -77,7 +77,7 @@ def command(
 def unescaped(text: str) -> str:
     """A stop string as it was meant: shells pass a typed backslash and n on as these two characters."""
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
+    return re.sub(r"\\([ntr\\])", lambda escape: meant[escape[1]], text)
 
 
 def prompt_text(prompt: str | None) -> str:
@@ -96,5 +96,8 @@ def summary(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": stats.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "stop_reason": stats.stop_reason,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "seconds": {name: round(seconds, 6) for name, seconds in stats.seconds.items()},
     }

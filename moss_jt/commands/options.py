@@ -69,6 +69,14 @@ memory_options = _all_of(
         "they lie in CUDA's unified memory.",
     ),
 )
+draft_model_option = click.option(
+    "--draft-model",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|NAME",
+    help="A copy of MODEL in fewer bits that writes ahead, for MODEL to verify in one pass: auto (where weights stream, if one was "
+    "converted and fits), off, or its name or path. Changes the speed, never the text.",
+)
 loading_options = _all_of(
     memory_options,
     click.option(
@@ -78,6 +86,7 @@ loading_options = _all_of(
         help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
         "off, or the longest guess. Changes the speed, never the text.",
     ),
+    draft_model_option,
     click.option(
         "--prompt-cache",
         metavar="AMOUNT",
@@ -87,7 +96,17 @@ loading_options = _all_of(
         "most; 0 keeps none. Changes the speed, never the text.",
     ),
 )
-LOADING = ("prompt_cache", "memory", "gpu_memory", "host_memory", "context", "draft", "offload", "parallel")
+LOADING = (
+    "memory",
+    "gpu_memory",
+    "host_memory",
+    "context",
+    "draft",
+    "draft_model",
+    "offload",
+    "parallel",
+    "prompt_cache",
+)
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(
@@ -125,8 +144,8 @@ sampling_options = _all_of(
 
 def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The sampling options among a command's, as parameters of Moss.generate and Moss.chat."""
-    found = {name: options[name] for name in SAMPLING}
-    return {**found, "temperature": 0.0} if options["greedy"] else found
+    sampling = {name: options[name] for name in SAMPLING}
+    return {**sampling, "temperature": 0.0} if options["greedy"] else sampling
 
 
 @contextlib.contextmanager
@@ -134,10 +153,10 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     """The model, loaded as the loading options among a command's say, and closed in the end."""
     from moss_jt.moss import Moss
 
-    found = {name: options[name] for name in LOADING if name in options}
+    loading = {name: options[name] for name in LOADING if name in options}
     device = device_of(options)
     folder = model_folder(model)
-    with Moss.load(folder, device=device, **found) as moss:
+    with Moss.load(folder, device=device, **loading) as moss:
         with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
             remember_last(folder)
         yield moss

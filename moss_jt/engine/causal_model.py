@@ -12,7 +12,7 @@ Watcher = Callable[[int, float], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TokenRun:
     """New tokens of one sequence in a pass, at positions start .. of it.
 
     pages  the sequence's pages in order, these tokens' included
@@ -36,6 +36,7 @@ class CausalModel(Protocol):
     pass_tokens  the most new tokens of one pass
     logit_rows   the most rows of logits of one pass, for answers
     score_rows   the same for scoring texts, whose logits are many
+    link_s       seconds for which weights were waited for, in all passes so far
     """
 
     @property
@@ -53,15 +54,18 @@ class CausalModel(Protocol):
     @property
     def score_rows(self) -> int: ...
 
-    def forward_many(self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
-        """Logits (R, V) float32 of each piece; R is 0, 1 (the last token's) or T.
+    @property
+    def link_s(self) -> float: ...
 
-        ``wanted`` is asked from time to time whether a piece still is; if it is not, it may have no rows.
+    def forward_many(self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
+        """Logits (R, V) float32 of each run; R is 0, 1 (the last token's) or T.
+
+        ``wanted`` is asked from time to time whether a run still is; if it is not, it may have no rows.
         """
         ...
 
     def page_views(self, page: int) -> Sequence[np.ndarray] | None:
-        """A page's own memory in pieces, or None where the host cannot reach it."""
+        """A page's own memory in chunks, or None where the host cannot reach it."""
         ...
 
     def read_page(self, page: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
 from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
-from moss_jt.engine.kv_cache import KVCache, cache_positions, device_room
+from moss_jt.engine.kv_cache import KVCache, cache_positions, device_memory
+from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
@@ -20,6 +21,7 @@ from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.model_folder import Store
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.gpu_units import StreamedUnits, SwappedUnits, UnifiedUnits
+from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.weights import Units, Weights
 
 
@@ -42,10 +44,10 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
         if not says_full(error):
             raise
     # Only here has the failed attempt let go of its memory: the error held on to it.
-    room = less_margin(free_now(cupy) + started.taken_bytes)
-    if room >= plan.budget_bytes:
+    free_bytes = less_margin(free_now(cupy) + started.taken_bytes)
+    if free_bytes >= plan.budget_bytes:
         raise full_card(plan)
-    smaller = _plan_again(planner, started, room)
+    smaller = _plan_again(planner, started, free_bytes)
     sys.stderr.write(
         f"moss-jt: the card has no room for {gib(plan.peak_bytes)}: another program uses it, too (nvidia-smi shows them). "
         f"Loading again with {gib(smaller.budget_bytes)}, of which {gib(smaller.bytes_on('device'))} are weights.\n"
@@ -54,6 +56,28 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
         return _load(store, smaller, home, offload, cupy)
     except FULL as error:
         raise_if_full(error, smaller)
+        raise
+
+
+def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Model:
+    """The copy that drafts for a model on the card, over its cache and with its operators; close it first.
+
+    Raises:
+        MossError: the operators cannot be compiled, a file cannot be read, or the card is full.
+    """
+    assert isinstance(model.weights, Weights)
+    try:
+        warm_up_gpu(import_cupy(), store.bits)
+        return model.with_weights(
+            copy_weights(
+                store,
+                plan,
+                model.weights,
+                lambda blocks: StreamedUnits(store, blocks, reader_for(store, home)),
+            )
+        )
+    except FULL as error:
+        raise_if_full(error, plan)
         raise
 
 
@@ -105,10 +129,10 @@ def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy:
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     operators = CudaOperators(store.config, cupy)
-    cache = KVCache(store.config, cache_positions(plan), device_room, operators)
+    cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
-        # Whether the results have room is seen now, and not in the midst of an answer.
+        # Whether there is memory for the results is seen now, and not in the midst of an answer.
         cupy.cuda.runtime.free(cupy.cuda.runtime.malloc(results))
         return GpuModel(store.config, operators, weights, cache, plan)
     except BaseException:

@@ -52,14 +52,14 @@ class KeptPages:
         """Fill a page with what is kept under a name; False where nothing good is, and the page holds anything."""
         views = self._model.page_views(page)
         if views is not None:
-            found = self._cache.load(name, views)
+            loaded = self._cache.load(name, views)
         else:
             data = np.empty_like(self._model.read_page(page))
-            if found := self._cache.load(name, [data]):
+            if loaded := self._cache.load(name, [data]):
                 self._model.write_page(page, data)
-        if found:
+        if loaded:
             self._known.add(name)
-        return found
+        return loaded
 
     def used(self, names: Sequence[bytes]) -> None:
         """The first pages of a text, in its order, are used now."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.backend.device import Offload
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up
@@ -14,7 +14,7 @@ from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.cpu_units import open_weights
+from moss_jt.weights.cpu_units import open_copy_weights, open_weights
 from moss_jt.weights.swap import SwappedTensors, swap_errors, swap_folder
 from moss_jt.weights.weights import Weights
 
@@ -23,10 +23,10 @@ class SwappedModel(Model):
     """A model whose weights Jittor swaps: its disk may be full at any pass."""
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         with swap_errors(swap_folder()):
-            return super().forward_many(pieces, wanted)
+            return super().forward_many(runs, wanted)
 
 
 def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
@@ -46,3 +46,15 @@ def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) 
         swapped = Weights(store, plan, SwappedTensors(store, plan))
         return SwappedModel(store.config, operators, swapped, cache, *limits)
     return Model(store.config, operators, open_weights(store, plan, home), cache, *limits)
+
+
+def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Model:
+    """The copy that drafts for a model on the CPU, over its cache and with its operators; close it first.
+
+    Raises:
+        MossError: the operators cannot be compiled, or a file cannot be read.
+    """
+    warm_up(store.bits)
+    assert isinstance(model.weights, Weights)
+    weights = open_copy_weights(store, plan, home, model.weights)
+    return model.with_weights(weights)

@@ -1,4 +1,4 @@
-"""The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
+"""The plan for this process and this machine: the one module where the arithmetic of residency meets measured memory."""
 
 import contextlib
 import weakref
@@ -11,9 +11,11 @@ from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
 from moss_jt.plan.residency import (
     GPU_FOOTPRINT_BYTES,
+    Copy,
     CpuWorkspace,
     GpuWorkspace,
     ResidencyPlan,
+    gib,
     gib_up,
     plan,
     plan_gpu,
@@ -22,7 +24,7 @@ from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, sizes_of_store
 
 # What a process grows by after its tokenizer is there, beside weights, cache and workspace: Jittor, compiled operators,
-# oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and room for what differs between machines.
+# oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and a reserve for what differs between machines.
 LATER_BYTES = 120 * MIB
 # The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
 GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
@@ -65,14 +67,16 @@ def plan_here(
     memory: str | int | None,
     context: int | None,
     parallel: int = 1,
+    copy: Copy | None = None,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
     Args:
         needs: of the operators that will compute.
-        memory: the limit of the whole process, as users write it; None for what is free less a margin.
+        memory: the limit of the process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
         parallel: for so many conversations the cache has room.
+        copy: writes drafts, and must be resident.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -87,6 +91,7 @@ def plan_here(
         threads=compute_threads(),
         footprint_bytes=footprint_here(),
         parallel=parallel,
+        copy=copy,
     )
 
 
@@ -103,6 +108,7 @@ class GpuPlanner:
     """The same on the machine's GPU, once before anything starts there and again when it is known what that took.
 
     gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
+    copy        writes drafts, and must be on the card
     """
 
     store: Store
@@ -114,6 +120,7 @@ class GpuPlanner:
     context: int
     offload: Offload
     parallel: int = 1
+    copy: Copy | None = None
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -123,10 +130,10 @@ class GpuPlanner:
         """
         budget = gpu_budget(self.gpu_memory, self.card)
         try:
-            return self._place(budget, GPU_FOOTPRINT_BYTES)
+            return self._plan(budget, GPU_FOOTPRINT_BYTES)
         except MossError:
             with contextlib.suppress(MossError):
-                return self._place(budget, 0)
+                return self._plan(budget, 0)
             raise
 
     def plan_again(self, started: StartedCard, at_most: int | None = None) -> ResidencyPlan:
@@ -138,13 +145,15 @@ class GpuPlanner:
         Raises:
             MossError: as :meth:`plan`.
         """
-        room = started.free_bytes + started.taken_bytes
-        budget = less_margin(room) if self.gpu_memory is None else gpu_budget(self.gpu_memory, self.card)
+        free_bytes = started.free_bytes + started.taken_bytes
+        budget = (
+            less_margin(free_bytes) if self.gpu_memory is None else gpu_budget(self.gpu_memory, self.card)
+        )
         footprint = started.taken_bytes + CUDA_LATER_BYTES
-        return self._place(budget if at_most is None else min(budget, at_most), footprint)
+        return self._plan(budget if at_most is None else min(budget, at_most), footprint)
 
-    def _place(self, budget: int, footprint: int) -> ResidencyPlan:
-        placed = plan_gpu(
+    def _plan(self, budget: int, footprint: int) -> ResidencyPlan:
+        plan = plan_gpu(
             sizes_of_store(self.store),
             self.needs,
             self.context,
@@ -153,10 +162,11 @@ class GpuPlanner:
             footprint_bytes=footprint,
             host_footprint_bytes=self.host_footprint_bytes,
             parallel=self.parallel,
+            copy=self.copy,
         )
         if self.offload != "stream":
-            _check_host(placed, self.offload)
-        return placed
+            _check_host(plan, self.offload)
+        return plan
 
 
 def gpu_planner(
@@ -198,7 +208,7 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     n_bytes = parse_memory(text, card.total_bytes)
     if n_bytes > card.total_bytes:
         raise MossError(
-            f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
+            f"--gpu-memory {text} is more than {card.name} has, {gib(card.total_bytes)}. Give a smaller amount."
         )
     return n_bytes
 

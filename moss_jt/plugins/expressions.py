@@ -73,8 +73,8 @@ def parse(tokens: Sequence[Token]) -> Tree:
         NotationError: it is none, can be read in two ways, or is nested too deeply.
     """
     if sum(token.text == "|" for token in tokens) > MAX_BARS:
-        raise NotationError(f"more than {MAX_BARS // 2} absolute values")
-    return _Parser(tokens, 0).whole()
+        raise NotationError("more than {limit} absolute values", limit=MAX_BARS // 2)
+    return _Parser(tokens, 0).complete()
 
 
 def nodes(tree: Tree) -> Iterator[Tree]:
@@ -136,7 +136,7 @@ class _Parser:
         self.tokens = tokens
         self.at = 0
         self.depth = self.outer = depth
-        self.opening: frozenset[int] = frozenset()  # places of the bars that begin an absolute value
+        self.opening: frozenset[int] = frozenset()  # indices of the bars that begin an absolute value
         self.loose = False  # the last factor may reach further: 2^3x, √2x
 
     @property
@@ -155,7 +155,7 @@ class _Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def whole(self) -> Tree:
+    def complete(self) -> Tree:
         """The tree of all tokens; which bars begin an absolute value and which end one must be clear."""
         readings, error = [], NotationError("an absolute value has no end")
         for opening in _pairings(self.tokens):
@@ -173,7 +173,7 @@ class _Parser:
         self.opening, self.at, self.depth = opening, 0, self.outer
         tree = self.sum()
         if self.at < len(self.tokens):
-            raise NotationError(f"{self.tokens[self.at].text!r} does not belong there")
+            raise NotationError("{text!r} does not belong there", text=self.tokens[self.at].text)
         return tree
 
     def sum(self) -> Tree:
@@ -248,7 +248,7 @@ class _Parser:
             return self.absolute()
         if token.text == "√":
             return self.root()
-        raise NotationError(f"{token.text!r} stands where a number is needed")
+        raise NotationError("{text!r} stands where a number is needed", text=token.text)
 
     def named(self, name: str) -> Tree:
         if self.sign != "(":
@@ -259,7 +259,7 @@ class _Parser:
             arguments = self.bracket(lambda parts: least <= len(parts) <= most and are_arguments(parts))
             return Call(name, tuple(arguments))
         if name == "f" or (len(name) > 1 and name[-1].isalpha() and name not in CONSTANTS):
-            raise NotationError(f"the function {name} is unknown")  # f(2)=4 is no product
+            raise NotationError("the function {name} is unknown", name=name)  # f(2)=4 is no product
         return Name(name)
 
     def bracket(self, possible: Callable[[Parts], bool]) -> list[Tree]:
@@ -267,16 +267,16 @@ class _Parser:
         inside = self.tokens[self.at : self.closing()]
         self.at += len(inside) + 1
         self.nest(1)
-        found = [_Parser(part, self.depth).whole() for part in parted(inside, possible)]
+        trees = [_Parser(part, self.depth).complete() for part in parted(inside, possible)]
         self.nest(-1)
-        return found
+        return trees
 
     def closing(self) -> int:
         depth = 1
-        for place in range(self.at, len(self.tokens)):
-            depth += (self.tokens[place].text == "(") - (self.tokens[place].text == ")")
+        for index in range(self.at, len(self.tokens)):
+            depth += (self.tokens[index].text == "(") - (self.tokens[index].text == ")")
             if depth == 0:
-                return place
+                return index
         raise NotationError("a bracket is not closed")
 
     def absolute(self) -> Tree:
@@ -330,7 +330,7 @@ class Evaluator:
     def name(self, name: str) -> Any:
         if name in CONSTANTS:
             return CONSTANTS[name]
-        raise CalculationError(f"{name} is unknown")
+        raise CalculationError("{name} is unknown", name=name)
 
     def operation(self, sign: str, left: Any, right: Any) -> Any:
         return bounded(OPERATIONS[sign](left, right))

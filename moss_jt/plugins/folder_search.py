@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason
 from moss_jt.plugins.interface import Item, Source
 from moss_jt.plugins.text_files import State, read_text, shown_path, text_files
 from moss_jt.user_folders import own_folder
@@ -37,13 +37,13 @@ SENTENCE_END = re.compile(r"(?<=[。！？!?\n])|(?<=\. )")
 
 def terms(text: str) -> list[str]:
     """What a text is indexed and searched by: lower-case words, and pairs of neighbouring Chinese characters."""
-    found: list[str] = []
+    terms: list[str] = []
     for word in WORD.findall(text.lower()):
         if re.match(f"[{CHINESE}]", word):
-            found += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
+            terms += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
         else:
-            found.append(word)
-    return found
+            terms.append(word)
+    return terms
 
 
 def indexed(text: str) -> list[str]:
@@ -52,17 +52,17 @@ def indexed(text: str) -> list[str]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """A text in pieces of about PASSAGE_CHARACTERS, cut between sentences where there are any."""
-    piece = ""
+    """A text in passages of about PASSAGE_CHARACTERS, cut between sentences where there are any."""
+    passage = ""
     for sentence in SENTENCE_END.split(text):
         for start in range(0, len(sentence), PASSAGE_CHARACTERS):
             part = sentence[start : start + PASSAGE_CHARACTERS]
-            if piece and len(piece) + len(part) > PASSAGE_CHARACTERS:
-                yield piece.strip()
-                piece = ""
-            piece += part
-    if piece.strip():
-        yield piece.strip()
+            if passage and len(passage) + len(part) > PASSAGE_CHARACTERS:
+                yield passage.strip()
+                passage = ""
+            passage += part
+    if passage.strip():
+        yield passage.strip()
 
 
 class FolderSearch:
@@ -86,16 +86,19 @@ class FolderSearch:
         notice: Notice | None = None,
     ) -> None:
         if not folder.is_dir():
-            raise MossError(f"--search-folder {folder} is no folder.")
+            raise MossError(Reason("--search-folder {folder} is not a folder.", folder=folder))
         self.folder = folder.resolve()
         self._lock = threading.Lock()
         try:
             self._open(index_folder or cache_folder())
             left_out = self.refresh(progress=progress)
         except (sqlite3.Error, OSError) as error:
-            raise MossError(f"the index of {folder} cannot be written: {error}.") from error
+            raise MossError(
+                Reason("the index of {folder} cannot be written: {error}.", folder=folder, error=error)
+            ) from error
         if left_out and notice is not None:
-            notice(f"Not all of {shown_path(os.fsencode(folder))} is searched: {left_out}.")
+            shown = shown_path(os.fsencode(folder))
+            notice(Reason("Not all of {folder} is searched: {left_out}.", folder=shown, left_out=left_out))
 
     def _open(self, index_folder: Path) -> None:
         index_folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the user's files
@@ -137,7 +140,7 @@ class FolderSearch:
         with self._lock:
             known = {path: (size, at) for path, size, at in self._db.execute("SELECT * FROM files")}
             files = text_files(self.folder)
-            seen = files.found
+            seen = files.states
             changed = [path for path in known.keys() - seen.keys()]
             changed += [path for path, state in seen.items() if known.get(path) != state]
             for done, path in enumerate(changed):

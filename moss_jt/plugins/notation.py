@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
+from moss_jt.errors import ReasonedError
+
 MAX_DOUBTFUL_COMMAS = 8
 MAX_TOKENS = 400
 
 
-class NotationError(ValueError):
+class NotationError(ReasonedError):
     """The text is no arithmetic, or can be read in more than one way."""
 
 
@@ -24,7 +26,7 @@ Kind = Literal["number", "name", "superscript", "sign", "other"]
 
 
 class Token(NamedTuple):
-    """A piece of the text from ``start`` to ``end``; ``other`` is what no arithmetic has."""
+    """A stretch of the text from ``start`` to ``end``; ``other`` is what no arithmetic has."""
 
     kind: Kind
     text: str
@@ -76,7 +78,7 @@ _NUMERAL = rf"(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})"
 _LETTER = rf"[^\W\d_π{SUPERSCRIPTS}{SUBSCRIPTS}{''.join(FRACTIONS)}]"
 _RADIX = r"0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+"
 _FRACTION = f"[{''.join(FRACTIONS)}]"
-# A fraction beside a whole number needs room: next to a sign that binds tighter it could belong to that.
+# A fraction beside a whole number needs space around it: next to a sign that binds tighter it could belong to that.
 _MIXED = r"[0-9]+[ ]+[1-9][0-9]*/[1-9][0-9]*(?=[ ]*(?:[-+)=;|\n]|,(?![0-9])|\*(?!\*)|$))"
 TOKEN = re.compile(
     rf"""\ *(?:
@@ -125,7 +127,9 @@ def _check_reach(sign: Token, number: Token) -> None:
     """``6/2 1/2`` and ``x^2 500`` could end before the space."""
     is_fraction = "/" in number.text or number.text[-1] in FRACTIONS
     if sign.text in ("^", "**") or (is_fraction and sign.text in ("/", "//")):
-        raise NotationError(f"how far {sign.text!r} reaches is not clear before {number.text!r}")
+        raise NotationError(
+            "how far {sign!r} reaches is not clear before {number!r}", sign=sign.text, number=number.text
+        )
 
 
 def _checked_name(token: Token, before: Token | None) -> Token:
@@ -133,7 +137,7 @@ def _checked_name(token: Token, before: Token | None) -> Token:
         unicodedata.category(sign) in ("Lm", "No", "Nl") or sign in "ªº"
         for sign in token.text.translate(_TO_SUBSCRIBED)
     ):
-        raise NotationError(f"{token.text!r} is no name")
+        raise NotationError("{text!r} is no name", text=token.text)
     number = (
         before.text if before is not None and before.kind == "number" and before.end == token.start else ""
     )
@@ -141,7 +145,7 @@ def _checked_name(token: Token, before: Token | None) -> Token:
     # 2e-65x may begin with twice e.
     signed = SCIENTIFIC.fullmatch(number) and ("-" in number or "+" in number or token.text[0] in "eE")
     if CHINESE_NUMERAL.fullmatch(token.text) or (number and (goes_on or signed)):
-        raise NotationError(f"{token.text!r} is part of a number")
+        raise NotationError("{text!r} is part of a number", text=token.text)
     return Token("name", token.text.translate(_TO_SUBSCRIBED), token.start, token.end)
 
 
@@ -152,50 +156,50 @@ def number_value(text: str) -> int | float:
         NotationError: it is none, such as ``007``, which may be a part of something longer.
     """
     if mixed := re.fullmatch(rf"(?:([0-9]+) *)??(?:([0-9]+)/([0-9]+)|({_FRACTION}))", text):
-        whole = mixed[1] or "0"
+        integer = mixed[1] or "0"
         above, below = mixed[2], mixed[3]
         if mixed[4]:
             above, below = FRACTIONS[mixed[4]].split("/")
-        _check_mixed(whole, above, below)
-        return int(whole) + int(above) / int(below)
+        _check_mixed(integer, above, below)
+        return int(integer) + int(above) / int(below)
     if re.fullmatch(_RADIX, text):
         return int(text, 0)
     digits = text.rstrip(_MYRIAD)
     plain = re.sub(r"[,'’ ]", "", digits)
     if re.fullmatch(_DIGITS, plain):
         if len(plain) > 1 and plain.startswith("0"):
-            raise NotationError(f"{text!r} begins with a zero")
+            raise NotationError("{text!r} begins with a zero", text=text)
         value: int | float = int(plain)
     else:
         value = float(plain)
     if digits != text:
         value = _times_myriad(plain, text[len(digits) :])
     if value == float("inf"):
-        raise NotationError(f"{text!r} is too large")
+        raise NotationError("{text!r} is too large", text=text)
     if value == 0 and re.search("[1-9]", plain.lower().partition("e")[0]):
-        raise NotationError(f"{text!r} is too small")
+        raise NotationError("{text!r} is too small", text=text)
     return value
 
 
-def _check_mixed(whole: str, above: str, below: str) -> None:
+def _check_mixed(integer: str, above: str, below: str) -> None:
     """``2 500/1000`` could be 2500/1000, and ``2 3/2`` is no fraction that people write beside a whole number."""
-    grouped = len(above) == 3 and len(whole) <= 3
+    grouped = len(above) == 3 and len(integer) <= 3
     if (
         above.startswith("0")
-        or (len(whole) > 1 and whole.startswith("0"))
+        or (len(integer) > 1 and integer.startswith("0"))
         or int(above) >= int(below)
         or grouped
     ):
-        raise NotationError(f"'{whole} {above}/{below}' can be read in two ways")
+        raise NotationError("{text!r} can be read in two ways", text=f"{integer} {above}/{below}")
 
 
 def _times_myriad(digits: str, unit: str) -> int | float:
     """``1.5万`` is 15000: the point is moved in the text, so nothing is rounded."""
     if unit not in MYRIADS:
-        raise NotationError(f"{unit!r} has more than one meaning")
-    whole, _, fraction = digits.replace("_", "").partition(".")
+        raise NotationError("{unit!r} has more than one meaning", unit=unit)
+    integer, _, fraction = digits.replace("_", "").partition(".")
     shift = MYRIADS[unit]
-    moved, rest = whole + fraction[:shift].ljust(shift, "0"), fraction[shift:].rstrip("0")
+    moved, rest = integer + fraction[:shift].ljust(shift, "0"), fraction[shift:].rstrip("0")
     return float(f"{moved}.{rest}") if rest else int(moved)
 
 
@@ -241,12 +245,12 @@ def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
     """
     outside = _outside_brackets(tokens)
     doubtful = [
-        place for place in range(1, len(tokens) - 1) if outside[place] and _may_mark_thousands(tokens, place)
+        index for index in range(1, len(tokens) - 1) if outside[index] and _may_mark_thousands(tokens, index)
     ]
-    beside = {tokens[place + side].start for place in doubtful for side in (-1, 1)}
+    beside = {tokens[index + side].start for index in doubtful for side in (-1, 1)}
     if len(doubtful) > MAX_DOUBTFUL_COMMAS:
         raise NotationError("its commas can be read in many ways")
-    found: list[Parts] = []
+    readings: list[Parts] = []
     for count in range(len(doubtful) + 1):
         for thousands in combinations(doubtful, count):
             joined = _joined(tokens, thousands)
@@ -256,34 +260,34 @@ def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
             if possible(parts) and all(
                 _is_number(token) for part in parts for token in part if token.start in beside
             ):
-                found.append(parts)
-    if len(found) != 1:
-        raise NotationError(
-            "its commas can be read in two ways" if found else "a comma does not belong there"
-        )
-    return found[0]
+                readings.append(parts)
+    if len(readings) != 1:
+        if readings:
+            raise NotationError("its commas can be read in two ways")
+        raise NotationError("a comma does not belong there")
+    return readings[0]
 
 
-def _may_mark_thousands(tokens: Sequence[Token], place: int) -> bool:
-    before, comma, after = tokens[place - 1 : place + 2]
+def _may_mark_thousands(tokens: Sequence[Token], index: int) -> bool:
+    before, comma, after = tokens[index - 1 : index + 2]
     numbers = before.kind == after.kind == "number"
     return comma.text == "," and numbers and before.end == comma.start and comma.end == after.start
 
 
 def _outside_brackets(tokens: Sequence[Token]) -> list[bool]:
-    depth, found = 0, []
+    depth, outside = 0, []
     for token in tokens:
         depth += (token.text == "(") - (token.text == ")")
-        found.append(depth == 0)
-    return found
+        outside.append(depth == 0)
+    return outside
 
 
 def _joined(tokens: Sequence[Token], thousands: Sequence[int]) -> list[Token] | None:
     """The tokens with the numbers around these commas made one; None where they do not make one."""
     joined: list[Token] = []
-    marks = {place + side for place in thousands for side in (0, 1)}
-    for place, token in enumerate(tokens):
-        if place not in marks:
+    marks = {index + side for index in thousands for side in (0, 1)}
+    for index, token in enumerate(tokens):
+        if index not in marks:
             joined.append(token)
             continue
         before = joined.pop()

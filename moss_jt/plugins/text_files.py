@@ -7,6 +7,8 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moss_jt.errors import Reason
+
 SUFFIXES = frozenset(
     ".txt .md .markdown .rst .org .tex .html .htm .xml .csv .tsv .json .jsonl .yaml .yml .toml .ini .log .srt "
     ".py .js .ts .c .h .cc .cpp .java .go .rs .sh .sql".split()
@@ -32,12 +34,12 @@ State = tuple[int, int]  # size, time of the last change in ns
 class TextFiles:
     """The text files below a folder, within the bounds above.
 
-    found      path -> state, in order. Paths are the system's bytes: not every name is UTF-8
+    states     path -> state, in order. Paths are the system's bytes: not every name is UTF-8
     too_large  how many have more than MAX_FILE_BYTES
     more       MAX_FILES or MAX_TOTAL_BYTES are reached, and there are more
     """
 
-    found: dict[bytes, State] = field(default_factory=dict)
+    states: dict[bytes, State] = field(default_factory=dict)
     too_large: int = 0
     more: bool = False
 
@@ -46,11 +48,18 @@ class TextFiles:
         """What is not searched, for the user; empty where all is."""
         reasons = []
         if self.too_large:
-            files = "file has" if self.too_large == 1 else "files have"
-            reasons.append(f"{self.too_large} {files} more than {MAX_FILE_BYTES >> 20} MiB")
+            limit = MAX_FILE_BYTES >> 20
+            reasons.append(
+                Reason("files of more than {limit} MiB: {count}", limit=limit, count=self.too_large)
+            )
         if self.more:
-            reasons.append(f"beyond {len(self.found):,} files or {MAX_TOTAL_BYTES >> 20} MiB there are more")
-        return "; ".join(reasons)
+            limit = MAX_TOTAL_BYTES >> 20
+            reasons.append(
+                Reason("nothing beyond {count:,} files or {limit} MiB", count=len(self.states), limit=limit)
+            )
+        if len(reasons) > 1:
+            return Reason("{first}; {second}", first=reasons[0], second=reasons[1])
+        return reasons[0] if reasons else ""
 
 
 def text_files(folder: Path) -> TextFiles:
@@ -78,10 +87,10 @@ def text_files(folder: Path) -> TextFiles:
                 files.too_large += 1
                 continue
             total += state.st_size
-            if len(files.found) == MAX_FILES or total > MAX_TOTAL_BYTES:
+            if len(files.states) == MAX_FILES or total > MAX_TOTAL_BYTES:
                 files.more = True
                 return files
-            files.found[path] = (state.st_size, state.st_mtime_ns)
+            files.states[path] = (state.st_size, state.st_mtime_ns)
     return files
 
 
@@ -106,7 +115,7 @@ def _spelled(character: str) -> str:
 def read_text(path: bytes) -> str | None:
     """A file's text; None for a binary file, or one that cannot be read."""
     try:
-        # Not through a link, and without waiting for a pipe, which may have taken the file's place meanwhile.
+        # Not through a link, and without waiting for a pipe, which may be there instead of the file meanwhile.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             data = file.read(MAX_FILE_BYTES) or b""
@@ -134,16 +143,16 @@ def decoded(data: bytes) -> str | None:
 def page_text(page: str) -> str:
     """The text of a page of HTML or XML, without scripts and styles; in one pass, whatever the page holds."""
     first, *parts = page.split("<")
-    pieces, skipping = [first], ""
+    shown, skipping = [first], ""
     for part in parts:
         tag, end, text = part.partition(">")
         name = TAG_NAME.match(tag)
         if not end or name is None:
-            pieces.append("" if skipping else f"<{part}")
+            shown.append("" if skipping else f"<{part}")
             continue
         if skipping and name[0].lower() != f"/{skipping}":
             continue
         skipping = name[0].lower() if name[0].lower() in SKIPPED else ""
-        pieces.append("\n" if name[1].lower() in BREAKING else "")
-        pieces.append("" if skipping else text)
-    return html.unescape("".join(pieces))
+        shown.append("\n" if name[1].lower() in BREAKING else "")
+        shown.append("" if skipping else text)
+    return html.unescape("".join(shown))

@@ -17,8 +17,10 @@ from moss_jt.store.model_folder import Store, open_store
 def copies_of(store: Store) -> list[Path]:
     """Copies beside the model folder and under the model home, fewest bits first."""
     own = read_manifest(store.path)
-    found = [(manifest.bits, path) for path, manifest in _folders_near(store.path) if _is_copy(own, manifest)]
-    return [path for _, path in sorted(found)]
+    copies = [
+        (manifest.bits, path) for path, manifest in _folders_near(store.path) if _is_copy(own, manifest)
+    ]
+    return [path for _, path in sorted(copies)]
 
 
 def check_copy(store: Store, copy: Store) -> None:
@@ -40,9 +42,9 @@ def check_copy(store: Store, copy: Store) -> None:
 
 def _folders_near(path: Path) -> Iterable[tuple[Path, Manifest]]:
     folders = {
-        found.parent.resolve()
+        manifest.parent.resolve()
         for parent in (path.resolve().parent, models_folder())
-        for found in parent.glob(f"*/{MANIFEST}")
+        for manifest in parent.glob(f"*/{MANIFEST}")
     }
     for folder in sorted(folders):
         try:

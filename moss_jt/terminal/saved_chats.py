@@ -15,10 +15,12 @@ def when(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def chat_lines(found: Iterable[Summary], language: Language, current: str | None, columns: int) -> list[str]:
+def chat_lines(
+    summaries: Iterable[Summary], language: Language, current: str | None, columns: int
+) -> list[str]:
     """A line for each, the newest first; the one that is running has a mark."""
     lines = []
-    for one in found:
+    for one in summaries:
         mark = "●" if one.name == current else " "
         turns = say("chat_turn" if one.turns == 1 else "chat_turns", language, turns=one.turns)
         line = f"{mark} {one.name}  {when(one.used)}  {turns}  "

@@ -30,10 +30,10 @@ def columns_of(text: str) -> int:
 def shortened(text: str, columns: int) -> str:
     """A text on one line of at most so many columns."""
     text, used = " ".join(text.split()), 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         used += columns_of(character)
-        if used > columns - 1 and place < len(text) - 1:
-            return text[:place] + "…"
+        if used > columns - 1 and index < len(text) - 1:
+            return text[:index] + "…"
     return text
 
 
@@ -88,7 +88,7 @@ class Screen:
             self._column_0 = True
 
     def wait(self, text: str) -> None:
-        """Show, where the output is a terminal, that something is going on; what comes next takes its place."""
+        """Show, where the output is a terminal, that something is going on; what comes next replaces it."""
         if self.terminal and self._column_0 and self._waiting != text:
             self.end_wait()
             self.raw(f"\x1b[2m{text}\x1b[0m" if self.styled else text)

@@ -1,4 +1,4 @@
-"""A conversation to learn from: the instruction, then turns of MOSS's five fields, as pieces that know whether they are learned."""
+"""A conversation to learn from: the instruction, then turns of MOSS's five fields, as segments, each learned or not."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from moss_jt.chat.prompt import (
     NONE,
     RESULTS,
     THOUGHTS,
-    Piece,
+    Segment,
     closing,
     instruction,
     neutral,
@@ -26,9 +26,9 @@ Mask = Literal["moss", "assistant"]
 
 
 class Learned(NamedTuple):
-    """A piece of text, and whether its tokens are targets of the loss."""
+    """A segment of text, and whether its tokens are targets of the loss."""
 
-    piece: Piece
+    segment: Segment
     target: bool
 
 
@@ -46,7 +46,7 @@ class Conversation:
     turns        at least one
     """
 
-    instruction: Sequence[Piece]
+    instruction: Sequence[Segment]
     turns: Sequence[TrainedTurn]
 
 
@@ -91,13 +91,13 @@ def turn_of(
     )
 
 
-def instruction_for(functions: Collection[str], system: str | None) -> list[Piece]:
+def instruction_for(functions: Collection[str], system: str | None) -> list[Segment]:
     """The meta instruction with the plugins switched on whose functions are called; a system text says who MOSS is."""
     return instruction([plugin for name, plugin in TRAINED_PLUGINS.items() if name in functions], system)
 
 
-def turn_pieces(turn: TrainedTurn, mask: Mask) -> Iterator[Learned]:
-    """A turn's pieces.
+def turn_segments(turn: TrainedTurn, mask: Mask) -> Iterator[Learned]:
+    """A turn's segments.
 
     ``moss`` is the reference's loss: everything but what results say (finetune_moss.py masks the meta instruction, and in the
     results all but the marker and the end). ``assistant`` learns what MOSS writes only: thoughts, commands and answers, with
@@ -105,6 +105,6 @@ def turn_pieces(turn: TrainedTurn, mask: Mask) -> Iterator[Learned]:
     """
     for role, text in turn.fields.items():
         written = role not in (HUMAN, RESULTS)
-        yield from (Learned(piece, mask == "moss" or written) for piece in opening(role))
-        yield Learned(Piece(text, foreign=True), written or (mask == "moss" and role == HUMAN))
-        yield from (Learned(piece, mask == "moss" or written) for piece in closing(role))
+        yield from (Learned(segment, mask == "moss" or written) for segment in opening(role))
+        yield Learned(Segment(text, foreign=True), written or (mask == "moss" and role == HUMAN))
+        yield from (Learned(segment, mask == "moss" or written) for segment in closing(role))

@@ -131,7 +131,7 @@ def _objects(path: Path) -> Iterator[tuple[str, str]]:
     elif path.suffix == ".jsonl":
         yield from _lines(path)
     else:
-        yield from _whole_file(path)
+        yield from _records_of_file(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -145,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path} line {number}", line.decode("utf-8-sig", "replace")
 
 
-def _whole_file(path: Path) -> Iterator[tuple[str, str]]:
+def _records_of_file(path: Path) -> Iterator[tuple[str, str]]:
     """A file of one object, an array of them, or, under the wrong ending, of lines."""
     data = read_small(path, MAX_ARRAY_BYTES).decode("utf-8-sig", "replace")
     try:

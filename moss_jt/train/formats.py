@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moss_jt.chat.prompt import COMMANDS, END_OF, HUMAN, MOSS, RESULTS, THOUGHTS, Piece
+from moss_jt.chat.prompt import COMMANDS, END_OF, HUMAN, MOSS, RESULTS, THOUGHTS, Segment
 from moss_jt.errors import MossError
 from moss_jt.train.conversation import (
     TRAINED_PLUGINS,
@@ -83,7 +83,7 @@ def _moss(fields: dict[str, Any], losses: Losses) -> Conversation:
     if not isinstance(turns, list):
         raise MossError("chat must be an object of turns.")
     meta = _text(fields.get("meta_instruction", ""), "meta_instruction")
-    return _conversation([Piece(meta, foreign=True)], [_moss_turn(turn) for turn in turns])
+    return _conversation([Segment(meta, foreign=True)], [_moss_turn(turn) for turn in turns])
 
 
 def _moss_turn(turn: Any) -> TrainedTurn:
@@ -273,10 +273,10 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _conversation(pieces: list[Piece], turns: list[TrainedTurn]) -> Conversation:
+def _conversation(segments: list[Segment], turns: list[TrainedTurn]) -> Conversation:
     if not turns:
         raise MossError("it has no turn with a question and an answer.")
-    return Conversation(pieces, turns)
+    return Conversation(segments, turns)
 
 
 # Name, the keys that tell it, and its reader; the first that fits is taken.

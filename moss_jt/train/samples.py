@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moss_jt.chat.prompt import Piece, PromptEncoder
+from moss_jt.chat.prompt import PromptEncoder, Segment
 from moss_jt.errors import MossError
-from moss_jt.train.conversation import Conversation, Learned, Mask, PlainText, turn_pieces
+from moss_jt.train.conversation import Conversation, Learned, Mask, PlainText, turn_segments
 from moss_jt.train.formats import Losses, Sample
 
 # How finetune_moss.py cuts, and MOSS's longest text.
@@ -57,10 +57,10 @@ class Sampler:
         return TokenSample(np.array(ids, np.int32), marks)
 
     def _turns(self, source: Conversation, losses: Losses) -> tuple[list[int], list[bool]]:
-        ids, targets = self._encoded(Learned(piece, False) for piece in source.instruction)
+        ids, targets = self._encoded(Learned(segment, False) for segment in source.instruction)
         start = len(ids)
         for number, turn in enumerate(source.turns):
-            more, learned = self._encoded(turn_pieces(turn, self._mask))
+            more, learned = self._encoded(turn_segments(turn, self._mask))
             if len(ids) + len(more) > self._length:
                 if len(ids) == start:
                     raise MossError(
@@ -75,15 +75,15 @@ class Sampler:
 
     def _text(self, source: PlainText) -> tuple[list[int], list[bool]]:
         ids, targets = self._encoded(
-            [Learned(Piece(source.prompt, True), False), Learned(Piece(source.completion, True), True)]
+            [Learned(Segment(source.prompt, True), False), Learned(Segment(source.completion, True), True)]
         )
         return [*ids, self._end], [*targets, True]
 
-    def _encoded(self, pieces: Iterable[Learned]) -> tuple[list[int], list[bool]]:
+    def _encoded(self, segments: Iterable[Learned]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         targets: list[bool] = []
-        for piece, target in pieces:
-            more = self._encoder.encode([piece])
+        for segment, target in segments:
+            more = self._encoder.encode([segment])
             ids += more
             targets += [target] * len(more)
         return ids, targets

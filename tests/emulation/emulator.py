@@ -49,24 +49,24 @@ def expand_macros(source: str) -> str:
 
 def parameters_of(source: str) -> dict[str, list[tuple[str, str]]]:
     """Kernel -> its parameters as (IN, OUT or scalar; type)."""
-    found = {}
+    collected = {}
     for name, text in KERNEL.findall(expand_macros(source)):
         parameters = [(m[1] or "scalar", m[2] or m[4]) for m in PARAMETER.finditer(" ".join(text.split()))]
         assert len(parameters) == text.count(",") + 1, (name, text)
-        found[name] = parameters
-    return found
+        collected[name] = parameters
+    return collected
 
 
 def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
     """A C function that launches a kernel: every array comes as a pointer and a number of elements."""
     arguments = []
-    for place, (kind, type_) in enumerate(parameters):
+    for index, (kind, type_) in enumerate(parameters):
         if kind == "scalar":
-            arguments.append(f"*({type_}*)a[{2 * place}]")
+            arguments.append(f"*({type_}*)a[{2 * index}]")
         else:
             const = "const " if kind == "IN" else ""
             arguments.append(
-                f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * place}], (long long)a[{2 * place + 1}]}}"
+                f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * index}], (long long)a[{2 * index + 1}]}}"
             )
     return (
         f'extern "C" void launch_{name}(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned seed, void** a, '
@@ -188,16 +188,16 @@ def check_launch(
         or any(size > 65535 for size in grid[1:])
     ):
         raise EmulationError(f"{name}: impossible launch {grid} {block}")
-    for place, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
+    for index, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
         if kind == "scalar":
             if not isinstance(value, np.int32 if type_ == "int" else np.float32):
                 raise EmulationError(
-                    f"{name}: argument {place} is {type(value).__name__}, a {type_} is needed"
+                    f"{name}: argument {index} is {type(value).__name__}, a {type_} is needed"
                 )
         elif isinstance(value, np.uintp) and value == 0:
             continue  # no array, and an access of it is out of bounds
         elif value.dtype != DTYPES[type_] or not value.flags.c_contiguous:
-            raise EmulationError(f"{name}: argument {place} is {value.dtype}, {type_} is needed, contiguous")
+            raise EmulationError(f"{name}: argument {index} is {value.dtype}, {type_} is needed, contiguous")
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
