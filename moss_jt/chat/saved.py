@@ -452,7 +452,7 @@ def about_line(name: str, about: About) -> bytes:
 
 
 def turn_line(turn: FinishedTurn) -> bytes:
-    ways = "".join("1" if whole else "0" for whole in turn.ways)
+    ways = "".join("1" if as_page else "0" for as_page in turn.ways)
     own: dict[str, Any] = {"asked": turn.asked, "dropped": turn.dropped, "ways": ways}
     if turn.sources:
         own["sources"] = {
