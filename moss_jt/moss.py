@@ -24,7 +24,7 @@ from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
-from moss_jt.engine.logprobs import Logprob, logprobs_of
+from moss_jt.engine.logprobs import Logprob, check_top, logprobs_of
 from moss_jt.engine.prompt_cache import PromptCache
 from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
 from moss_jt.engine.prompt_key import prompt_cache_bytes
@@ -68,6 +68,7 @@ class Moss:
     tokenizer  text to ids and back
     plan       where the weights live
     load_s     seconds that loading took
+    notice     a sentence for the user about how it was loaded, or empty
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Moss:
         self.name = name
         self._draft = draft
         self.copy = copy
+        self.notice = ""
         self.engine = Engine(model, folder, copy, prompts)
 
     @classmethod
@@ -182,7 +184,9 @@ class Moss:
         hold(plan)
         prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts)
+        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts)
+        moss.notice = choice.notice
+        return moss
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -220,6 +224,7 @@ class Moss:
         Raises:
             MossError: as :meth:`logits`.
         """
+        check_top(top)
         token_ids = self._checked(token_ids)
         text = self.session()
         text.extend(token_ids)
