@@ -284,7 +284,9 @@ def test_a_page_that_changes_while_it_is_written_is_not_kept(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model_folder(), tmp_path / "model"))
+    return Path(
+        shutil.copytree(tiny_model_folder(), tmp_path / "model", ignore=shutil.ignore_patterns(FOLDER))
+    )
 
 
 def chat_answer(folder: Path, limit: str, message: str) -> tuple[list[str], np.ndarray, int]:
