@@ -63,6 +63,7 @@ class Moss:
     tokenizer  text to ids and back
     plan       where the weights live
     load_s     seconds that loading took
+    notice     a sentence for the user about how it was loaded, or empty
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Moss:
         self.name = name
         self._draft = draft
         self.copy = copy
+        self.notice = ""
         self.engine = Engine(model, folder, copy)
 
     @classmethod
@@ -166,7 +168,9 @@ class Moss:
                 raise
         hold(plan)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
+        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
+        moss.notice = choice.notice
+        return moss
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -285,7 +289,7 @@ class Moss:
             MossError: a prompt is empty or longer than the context, or an option's value is impossible.
         """
         if isinstance(prompts, str):
-            raise MossError("prompts are several: give a list of texts, or call generate for one.")
+            raise MossError("generate_many takes a list of prompts; for a single one, call generate.")
         params = SamplingParams(**sampling)
         answers: deque[Generation] = deque()
         try:
@@ -343,7 +347,7 @@ class Moss:
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
         if any(token >= self.config.vocab_size for token in params.biases):
             raise MossError(
-                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+                f"logit_bias names a token that does not exist; ids are 0 to {self.config.vocab_size - 1}."
             )
         ahead = IncrementalDecoder(self.tokenizer) if begin and stops else None
         return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs, ahead=ahead)

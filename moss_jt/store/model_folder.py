@@ -180,7 +180,7 @@ def _check_order(path: Path, spec: TensorSpec) -> None:
     """Kernels read the inputs that these numbers say, unchecked: every input must come once."""
     order = np.fromfile(path, spec.dtype, spec.shape[0], offset=spec.offset)
     if not np.array_equal(np.sort(order), np.arange(spec.shape[0])):
-        raise MossError(f"{path}: {spec.name} is no order of {spec.shape[0]} inputs. {REPAIR}")
+        raise MossError(f"{path}: {spec.name} is not an order of {spec.shape[0]} inputs. {REPAIR}")
 
 
 def _why_no_store(path: Path) -> str:
@@ -190,4 +190,4 @@ def _why_no_store(path: Path) -> str:
         return f"{path} is a checkpoint, no model folder. Convert it first: moss-jt convert {path}"
     if (path / "journal.json").exists():
         return f"{path} is not finished: its conversion was interrupted. Run the same moss-jt convert again to go on."
-    return f"{path} is no model folder: {MANIFEST} is missing. Make one with: moss-jt convert CHECKPOINT --out {path}"
+    return f"{path} is not a model folder: {MANIFEST} is missing. Make one with: moss-jt convert CHECKPOINT --out {path}"
