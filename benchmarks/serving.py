@@ -19,17 +19,11 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from memory_cgroup import forget_cached, memory_group, peak_of_group
 
-from moss_jt.kernels.needs import CpuNeeds
-from moss_jt.plan.machine import peak_memory_bytes
-from moss_jt.plan.placement import plan_here
+from moss_jt.plan.machine import parse_memory, peak_memory_bytes, process_memory
 from moss_jt.store.model_folder import Store, open_store
-
-if TYPE_CHECKING:
-    from moss_jt.measure.cpu_limits import MachineLimits
 
 HERE = Path(__file__).resolve().parent
 SHAPE = ("n_embd", "n_layer", "n_head", "rotary_dim", "n_inner", "vocab_size", "n_positions")
@@ -39,7 +33,7 @@ MEASURE = "limits"
 
 
 class Limits:
-    """What the machine gives, measured again and again beside what is being judged, and in another process: medians.
+    """What the machine gives, measured again and again beside what is being judged, and in another process.
 
     ``rows``: of the products.
     """
@@ -49,13 +43,13 @@ class Limits:
         self._streams = streams
         self._rows = rows
         self._next = 0
-        self._samples: list[tuple[float, float, float]] = []
 
-    def measure(self) -> None:
+    def measure(self) -> tuple[float, float, float]:
+        """Bytes per second from memory, operations per second, and bytes per second from the disk or 0."""
         from moss_jt.measure.cpu_limits import machine_limits
 
         limits = machine_limits(self._rows, self._store.config.n_embd, 2)
-        self._samples.append((limits.read, limits.sgemm, self._disk_speed() if self._streams else 0.0))
+        return limits.read, limits.sgemm, self._disk_speed() if self._streams else 0.0
 
     def _disk_speed(self) -> float:
         """Bytes per second of reading blocks one after another, in the way that the ring reads them, and nothing else."""
@@ -71,32 +65,29 @@ class Limits:
         while done < READ_BYTES:
             file = self._store.blocks[self._next % len(self._store.blocks)]
             self._next += 1
-            for offset in range(0, file.nbytes - REQUEST_BYTES, REQUEST_BYTES):
-                reader.read(Extent(file.path, offset, REQUEST_BYTES), target)
-                done += REQUEST_BYTES
+            for offset in range(0, file.nbytes, REQUEST_BYTES):
+                n_bytes = min(REQUEST_BYTES, file.nbytes - offset)
+                reader.read(Extent(file.path, offset, n_bytes), target)
+                done += n_bytes
         seconds = time.perf_counter() - begin
         reader.close()
         return done / seconds
 
-    def medians(self) -> "tuple[MachineLimits, float]":
-        """And bytes per second of the disk, or 0."""
-        from moss_jt.measure.cpu_limits import MachineLimits
-
-        read, sgemm, disk = (statistics.median(column) for column in zip(*self._samples, strict=True))
-        return MachineLimits(read, sgemm), disk
-
 
 def measure_here(arguments: argparse.Namespace) -> None:
-    """One number of conversations, and one alone under the same plan, in this process: prints times as JSON.
+    """One number of conversations, and one alone under the same plan, in this process: prints a row as JSON.
 
-    Whenever the limits are to be measured, it prints a line, and goes on when it is given one.
+    Whenever the limits are to be measured, it prints a line, and goes on when it is given them.
     """
     from moss_jt import Moss
-    from moss_jt.measure.side_by_side import measure_together, positions_for
+    from moss_jt.measure.cpu_limits import MachineLimits
+    from moss_jt.measure.side_by_side import least_seconds, measure_together, positions_for
+
+    limits: list[list[float]] = []
 
     def between() -> None:
         print(MEASURE, flush=True)
-        input()
+        limits.append(json.loads(input()))
 
     count, context = int(arguments.parallel), arguments.context
     options = {"memory": arguments.memory, "context": positions_for(context), "parallel": count}
@@ -104,17 +95,27 @@ def measure_here(arguments: argparse.Namespace) -> None:
         together = measure_together(
             moss.engine, sorted({1, count}), context, moss.config.vocab_size, arguments.steps, between
         )
-        peak = peak_memory_bytes()
-    print(json.dumps([together[0].pass_s, together[-1].pass_s, peak]))
+        plan, peak = moss.plan, peak_memory_bytes()
+    read, sgemm, disk = (statistics.median(column) for column in zip(*limits, strict=True))
+    law_s = least_seconds(count, context, plan, MachineLimits(read, sgemm), disk or None)
+    row = {
+        "conversations": count,
+        "pass_s": together[-1].pass_s,
+        "tok_s": together[-1].tokens_per_s,
+        "alone_pass_s": together[0].pass_s,
+        "law_share": law_s / together[-1].pass_s,
+        "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
+        "disk_gb_s": disk / 1e9,
+        "read_gb_s": read / 1e9,
+        "sgemm_gflop_s": sgemm / 1e9,
+        "peak_gib": peak / 2**30,
+    }
+    print(json.dumps(row))
 
 
 def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
-    from moss_jt.measure.side_by_side import least_seconds, positions_for
-
     store = open_store(arguments.model)
-    needs = CpuNeeds(store.config, store.bits)
-    plan = plan_here(store, needs, arguments.memory, positions_for(arguments.context), count)
-    limits = Limits(store, plan.streams, max(count, 64))
+    limits = Limits(store, arguments.memory is not None, max(count, 64))
     command = [sys.executable, str(HERE / "serving.py"), str(arguments.model), "--here"]
     command += ["--context", str(arguments.context), "--steps", str(arguments.steps)]
     command += ["--parallel", str(count)]
@@ -122,7 +123,8 @@ def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
     with ExitStack() as stack:
         group = None
         if arguments.group:
-            group = stack.enter_context(memory_group(plan.budget_bytes + plan.budget_bytes // 10))
+            budget = parse_memory(arguments.memory, process_memory().total_bytes)
+            group = stack.enter_context(memory_group(budget + budget // 10))
             forget_cached(arguments.model)
             command = ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(group), *command]
         process = stack.enter_context(
@@ -132,27 +134,12 @@ def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
         last = ""
         for last in process.stdout:
             if last.strip() == MEASURE:
-                limits.measure()
-                process.stdin.write("\n")
+                process.stdin.write(json.dumps(limits.measure()) + "\n")
                 process.stdin.flush()
         if process.wait():
             raise SystemExit(f"moss-jt ended with {process.returncode}")
         group_peak, _ = peak_of_group(group)
-    alone_s, pass_s, peak = json.loads(last)
-    limit, disk = limits.medians()
-    law_s = least_seconds(count, arguments.context, plan, limit, disk or None)
-    row = {
-        "conversations": count,
-        "pass_s": pass_s,
-        "tok_s": count / pass_s,
-        "alone_pass_s": alone_s,
-        "law_share": law_s / pass_s,
-        "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
-        "disk_gb_s": disk / 1e9,
-        "read_gb_s": limit.read / 1e9,
-        "sgemm_gflop_s": limit.sgemm / 1e9,
-        "peak_gib": peak / 2**30,
-    }
+    row: dict[str, float] = json.loads(last)
     return row | ({} if group_peak is None else {"group_gib": group_peak / 2**30})
 
 
