@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
+from tests.support.cut_files import last_line
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Run, environment_with, run_on_gpu, run_python
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan_gpu
@@ -300,6 +302,39 @@ def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str])
     for run in run_on_gpu(tiny_model_folder(), STREAMED[:2], PROMPTS, greedy):
         assert run.used > 2 * sim_gpu.CONTEXT
         assert run.used <= run.budget and run.token_ids == resident.token_ids
+
+
+@with_jittor
+@pytest.mark.parametrize(
+    "offload",
+    [
+        "stream",
+        "unified",
+        pytest.param(
+            "swap",
+            marks=pytest.mark.skipif(
+                os.environ.get("MOSS_JT_TEST_SWAP") != "1",
+                reason="MOSS_JT_TEST_SWAP=1 builds Jittor for swapping",
+            ),
+        ),
+    ],
+)
+def test_weights_that_shrink_while_the_card_takes_them_are_told(
+    resident: Run, environment: dict[str, str], offload: str, tmp_path: Path
+) -> None:
+    """No operator of the CPU's is there to catch a bus error."""
+    folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    options = ["--prompt", "a", "--max-new-tokens", "2", "--gpu", "--offload", offload]
+    told = last_line(
+        "moss_jt.engine.gpu_load._units",
+        folder,
+        "block-01*",
+        "generate",
+        folder,
+        *options,
+        environment=environment_with(environment),
+    )
+    assert "block-01.safetensors ends early" in told
 
 
 @with_jittor
