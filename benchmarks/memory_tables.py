@@ -1,4 +1,4 @@
-"""The computed tables of docs/memory.md: python benchmarks/memory_tables.py prints them."""
+"""The computed tables of docs/memory.md and docs/cuda.md: python benchmarks/memory_tables.py prints them."""
 
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
 from moss_jt.errors import MossError
@@ -11,6 +11,8 @@ from moss_jt.store.sizes import GIB, sizes_of_geometry
 CONTEXT = MOSS_MOON_003.n_positions
 CARDS = (6, 8, 12, 16, 24)
 HOSTS = (16, 32, 64)
+# Name, memory in GiB, and GB/s that it reads.
+REAL_CARDS = (("RTX 3060", 12, 360), ("RTX 4090", 24, 1008), ("A100", 80, 2039))
 BITS = (16, 8, 4)
 # A machine's operating system and other programs want some, too: 2 GiB are left to them.
 SYSTEM = 2
@@ -67,6 +69,24 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def decode_table() -> str:
+    """Cards that hold all of the model: tokens per second at most, at first and with a full cache, which is read, too."""
+    names = " | ".join(BITS_NAMES[bits] for bits in sorted(BITS))
+    lines = [f"| card | memory, bandwidth | {names} |", "|---|---|---|---|---|"]
+    for name, memory, bandwidth in REAL_CARDS:
+        cells = []
+        for bits in sorted(BITS):
+            needs = CudaNeeds(MOSS_MOON_003, bits)
+            placed = plan_gpu(
+                sizes_of_geometry(MOSS_MOON_003, bits), needs, CONTEXT, memory * GIB, HOSTS[-1] * GIB
+            )
+            first, last = placed.weight_bytes_per_pass, placed.weight_bytes_per_pass + placed.kv_cache_bytes
+            rates = f"{bandwidth * GB / first:.0f} / {bandwidth * GB / last:.0f}"
+            cells.append("streams" if placed.streams else rates)
+        lines.append(f"| {name} | {memory} GB, {bandwidth} GB/s | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def smallest_table() -> str:
     """The smallest limits that work at all."""
     lines = ["| weights | smallest `--memory`, 2048 tokens | 512 tokens |", "|---|---|---|"]
@@ -94,7 +114,7 @@ def share(placed: ResidencyPlan) -> str:
     return "everything" if not placed.streams else f"{100 * placed.bytes_on('device') / units:.0f} %"
 
 
-TABLES = {"cpu": cpu_table, "gpu": gpu_table, "smallest": smallest_table}
+TABLES = {"cpu": cpu_table, "gpu": gpu_table, "smallest": smallest_table, "decode": decode_table}
 
 if __name__ == "__main__":
     for name, table in TABLES.items():

@@ -35,6 +35,12 @@ LEAST_PROBE_BYTES = 16 * MIB
 )
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
+@click.option(
+    "--device",
+    type=click.IntRange(min=0, max=999),
+    metavar="N",
+    help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
+)
 @click.option("--gpu-memory", metavar="AMOUNT", help="Plan for a card with this much memory.")
 @click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
 @click.option(
@@ -53,6 +59,7 @@ def command(
     memory: str | None,
     bits: str | None,
     gpu: bool,
+    device: int | None,
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
@@ -76,8 +83,10 @@ def command(
         raise click.UsageError("--memory is the limit without a GPU; beside --gpu-memory give --host-memory.")
     if not on_card and (host_memory is not None or link_speed is not None):
         raise click.UsageError("--host-memory and --link-speed need --gpu or --gpu-memory.")
+    if device is not None and not gpu:
+        raise click.UsageError("--device needs --gpu.")
     if gpu:
-        gpu_memory = this_cards_memory(gpu_memory)
+        gpu_memory = this_cards_memory(gpu_memory, device or 0)
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()
@@ -150,8 +159,8 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     return found
 
 
-def this_cards_memory(gpu_memory: str | None) -> str:
-    """What the card of this machine may give, in bytes.
+def this_cards_memory(gpu_memory: str | None, number: int) -> str:
+    """What this machine's card of that number may give, in bytes.
 
     Raises:
         MossError: there is no card, or it has less.
@@ -159,7 +168,7 @@ def this_cards_memory(gpu_memory: str | None) -> str:
     from moss_jt.backend.gpu import find_card
     from moss_jt.plan.placement import gpu_budget
 
-    return str(gpu_budget(gpu_memory, find_card()))
+    return str(gpu_budget(gpu_memory, find_card(number)))
 
 
 def on_this_machine(memory: str | None, gpu_memory: str | None, host_memory: str | None, gpu: bool) -> bool:
