@@ -98,14 +98,14 @@ def resolve_model(model: str | Path | None) -> Path:
         return last
     if not isinstance(model, str | os.PathLike):
         raise MossError(f"a model is a name or a path, not {model!r}.")
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # pathlib's is_dir raises where no file may have such a name
         return Path(model)
     named = models_folder() / Path(str(model)).name
-    if (named / MANIFEST).exists() or named.is_dir():
+    if os.path.isdir(named):
         return named
     known = ", ".join(model_names()) or "none"
     raise MossError(
-        f"there is no model called {str(model)!r} (converted so far: {known}). "
+        f"there is no model called {str(model)[:200]!r} (converted so far: {known}). "
         f"Make one with, for example: moss-jt convert {published(str(model)) or 'fnlp/moss-moon-003-sft'}"
     )
 
