@@ -2,7 +2,7 @@
 
     python benchmarks/host_time.py
 
-34 blocks of one token, as in a pass of the whole model that lies on the card; medians over passes, of the time that the thread
+34 blocks of one token, as in a pass of a model that lies on the card; medians over passes, of the time that the thread
 ran, which other programs on the machine disturb least. A real card adds what its driver takes for a launch, so the launches of a
 block are counted, too. It needs no card, and says nothing about one.
 """
@@ -26,7 +26,7 @@ CONFIG = MossConfig("moss", 8, 2048, WIDTH, LAYERS, 2, 8, 4 * WIDTH, 1e-5, 0, 1)
 
 
 class IdleCupy:
-    """In CuPy's place: arrays are NumPy's, and a launch does nothing."""
+    """Instead of CuPy: arrays are NumPy's, and a launch does nothing."""
 
     def RawModule(self, code: str, options: Any) -> Any:  # noqa: N802
         def get_function(name: str) -> Any:
@@ -47,7 +47,7 @@ class IdleCupy:
 
 
 def block_weights(bits: int) -> BlockWeights:
-    """A block in one piece of memory, full of zeros."""
+    """A block in one Var's memory, full of zeros."""
     sizes = [0]
 
     def region(shape: tuple[int, ...], dtype: str) -> tuple[int, tuple[int, ...], str]:

@@ -63,14 +63,14 @@ def main_loop(code: list[str]) -> int:
 
 
 def kernels_of(listing: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    symbols: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in listing.splitlines():
         if match := NAME.match(line):
-            lines = found[match[1]] = []
+            lines = symbols[match[1]] = []
         elif line.lstrip().startswith("/*") or LABEL.match(line):
             lines.append(line)
-    return found
+    return symbols
 
 
 def main() -> None:

@@ -153,8 +153,8 @@ def seconds_per_token(output: str) -> dict[str, float]:
         seconds, tokens = answer["seconds"], answer["new_tokens"]
     except (IndexError, ValueError, KeyError, TypeError):
         return {}
-    found = {"prefill_s": seconds["prefill"]}
-    return found | ({"decode_s_per_token": seconds["decode"] / (tokens - 1)} if tokens > 1 else {})
+    measured = {"prefill_s": seconds["prefill"]}
+    return measured | ({"decode_s_per_token": seconds["decode"] / (tokens - 1)} if tokens > 1 else {})
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def cpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_MEMORY))
     for ram in HOSTS:
         for bits in BITS:
-            placed = cpu_plan(bits, CONTEXT, (ram - SYSTEM) * GIB)
+            plan = cpu_plan(bits, CONTEXT, (ram - SYSTEM) * GIB)
             lines.append(
-                f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(placed)} | "
-                f"{placed.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(placed):.2f} |"
+                f"| {ram} GiB | {ram - SYSTEM}GiB | {BITS_NAMES[bits]} | {share(plan)} | "
+                f"{plan.disk_bytes_per_pass / GB:.1f} GB | {speeds.seconds(plan):.2f} |"
             )
     return "\n".join(lines)
 
@@ -60,8 +60,8 @@ def gpu_table() -> str:
             sizes = sizes_of_geometry(MOSS_MOON_003, bits)
             needs = CudaNeeds(MOSS_MOON_003, bits)
             plans = [plan_gpu(sizes, needs, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
-            disk = " / ".join(f"{placed.disk_bytes_per_pass / GB:.1f}" for placed in plans)
-            seconds = " / ".join(f"{speeds.seconds(placed):.2f}" for placed in plans)
+            disk = " / ".join(f"{plan.disk_bytes_per_pass / GB:.1f}" for plan in plans)
+            seconds = " / ".join(f"{speeds.seconds(plan):.2f}" for plan in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"
             lines.append(
                 f"| {card} GiB | {BITS_NAMES[bits]} | {share(plans[0])} | {link} | {disk} GB | {seconds} |"
@@ -97,7 +97,7 @@ def smallest_table() -> str:
 
 
 def smallest(bits: int, context: int) -> int:
-    """The smallest budget, found as a user would: by trying."""
+    """The smallest budget, as a user would search it: by trying."""
     low, high = 0, 64 * GIB
     while high - low > 1:
         middle = (low + high) // 2
@@ -109,9 +109,9 @@ def smallest(bits: int, context: int) -> int:
     return high
 
 
-def share(placed: ResidencyPlan) -> str:
-    units = placed.weight_bytes_per_pass - placed.sizes.small_bytes
-    return "everything" if not placed.streams else f"{100 * placed.bytes_on('device') / units:.0f} %"
+def share(plan: ResidencyPlan) -> str:
+    units = plan.weight_bytes_per_pass - plan.sizes.small_bytes
+    return "everything" if not plan.streams else f"{100 * plan.bytes_on('device') / units:.0f} %"
 
 
 TABLES = {"cpu": cpu_table, "gpu": gpu_table, "smallest": smallest_table, "decode": decode_table}

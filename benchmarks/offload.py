@@ -21,7 +21,7 @@ from checkpoint import GEOMETRIES, write_checkpoint
 from memory_cgroup import NoGroup, Usage, forget_cached, memory_group, run
 
 from moss_jt.plan.machine import parse_memory
-from moss_jt.weights.file_reader import FileReader, Piece
+from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,7 @@ PEERS = ("accelerate", "mmap")
 
 def command_of(name: str, arguments: argparse.Namespace, limit: int) -> list[str]:
     engine, _, way = name.partition(" ")
-    # Our limit counts the whole process and is a tenth below the group's; what a peer's runtime takes is left to it.
+    # Our limit counts the process and is a tenth below the group's; what a peer's runtime takes is left to it.
     options = ["--way", way, "--tokens", str(arguments.tokens)]
     if engine == "moss-jt":
         folder = arguments.work / f"{arguments.geometry}-moss-jt"
@@ -86,7 +86,7 @@ def sequential_speed(folder: Path) -> float:
         reader = FileReader(direct, 1e9)
         begin = time.perf_counter()
         for file in files:
-            reader.read(Piece(file, 0, file.stat().st_size), buffer, lambda: False)
+            reader.read(Extent(file, 0, file.stat().st_size), buffer, lambda: False)
         best = max(best, sum(file.stat().st_size for file in files) / (time.perf_counter() - begin))
         reader.close()
     return best

@@ -30,16 +30,16 @@ def accelerated(folder: Path, memory: int, offload: str) -> Any:
     model = empty_model(folder)
     block = sum(p.numel() * 2 for p in model.transformer.h[0].parameters())
     count = min(len(model.transformer.h), max(0, memory - 2 * block) // block)
-    places: dict[str, str] = {
+    device_map: dict[str, str] = {
         "transformer.wte": "disk",
         "transformer.drop": "cpu",
         "transformer.ln_f": "cpu",
         "lm_head": "disk",
     }
     for layer in range(len(model.transformer.h)):
-        places[f"transformer.h.{layer}"] = "cpu" if layer < count else "disk"
+        device_map[f"transformer.h.{layer}"] = "cpu" if layer < count else "disk"
     return load_checkpoint_and_dispatch(
-        model, str(folder), device_map=places, offload_folder=offload, dtype=torch.float16
+        model, str(folder), device_map=device_map, offload_folder=offload, dtype=torch.float16
     )
 
 

@@ -4,7 +4,7 @@
     python benchmarks/random_model.py /data/moss-random-int4 --bits 4
     python benchmarks/random_model.py /data/codegen-random --geometry 2.8B  5.6 GB
 
-The numbers come from one pool of random values, read from a different place for each tensor, so that writing costs what
+The numbers come from one pool of random values, read from a different offset for each tensor, so that writing costs what
 the disk costs. Activations stay finite: matrices are about 0.02, norms are one.
 """
 
@@ -71,21 +71,21 @@ class RandomPool:
             "nothing": memoryview(bytes(1 << 16)),
         }
 
-    def pieces(self, spec: Spec) -> list[memoryview]:
+    def chunks(self, spec: Spec) -> list[memoryview]:
         """Views that together are the tensor's bytes."""
         name, _, shape = spec
         last = name.rsplit(".", 1)[1]
         kind = {"bias": "nothing", "weight": "weights"}.get(last, last)
         if last == "weight" and len(shape) == 1:
             kind = "ones"
-        pool, left, found = self._pools[kind], n_bytes_of(spec), []
+        pool, left, views = self._pools[kind], n_bytes_of(spec), []
         start = int(self._random.integers(len(pool) // 2)) // 2 * 2
         while left:
-            piece = pool[start : start + left]
-            found.append(piece)
-            left -= len(piece)
+            chunk = pool[start : start + left]
+            views.append(chunk)
+            left -= len(chunk)
             start = 0
-        return found
+        return views
 
 
 class Hasher(threading.Thread):
@@ -97,14 +97,14 @@ class Hasher(threading.Thread):
         self._work: queue.Queue[tuple[str, list[memoryview]] | None] = queue.Queue()
         self.start()
 
-    def add(self, name: str, pieces: list[memoryview]) -> None:
-        self._work.put((name, pieces))
+    def add(self, name: str, chunks: list[memoryview]) -> None:
+        self._work.put((name, chunks))
 
     def run(self) -> None:
         while (work := self._work.get()) is not None:
             digest = hashlib.sha256()
-            for piece in work[1]:
-                digest.update(piece)
+            for chunk in work[1]:
+                digest.update(chunk)
             self.digests[work[0]] = digest.hexdigest()
 
     def finish(self) -> dict[str, str]:
@@ -127,11 +127,11 @@ def write_file(path: Path, specs: list[Spec], pool: RandomPool, hasher: Hasher) 
     with open(path, "wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in specs:
-            pieces = pool.pieces(spec)
-            hasher.add(spec[0], pieces)
-            for piece in pieces:
-                while piece:
-                    piece = piece[file.write(piece) :]
+            chunks = pool.chunks(spec)
+            hasher.add(spec[0], chunks)
+            for chunk in chunks:
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
         # What is not yet on the disk would be written while something is being measured.
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

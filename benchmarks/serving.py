@@ -25,8 +25,8 @@ SHAPE = ("n_embd", "n_layer", "n_head", "rotary_dim", "n_inner", "vocab_size", "
 
 def last_json(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def ours(arguments: argparse.Namespace) -> list[dict[str, Any]]:

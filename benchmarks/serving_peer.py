@@ -102,9 +102,9 @@ def ask(address: str, prompt: list[int], tokens: int) -> None:
         f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=3600) as answer:
-        found = json.load(answer)
-    if found["tokens_predicted"] != tokens:
-        raise SystemExit(f"{found['tokens_predicted']} tokens instead of {tokens}")
+        answered = json.load(answer)
+    if answered["tokens_predicted"] != tokens:
+        raise SystemExit(f"{answered['tokens_predicted']} tokens instead of {tokens}")
 
 
 def seconds(address: str, prompts: list[list[int]], tokens: int) -> float:
@@ -141,13 +141,13 @@ def main() -> None:
         ]
         for first in range(max(counts))
     ]
-    found = {}
+    rates = {}
     for count in counts:
         some = prompts[:count]
         seconds(address, some, 2)
         longer, shorter = (seconds(address, some, tokens) for tokens in (1 + arguments.steps, 1))
-        found[str(count)] = count * arguments.steps / (longer - shorter)
-    print(json.dumps(found))
+        rates[str(count)] = count * arguments.steps / (longer - shorter)
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Room on the disk: asked for before anything is written."""
+"""Space on the disk: asked for before anything is written."""
 
 import itertools
 import operator
@@ -35,13 +35,13 @@ class Download:
         there = folder_bytes(self.folder)
         last = {shard: number for number, shards in enumerate(steps) for shard in shards}
         needed: set[str] = set()
-        found = []
+        growths = []
         for number, shards in enumerate(steps):
             needed |= shards
-            found.append(sum(self.shard_bytes[shard] for shard in needed) - there)
+            growths.append(sum(self.shard_bytes[shard] for shard in needed) - there)
             if not self.keep:
                 needed = {shard for shard in needed if last[shard] > number}
-        return found
+        return growths
 
 
 def folder_bytes(folder: Path) -> int:
@@ -73,6 +73,11 @@ def check_disk(
                 f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
                 "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
             )
+
+
+def on_one_disk(path: Path, folder: Path) -> bool:
+    """Whether a file lies where files of a folder, which need not be there yet, come to lie."""
+    return _device(path) == _device(folder)
 
 
 def _nearest(folder: Path) -> Path:

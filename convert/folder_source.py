@@ -1,21 +1,22 @@
 """A float16 model folder as the source of a quantised one."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moss_jt.convert.layout import FilePlan, Target
-from moss_jt.convert.pipeline import Recipe, weight_bytes
+from moss_jt.convert.layout import FilePlan, Target, Twin
+from moss_jt.convert.pipeline import Recipe, weight_bytes, with_header
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import read_small
-from moss_jt.store.manifest import MANIFEST, REPAIR, FileEntry, read_manifest, sha256_of
+from moss_jt.store.manifest import MANIFEST, REPAIR, Manifest, read_manifest, sha256_of
 from moss_jt.store.model_folder import Store, StoreFile, open_store
 from moss_jt.store.safetensors_header import TensorSpec
+from moss_jt.store.verify import verify_file
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,33 @@ def folder_recipe(path: Path) -> tuple[ModelFolder, Recipe]:
             f"{path} is quantised already, to int{store.bits}. Quantize the float16 model that it was made from."
         )
     identity = {"folder": path.resolve().name, "manifest": sha256_of(read_small(path / MANIFEST))}
-    entries = read_manifest(path).files
-    files = [_plan(file, entries[file.path.name]) for file in store.files]
+    manifest = read_manifest(path)
+    files = [_plan(file, manifest) for file in store.files]
     total = weight_bytes(store.config, 16, 0)
     return ModelFolder(store), Recipe(identity, str(path), 16, 0, files, total)
 
 
-def _plan(file: StoreFile, entry: FileEntry) -> FilePlan:
+def _plan(file: StoreFile, manifest: Manifest) -> FilePlan:
+    entry = manifest.files[file.path.name]
+
     def target(spec: TensorSpec) -> Target:
         checksum = entry.tensors[spec.name].sha256
-        return Target(spec.name, spec.dtype_name, spec.shape, lambda: _pieces(file, spec, checksum))
+        return Target(spec.name, spec.dtype_name, spec.shape, lambda: _chunks(file, spec, checksum))
 
-    return FilePlan(file.path.name, (), lambda: [target(spec) for spec in file.tensors.values()])
+    def verify(progress: Callable[[int], object]) -> None:
+        verify_file(file, entry, progress)
+
+    fields = manifest.fields["files"][file.path.name]
+    twin = Twin(file.path, with_header(file.path, fields), verify)
+    return FilePlan(file.path.name, (), lambda: [target(spec) for spec in file.tensors.values()], twin)
 
 
-def _pieces(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.ndarray]:
+def _chunks(file: StoreFile, spec: TensorSpec, checksum: str) -> Iterator[np.ndarray]:
     """The tensor, compared with its checksum while it is read: damage must not be quantised and then vouched for."""
     source = SourceTensor(spec.name, spec.dtype_name, spec.shape, file.path, spec.offset)
     digest = hashlib.sha256()
-    for piece in source.pieces(0, spec.shape[0]):
-        digest.update(piece.reshape(-1).view(np.uint8).data)
-        yield piece
+    for chunk in source.chunks(0, spec.shape[0]):
+        digest.update(chunk.reshape(-1).view(np.uint8).data)
+        yield chunk
     if digest.hexdigest() != checksum:
         raise MossError(f"{file.path}: {spec.name} is not what was written: its checksum differs. {REPAIR}")

@@ -83,16 +83,16 @@ def quantised_files(checkpoint: Checkpoint) -> tuple[list[FilePlan], PackedForma
     plain = {**embedding_tensors(config), **head_tensors(config), **block_tensors(config, 16, 0)}
 
     def targets(names: list[str]) -> list[Target]:
-        found: list[Target] = []
+        made: list[Target] = []
         for name in names:
             stem, part = name.rsplit(".", 1)
             local = re.sub(r"^transformer\.(h\.\d+\.)?", "", stem)
             if part == "qweight":
-                found += _matrix_targets(checkpoint, config, stem, local, packed)
+                made += _matrix_targets(checkpoint, config, stem, local, packed)
             elif part not in QUANTISED_PARTS:
                 source = checked(checkpoint, name, plain[f"{local}.{part}"][1])
-                found.append(dense_target(source, name, [(0, source.shape[0])]))
-        return found
+                made.append(dense_target(source, name, [(0, source.shape[0])]))
+        return made
 
     def plan(file: str, names: list[str]) -> FilePlan:
         zeros = zero_biases(checkpoint, names)
@@ -108,10 +108,10 @@ def quantised_files(checkpoint: Checkpoint) -> tuple[list[FilePlan], PackedForma
 
 def format_notes(fields: dict[str, Any], bits: int, group_size: int) -> tuple[str, ...]:
     """What a user should hear where config.json says otherwise than the tensors, which are what counts."""
-    found = {"wbits": bits, "groupsize": group_size}
+    read = {"wbits": bits, "groupsize": group_size}
     return tuple(
         f"config.json says {name} {fields[name]!r}, but the tensors have {value}; they are converted as they are."
-        for name, value in found.items()
+        for name, value in read.items()
         if fields.get(name, -1) not in (-1, value)  # -1: one group per matrix, or no word on it
     )
 
@@ -139,12 +139,12 @@ def _told_format(checkpoint: Checkpoint) -> str | None:
             f"{checkpoint.source} is quantised by {str(method)[:60]!r}. moss-jt reads GPTQ checkpoints; others convert from "
             "float16, with --bits 4 or --bits 8."
         )
-    found = told.get("checkpoint_format")
-    if found not in (None, "gptq", "gptq_v2"):
+    form = told.get("checkpoint_format")
+    if form not in (None, "gptq", "gptq_v2"):
         raise MossError(
-            f"{checkpoint.source} has checkpoint_format {str(found)[:60]!r}; only gptq and gptq_v2 are known."
+            f"{checkpoint.source} has checkpoint_format {str(form)[:60]!r}; only gptq and gptq_v2 are known."
         )
-    return found
+    return form
 
 
 def _middle(bits: int) -> int:
@@ -186,16 +186,16 @@ def _matrix_targets(
     rows, columns = matrix_shape(config, local)
     bits, group_size = packed.bits, packed.group_size
     parts = _parts(checkpoint, stem)
-    found = _format_of(stem, parts, columns)
-    if found[0] != bits:
+    own_bits, own_group = _format_of(stem, parts, columns)
+    if own_bits != bits:
         raise MossError(
-            f"{stem}.qweight has {found[0]} bits, the first matrix {bits}: a mixture of checkpoints."
+            f"{stem}.qweight has {own_bits} bits, the first matrix {bits}: a mixture of checkpoints."
         )
     # Where every matrix has one group (groupsize -1), that of fc_out is longer: it is stored as several alike.
-    repeat, rest = divmod(found[1], group_size)
-    if rest or (repeat > 1 and not (found[1] == columns and group_size == config.n_embd)):
-        raise MossError(f"{stem}.scales has groups of {found[1]} inputs, the first matrix of {group_size}.")
-    groups = columns // found[1]
+    repeat, rest = divmod(own_group, group_size)
+    if rest or (repeat > 1 and not (own_group == columns and group_size == config.n_embd)):
+        raise MossError(f"{stem}.scales has groups of {own_group} inputs, the first matrix of {group_size}.")
+    groups = columns // own_group
     wanted = {
         "qweight": (columns * bits // 32, rows),
         "qzeros": (groups, rows * bits // 32),
@@ -206,7 +206,7 @@ def _matrix_targets(
             raise MossError(f"{stem}.{part} has shape {parts[part].shape}; this model needs {shape}.")
     order = None
     if "g_idx" in parts:
-        order = _input_order(f"{stem}.g_idx", parts["g_idx"].whole(), groups, found[1])
+        order = _input_order(f"{stem}.g_idx", parts["g_idx"].read(), groups, own_group)
     runs = head_runs(config) if local == QKV else [(0, rows)]
     zeros, scales = _zeros_and_scales(stem, parts, packed)
     # A zero point of 0 cannot be stored as itself minus one. scale * q is -scale * ((M - q) - M) with M the largest q.
@@ -260,7 +260,7 @@ def _fields(words: np.ndarray, bits: int) -> np.ndarray:
 
 def _words(part: SourceTensor) -> np.ndarray:
     """Packed words as int32, whatever sign their type has."""
-    return part.whole().view(np.int32)
+    return part.read().view(np.int32)
 
 
 def _packed(
@@ -293,7 +293,7 @@ def _zeros_and_scales(
             f"{stem}.qzeros: the first matrix has the zero points of checkpoint_format gptq_v2, this one has not. Write "
             'which it is, gptq or gptq_v2, into a quantize_config.json beside the weights: {"checkpoint_format": "gptq"}'
         )
-    scales = to_float16(parts["scales"].whole(), parts["scales"].dtype, f"{stem}.scales")
+    scales = to_float16(parts["scales"].read(), parts["scales"].dtype, f"{stem}.scales")
     if (scales == 0).any():
         raise MossError(f"{stem}.scales holds a scale that is zero in float16: the checkpoint is damaged.")
     return fields.astype(np.int16) + packed.zero_offset, scales

@@ -67,7 +67,7 @@ def open_hub(
         missing = max(0, sizes[single] - folder_bytes(folder))
         if missing:
             notice(
-                f"{repo} is one file of {sizes[single] / 2**30:.1f} GiB, downloaded whole before it is converted."
+                f"{repo} is one file of {sizes[single] / 2**30:.1f} GiB, downloaded completely before it is converted."
             )
         # Whatever the weights' format, the model folder has about the checkpoint's size.
         check_disk(out, [max(0, sizes[single] - folder_bytes(out))], folder, [missing])

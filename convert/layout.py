@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +39,24 @@ class Target:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A file to write: the checkpoint's tensors that it takes, and how to make its targets once those are there."""
+    """A file to write: the checkpoint's tensors that it takes, and how to make its targets once those are there.
+
+    twin  a file of a finished model folder with these very bytes, and its entry of the manifest: it need not be written again
+    """
 
     name: str
     sources: tuple[str, ...]
     build: Callable[[], list[Target]]
+    twin: "Twin | None" = None
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A finished file, its entry of the manifest, and what compares it with that (raises MossError)."""
+
+    path: Path
+    entry: dict[str, Any]
+    verify: Callable[[Callable[[int], object]], None]
 
 
 def head_runs(config: MossConfig) -> list[tuple[int, int]]:
@@ -61,8 +76,8 @@ def dense_target(source: SourceTensor, name: str, runs: list[tuple[int, int]]) -
 
     def produce() -> Iterator[np.ndarray]:
         for first, count in runs:
-            for piece in source.pieces(first, count):
-                yield to_float16(piece, source.dtype, source.name)
+            for chunk in source.chunks(first, count):
+                yield to_float16(chunk, source.dtype, source.name)
 
     return Target(name, "F16", source.shape, produce)
 
@@ -117,7 +132,7 @@ def zero_biases(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
 def check_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Raises MossError where one of these biases is not all zeros."""
     for name in names:
-        if checkpoint.tensor(name).whole().any():
+        if checkpoint.tensor(name).read().any():
             raise MossError(
                 f"{checkpoint.source} holds {name}, which is no tensor of a MOSS or CodeGen model, and not all zeros."
             )

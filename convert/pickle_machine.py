@@ -105,9 +105,9 @@ class _Machine:
     def take(self, count: int) -> bytes:
         if count < 0 or self.at + count > len(self.data):
             raise _Refused("it ends early")
-        piece = self.data[self.at : self.at + count]
+        taken = self.data[self.at : self.at + count]
         self.at += count
-        return piece
+        return taken
 
     def number(self, code: str) -> int:
         value: int = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
@@ -125,9 +125,9 @@ class _Machine:
         """What was pushed since the last mark."""
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
-                found = self.stack[index + 1 :]
+                items = self.stack[index + 1 :]
                 del self.stack[index:]
-                return found
+                return items
         raise _Refused("a mark is missing")
 
     def name(self, module: Any, attribute: Any) -> _Name:
@@ -199,9 +199,9 @@ class _Machine:
     def pop_items(self, count: int) -> list[Any]:
         if len(self.stack) < count:
             raise _Refused("the stack is empty")
-        found = self.stack[len(self.stack) - count :]
+        items = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
-        return found
+        return items
 
 
 _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moss_jt.convert.checkpoint import Checkpoint
-from moss_jt.convert.disk import Download, check_disk
+from moss_jt.convert.disk import Download, check_disk, on_one_disk
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
 from moss_jt.convert.journal import JOURNAL, Journal
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
@@ -19,7 +19,7 @@ from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import block_tensors, bytes_of, embedding_tensors, head_tensors
 from moss_jt.store.config import MossConfig
-from moss_jt.store.files import read_json, read_small, write_json, write_text, writing
+from moss_jt.store.files import link_over, read_json, read_small, write_json, write_text, writing
 from moss_jt.store.manifest import (
     CONFIG,
     FORMAT,
@@ -119,7 +119,7 @@ def already_converted(
     progress: Progress = lambda count: None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> bool:
-    """True when ``out`` is finished, made from this very source, and whole: everything in it is read and compared.
+    """True when ``out`` is finished, made from this very source, and complete: everything in it is read and compared.
 
     A damaged folder becomes an unfinished one again, whose journal lists the files that are as they should be.
 
@@ -146,10 +146,10 @@ def already_converted(
         except MossError as error:
             reason = str(error)
             kept = _intact_files(out, manifest, config)
-    notice(f"{out} is not whole: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
+    notice(f"{out} is not complete: {reason.rstrip('.')}. {len(kept)} of its files are kept.")
     with writing(out), _alone(out):
         journal = Journal(out, identity)
-        journal.files = {name: _with_header(out / name, entry) for name, entry in kept.items()}
+        journal.files = {name: with_header(out / name, entry) for name, entry in kept.items()}
         journal.write()
         (out / MANIFEST).unlink()
     return False
@@ -172,7 +172,7 @@ def _manifest_of(out: Path, identity: dict[str, Any]) -> tuple[Manifest | None, 
 
 
 def _is_of_another_version(out: Path) -> bool:
-    """Whether a manifest that cannot be read is whole, and so a later version's, which must not be written over."""
+    """Whether a manifest that cannot be read is complete, and so a later version's, which must not be written over."""
     try:
         fields = read_json(out / MANIFEST)
     except MossError:
@@ -193,7 +193,7 @@ def _intact_files(out: Path, manifest: Manifest, config: MossConfig) -> dict[str
     return kept
 
 
-def _with_header(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+def with_header(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """An entry with the checksum of the file's header, which 0.1.0 did not write."""
     return {"bytes": entry["bytes"], "header": read_header(path).sha256, "tensors": entry["tensors"]}
 
@@ -223,7 +223,7 @@ def convert(
         _check_ours(out)
         journal = Journal(out, json.loads(json.dumps(recipe.identity)))
         left = [plan for plan in recipe.files if plan.name not in journal.files]
-        _check_room(source, recipe, left, out)
+        _check_space(source, recipe, left, out)
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             if journal.restarted:
@@ -236,13 +236,23 @@ def convert(
                 progress(sum(entry["bytes"] for entry in journal.files.values()))
             source.close_shards(name for plan in left for name in plan.sources)
             for number, plan in enumerate(left):
-                journal.add(plan.name, write_file(out / plan.name, plan.build(), progress))
+                journal.add(plan.name, _made(out, plan, progress))
                 source.close_shards(name for later in left[number + 1 :] for name in later.sources)
             source.check_unchanged()
             write_json(out / CONFIG, source.config.to_json())
             write_text(out / TOKENIZER, tokenizer)
             _finish(out, recipe, journal)
     return True
+
+
+def _made(out: Path, plan: FilePlan, progress: Progress) -> dict[str, Any]:
+    """Make one file, by a second name for its twin where that can be; returns its entry of the manifest."""
+    if plan.twin is not None and on_one_disk(plan.twin.path, out):
+        plan.twin.verify(progress)
+        with contextlib.suppress(OSError):  # a file system without such links: it is written
+            link_over(plan.twin.path, out / plan.name)
+            return plan.twin.entry
+    return write_file(out / plan.name, plan.build(), progress)
 
 
 # Every file that a conversion writes; one that was killed may leave them with an ending of their own.
@@ -263,10 +273,11 @@ def _check_ours(out: Path) -> None:
         raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
 
 
-def _check_room(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
+def _check_space(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:
     sizes = file_bytes(source.config, recipe.bits, recipe.group_size)
     if source.download is None:
-        check_disk(out, [sizes[plan.name] for plan in left])
+        written = [one for one in left if one.twin is None or not on_one_disk(one.twin.path, out)]
+        check_disk(out, [sizes[plan.name] for plan in written])
     else:
         growth = source.download.growth([source.shards_of(plan.sources) for plan in left])
         check_disk(out, [sizes[plan.name] for plan in left], source.download.folder, growth)

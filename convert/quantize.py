@@ -125,13 +125,13 @@ def _packed_targets(stem: str, matrix: PackedArrays) -> list[Target]:
     return [target(*part) for part in parts]
 
 
-def _whole(target: Target) -> np.ndarray:
+def _read(target: Target) -> np.ndarray:
     """A target's tensor in memory, as it would be written."""
     array = np.empty(target.shape, DTYPES[target.dtype])
     flat, done = array.reshape(-1), 0
-    for piece in target.produce():
-        flat[done : done + piece.size] = piece.reshape(-1)
-        done += piece.size
+    for chunk in target.produce():
+        flat[done : done + chunk.size] = chunk.reshape(-1)
+        done += chunk.size
     return array
 
 
@@ -143,7 +143,7 @@ class RtnQuantizer:
 
     def block(self, number: int, targets: Mapping[str, Target]) -> Matrices:
         for name in MATRICES:
-            weight = _whole(targets[f"{name}.weight"])
+            weight = _read(targets[f"{name}.weight"])
             yield name, quantize_rtn(weight, self._settings.bits, self._settings.group_size)
 
 
@@ -160,7 +160,7 @@ class GptqQuantizer:
         if number > 0:
             self._state(number - 1).unlink(missing_ok=True)  # the block before is done: see the journal
         calibration = self._entering(number)
-        weights = {name: _whole(target) for name, target in targets.items()}
+        weights = {name: _read(target) for name, target in targets.items()}
         for name, matrix in calibration.quantize_block(weights, self._settings):
             if name == FC_OUT:  # the last one: the hidden states have left the block
                 self._save(number + 1, calibration.hidden)
@@ -214,6 +214,6 @@ class GptqQuantizer:
 def _stored(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a finished file by local name."""
     return {
-        local_name(name): SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset).whole()
+        local_name(name): SourceTensor(name, spec.dtype_name, spec.shape, path, spec.offset).read()
         for name, spec in read_header(path).tensors.items()
     }

@@ -11,7 +11,7 @@ import numpy as np
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular
 
-PIECE_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 
 # Storage types by the name that safetensors uses; bfloat16 is read as its bit patterns.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -61,14 +61,14 @@ class SourceTensor:
             raise MossError(f"{self.path} ends early, inside {self.name}. Download it again.")
         return out
 
-    def whole(self) -> np.ndarray:
-        """The whole tensor, as stored."""
+    def read(self) -> np.ndarray:
+        """All of the tensor, as stored."""
         return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
 
-    def pieces(self, first: int, count: int) -> Iterator[np.ndarray]:
-        """The same rows in pieces of at most PIECE_BYTES (at least one row)."""
+    def chunks(self, first: int, count: int) -> Iterator[np.ndarray]:
+        """The same rows in chunks of at most CHUNK_BYTES (at least one row)."""
         row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
-        step = max(1, PIECE_BYTES // max(1, row_bytes))
+        step = max(1, CHUNK_BYTES // max(1, row_bytes))
         for start in range(first, first + count, step):
             yield self.rows(start, min(step, first + count - start))
 

@@ -94,5 +94,5 @@ def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
         tokenizer.add_tokens([entry])
     if tokenizer.token_to_id(token) != wanted:
         raise MossError(
-            f"the checkpoint gives {token!r} the id {wanted}, but its place is {tokenizer.token_to_id(token)}."
+            f"the checkpoint gives {token!r} the id {wanted}, but its id here is {tokenizer.token_to_id(token)}."
         )

@@ -1,4 +1,4 @@
-"""Writes one safetensors file so that it is either whole or absent, with a checksum of each tensor."""
+"""Writes one safetensors file so that it is either complete or absent, with a checksum of each tensor."""
 
 import hashlib
 import json
@@ -59,13 +59,13 @@ def write_file(path: Path, targets: list[Target], progress: Progress) -> dict[st
 
 
 def _write_tensor(file: Any, target: Target, progress: Progress) -> str:
-    """Write a tensor piece by piece while the next piece is read and the last one is hashed, each in its own thread."""
+    """Write a tensor chunk by chunk while the next chunk is read and the last one is hashed, each in its own thread."""
     digest = hashlib.sha256()
     written = 0
     with ThreadPoolExecutor(1) as hasher:
         hashed: Future[None] | None = None
-        for piece in _ahead(target.produce()):
-            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+        for chunk in _ahead(target.produce()):
+            data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
             if hashed is not None:
                 hashed.result()
             hashed = hasher.submit(digest.update, data)
@@ -78,10 +78,10 @@ def _write_tensor(file: Any, target: Target, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _ahead(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same pieces, each made in another thread while the one before it is used."""
+def _ahead(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same chunks, each made in another thread while the one before it is used."""
     with ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = maker.submit(next, pieces, None)
-            yield piece
+        coming = maker.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = maker.submit(next, chunks, None)
+            yield chunk

@@ -133,12 +133,12 @@ def _widened(extra: bytes, *values: int) -> list[int]:
         if kind == _ZIP64_EXTRA:
             wide = extra[4 : 4 + n_bytes]
         extra = extra[4 + n_bytes :]
-    found, at = [], 0
+    sizes, at = [], 0
     for value in values:
         if value == 0xFFFFFFFF:
             value, at = struct.unpack_from("<Q", wide, at)[0], at + 8
-        found.append(value)
-    return found
+        sizes.append(value)
+    return sizes
 
 
 def _damaged(path: Path) -> MossError:

@@ -12,8 +12,8 @@ from moss_jt.chat.prompt import (
     COMMANDS,
     MOSS,
     THOUGHTS,
-    Piece,
     PromptEncoder,
+    Segment,
     meta_instruction,
     opening,
     question,
@@ -30,22 +30,22 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def one_turn(moss: Moss, message: str) -> str:
-    """The whole turn as one text."""
+    """The turn as one text."""
     encoder = PromptEncoder(moss.tokenizer)
     session = moss.session()
 
-    def give(pieces: list[Piece]) -> None:
+    def give(segments: list[Segment]) -> None:
         """Text that the model will read. Only fixed parts may hold special tokens; see moss_jt.chat.prompt."""
-        session.extend(encoder.encode(pieces))
+        session.extend(encoder.encode(segments))
 
     def write(role: str) -> str:
         """Let the model write a field, up to its end token."""
         give(opening(role))
         *written, end = session.decode(GREEDY, 200, {encoder.ends[role]})
-        give([Piece("\n")])
+        give([Segment("\n")])
         return moss.tokenizer.decode(written)
 
-    give([Piece(meta_instruction(make_plugins(PLUGINS)))])
+    give([Segment(meta_instruction(make_plugins(PLUGINS)))])
     start = session.position
     give(question(message))
 

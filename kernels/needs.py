@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moss_jt.store.config import MossConfig
 from moss_jt.store.sizes import CACHE_PAGE as PAGE
-from moss_jt.store.sizes import whole_pages
+from moss_jt.store.sizes import page_aligned
 
 FLOAT32, FLOAT16 = 4, 2
 
@@ -153,9 +153,9 @@ class CudaNeeds:
     def short_pass_bytes(self, tokens: int, context: int) -> int:
         """Results within one of the passes that go without cuBLAS, which are another allocator's.
 
-        Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by whole pieces; what
+        Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by full chunks; what
         K's splitting adds to four products (see SPLIT_OUTPUTS); attention's partial results, one per head and
-        PAGE positions. And a page of memory for the room between them.
+        PAGE positions. And a page of memory for the gaps between them.
         """
         c = self.config
         partial = c.n_head * -(-context // PAGE) * (c.head_dim + 4)
@@ -164,4 +164,4 @@ class CudaNeeds:
         spans = 3 * -(-c.n_embd // SPLIT_INPUTS) + -(-c.n_inner // SPLIT_INPUTS)
         digits = 0 if self.bits == 16 else spans * SPLIT_INPUTS
         per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
-        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + whole_pages(1)
+        return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + page_aligned(1)

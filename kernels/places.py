@@ -36,22 +36,22 @@ def places_of(
         row[: len(numbers)] = numbers
     if not len(slot) or len(slot) != len(position) or slot.min() < 0 or slot.max() >= len(pages):
         raise ValueError(f"{len(slot)} tokens at {len(position)} positions of {len(pages)} sequences")
-    rooms = PAGE * np.array([len(row) for row in pages])
-    if position.min() < 0 or (position >= rooms[slot]).any():
+    ends = PAGE * np.array([len(row) for row in pages])
+    if position.min() < 0 or (position >= ends[slot]).any():
         raise ValueError(f"a token's position is beyond the pages of its sequence, {table.shape[1]} at most")
     if table.size and table.min() < 0:
         raise ValueError("a page has a number below 0")
     _check_whole(slot, position, whole)
     tokens = np.stack([slot, position], axis=1)
-    return Places(slot, position, table, whole, jt.array(tokens), jt.array(_roomy(table)))
+    return Places(slot, position, table, whole, jt.array(tokens), jt.array(_padded(table)))
 
 
-def _roomy(table: np.ndarray) -> np.ndarray:
-    """The table with room for more slots and pages: launches are recorded for each shape of it, and are to be few."""
+def _padded(table: np.ndarray) -> np.ndarray:
+    """The table with rows and columns for more slots and pages: launches are recorded for each shape of it, and are to be few."""
     rows = 1 << (len(table) - 1).bit_length()
-    room = np.zeros((rows, -(-table.shape[1] // PAGES_AT_ONCE) * PAGES_AT_ONCE), np.int32)
-    room[: table.shape[0], : table.shape[1]] = table
-    return room
+    padded = np.zeros((rows, -(-table.shape[1] // PAGES_AT_ONCE) * PAGES_AT_ONCE), np.int32)
+    padded[: table.shape[0], : table.shape[1]] = table
+    return padded
 
 
 def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:

@@ -19,7 +19,7 @@ def rotary_table(n_positions: int, rotary_dim: int) -> np.ndarray:
 
 
 def spread_rotary_table(n_positions: int, head_dim: int, rotary_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for whole heads, so that ``x * cosines + x[swapped pairs] * sines`` rotates a head.
+    """The same for all of a head, so that ``x * cosines + x[swapped pairs] * sines`` rotates a head.
 
     Returns cosines and sines, each (n_positions, head_dim) float32. Past ``rotary_dim`` they are 1 and 0; the
     sines of the even dimensions carry the minus sign.

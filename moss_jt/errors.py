@@ -4,7 +4,7 @@ import re
 
 
 class MossError(Exception):
-    """The message says what was found, what was needed and what to do."""
+    """The message says what is there, what was needed and what to do."""
 
 
 class MissingFileError(MossError):

@@ -124,18 +124,18 @@ class Moss:
             card, _ = require_gpu(number)
             needs = CudaNeeds(store.config, store.bits)
             planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
-            placed = planner.plan()
+            plan = planner.plan()
         else:
-            placed = plan_here(store, CpuNeeds(store.config, store.bits), memory, context, parallel)
-        make_drafter(draft, placed.streams)  # what is wrong with it is said before Jittor starts
+            plan = plan_here(store, CpuNeeds(store.config, store.bits), memory, context, parallel)
+        make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         if on_gpu:
-            loaded, placed = _load_on_gpu(store, planner, way)
+            loaded, plan = _load_on_gpu(store, planner, way)
         else:
-            loaded = _load(store, placed, way)
-        hold(placed)
+            loaded = _load(store, plan, way)
+        hold(plan)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, placed, draft, took, cache, store.path.name)
+        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -319,7 +319,7 @@ class Moss:
             plugins: what MOSS may call: names ("calculator", "solver", "search", "image", an installed one's, or
                 "./my_plugin.py:Class"), or objects of your own (moss_jt.Plugin).
             settings: where plugins find what they need.
-            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moss_jt.chat.saved import About, Conversations
 from moss_jt.commands import ask
 from moss_jt.commands.ask import question_of
 from moss_jt.commands.cli import main
@@ -16,6 +17,7 @@ from moss_jt.commands.plugin_options import trained_with_plugins
 from moss_jt.store.locations import last_model, last_uses, remember_last, resolve_model
 from moss_jt.store.manifest import MANIFEST
 from tests.support.models import tiny_model_folder
+from tests.support.turns import turn_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,25 +71,25 @@ def test_what_is_piped_in_is_one_message(run: Any) -> None:
 
 
 def test_json_tells_all_that_happened(run: Any) -> None:
-    found = json.loads(run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json")[1])
-    assert found["answer"] == "37 times 48 equals 1776[1]." and found["commands"] == ['Calculate("37*48")']
-    assert "arithmetic" in found["thoughts"] and found["results"][0]["text"] == "1776"
-    assert found["sources"] == {"1": {"title": 'Calculate("37*48") → 1776', "location": ""}}
-    assert found["new_tokens"] > 10 and found["seconds"] > 0 and found["notices"] == []
-    found = json.loads(
+    actual = json.loads(run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json")[1])
+    assert actual["answer"] == "37 times 48 equals 1776[1]." and actual["commands"] == ['Calculate("37*48")']
+    assert "arithmetic" in actual["thoughts"] and actual["results"][0]["text"] == "1776"
+    assert actual["sources"] == {"1": {"title": 'Calculate("37*48") → 1776', "location": ""}}
+    assert actual["new_tokens"] > 10 and actual["seconds"] > 0 and actual["notices"] == []
+    actual = json.loads(
         run("ask", "moss-tiny", "What is 37 times 48?", "--greedy", "--json", "--plugins", "none")[1]
     )
-    assert found["commands"] == [] and found["thoughts"] == ""
+    assert actual["commands"] == [] and actual["thoughts"] == ""
 
 
 def test_a_folder_switches_search_on_and_a_file_instructs(run: Any, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "wall.txt").write_text("长城古老，著名，北方。", encoding="utf-8")
-    found = json.loads(
+    actual = json.loads(
         run("ask", "moss-tiny", "请介绍一下长城", "--greedy", "--json", "--search-folder", str(texts))[1]
     )
-    assert "长城古老" in found["results"][0]["text"]
+    assert "长城古老" in actual["results"][0]["text"]
     code, out, err = run("ask", "moss-tiny", "hi", "--system", str(tmp_path / "missing.txt"))
     assert code == 1 and out == "" and "there is no such file" in err
 
@@ -193,6 +195,23 @@ def test_of_a_link_only_the_link_is_removed(run: Any, home: Path) -> None:
     (home / "models" / "moss-tiny").symlink_to(target)
     assert run("rm", "moss-tiny", "--yes")[0] == 0
     assert (target / MANIFEST).exists() and not (home / "models" / "moss-tiny").is_symlink()
+
+
+def test_conversations_are_shown_and_removed(run: Any, home: Path) -> None:
+    kept = Conversations()
+    assert "CONVERSATION" not in run("list")[1]
+    for name in ("北京", "moss-tiny"):
+        kept.create(About(model="/models/m"), [turn_of("去哪儿？", "故宫")], name).close()
+    out = run("list")[1]
+    assert (
+        "CONVERSATION  TURNS  MODEL  LAST MESSAGE  USED\n" in out
+        and "moss-tiny *   1      m      去哪儿？" in out
+    )
+    code, out, _ = run("rm", "北京", "--yes")
+    assert (code, out) == (0, "The conversation 北京 is removed.\n") and kept.names() == ["moss-tiny"]
+    assert run("rm", "--chat", "北京", "--yes")[0] == 1
+    assert run("rm", "--chat", "moss-tiny", "--yes")[0] == 0
+    assert kept.names() == [] and (home / "models" / "moss-tiny").exists()
 
 
 # The model used last.

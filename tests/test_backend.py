@@ -134,14 +134,14 @@ assert "DISABLE_MULTIPROCESSING" not in os.environ and "use_parallel_op_compiler
     assert jittor_home.jittor_home() == home
 
 
-@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/none"])
-def test_a_home_that_cannot_be_made_is_one_line(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("home", ["/dev/null/x", "/proc/none"])
+def test_a_home_that_cannot_be_made_is_one_line(home: str, tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "moss_jt", "generate", str(tiny_model_folder()), "--prompt", "a"]
     environment = {name: value for name, value in os.environ.items() if name != "JITTOR_HOME"}
-    environment |= {"HOME": place, "MOSS_JT_HOME": str(tmp_path)}
+    environment |= {"HOME": home, "MOSS_JT_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"moss-jt: error: cannot write to {place}/.cache/jittor")
+    assert done.stderr.startswith(f"moss-jt: error: cannot write to {home}/.cache/jittor")
     assert len(done.stderr.splitlines()) == 1 and "set JITTOR_HOME" in done.stderr
 
 

@@ -50,11 +50,11 @@ def run(*arguments: str | Path) -> int:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for line in found:
+    actual = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in actual:
         if line.get("response"):
             line["response"]["body"]["created"] = 0
-    return found
+    return actual
 
 
 def test_all_forms_are_answered_in_order_and_it_goes_on_after_a_kill(
@@ -63,30 +63,30 @@ def test_all_forms_are_answered_in_order_and_it_goes_on_after_a_kill(
     prompts, answers = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
     assert run(prompts, answers) == 0
     assert "7 answers in" in capsys.readouterr().out
-    found = read(answers)
-    assert found[0]["index"] == 0 and found[0]["new_tokens"] <= 6 and found[0]["text"]
-    assert found[1]["text"].startswith(" 您好") and found[1]["stop_reason"] in ("eos", "length")
-    body = found[2]["response"]["body"]
-    assert found[2]["custom_id"] == "first" and found[2]["error"] is None
+    actual = read(answers)
+    assert actual[0]["index"] == 0 and actual[0]["new_tokens"] <= 6 and actual[0]["text"]
+    assert actual[1]["text"].startswith(" 您好") and actual[1]["stop_reason"] in ("eos", "length")
+    body = actual[2]["response"]["body"]
+    assert actual[2]["custom_id"] == "first" and actual[2]["error"] is None
     assert body["object"] == "chat.completion" and body["choices"][0]["message"]["role"] == "assistant"
     assert (
         body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
     )
-    error = {key: value for key, value in found[3].items() if key != "line"}
+    error = {key: value for key, value in actual[3].items() if key != "line"}
     assert error == {"index": 3, "model": "moss-tiny", "error": "the line is no JSON object."}
-    assert found[4]["response"]["body"]["choices"][0]["text"]
-    assert found[5]["response"] is None and found[5]["error"]["message"] == "tools is not done."
-    assert found[6]["new_tokens"] <= 12
+    assert actual[4]["response"]["body"]["choices"][0]["text"]
+    assert actual[5]["response"] is None and actual[5]["error"]["message"] == "tools is not done."
+    assert actual[6]["new_tokens"] <= 12
     with Moss.load(tiny_model_folder(), memory="2GiB") as moss:
         alone = moss.generate([5, 6, 7], max_new_tokens=12, temperature=0)
-        assert "".join(alone) == found[6]["text"]
+        assert "".join(alone) == actual[6]["text"]
         sampled = moss.generate("Calculate", max_new_tokens=4, seed=3, temperature=1.2)
-        assert "".join(sampled) == found[4]["response"]["body"]["choices"][0]["text"]
+        assert "".join(sampled) == actual[4]["response"]["body"]["choices"][0]["text"]
     # Killed in the midst of the fourth line: what is whole stays, and the rest is the same.
-    whole = answers.read_bytes().splitlines(keepends=True)
-    answers.write_bytes(b"".join(whole[:3]) + whole[3][:20])
+    complete = answers.read_bytes().splitlines(keepends=True)
+    answers.write_bytes(b"".join(complete[:3]) + complete[3][:20])
     assert run(prompts, answers) == 0
-    assert read(answers) == found
+    assert read(answers) == actual
     before = answers.read_bytes()
     assert run(prompts, answers) == 0 and answers.read_bytes() == before
 

@@ -48,9 +48,9 @@ def test_shares_are_of_the_bytes_and_operations_that_are_needed() -> None:
     limits = MachineLimits(read=100e9, sgemm=1e12)
     operations = prefill_operations(placed, 1024)
     assert operations == pytest.approx(2 * 1024 * 34 * 12 * 6144**2, rel=0.05)
-    found = shares(Times(1024, operations / 1e12 * 4, 0, read / 100e9 * 2), placed, limits, None)
-    assert found.prefill == pytest.approx(0.25)
-    assert found.decode == pytest.approx(0.5, rel=1e-3)
+    actual = shares(Times(1024, operations / 1e12 * 4, 0, read / 100e9 * 2), placed, limits, None)
+    assert actual.prefill == pytest.approx(0.25)
+    assert actual.decode == pytest.approx(0.5, rel=1e-3)
 
 
 def test_contexts_are_parsed() -> None:

@@ -217,7 +217,7 @@ def test_the_driver_is_asked_for_what_was_given_and_not_for_what_was_chosen(
     monkeypatch.setenv("SIM_GPU_CARDS", "3")
     given("2,1")
     os.environ[CARDS_SWITCH] = device.visible(1)
-    found = cards.ask_driver()["cards"]
-    assert [card["name"] for card in found] == ["simulated GPU 2", "simulated GPU 1"]
+    actual = cards.ask_driver()["cards"]
+    assert [card["name"] for card in actual] == ["simulated GPU 2", "simulated GPU 1"]
     given(None)
     assert len(cards.find_cards()) == 3

@@ -18,7 +18,7 @@ from moss_jt.chat.language import language_of, user_language
 from moss_jt.chat.prompt import meta_instruction
 from moss_jt.chat.turn import CLOSING_TOKENS, TooLongError
 from moss_jt.convert.tokenizer import SPECIAL_TOKENS
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
@@ -369,8 +369,8 @@ def test_an_answer_that_is_cut_within_a_character_shows_no_half_of_it() -> None:
 class Chance(ScriptedModel):
     """Every token but the special ones is as likely as any other."""
 
-    def _forward(self, piece: Piece) -> np.ndarray:
-        return np.tile(self.logits(), ({"none": 0, "last": 1, "all": len(piece.token_ids)}[piece.rows], 1))
+    def _forward(self, run: TokenRun) -> np.ndarray:
+        return np.tile(self.logits(), ({"none": 0, "last": 1, "all": len(run.token_ids)}[run.rows], 1))
 
     def logits(self) -> np.ndarray:
         logits = np.zeros(VOCABULARY, np.float32)
@@ -536,21 +536,21 @@ def test_a_model_that_fails_leaves_the_conversation_as_before() -> None:
 @pytest.mark.parametrize("way", ["close", "throw", "message"])
 def test_a_turn_may_be_ended_at_any_event(way: str) -> None:
     """With every event there is: thoughts, commands, results, dropped turns, cut results, text, and a cut answer."""
-    found = " ".join(f"x{n}" for n in range(60))
+    actual = " ".join(f"x{n}" for n in range(60))
 
     def conversation() -> tuple[ScriptedMoss, Chat, Generator[Event]]:
         moss = ScriptedMoss(" N.<eot>", " None<eoc>", f" one{' a' * 150}<eom>", capacity=620)
-        chat = chat_with(moss, plugins=[Shelf(found, found, found), Echo()], max_new_tokens=20)
+        chat = chat_with(moss, plugins=[Shelf(actual, actual, actual), Echo()], max_new_tokens=20)
         list(chat.send("first"))
         calls = ", ".join(f'Echo("{n}")' for n in range(11))
         moss.model.expect(" T.<eot>", f' Search("q"), {calls}<eoc>', " b" * 60)
         return moss, chat, chat.send("second")
 
-    whole = list(conversation()[2])
-    assert {event.kind for event in whole} == {"thought", "command", "result", "notice", "text"}
-    codes = [event.code for event in whole if isinstance(event, Notice)]
+    complete = list(conversation()[2])
+    assert {event.kind for event in complete} == {"thought", "command", "result", "notice", "text"}
+    codes = [event.code for event in complete if isinstance(event, Notice)]
     assert codes == ["commands_cut", "dropped", "results_cut", "cut"], codes
-    for count in range(1, len(whole) + 1):
+    for count in range(1, len(complete) + 1):
         moss, chat, events = conversation()
         shown = [next(events) for _ in range(count)]
         if way == "close":

@@ -66,10 +66,10 @@ def test_one_cache_through_phases_and_turns(chat: Chat, moss: Moss, monkeypatch:
     computed = []
     forward = moss.model.forward_many
 
-    def counting(pieces, wanted):  # type: ignore[no-untyped-def]
-        for piece in pieces:
-            computed.extend(range(piece.start, piece.start + len(piece.token_ids)))
-        return forward(pieces, wanted)
+    def counting(runs, wanted):  # type: ignore[no-untyped-def]
+        for run in runs:
+            computed.extend(range(run.start, run.start + len(run.token_ids)))
+        return forward(runs, wanted)
 
     monkeypatch.setattr(moss.model, "forward_many", counting)
     answer(chat, "What is 12 plus 30?")
@@ -133,6 +133,35 @@ def test_chat_with_the_built_in_model_works_at_once(
     shown = capsys.readouterr().out
     assert code == 0 and "MOSS 37乘以48等于1776[1]。\n" in shown and "moss-tiny is ready" in shown
     assert "这是一道计算题" not in shown and (home / "models" / "moss-tiny" / "manifest.json").exists()
+
+
+def test_a_conversation_goes_on_in_another_process(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model, the plugins and the settings are the conversation's; what it says is as without the interruption."""
+    options = ("moss-tiny", "--plugins", "solver", "--greedy", "--no-thoughts", "--quiet")
+    questions = ["解方程3*x+5=20", "你好", "x+y=35;2*x+4*y=94, what are x and y?"]
+    assert run(monkeypatch, "\n".join(questions), *options, "--no-keep") == 0
+    whole = capsys.readouterr().out
+    assert run(monkeypatch, "\n".join(questions[:2]) + "\n/save 解题\n", *options) == 0
+    assert capsys.readouterr().out.endswith("用 moss-jt chat --resume 解题 可继续。\n\n再见！\n")
+    assert run(monkeypatch, questions[2], "--resume", "解题", "--no-thoughts", "--quiet") == 0
+    shown = capsys.readouterr().out
+    assert "共 2 轮" in shown and "已开启插件：solver。" in shown and "› 你好\nMOSS 您好！" in shown
+    assert shown.partition("\n\n")[2] == whole.rpartition("您好！")[2].partition("\n\n")[2]
+    assert run(monkeypatch, "/set\n/chats\n", "--resume", "--seed", "7", "--quiet") == 0
+    shown = capsys.readouterr().out
+    assert "temperature 0\n" in shown and "seed 7\n" in shown and "● 解题  " in shown and "3 turns" in shown
+    assert [path.name for path in (home / "chats").iterdir()] == ["解题.jsonl"]
+
+
+def test_what_cannot_go_on_is_said_before_anything_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "", "--resume") == 1
+    assert "no conversation is kept yet" in capsys.readouterr().err
+    assert run(monkeypatch, "", "--resume", "other") == 1
+    assert "there is no conversation called 'other'. moss-jt list shows" in capsys.readouterr().err
 
 
 def test_with_no_model_it_says_how_to_get_one(

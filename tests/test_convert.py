@@ -161,18 +161,18 @@ def test_values_that_float16_cannot_hold_are_refused_by_tensor(
 
 def test_missing_extra_and_misshaped_tensors_are_refused_by_name(tmp_path: Path) -> None:
     fields = small_config()
-    whole = random_tensors(fields)
+    complete = random_tensors(fields)
     name = "transformer.h.0.attn.out_proj.weight"
     cases = {
-        "lacks the tensor " + name: {key: value for key, value in whole.items() if key != name},
+        "lacks the tensor " + name: {key: value for key, value in complete.items() if key != name},
         "transformer.h.0.ln_2.weight": {
-            **whole,
-            "transformer.h.0.ln_2.weight": whole["transformer.ln_f.weight"],
+            **complete,
+            "transformer.h.0.ln_2.weight": complete["transformer.ln_f.weight"],
         },
-        "(64, 32)": {**whole, name: np.ascontiguousarray(whole[name][:, :32])},
+        "(64, 32)": {**complete, name: np.ascontiguousarray(complete[name][:, :32])},
         "transformer.h.2.ln_1.bias": {
-            **whole,
-            "transformer.h.2.ln_1.bias": whole["transformer.h.1.ln_1.bias"],
+            **complete,
+            "transformer.h.2.ln_1.bias": complete["transformer.h.1.ln_1.bias"],
         },
     }
     for number, (words, tensors) in enumerate(cases.items()):
@@ -329,8 +329,8 @@ def test_random_damage_to_a_pickle_never_escapes_the_machine() -> None:
     draw = np.random.default_rng(5)
     for _ in range(400):
         bad = bytearray(good)
-        for place in draw.integers(0, len(bad), 3):
-            bad[place] = draw.integers(0, 256)
+        for index in draw.integers(0, len(bad), 3):
+            bad[index] = draw.integers(0, 256)
         try:
             read_pickle(bytes(bad), "somewhere")
         except MossError:
@@ -428,7 +428,7 @@ def test_two_conversions_never_write_into_one_folder(tmp_path: Path) -> None:
 def test_interrupted_anywhere_it_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     """Stopped after each number of bytes in turn; finished files are not written again."""
     source = random_checkpoint(tmp_path / "source")
-    whole = convert_checkpoint(source, tmp_path / "whole")
+    complete = convert_checkpoint(source, tmp_path / "whole")
     out, written = tmp_path / "out", []
     for stop_after in (1, 3, 8, 20):
         counted = 0
@@ -451,7 +451,7 @@ def test_interrupted_anywhere_it_goes_on_and_ends_the_same(tmp_path: Path) -> No
     convert_checkpoint(source, out)
     for name, time_ns in kept.items():
         assert (out / name).stat().st_mtime_ns == time_ns
-    for path in whole.glob("*.safetensors"):
+    for path in complete.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 

@@ -25,11 +25,11 @@ def compiled(name: str, architecture: str) -> dict[str, nvrtc.Compiled]:
 def test_kernels_compile_without_warnings_and_spills(name: str, architecture: str) -> None:
     report = compiled(name, architecture)
     assert report.keys() == parameters_of(source(name)).keys()
-    for kernel, found in report.items():
-        assert found.spilled_bytes == 0, f"{kernel} spills {found.spilled_bytes} bytes on {architecture}"
+    for kernel, actual in report.items():
+        assert actual.spilled_bytes == 0, f"{kernel} spills {actual.spilled_bytes} bytes on {architecture}"
         # At least four blocks side by side on a multiprocessor, or the loads of one could not hide another's.
-        assert found.registers * THREADS * 4 <= REGISTERS, (
-            f"{kernel} takes {found.registers} registers on {architecture}"
+        assert actual.registers * THREADS * 4 <= REGISTERS, (
+            f"{kernel} takes {actual.registers} registers on {architecture}"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from moss_jt.kernels.cuda.launchers import (
     ENOUGH_BLOCKS,
     KINDS,
-    LEAST_PIECES,
+    LEAST_CHUNKS,
     Launchers,
     Product,
     folder,
@@ -254,9 +254,9 @@ def test_split_of_k_covers_everything_and_fills_the_card() -> None:
         for outputs in (1, 24, 300, 6144, 43008):
             for inputs in (64, 1024, 6144, 24576):
                 parts, each = kind.split(outputs, inputs)
-                assert (parts - 1) * each < inputs <= parts * each and each % kind.piece == 0
+                assert (parts - 1) * each < inputs <= parts * each and each % kind.chunk == 0
                 blocks = parts * -(-outputs // (4 * max(kind.rows.values())))
-                least = LEAST_PIECES * kind.piece
+                least = LEAST_CHUNKS * kind.chunk
                 assert blocks >= ENOUGH_BLOCKS // 2 or each == least, (kind.name, outputs, inputs)
 
 

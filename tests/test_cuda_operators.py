@@ -11,7 +11,7 @@ import pytest
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
-from moss_jt.kernels.cuda.recording import Piece, Recorder, queue
+from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, queue
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, PackedMatrix
 from moss_jt.kernels.needs import FEW_TOKENS, CudaNeeds
 from moss_jt.kernels.places import one_sequence, places_of
@@ -20,8 +20,8 @@ from tests.emulation.emulator import FakeCupy, aligned
 from tests.support.block_oracle import BlockArrays, block, geometry
 from tests.support.operator_weights import (
     dense_block,
-    head_in_one_piece,
-    in_one_piece,
+    head_in_one_region,
+    in_one_memory,
     packed_block,
 )
 
@@ -36,19 +36,19 @@ def test_blocks_agree_with_float64(kind: str) -> None:
         weights = dense_block(oracle)
     else:
         weights, oracle = packed_block(CONFIG, int(kind[3]), 32, 1, ordered="act-order" in kind)
-    operators, pieces = CudaOperators(CONFIG, FakeCupy()), in_one_piece(weights)
+    operators, regions = CudaOperators(CONFIG, FakeCupy()), in_one_memory(weights)
     shape = (CONFIG.n_layer, PAGE, CONFIG.n_head, CONFIG.head_dim)
     memory = [aligned(np.zeros(shape, np.float16)) for _ in range(2)]
     keys, values = (jt.reuse_np_array(array) for array in memory)
     states = np.random.default_rng(2).standard_normal((6, CONFIG.n_embd)).astype(np.float32)
     empty = [np.zeros((32, CONFIG.n_head, CONFIG.head_dim), np.float16) for _ in range(2)]
     expected = block(states, oracle, *empty, 0)  # causal: the same for one pass as for three
-    start, found = 0, []
+    start, actual = 0, []
     for tokens in (3, 1, 2):
         h = jt.array(states[start : start + tokens])
-        found.append(operators.block(h, pieces, keys, values, 1, one_sequence(start, tokens)).numpy())
+        actual.append(operators.block(h, regions, keys, values, 1, one_sequence(start, tokens)).numpy())
         start += tokens
-    assert np.abs(np.concatenate(found) - expected).max() <= 4e-3 * np.abs(expected).max()
+    assert np.abs(np.concatenate(actual) - expected).max() <= 4e-3 * np.abs(expected).max()
     assert not memory[0][0].any(), "another layer's cache was written"
 
 
@@ -60,15 +60,15 @@ def test_head() -> None:
     bias = draw.standard_normal(50).astype(np.float16)
     h = draw.standard_normal((2, 64)).astype(np.float32)
     norm = jt.array(norm_weight), jt.array(norm_bias)
-    found = operators.head(jt.array(h), *norm, head_in_one_piece(table), jt.array(bias)).numpy()
+    actual = operators.head(jt.array(h), *norm, head_in_one_region(table), jt.array(bias)).numpy()
     normed = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5)
     expected = (normed * norm_weight + norm_bias) @ table.T.astype(np.float64) + bias
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     operators = CudaOperators(CONFIG, FakeCupy())
-    weights = in_one_piece(dense_block(BlockArrays.random(CONFIG, 1)))
+    weights = in_one_memory(dense_block(BlockArrays.random(CONFIG, 1)))
     cache, first = jt.zeros((2, PAGE, CONFIG.n_head, CONFIG.head_dim), "float16"), one_sequence(0, 1)
     with pytest.raises(ValueError, match="do not fit"):
         operators.block(jt.zeros((3, 64)), weights, cache, cache, 0, one_sequence(62, 3))
@@ -95,7 +95,7 @@ def test_a_block_gives_a_token_the_same_bits_in_every_short_pass(kind: str) -> N
         weights = dense_block(BlockArrays.random(LONG, 1))
     else:
         weights, _ = packed_block(LONG, int(kind[3]), 32, 1, ordered="act-order" in kind)
-    pieces, start = in_one_piece(weights), 50
+    regions, start = in_one_memory(weights), 50
     draw = np.random.default_rng(2)
     states = draw.standard_normal((FEW_TOKENS, LONG.n_embd)).astype(np.float32)
     before = draw.standard_normal((2, start, LONG.n_head, LONG.head_dim)).astype(np.float16)
@@ -105,15 +105,15 @@ def test_a_block_gives_a_token_the_same_bits_in_every_short_pass(kind: str) -> N
         for array, old in zip(memory, before, strict=True):
             array[1, :start] = old
         keys, values = (jt.reuse_np_array(array) for array in memory)
-        found, first = [], 0
+        actual, first = [], 0
         for tokens in sizes:
             h = jt.array(states[first : first + tokens])
-            found.append(
-                operators.block(h, pieces, keys, values, 1, one_sequence(start + first, tokens)).numpy()
+            actual.append(
+                operators.block(h, regions, keys, values, 1, one_sequence(start + first, tokens)).numpy()
             )
             first += tokens
         return np.concatenate(
-            [*found, *(array[1, start : start + FEW_TOKENS].reshape(FEW_TOKENS, -1) for array in memory)]
+            [*actual, *(array[1, start : start + FEW_TOKENS].reshape(FEW_TOKENS, -1) for array in memory)]
         )
 
     alone = in_passes([1] * FEW_TOKENS)
@@ -136,15 +136,15 @@ def test_a_block_is_recorded_once_and_queued_from_then_on(
             weights = dense_block(BlockArrays.random(CONFIG, seed))
         else:
             weights, _ = packed_block(CONFIG, int(kind[3]), 32, seed, ordered="act-order" in kind)
-        pieces = in_one_piece(weights)
+        regions = in_one_memory(weights)
         for layer, start in ((0, 0), (1, 0), (1, 7)):
-            operators.block(jt.ones((1, 64)), pieces, keys, values, layer, one_sequence(start, 1)).sync()
+            operators.block(jt.ones((1, 64)), regions, keys, values, layer, one_sequence(start, 1)).sync()
     assert len(recorded) == 1
-    assert operators.launches_per_block(pieces) == launches
+    assert operators.launches_per_block(regions) == launches
     written = [array.reshape(2, CONFIG.n_positions, -1).any(axis=2) for array in memory]
     for array in written:
         assert list(np.flatnonzero(array[0])) == [0] and list(np.flatnonzero(array[1])) == [0, 7]
-    operators.block(jt.ones((2, 64)), pieces, keys, values, 0, one_sequence(0, 2)).sync()
+    operators.block(jt.ones((2, 64)), regions, keys, values, 0, one_sequence(0, 2)).sync()
     assert len(recorded) == 2, "another number of tokens"
 
 
@@ -184,7 +184,7 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             places = recorder.empty((tokens, 2), np.int32), recorder.empty((1, -(-context // PAGE)), np.int32)
             inputs = recorder.recording().workspace_bytes
             tables = rotary, cache, cache, *places
-            operators._block(recorder, h, weights, lambda piece: piece, tables, 0, h)
+            operators._block(recorder, h, weights, lambda weight: weight, tables, 0, h)
             taken = recorder.recording().workspace_bytes - inputs
             assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
 
@@ -214,9 +214,9 @@ def test_what_a_card_is_told_is_what_the_table_says() -> None:
         )
 
     recorder = Recorder(Launchers(Idle()), 3)
-    half = Piece(1, 32, (4, 8), np.dtype(np.float16), layered=True)
+    half = DeviceArray(1, 32, (4, 8), np.dtype(np.float16), layered=True)
     first, second = recorder.empty((5,), np.float32), recorder.empty((3,), np.float32)
-    arguments = half[2:], 1.5, -2, None, second, Piece(1, 0, (64,), np.dtype(np.float32))
+    arguments = half[2:], 1.5, -2, None, second, DeviceArray(1, 0, (64,), np.dtype(np.float32))
     recorder.launch("linear.cu", "k", (7, 2), *arguments, threads=64)
     assert first.offset == 0 and half[2:].shape == (2, 8) and half.reshape(-1, 2).shape == (16, 2)
     inputs = [jt.zeros((8,)), jt.zeros((64,))]
@@ -237,7 +237,7 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str) -> No
         weights = dense_block(BlockArrays.random(CONFIG, 1))
     else:
         weights, _ = packed_block(CONFIG, 4, 32, 1, ordered=True)
-    operators, pieces = CudaOperators(CONFIG, FakeCupy()), in_one_piece(weights)
+    operators, regions = CudaOperators(CONFIG, FakeCupy()), in_one_memory(weights)
     draw = np.random.default_rng(2)
     texts = [draw.standard_normal((tokens, CONFIG.n_embd)).astype(np.float32) for tokens in (70, 3, 67)]
     pages = [[4, 0], [2], [1, 3]]
@@ -246,7 +246,7 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str) -> No
     def run(slots: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         memory = [aligned(np.zeros((2, 5 * PAGE, CONFIG.n_head, CONFIG.head_dim), np.float16)) for _ in "kv"]
         keys, values = (jt.reuse_np_array(array) for array in memory)
-        found: dict[int, list[np.ndarray]] = {slot: [] for slot in slots}
+        actual: dict[int, list[np.ndarray]] = {slot: [] for slot in slots}
         for step in range(2):
             parts = [
                 (slot, *(starts[slot] if step == 0 else (starts[slot][1], len(texts[slot]))))
@@ -258,10 +258,10 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str) -> No
             h = jt.array(np.concatenate([texts[slot][begin:end] for slot, begin, end in parts]))
             whole = sum(PAGE for _, begin, end in parts if end - begin == PAGE)
             places = places_of(owner, position, pages, whole)
-            rows = operators.block(h, pieces, keys, values, 1, places).numpy()
+            rows = operators.block(h, regions, keys, values, 1, places).numpy()
             for slot in slots:
-                found[slot].append(rows[owner == slot])
-        return [np.concatenate(found[slot]) for slot in slots], memory
+                actual[slot].append(rows[owner == slot])
+        return [np.concatenate(actual[slot]) for slot in slots], memory
 
     common, memory = run([0, 1, 2])
     for slot in range(3):

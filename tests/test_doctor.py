@@ -84,8 +84,10 @@ def test_a_missing_onednn_is_a_problem_with_its_remedy(
 
 def test_jittor_that_is_not_compiled_yet_is_no_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JITTOR_HOME", str(home))
-    found = doctor.jittor()
-    assert found.verdict == "note" and "not compiled yet" in found.text and "1 to 3 minutes" in found.advice
+    actual = doctor.jittor()
+    assert (
+        actual.verdict == "note" and "not compiled yet" in actual.text and "1 to 3 minutes" in actual.advice
+    )
 
 
 def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +114,13 @@ def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
     monkeypatch.setattr(doctor, "find_cards", lambda: [CARD])
     monkeypatch.setattr(doctor, "find_toolkit", missing("nvcc is missing: install it."))
     monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
-    found = {finding.what: finding for finding in doctor.gpu_findings()}
+    actual = {finding.what: finding for finding in doctor.gpu_findings()}
     assert (
-        found["GPU"].text
+        actual["GPU"].text
         == "0: Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 13.0"
     )
-    assert found["CUDA toolkit"].verdict == "note" and "install it" in found["CUDA toolkit"].advice
-    assert "moss-jt --gpu" not in found
+    assert actual["CUDA toolkit"].verdict == "note" and "install it" in actual["CUDA toolkit"].advice
+    assert "moss-jt --gpu" not in actual
     monkeypatch.setattr(
         doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}, scattered=True)
     )
@@ -137,8 +139,8 @@ def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}))
     monkeypatch.setattr(doctor, "find_cupy", lambda series: 13)
     monkeypatch.setattr(doctor, "require_gpu", lambda number: number and missing("too old")())
-    found = list(doctor.gpu_findings())
-    assert [(finding.what, finding.verdict) for finding in found] == [
+    actual = list(doctor.gpu_findings())
+    assert [(finding.what, finding.verdict) for finding in actual] == [
         ("GPU", "ok"),
         ("GPU", "note"),
         ("CUDA toolkit", "ok"),
@@ -146,7 +148,7 @@ def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
         ("moss-jt --gpu --device 0", "ok"),
         ("moss-jt --gpu --device 1", "problem"),
     ]
-    assert found[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in found[1].advice
+    assert actual[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in actual[1].advice
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_model_folders_are_judged(home: Path) -> None:
     shutil.copytree(tiny_model_folder(), home / "models" / "cut")
     (home / "models" / "cut" / "head.safetensors").write_bytes(b"")
     (home / "models" / "begun").mkdir()
-    found = {finding.what: finding for finding in doctor.models()}
-    assert [found[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
-    assert "4 blocks, float16" in found["Model good"].text
-    assert "head.safetensors" in found["Model cut"].advice
+    actual = {finding.what: finding for finding in doctor.models()}
+    assert [actual[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
+    assert "4 blocks, float16" in actual["Model good"].text
+    assert "head.safetensors" in actual["Model cut"].advice

@@ -38,8 +38,8 @@ def test_a_repetition_is_taken_to_go_on() -> None:
 
 def test_drafts_keep_to_their_limits() -> None:
     assert len(streamed().propose([7] * 9)) == DEFAULT_LONGEST
-    assert len(streamed().propose([7] * 9, room=3)) == 3
-    assert streamed().propose([7] * 9, room=0) == []
+    assert len(streamed().propose([7] * 9, most=3)) == 3
+    assert streamed().propose([7] * 9, most=0) == []
     assert len(PromptLookup(2, 0.0).propose([7] * 9)) == 2
 
 

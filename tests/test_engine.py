@@ -36,19 +36,19 @@ def test_a_million_random_schedules(part: int) -> None:
 
 def answers_of(engine: Engine, prompts: list[list[int]], new: int, params: SamplingParams) -> list[list[int]]:
     """All at once, each in a thread of its own."""
-    found: list[list[int]] = [[] for _ in prompts]
+    collected: list[list[int]] = [[] for _ in prompts]
 
     def ask(number: int) -> None:
         text = Text(engine)
         text.extend(prompts[number])
-        found[number] = list(text.decode(params, new))
+        collected[number] = list(text.decode(params, new))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    return found
+    return collected
 
 
 def test_threads_get_what_they_would_get_alone() -> None:
@@ -83,12 +83,12 @@ class GatedModel(ScriptedModel):
         self.gate = threading.Semaphore(0)
         self.entered = threading.Event()
 
-    def forward_many(self, pieces, wanted):  # type: ignore[no-untyped-def]
+    def forward_many(self, runs, wanted):  # type: ignore[no-untyped-def]
         self.entered.set()
         while not self.gate.acquire(timeout=0.01):
-            if not any(wanted(index) for index in range(len(pieces))):
-                return [np.empty((0, 50), np.float32) for _ in pieces]
-        return super().forward_many(pieces, wanted)
+            if not any(wanted(index) for index in range(len(runs))):
+                return [np.empty((0, 50), np.float32) for _ in runs]
+        return super().forward_many(runs, wanted)
 
 
 def test_who_wants_no_more_does_not_wait_for_the_pass() -> None:
@@ -126,7 +126,7 @@ def test_who_comes_late_joins_the_next_pass() -> None:
     assert len(model.passes) == 12
 
 
-def test_who_finds_no_room_waits_and_is_told_its_place() -> None:
+def test_who_finds_no_room_waits_and_is_told_its_number() -> None:
     model = GatedModel(capacity=PAGE, pages=1)
     engine = Engine(model)
     texts = [Text(engine) for _ in range(3)]
@@ -135,9 +135,9 @@ def test_who_finds_no_room_waits_and_is_told_its_place() -> None:
     answers = [text.begin(GREEDY, 4) for text in texts]
     assert model.entered.wait(10)
     assert texts[0].queued is None
-    places = [text.queued for text in texts[1:]]
-    assert [place.place for place in places if place is not None] == [1, 2]
-    assert all(place.expected_s is None for place in places if place is not None), "nothing was measured yet"
+    waiting = [text.queued for text in texts[1:]]
+    assert [job.number for job in waiting if job is not None] == [1, 2]
+    assert all(job.expected_s is None for job in waiting if job is not None), "nothing was measured yet"
     model.gate.release()
     next(answers[0])
     model.entered.clear()
@@ -176,15 +176,15 @@ def test_an_idle_conversation_s_pages_go_to_the_disk_and_come_back(tmp_path: Pat
     texts = [Text(engine) for _ in range(3)]
     for number, text in enumerate(texts):
         text.extend([number, 5, 9] * 50)
-    found: list[list[int]] = [[] for _ in texts]
+    actual: list[list[int]] = [[] for _ in texts]
     for _, number in itertools.product(range(3), range(3)):
-        found[number] += texts[number].decode(SamplingParams(seed=1), 4)
+        actual[number] += texts[number].decode(SamplingParams(seed=1), 4)
     assert sum(len(tokens) for _, tokens, _ in model.passes) == 3 * (150 + 3 * 4) - 3
     for number in range(3):
         alone = Text(Engine(ScriptedModel(dice, 200, 100)))
         alone.extend([number, 5, 9] * 50)
         own = [token for _ in range(3) for token in alone.decode(SamplingParams(seed=1), 4)]
-        assert found[number] == own
+        assert actual[number] == own
     assert list((tmp_path / "cache").iterdir()) == [], "the file has no name"
     engine.close()
 
@@ -221,9 +221,9 @@ def test_logits_of_a_text_come_page_after_page() -> None:
     text = Text(Engine(model))
     token_ids = [number % 50 for number in range(150)]
     text.extend(token_ids)
-    found = list(text.logits())
-    assert [first for first, _ in found] == [0, 64, 128]
-    rows = np.concatenate([logits for _, logits in found])
+    actual = list(text.logits())
+    assert [first for first, _ in actual] == [0, 64, 128]
+    rows = np.concatenate([logits for _, logits in actual])
     assert [int(row.argmax()) for row in rows] == [(token + 1) % 50 for token in token_ids]
 
 
@@ -245,9 +245,9 @@ def test_a_closed_engine_says_so() -> None:
 
 def test_an_answer_ends_when_its_time_is_over() -> None:
     class Slow(ScriptedModel):
-        def forward_many(self, pieces, wanted):  # type: ignore[no-untyped-def]
+        def forward_many(self, runs, wanted):  # type: ignore[no-untyped-def]
             time.sleep(0.02)
-            return super().forward_many(pieces, wanted)
+            return super().forward_many(runs, wanted)
 
     text = Text(Engine(Slow()))
     text.extend([1])
@@ -271,8 +271,8 @@ def test_a_full_disk_costs_time_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert PageFile(tmp_path / "file").write(np.zeros(8)) is None
     file = PageFile(tmp_path)
-    places = [file.write(np.full(8, value)) for value in (1.0, 2.0)]
-    assert places == [0, 1]
+    records = [file.write(np.full(8, value)) for value in (1.0, 2.0)]
+    assert records == [0, 1]
     page = np.zeros(8)
     assert file.read(1, page) and page[0] == 2
     file.free([0])

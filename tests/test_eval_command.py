@@ -39,15 +39,15 @@ def test_a_model_against_itself(text: Path, capsys: pytest.CaptureFixture[str]) 
     model = tiny_model_folder()
     arguments = ("eval", model, text, "--against", model, "--context", "200", "--max-tokens", "501")
     assert run_cli(*arguments, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    actual = json.loads(capsys.readouterr().out)
     # Windows of 200, 200 and 101 tokens, of which the first is given.
-    assert found["context"] == 200 and found["model"]["tokens"] == 498
-    assert found["model"] == found["against"]
-    assert found["mean_kl_divergence"] == 0 and found["greedy_agreement"] == 1
+    assert actual["context"] == 200 and actual["model"]["tokens"] == 498
+    assert actual["model"] == actual["against"]
+    assert actual["mean_kl_divergence"] == 0 and actual["greedy_agreement"] == 1
     assert run_cli(*arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "498 tokens scored, in windows of 200"
-    assert f"perplexity {found['model']['perplexity']:.4f}" in lines[1]
+    assert f"perplexity {actual['model']['perplexity']:.4f}" in lines[1]
     assert lines[3].split()[:4] == ["mean", "divergence", "0.000000", "nats,"]
     assert lines[4].split()[-2:] == ["100.00", "%"]
 
@@ -58,10 +58,10 @@ def test_a_model_against_another(text: Path, tmp_path: Path, capsys: pytest.Capt
     assert (
         run_cli("eval", tiny_model_folder(), text, "--against", guess, "--max-tokens", "300", "--json") == 0
     )
-    found = json.loads(capsys.readouterr().out)
-    assert found["context"] == 128
-    assert found["model"]["tokens"] == found["against"]["tokens"] == 297
-    assert found["mean_kl_divergence"] > 1 and found["greedy_agreement"] < 0.2
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["context"] == 128
+    assert actual["model"]["tokens"] == actual["against"]["tokens"] == 297
+    assert actual["mean_kl_divergence"] > 1 and actual["greedy_agreement"] < 0.2
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

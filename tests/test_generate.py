@@ -23,25 +23,25 @@ def generation(
 
 
 def test_pieces_tokens_and_counts() -> None:
-    found = generation(["prompt", "Hello", ", ", "", "world", "<eom>"], [])
-    assert list(found) == ["Hello", ", ", "world"]
-    assert found.text == "Hello, world"
-    assert found.token_ids == [1, 2, 3, 4, 5], "the end token is among them"
-    stats = found.stats
+    actual = generation(["prompt", "Hello", ", ", "", "world", "<eom>"], [])
+    assert list(actual) == ["Hello", ", ", "world"]
+    assert actual.text == "Hello, world"
+    assert actual.token_ids == [1, 2, 3, 4, 5], "the end token is among them"
+    stats = actual.stats
     assert (stats.prompt_tokens, stats.new_tokens, stats.stop_reason) == (1, 5, "eos")
     assert set(stats.seconds) == {"load", "prefill", "decode"} and stats.seconds["load"] == 1.5
     assert stats.seconds["prefill"] > 0 and stats.seconds["decode"] > 0
 
 
 def test_length_and_context_end_it_with_all_text_shown() -> None:
-    found = generation(["prompt", "a", "b", "c", "d", "<eom>"], ["cx"], max_new_tokens=3)
-    assert "".join(found) == found.text == "abc", (
+    actual = generation(["prompt", "a", "b", "c", "d", "<eom>"], ["cx"], max_new_tokens=3)
+    assert "".join(actual) == actual.text == "abc", (
         "what a stop string might have begun with comes out in the end"
     )
-    assert found.stats.stop_reason == "length"
-    found = generation(["prompt", "a", "b", "c", "d", "<eom>"], [], capacity=3)
-    assert "".join(found) == "ab"
-    assert found.stats.stop_reason == "context"
+    assert actual.stats.stop_reason == "length"
+    actual = generation(["prompt", "a", "b", "c", "d", "<eom>"], [], capacity=3)
+    assert "".join(actual) == "ab"
+    assert actual.stats.stop_reason == "context"
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,19 @@ def test_length_and_context_end_it_with_all_text_shown() -> None:
     ],
 )
 def test_no_part_of_a_stop_string_is_shown(texts: list[str], stops: list[str], expected: str) -> None:
-    found = generation(["prompt", *texts, "<eom>"], stops)
+    actual = generation(["prompt", *texts, "<eom>"], stops)
     shown = ""
-    for piece in found:
+    for piece in actual:
         shown += piece
         assert expected.startswith(shown)
-    assert shown == found.text == expected
-    assert found.stats.stop_reason == "stop"
+    assert shown == actual.text == expected
+    assert actual.stats.stop_reason == "stop"
 
 
 def test_text_is_held_back_no_longer_than_needed() -> None:
     stops = StopStrings(["END"])
     assert [stops.push(text) for text in ("a", "E", "N", "x", "EE", "END")] == ["a", "", "", "ENx", "E", "E"]
-    assert stops.found and stops.finish() == ""
+    assert stops.stopped and stops.finish() == ""
 
 
 def test_impossible_limits_and_stops_are_named() -> None:
@@ -83,7 +83,7 @@ def test_impossible_limits_and_stops_are_named() -> None:
 
 
 def test_a_dropped_generation_knows_what_it_has_said() -> None:
-    found = generation(["prompt", "a", "b", "c", "<eom>"], [])
-    assert next(found) == "a"
-    assert next(found) == "b"
-    assert (found.text, found.token_ids, found.stats.stop_reason) == ("ab", [1, 2], None)
+    actual = generation(["prompt", "a", "b", "c", "<eom>"], [])
+    assert next(actual) == "a"
+    assert next(actual) == "b"
+    assert (actual.text, actual.token_ids, actual.stats.stop_reason) == ("ab", [1, 2], None)

@@ -46,12 +46,12 @@ def model() -> str:
 def test_json_says_everything(run: Any, model: str) -> None:
     code, out, _ = run(model, "--prompt", PROMPT, "--greedy", "--max-new-tokens", "12", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert list(found) == ["text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason", "seconds"]
-    assert len(found["token_ids"]) == found["new_tokens"] == 12
-    assert found["prompt_tokens"] > 8 and found["stop_reason"] == "length"
-    assert list(found["seconds"]) == ["load", "prefill", "decode"]
-    assert all(seconds > 0 for seconds in found["seconds"].values())
+    actual = json.loads(out)
+    assert list(actual) == ["text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason", "seconds"]
+    assert len(actual["token_ids"]) == actual["new_tokens"] == 12
+    assert actual["prompt_tokens"] > 8 and actual["stop_reason"] == "length"
+    assert list(actual["seconds"]) == ["load", "prefill", "decode"]
+    assert all(seconds > 0 for seconds in actual["seconds"].values())
 
 
 def test_text_streams_to_stdout_and_a_pipe_is_a_prompt(run: Any, model: str) -> None:
@@ -65,11 +65,11 @@ def test_text_streams_to_stdout_and_a_pipe_is_a_prompt(run: Any, model: str) -> 
 
 def test_a_stop_string_ends_it(run: Any, model: str) -> None:
     options = (model, "--prompt", PROMPT, "--greedy", "--json")
-    whole = json.loads(run(*options)[1])["text"]
-    stop = whole[5:8]
-    found = json.loads(run(*options, "--stop", "never said", "--stop", stop)[1])
-    assert found["stop_reason"] == "stop"
-    assert found["text"] == whole[: whole.index(stop)]
+    complete = json.loads(run(*options)[1])["text"]
+    stop = complete[5:8]
+    actual = json.loads(run(*options, "--stop", "never said", "--stop", stop)[1])
+    assert actual["stop_reason"] == "stop"
+    assert actual["text"] == complete[: complete.index(stop)]
 
 
 def test_the_same_seed_gives_the_same_tokens(run: Any, model: str) -> None:

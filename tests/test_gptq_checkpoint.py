@@ -53,13 +53,13 @@ def published(
     fields = small_config(**GEOMETRY, wbits=8 if bits == 4 else 4, groupsize=128)
     tensors: dict[str, np.ndarray] = {}
     for number, (name, values) in enumerate(random_tensors(fields).items()):
-        found = re.fullmatch(r"(transformer\.h\.\d+\.(attn\.\w+|mlp\.\w+))\.weight", name)
-        if not found:
+        match = re.fullmatch(r"(transformer\.h\.\d+\.(attn\.\w+|mlp\.\w+))\.weight", name)
+        if not match:
             tensors[name] = values
             continue
         rows, columns = values.shape
         matrix = random_matrix(rows, columns, bits, group_size or columns, act_order, number)
-        tensors.update({f"{found[1]}.{part}": array for part, array in to_published(matrix).items()})
+        tensors.update({f"{match[1]}.{part}": array for part, array in to_published(matrix).items()})
     mask = np.ones((1, 1, 8, 8), np.uint8)
     tensors.update({f"transformer.h.{layer}.attn.causal_mask": mask for layer in range(2)})
     return fields, tensors

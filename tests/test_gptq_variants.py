@@ -96,12 +96,12 @@ def write_variant(folder: Path, variant: Variant) -> Written:
     dense, packed = random_tensors(fields), {}
     draw = np.random.default_rng(7)
     for name, values in list(dense.items()):
-        found = re.fullmatch(r"(transformer\.h\.\d+\.(?:attn|mlp)\.\w+)\.weight", name)
-        if not found:
+        match = re.fullmatch(r"(transformer\.h\.\d+\.(?:attn|mlp)\.\w+)\.weight", name)
+        if not match:
             packed[name] = values
             continue
         rows, columns = values.shape
-        groups, stem = columns // variant.group, found[1]
+        groups, stem = columns // variant.group, match[1]
         q = draw.integers(0, 1 << variant.bits, (rows, columns))
         zero = draw.integers(variant.zero[0], variant.zero[1] + 1, (rows, groups))
         scale = 2.0 ** draw.integers(-11 - variant.bits // 2, -8 - variant.bits // 2, (rows, groups))
@@ -141,18 +141,18 @@ def narrow_scales(path: Path) -> None:
     """The file's float32 scales as bfloat16, which NumPy has no type for."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header, pieces, at = json.loads(data[8:end]), [], 0
+    header, chunks, at = json.loads(data[8:end]), [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        piece = data[end + first : end + last]
+        chunk = data[end + first : end + last]
         if name.endswith(".scales"):
-            piece = (np.frombuffer(piece, np.uint32) >> 16).astype(np.uint16).tobytes()
+            chunk = (np.frombuffer(chunk, np.uint32) >> 16).astype(np.uint16).tobytes()
             entry["dtype"] = "BF16"
-        entry["data_offsets"] = [at, at + len(piece)]
-        pieces.append(piece)
-        at += len(piece)
+        entry["data_offsets"] = [at, at + len(chunk)]
+        chunks.append(chunk)
+        at += len(chunk)
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -116,7 +116,7 @@ def test_the_newest_cuda_that_card_and_driver_do_is_advised(
 ) -> None:
     monkeypatch.setattr(gpu, "find_card", lambda number: Card("a card", GIB, GIB, compute, driver))
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(toolkit, "nvcc_places", lambda: [])
+    monkeypatch.setattr(toolkit, "nvcc_paths", lambda: [])
     with pytest.raises(MossError, match=f"CuPy is missing: pip install 'moss-jt.cuda{series}") as raised:
         gpu.require_gpu()
     wanted = {12: "install CUDA Toolkit 12", 13: "pip install 'moss-jt[cuda13]' brings one"}[series]
@@ -127,8 +127,8 @@ def test_the_newest_cuda_that_card_and_driver_do_is_advised(
 def test_a_card_cannot_be_chosen_once_cuda_runs(
     monkeypatch: pytest.MonkeyPatch, code: int, count: int, refused: bool
 ) -> None:
-    def count_cards(found: Any) -> int:
-        found._obj.value = count
+    def count_cards(actual: Any) -> int:
+        actual._obj.value = count
         return code
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetCount=count_cards))

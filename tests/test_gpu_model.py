@@ -125,9 +125,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def plan_for(store: Store, resident: float, on_host: float) -> ResidencyPlan:
     """A plan with about that share of the units on the card, and of the rest on the host."""
     sizes = sizes_of_store(store)
-    room = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32)
-    fixed = GPU_FOOTPRINT_BYTES + room.workspace_bytes + room.kv_cache_bytes + sizes.small_bytes
-    total = sum(unit.n_bytes for unit in room.units)
+    everything = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32)
+    fixed = GPU_FOOTPRINT_BYTES + everything.workspace_bytes + everything.kv_cache_bytes + sizes.small_bytes
+    total = sum(unit.n_bytes for unit in everything.units)
     buffers = 0 if resident == 1 else 2 * max(sizes.block_bytes)
     budget = fixed + buffers + int(resident * total)
     placed = plan_gpu(sizes, 48, budget, 1 << 40, pass_tokens=32)
@@ -165,8 +165,8 @@ def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
         tiers = {unit.tier for unit in plan.units}
         assert ("device" in tiers) == (on_card > 0) and ("disk" in tiers) == (on_host < 1)
         model = gpu_model(store, plan)
-        for found, wanted in zip(answers(model), expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
+        for actual, wanted in zip(answers(model), expected, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
         model.close()
         model.close()
 
@@ -178,8 +178,8 @@ def test_unified_memory_gives_them_too_and_fetches_what_comes_next() -> None:
     resident.close()
     plan = plan_for(store, 0.4, 1)
     model = gpu_model(store, plan, unified=True)
-    for found, wanted in zip(answers(model), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    for actual, wanted in zip(answers(model), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)
     moving = [number for number, unit in enumerate(plan.units) if not unit.resident]
     following = [next((m for m in moving if m > number), moving[0]) for number in range(len(plan.units))]
     one_pass = [extent_of(store, plan.units[number]).n_bytes for number in following]
@@ -195,8 +195,8 @@ def test_a_missing_wait_changes_the_logits(monkeypatch: pytest.MonkeyPatch, forg
     resident.close()
     monkeypatch.setattr(LateEngine, forgotten, lambda *_: None)
     model = gpu_model(store, plan_for(store, 0, 1))
-    found = answers(model)
-    assert any((a != b).any() for a, b in zip(found, expected, strict=True))
+    actual = answers(model)
+    assert any((a != b).any() for a, b in zip(actual, expected, strict=True))
     model.close()
 
 
@@ -261,8 +261,8 @@ def test_what_comes_in_the_midst_of_a_pass_is_what_it_was(
         patch.setattr(Launchers, "attention", fail_at_the_third)
         with pytest.raises(expected, match=message):
             model.forward(LONG, 0)
-    for found, before in zip(answers(model), wanted, strict=True):
-        np.testing.assert_array_equal(found, before)
+    for actual, before in zip(answers(model), wanted, strict=True):
+        np.testing.assert_array_equal(actual, before)
     model.close()
 
 
@@ -288,6 +288,6 @@ def test_a_launch_that_fails_is_told(
         with pytest.raises(expected, match=message):
             model.forward(PROMPT, 0)
     assert next(calls) == 3
-    for found, before in zip(answers(model), wanted, strict=True):
-        np.testing.assert_array_equal(found, before)
+    for actual, before in zip(answers(model), wanted, strict=True):
+        np.testing.assert_array_equal(actual, before)
     model.close()

@@ -90,8 +90,8 @@ def random_states(config: MossConfig, tokens: int, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((tokens, config.n_embd)).astype(np.float32)
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, where: str) -> None:
-    difference = np.abs(found - expected)
+def assert_close(actual: np.ndarray, expected: np.ndarray, where: str) -> None:
+    difference = np.abs(actual - expected)
     bound = 1e-5 * np.abs(expected).max()
     assert difference.max() <= bound, (
         f"{where}: max {difference.max()}, mean {difference.mean()}, bound {bound}"
@@ -103,13 +103,13 @@ def check_passes(run: Run, oracle: BlockArrays, passes: tuple[int, ...]) -> None
     start = 0
     for tokens in passes:
         h = states[start : start + tokens]
-        found = run.step(h, start)
+        actual = run.step(h, start)
         keys, values = run.cache()
         for cache, exact in zip((keys, values), block_oracle.new_keys_values(h, oracle, start), strict=True):
             error = np.abs(cache[start : start + tokens] - exact)
             assert (error <= 2.0**-11 * np.abs(exact) + 1e-5).all(), f"cache, {tokens} tokens from {start}"
         assert_close(
-            found,
+            actual,
             block_oracle.block_over_cache(h, oracle, keys, values, start),
             f"{tokens} tokens from {start}",
         )
@@ -178,15 +178,15 @@ def test_inputs_of_very_different_sizes(kind: str) -> None:
     states = random_states(config, 4) * np.array([[1e-30], [1.0], [1e4], [1.0]], np.float32)
     states[3, 70] = 3e4
     check_run = Run(CpuOperators(config), weights, config, 8)
-    found = check_run.step(states, 0)
+    actual = check_run.step(states, 0)
     keys, values = check_run.cache()
     expected = block_oracle.block_over_cache(states, oracle, keys, values, 0)
     for t in range(4):
-        assert_close(found[t], expected[t], f"token {t}")
+        assert_close(actual[t], expected[t], f"token {t}")
     broken = states.copy()
     broken[3, 5] = np.inf
     again = Run(CpuOperators(config), weights, config, 8).step(broken, 0)
-    assert np.array_equal(again[:3], found[:3])
+    assert np.array_equal(again[:3], actual[:3])
     assert not np.isfinite(again[3]).any()
 
 
@@ -199,9 +199,9 @@ def test_every_field_and_zero_point_is_widened_exactly(bits: int) -> None:
     pairs = {4: set(zip(fields.ravel(), zeros.ravel(), strict=True)), 8: set(fields.ravel())}[bits]
     assert len(pairs) == 256
     assert len(np.unique(matrix.zeros)) == 2**bits
-    found = dequantize(packed_matrix(matrix)).numpy()
-    assert np.array_equal(found, widened(matrix))
-    assert np.array_equal(found, quant.dequantize(matrix))
+    actual = dequantize(packed_matrix(matrix)).numpy()
+    assert np.array_equal(actual, widened(matrix))
+    assert np.array_equal(actual, quant.dequantize(matrix))
 
 
 @pytest.mark.parametrize("simd", SIMD)
@@ -241,10 +241,10 @@ def test_head_agrees_with_float64(simd: int) -> None:
     for rows in (1, 3, 23, 24, 65, 64):
         h = random_states(config, rows)
         arrays = var(norm_weight), var(norm_bias), var(weight), var(bias)
-        found = operators.head(jt.array(h), *arrays, whole=rows if rows == 64 else 0).numpy()
+        actual = operators.head(jt.array(h), *arrays, whole=rows if rows == 64 else 0).numpy()
         normed = block_oracle.layer_norm(h, norm_weight, norm_bias, config.layer_norm_epsilon)
-        assert_close(found, normed @ weight.astype(np.float64).T + bias, f"{rows} rows")
-        singles.append(found[0])
+        assert_close(actual, normed @ weight.astype(np.float64).T + bias, f"{rows} rows")
+        singles.append(actual[0])
     assert all(np.array_equal(singles[0], other) for other in singles[1:-1])
 
 
@@ -261,9 +261,9 @@ def test_portable_head_agrees_with_float64() -> None:
     operators = PortableOperators(config)
     arrays = [rng.standard_normal(shape).astype(np.float16) for shape in ((96,), (96,), (37, 96), (37,))]
     h = random_states(config, 3)
-    found = operators.head(jt.array(h), *map(var, arrays)).numpy()
+    actual = operators.head(jt.array(h), *map(var, arrays)).numpy()
     normed = block_oracle.layer_norm(h, arrays[0], arrays[1], config.layer_norm_epsilon)
-    assert_close(found, normed @ arrays[2].astype(np.float64).T + arrays[3], "head")
+    assert_close(actual, normed @ arrays[2].astype(np.float64).T + arrays[3], "head")
 
 
 def test_keys_beyond_float16_stay_finite() -> None:
@@ -354,7 +354,7 @@ def together(operators: Any, weights: BlockWeights, config: MossConfig, texts: l
         np.concatenate([alone.step(text[a:b], a, slot) for a, b in plan])
         for slot, (text, plan) in enumerate(zip(texts, plans, strict=True))
     ]
-    found: list[list[np.ndarray]] = [[] for _ in texts]
+    actual: list[list[np.ndarray]] = [[] for _ in texts]
     while any(plans):
         now = [(slot, *plan.pop(0)) for slot, plan in enumerate(plans) if plan]
         now.sort(key=lambda piece: piece[2] - piece[1] < PAGE)
@@ -364,9 +364,9 @@ def together(operators: Any, weights: BlockWeights, config: MossConfig, texts: l
         states = np.concatenate([texts[slot][a:b] for slot, a, b in now])
         rows = common.pass_over(states, places_of(slots, positions, common.pages, whole))
         for slot, _, _ in now:
-            found[slot].append(rows[slots == slot])
+            actual[slot].append(rows[slots == slot])
     for slot, wanted in enumerate(expected):
-        assert np.array_equal(np.concatenate(found[slot]), wanted), f"text {slot}"
+        assert np.array_equal(np.concatenate(actual[slot]), wanted), f"text {slot}"
         for ours, own in zip(common.cache(slot), alone.cache(slot), strict=True):
             assert np.array_equal(ours, own), f"cache of text {slot}"
 
@@ -388,7 +388,7 @@ def test_portable_sequences_share_a_pass() -> None:
     run = Run(PortableOperators(config), weights, config, 70, sequences=3)
     run.step(random_states(config, 66), 0, 1)
     rows = random_states(config, 4, 5)
-    found = run.pass_over(rows, places_of([1, 1, 2, 0], [66, 67, 0, 0], run.pages))
+    actual = run.pass_over(rows, places_of([1, 1, 2, 0], [66, 67, 0, 0], run.pages))
     for slot, first, end, start in ((1, 0, 2, 66), (2, 2, 3, 0), (0, 3, 4, 0)):
         expected = block_oracle.block_over_cache(rows[first:end], oracle, *run.cache(slot), start)
-        assert_close(found[first:end], expected, f"slot {slot}")
+        assert_close(actual[first:end], expected, f"slot {slot}")

@@ -1,6 +1,7 @@
 """The shape of the code: imports go one way, only one module starts Jittor, every folder is packaged."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +19,14 @@ FOLDERS = {
 
 def module_files() -> dict[str, Path]:
     """Installed module name of every source file of the four folders."""
-    found = {}
+    collected = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "moss-tiny-training" in path.parts:
                 continue
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return found
+            collected[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return collected
 
 
 MODULES = module_files()
@@ -58,7 +59,7 @@ FLOORS = (
     {"weights"},
     {"engine"},
     {"chat", "measure"},
-    {"terminal", "convert"},
+    {"terminal", "convert", "train"},
     {"moss"},
     {"commands", "demos"},
 )
@@ -141,3 +142,71 @@ def test_foreign_text_is_never_executed(module: str) -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"line {node.lineno}"
     assert not {name for name, _ in imports_of(MODULES[module])} & {"pickle", "marshal", "shelve"}
+
+
+# Words of docs/design.md that are names only where they have their meaning. What comes out of something is named after what it is.
+WORDS = {
+    "found": set[str](),
+    "piece": {"engine", "chat", "terminal", "commands", "moss", "demos", "serve"},
+    "place": {"kernels", "engine"},
+    "room": {"engine", "chat", "terminal"},
+    "whole": {"kernels", "engine", "measure"},
+}
+
+
+def names_given(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names of functions, classes, parameters and variables; not the public field ``found`` of a result, which is a flag."""
+    fields = {
+        id(statement.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            if id(node) not in fields or node.id != "found":
+                yield node.lineno, node.id
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_word_means_one_thing(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for line, name in names_given(tree):
+        for word in re.findall(r"[a-z]+|[A-Z][a-z]*", name.replace("in_place", "")):
+            packages = WORDS.get(word.lower().removesuffix("s"))
+            assert packages is None or package_of(module) in packages, (
+                f"line {line}: {name} (docs/design.md, Words)"
+            )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            tree = ast.parse(MODULES[node.module].read_text(encoding="utf-8"))
+            names = {name for _, name in names_given(tree)} | {
+                alias.asname or alias.name
+                for inner in ast.walk(tree)
+                if isinstance(inner, ast.ImportFrom | ast.Import)
+                for alias in inner.names
+            }
+            missing = {
+                alias.name for alias in node.names if f"{node.module}.{alias.name}" not in MODULES
+            } - names
+            assert not missing, f"{node.module} has no {missing}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".h", ".cu", ".cuh")),
+    ids=lambda path: path.name,
+)
+def test_a_word_means_one_thing_in_native_code_too(path: Path) -> None:
+    code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", "", path.read_text(encoding="utf-8"))
+    names = {word.lower() for word in re.findall(r"[a-z]+|[A-Z][a-z]*", code)}
+    assert not names & {"found", "piece", "pieces", "room"}, "docs/design.md, Words"

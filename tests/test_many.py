@@ -22,7 +22,7 @@ from tests.support.random_models import SMALL, random_folder
 BEGINNING = [7 * number % 1900 + 17 for number in range(80)]
 PROMPTS = [
     (BEGINNING if number % 3 == 0 else [])
-    + [(31 * number + 7 * place) % 4000 for place in range(1 + 17 * number)]
+    + [(31 * number + 7 * index) % 4000 for index in range(1 + 17 * number)]
     for number in range(9)
 ]
 
@@ -31,20 +31,20 @@ class Digests:
     """Of all logits that each answer's tokens were chosen from, by the answer's seed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: dict[int, list[str]] = {}
+        self.digests: dict[int, list[str]] = {}
         choose = Sampler.choose
 
         def noted(sampler: Sampler, logits: np.ndarray) -> int:
             seed = sampler.params.seed
             assert seed is not None
-            self.found.setdefault(seed, []).append(hashlib.sha256(logits.tobytes()).hexdigest())
+            self.digests.setdefault(seed, []).append(hashlib.sha256(logits.tobytes()).hexdigest())
             return choose(sampler, logits)
 
         monkeypatch.setattr(Sampler, "choose", noted)
 
     def take(self) -> dict[int, list[str]]:
-        found, self.found = self.found, {}
-        return found
+        actual, self.digests = self.digests, {}
+        return actual
 
 
 def ask_in_threads(moss: Moss) -> list[list[int]]:
@@ -83,8 +83,8 @@ def test_answers_do_not_depend_on_each_other(bits: int, simd: str, monkeypatch: 
     for options in ({"parallel": 16}, {"parallel": 1, "draft": "lookup"}):
         with Moss.load(folder, memory="2GiB", **options) as moss:  # type: ignore[arg-type]
             assert ask_in_threads(moss) == alone
-            found = digests.take()
-            assert {seed: logits[: len(expected[seed])] for seed, logits in found.items()} == expected
+            actual = digests.take()
+            assert {seed: logits[: len(expected[seed])] for seed, logits in actual.items()} == expected
 
 
 def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,17 +140,17 @@ def test_chats_in_threads_say_what_they_say_alone() -> None:
     with Moss.load(tiny_model_folder(), memory="2GiB", parallel=4) as moss:
         kinds = [["calculator"], [], ["solver"], ["calculator", "solver"]]
         alone = [talk(moss, plugins) for plugins in kinds]
-        found = [""] * len(kinds)
+        actual = [""] * len(kinds)
 
         def run(number: int) -> None:
-            found[number] = talk(moss, kinds[number])
+            actual[number] = talk(moss, kinds[number])
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(len(kinds))]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
-        assert found == alone
+        assert actual == alone
 
 
 def test_a_text_s_logits_do_not_depend_on_answers_beside_them() -> None:

@@ -15,9 +15,9 @@ TEXT = "".join((DOCUMENTS / name).read_text() for name in ("memory.md", "cuda.md
 
 @pytest.mark.parametrize("name", TABLES)
 def test_computed_tables_are_current(name: str) -> None:
-    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", TEXT, re.DOTALL)
-    assert found is not None
-    assert found.group(1) == TABLES[name](), (
+    match = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", TEXT, re.DOTALL)
+    assert match is not None
+    assert match.group(1) == TABLES[name](), (
         "python benchmarks/memory_tables.py prints the tables as they are now"
     )
 

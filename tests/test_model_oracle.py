@@ -79,9 +79,9 @@ def test_the_random_models_are_the_same_on_every_processor(
 
 @pytest.fixture(scope="module", params=GEOMETRIES)
 def case(oracle: Path, request: pytest.FixtureRequest) -> Iterator[Case]:
-    found = Case(oracle, request.param)
-    yield found
-    found.moss.close()
+    actual = Case(oracle, request.param)
+    yield actual
+    actual.moss.close()
     shutil.rmtree(oracle / f"{request.param}-store")
 
 
@@ -89,22 +89,22 @@ def test_logits_of_a_text_read_at_once(case: Case) -> None:
     case.check(case.moss.logits(case.token_ids))
 
 
-@pytest.mark.parametrize("piece", [1, 7, 32])
-def test_logits_of_a_text_read_in_pieces(case: Case, piece: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 7, 32])
+def test_logits_of_a_text_read_in_pieces(case: Case, tokens: int) -> None:
     model, token_ids = case.moss.model, case.token_ids
-    starts = range(0, len(token_ids), piece)
-    case.check(np.concatenate([model.forward(token_ids[i : i + piece], i, "all") for i in starts]))
+    starts = range(0, len(token_ids), tokens)
+    case.check(np.concatenate([model.forward(token_ids[i : i + tokens], i, "all") for i in starts]))
 
 
 def test_pieces_of_up_to_23_tokens_agree_bit_for_bit(case: Case) -> None:
     """So drafts, single steps and short prompts cannot disagree, whatever the weights."""
     model, token_ids = case.moss.model, case.token_ids
-    found = [
+    actual = [
         np.concatenate([model.forward(token_ids[i : i + n], i, "all") for i in range(0, 69, n)])[:69]
         for n in (1, 3, 23)
     ]
-    np.testing.assert_array_equal(found[0], found[1])
-    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(actual[0], actual[1])
+    np.testing.assert_array_equal(actual[0], actual[2])
 
 
 def test_64_greedy_tokens(case: Case) -> None:

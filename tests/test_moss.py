@@ -41,8 +41,10 @@ def test_logits_have_a_row_for_each_token(moss: Moss) -> None:
 def test_logits_of_more_tokens_than_one_pass_takes(moss: Moss) -> None:
     token_ids = (moss.tokenizer.encode(TEXT) * 60)[:600]
     assert moss.model.pass_tokens < 600
-    whole = moss.logits(token_ids)
-    np.testing.assert_allclose(whole[:100], moss.logits(token_ids[:100]), atol=1e-3 * np.abs(whole).max())
+    complete = moss.logits(token_ids)
+    np.testing.assert_allclose(
+        complete[:100], moss.logits(token_ids[:100]), atol=1e-3 * np.abs(complete).max()
+    )
 
 
 def test_text_and_its_token_ids_are_the_same_prompt(moss: Moss) -> None:

@@ -75,9 +75,9 @@ def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> lis
         env={**os.environ, "OMP_NUM_THREADS": str(THREADS), "ASAN_OPTIONS": "detect_leaks=0"},
     )
     assert done.returncode == 0, done.stderr[:3000]
-    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
-    assert len(found) == len(passes)
-    return [(taken, held) for taken, held in found]
+    actual = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
+    assert len(actual) == len(passes)
+    return [(taken, held) for taken, held in actual]
 
 
 @pytest.mark.parametrize("simd", sorted({chosen_simd(), 0}))
@@ -97,8 +97,8 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: int, tmp_path: P
         for bits, group_size, ordered in ((16, 0, 0), (8, 128, 0), (8, 32, 1), (4, 128, 0), (4, 32, 1))
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
     ]
-    found = run(program, SMALL, passes)
-    for (*line, ordered, promised), (taken, _) in zip(passes, found, strict=True):
+    actual = run(program, SMALL, passes)
+    for (*line, ordered, promised), (taken, _) in zip(passes, actual, strict=True):
         assert taken <= promised
         if ordered or line[0] == 16:
             assert promised - taken <= 2 * needs.ALIGNMENT, "the count is of something else"

@@ -199,9 +199,9 @@ def test_json_is_exact_and_harmless_everywhere(written: Any, encoding: str, term
 )
 def test_stop_strings_as_people_type_them(written: Any, typed: str, text: str | None) -> None:
     """A shell hands a typed backslash and n on as they are, and a newline is what was meant."""
-    whole = "a\nb\n\n\tc\\nd"
-    found = written([whole], "--stop", typed)[1].decode().removesuffix("\n")
-    assert found == (whole if text is None else text)
+    complete = "a\nb\n\n\tc\\nd"
+    actual = written([complete], "--stop", typed)[1].decode().removesuffix("\n")
+    assert actual == (complete if text is None else text)
 
 
 def test_a_byte_order_mark_is_no_text(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:

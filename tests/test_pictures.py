@@ -92,13 +92,13 @@ def test_iterm2_gets_the_file_as_it_is(drawn: Path) -> None:
 
 def read_sixel(text: str) -> list[list[tuple[int, int, int]]]:
     """What a terminal paints, in percent of red, green, blue."""
-    found = re.fullmatch(r'\x1bPq"1;1;(\d+);(\d+)(.*)\x1b\\', text)
-    assert found
-    width, height = int(found[1]), int(found[2])
+    match = re.fullmatch(r'\x1bPq"1;1;(\d+);(\d+)(.*)\x1b\\', text)
+    assert match
+    width, height = int(match[1]), int(match[2])
     painted = [[(-1, -1, -1)] * width for _ in range(height)]
     palette: dict[int, tuple[int, int, int]] = {}
     color = x = top = 0
-    for define, select, run, end in re.findall(r"#(\d+;2;\d+;\d+;\d+)|#(\d+)|(!\d+[?-~])|([$-])", found[3]):
+    for define, select, run, end in re.findall(r"#(\d+;2;\d+;\d+;\d+)|#(\d+)|(!\d+[?-~])|([$-])", match[3]):
         if define:
             number, _, *values = map(int, define.split(";"))
             palette[number] = (values[0], values[1], values[2])

@@ -2,7 +2,7 @@
 
 import re
 
-from moss_jt.plan.report import Speed, Speeds, places, report
+from moss_jt.plan.report import Speed, Speeds, ranges_of, report
 from moss_jt.plan.residency import Unit
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.sizes import GIB, sizes_of_geometry
@@ -50,13 +50,13 @@ def test_everything_resident_needs_no_drafts() -> None:
 
 def test_ranges() -> None:
     units = [Unit("block", i, 1) for i in (0, 1, 2, 5, 7, 8)]
-    assert places(units) == "0-2, 5, 7-8"
-    assert places([*units[:1], Unit("head", 0, 1, 0, 10), Unit("head", 1, 1, 10, 20)]) == "0; head 0-19"
+    assert ranges_of(units) == "0-2, 5, 7-8"
+    assert ranges_of([*units[:1], Unit("head", 0, 1, 0, 10), Unit("head", 1, 1, 10, 20)]) == "0; head 0-19"
 
 
 def expand(ranges: str) -> list[int]:
-    found = []
+    collected = []
     for part in ranges.split(","):
         first, _, last = part.strip().partition("-")
-        found += list(range(int(first), int(last or first) + 1))
-    return found
+        collected += list(range(int(first), int(last or first) + 1))
+    return collected

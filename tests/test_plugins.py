@@ -73,10 +73,10 @@ def test_every_recorded_command_is_found() -> None:
     for turn in recorded_turns():
         commands = turn["Commands"].removeprefix("<|Commands|>:").removesuffix("<eoc>\n")
         answered = re.findall(r"^(\w+\(\".*\"\)) =>", turn["Tool Responses"], re.MULTILINE)
-        found = [call.text for call in parse_commands(commands)]
+        actual = [call.text for call in parse_commands(commands)]
         if answered:
             turns += 1
-            assert [text for text in answered if text not in found] == []
+            assert [text for text in answered if text not in actual] == []
     assert turns > 300
 
 
@@ -268,12 +268,12 @@ def results(count: int) -> Outcome:
 
 def test_items_are_numbered_through_the_turn_and_fewer_for_more_queries() -> None:
     search = Fake("Search", "items", lambda argument, wanted: results(wanted))
-    found = run_commands('Search("a"), Search("b")', [search])
-    assert body_of(found) == (
+    actual = run_commands('Search("a"), Search("b")', [search])
+    assert body_of(actual) == (
         "Search(\"a\") =>\n<|1|>: 'text 0'\n<|2|>: 'text 1'\nSearch(\"b\") =>\n<|3|>: 'text 0'\n<|4|>: 'text 1'"
     )
-    assert [result.numbers for result in found] == [(1, 2), (3, 4)]
-    assert found[1].sources[0].location == "http://x/0"
+    assert [result.numbers for result in actual] == [(1, 2), (3, 4)]
+    assert actual[1].sources[0].location == "http://x/0"
     assert len(run_commands('Search("a")', [search])[0].numbers) == 3
     assert [len(r.numbers) for r in run_commands('Search("a"), Search("b"), Search("c")', [search])] == [
         1,
@@ -390,9 +390,9 @@ def test_passages_and_terms() -> None:
     assert terms("Hello 世界你好 x2") == ["hello", "世界", "界你", "你好", "x2"]
     assert terms("茶") == ["茶"]
     text = "A sentence. " * 100 + "长" * 900
-    pieces = list(passages(text))
-    assert all(len(piece) <= 300 for piece in pieces)
-    assert "".join(pieces).replace(" ", "") == text.replace(" ", "")
+    texts = list(passages(text))
+    assert all(len(passage) <= 300 for passage in texts)
+    assert "".join(texts).replace(" ", "") == text.replace(" ", "")
 
 
 def test_search_through_the_plugin_in_trained_form(
@@ -421,11 +421,11 @@ def server(answers: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
             self.answer()
 
         def answer(self) -> None:
-            found = answers.get(self.path.split("?")[0], 404)
-            status, location = (found, None) if isinstance(found, int) else (200, None)
-            if isinstance(found, str):
-                status, location = 302, found
-            data = found if isinstance(found, bytes) else json.dumps(found).encode()
+            actual = answers.get(self.path.split("?")[0], 404)
+            status, location = (actual, None) if isinstance(actual, int) else (200, None)
+            if isinstance(actual, str):
+                status, location = 302, actual
+            data = actual if isinstance(actual, bytes) else json.dumps(actual).encode()
             self.send_response(status)
             if location:
                 self.send_header("Location", location)
@@ -446,14 +446,14 @@ def server(answers: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def test_searxng() -> None:
-    found = {
+    actual = {
         "results": [
             {"title": "T", "url": "http://t", "content": "a <b>bold</b> &amp; text"},
             {"content": 5},
             "x",
         ]
     }
-    with server({"/search": found}) as (address, _):
+    with server({"/search": actual}) as (address, _):
         assert Search(SearXNG(address)).call("q", 3).items == (
             Item("a bold & text", Source("T", "http://t")),
         )
@@ -516,9 +516,9 @@ def test_pictures_are_saved_and_named(tmp_path: Path, kind: str) -> None:
         if kind == "openai-address":
             answers["/v1/images/generations"]["data"][0]["url"] = f"{address}/picture"
         plugin = ImagePlugin(address, tmp_path)
-        found = run_commands('Text2Image("a ../../rock, 岩石")', [plugin])
-    assert body_of(found) == "Image generated successfully."
-    picture = found[0].picture
+        actual = run_commands('Text2Image("a ../../rock, 岩石")', [plugin])
+    assert body_of(actual) == "Image generated successfully."
+    picture = actual[0].picture
     assert picture is not None and picture.parent == tmp_path and picture.read_bytes() == PNG
     assert picture.name.startswith("a-rock-岩石-")
     assert got[-1]["prompt"] == "a ../../rock, 岩石"
@@ -538,8 +538,8 @@ def test_what_is_no_picture_is_no_result(tmp_path: Path) -> None:
         {"/sdapi/v1/txt2img": secret.as_uri()},
     ):
         with server(answers) as (address, _):
-            found = run_commands('Text2Image("x")', [ImagePlugin(address, tmp_path / "out")])
-        assert body_of(found).endswith("No result."), answers
+            actual = run_commands('Text2Image("x")', [ImagePlugin(address, tmp_path / "out")])
+        assert body_of(actual).endswith("No result."), answers
     assert not (tmp_path / "out").exists()
     assert file_stem("../..") == "picture"
 

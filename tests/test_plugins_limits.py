@@ -81,16 +81,16 @@ def recorded_item(line: str) -> Item | None:
 
 def outcomes(body: str) -> dict[str, list[Outcome]] | None:
     """Function -> what its plugin must have answered, in order; None where a line is of an earlier form."""
-    found: dict[str, list[Outcome]] = {"Search": [], "Calculate": [], "Solve": []}
+    actual: dict[str, list[Outcome]] = {"Search": [], "Calculate": [], "Solve": []}
     items: list[Item] = []
     lines: list[str] = []
     current = ""
 
     def close() -> None:
         if current == "Search":
-            found["Search"].append(Outcome(items=tuple(items)))
+            actual["Search"].append(Outcome(items=tuple(items)))
         elif current == "Solve":
-            found["Solve"].append(Outcome("" if lines == ["No result."] else "\n".join(lines)))
+            actual["Solve"].append(Outcome("" if lines == ["No result."] else "\n".join(lines)))
         items.clear()
         lines.clear()
 
@@ -101,7 +101,7 @@ def outcomes(body: str) -> dict[str, list[Outcome]] | None:
             if current == "Calculate":
                 if head[3] is None:
                     return None
-                found["Calculate"].append(Outcome("" if head[3] == "No result." else head[3]))
+                actual["Calculate"].append(Outcome("" if head[3] == "No result." else head[3]))
         elif found_item := ITEM.match(line):
             item = recorded_item(found_item[1])
             if item is None:
@@ -116,7 +116,7 @@ def outcomes(body: str) -> dict[str, list[Outcome]] | None:
         else:
             return None
     close()
-    return found
+    return actual
 
 
 def test_whole_results_fields_are_as_recorded() -> None:
@@ -147,8 +147,8 @@ def test_whole_results_fields_are_as_recorded() -> None:
 
 def test_invented_functions_are_passed_over_beside_real_ones_as_recorded() -> None:
     search = Scripted("Search", "items", [Outcome(items=(Item("text", Source("t", "http://t")),))])
-    found = run_commands('Count("x"), Search("q"), __import__("os")', [search])
-    assert body_of(found) == "Search(\"q\") =>\n<|1|>: 'text'"
+    actual = run_commands('Count("x"), Search("q"), __import__("os")', [search])
+    assert body_of(actual) == "Search(\"q\") =>\n<|1|>: 'text'"
     alone = run_commands('Count("x")', [search])
     assert body_of(alone) == 'Count("x") =>\nNo result.' and "Count" in alone[0].failure
 
@@ -175,9 +175,9 @@ class Failing(Scripted):
     "error", [ValueError("no\nsuch thing"), SystemExit(3), KeyboardInterrupt(), MemoryError()]
 )
 def test_whatever_a_plugin_raises_is_a_reason(error: BaseException) -> None:
-    found = run_commands('A("x")', [Failing(error)])
-    assert body_of(found) == "A(\"x\") => 'No result.'"
-    assert type(error).__name__ in found[0].failure and "\n" not in found[0].failure
+    actual = run_commands('A("x")', [Failing(error)])
+    assert body_of(actual) == "A(\"x\") => 'No result.'"
+    assert type(error).__name__ in actual[0].failure and "\n" not in actual[0].failure
 
 
 class Sound:
@@ -217,9 +217,9 @@ SOURCE = Source("title", "/place")
 @pytest.mark.parametrize("style", ["value", "lines", "items", "picture"])
 def test_a_wrong_type_in_an_outcome_is_no_result(style: Style, outcome: Outcome) -> None:
     plugin = Scripted("A", style, [outcome])
-    (found,) = run_commands('A("x")', [plugin])
-    assert found.text.rstrip("'").endswith("No result.") and not found.found
-    assert found.failure and "\n" not in found.failure
+    (actual,) = run_commands('A("x")', [plugin])
+    assert actual.text.rstrip("'").endswith("No result.") and not actual.found
+    assert actual.failure and "\n" not in actual.failure
 
 
 @pytest.mark.parametrize("name", ["name", "label", "function", "argument", "style", "timeout_s", "call"])
@@ -240,8 +240,8 @@ def test_a_plugin_with_a_wrong_attribute_is_said_in_one_line(name: str, value: o
     with pytest.raises(MossError, match=name) as error:
         make_plugins([plugin])
     assert "\n" not in str(error.value)
-    found = run_commands('A("x")', [plugin, Scripted("B", "value", [])])
-    assert body_of(found) == 'A("x") =>\nNo result.'
+    actual = run_commands('A("x")', [plugin, Scripted("B", "value", [])])
+    assert body_of(actual) == 'A("x") =>\nNo result.'
 
 
 def test_an_error_that_cannot_say_what_it_is() -> None:
@@ -249,8 +249,8 @@ def test_an_error_that_cannot_say_what_it_is() -> None:
         def __str__(self) -> str:
             raise ValueError
 
-    (found,) = run_commands('A("x")', [Failing(Speechless())])
-    assert found.text == "A(\"x\") => 'No result.'" and found.failure == "Speechless"
+    (actual,) = run_commands('A("x")', [Failing(Speechless())])
+    assert actual.text == "A(\"x\") => 'No result.'" and actual.failure == "Speechless"
 
 
 @pytest.mark.parametrize(
@@ -486,11 +486,11 @@ def test_single_characters_inflected_words_and_other_encodings_are_found(tmp_pat
         "<script>var hidden=1</script><p>The &eacute;migr&eacute;</p>", encoding="utf-8"
     )
     search = FolderSearch(folder, tmp_path / "index")
-    found = {
+    actual = {
         query: [item.source.title for item in search.search(query, 3)]
         for query in ("红", "茶", "喝", "diving penguin", "walrus")
     }
-    assert found == {
+    assert actual == {
         "红": ["tea.txt"],
         "茶": ["tea.txt"],
         "喝": ["tea.txt"],
@@ -509,7 +509,7 @@ def test_pipes_and_links_in_a_folder_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to("text.txt")
     (tmp_path / "up").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")
-    assert list(text_files(tmp_path).found) == [os.fsencode(tmp_path / "text.txt")]
+    assert list(text_files(tmp_path).states) == [os.fsencode(tmp_path / "text.txt")]
 
 
 # Names as other systems write them, and what people read.
@@ -528,21 +528,21 @@ NAMES = {
 def test_file_names_in_any_encoding_are_searched(tmp_path: Path) -> None:
     """The folder's own name, too, and folders within it."""
     folder = os.fsencode(tmp_path) + b"/d\xe9p\xf4t"
-    for place in (folder, folder + b"/\xb3\xa4"):
-        os.mkdir(place)
+    for below in (folder, folder + b"/\xb3\xa4"):
+        os.mkdir(below)
         for name in NAMES:
             try:
-                Path(os.fsdecode(place + b"/" + name)).write_text("penguins dive")
+                Path(os.fsdecode(below + b"/" + name)).write_text("penguins dive")
             except OSError:
                 pytest.skip("this file system has names in UTF-8 only")
     search = FolderSearch(Path(os.fsdecode(folder)), tmp_path / "index")
-    found = [item.source for item in search.search("penguins", 50)]
-    assert len(found) == 2 * len(NAMES)
-    for source in found:
+    actual = [item.source for item in search.search("penguins", 50)]
+    assert len(actual) == 2 * len(NAMES)
+    for source in actual:
         assert (source.title + source.location).isprintable()
         (source.title + source.location).encode()
-    assert {name for name in NAMES.values() if name} <= {source.title for source in found}
-    assert any("/长/" in source.location for source in found)
+    assert {name for name in NAMES.values() if name} <= {source.title for source in actual}
+    assert any("/长/" in source.location for source in actual)
     assert [item.source.title for item in search.search("长城", 1)] == ["长城.txt"]
     search.refresh()
     os.unlink(folder + b"/" + "长城.txt".encode("gbk"))
@@ -597,8 +597,8 @@ def test_the_command_line_shows_how_far_indexing_is(tmp_path: Path, monkeypatch:
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # a terminal that nobody writes to any more ends with an error
-        while piece := os.read(leader, 1 << 16):
-            shown += piece
+        while chunk := os.read(leader, 1 << 16):
+            shown += chunk
     os.close(leader)
     assert b"Indexing" in shown and b"3/3" in shown
     assert b"1 file has more than 8 MiB" in shown

@@ -14,8 +14,8 @@ from moss_jt.chat.prompt import (
     META,
     MOSS,
     THOUGHTS,
-    Piece,
     PromptEncoder,
+    Segment,
     field,
     meta_instruction,
     neutral,
@@ -59,12 +59,12 @@ def dialogues(kind: str) -> list[dict[str, Any]]:
 
 def inside(text: str, role: str, end: str) -> str:
     """A recorded field's text, without what is around it."""
-    found = re.fullmatch(rf"<\|{role}\|>: (.*){end}\n", text, re.DOTALL)
-    assert found, text
-    return found[1]
+    match = re.fullmatch(rf"<\|{role}\|>: (.*){end}\n", text, re.DOTALL)
+    assert match, text
+    return match[1]
 
 
-def rebuilt(turn: dict[str, str]) -> list[Piece]:
+def rebuilt(turn: dict[str, str]) -> list[Segment]:
     """A recorded turn, from its texts alone."""
     recorded = turn["Tool Responses"]
     one_line = recorded.startswith("<|Results|>: ")
@@ -100,9 +100,9 @@ def test_recorded_turns_are_rebuilt_to_the_letter_and_to_the_token(kind: str) ->
     encoder = PromptEncoder(tokenizer)
     turns = [turn for dialogue in dialogues(kind) for turn in dialogue["turns"]]
     for turn in turns:
-        pieces = rebuilt(turn)
-        assert text_of(pieces) == recorded(turn)
-        assert encoder.encode(pieces) == tokenizer.encode(recorded(turn))
+        segments = rebuilt(turn)
+        assert text_of(segments) == recorded(turn)
+        assert encoder.encode(segments) == tokenizer.encode(recorded(turn))
     assert len(turns) >= 50
 
 
@@ -119,11 +119,11 @@ def test_recorded_texts_need_no_escaping(kind: str) -> None:
                 assert neutral(text) == text
 
 
-def test_a_whole_dialogue_has_the_same_tokens_in_one_piece() -> None:
+def test_a_dialogue_has_the_same_tokens_when_it_is_encoded_at_once() -> None:
     tokenizer = moss_tokenizer()
     encoder = PromptEncoder(tokenizer)
     dialogue = dialogues("mix")[0]
-    ids = encoder.encode([Piece(dialogue["meta_instruction"])])
+    ids = encoder.encode([Segment(dialogue["meta_instruction"])])
     for turn in dialogue["turns"]:
         ids += encoder.encode(rebuilt(turn))
     assert ids == tokenizer.encode(dialogue["meta_instruction"] + "".join(map(recorded, dialogue["turns"])))

@@ -16,8 +16,8 @@ from tests.support.models import tiny_model_folder
 
 def test_every_public_name_is_there_and_importing_them_starts_nothing() -> None:
     code = (
-        "import sys, moss_jt; found = [getattr(moss_jt, name) for name in moss_jt.__all__]; "
-        "print(len(found), sorted({name for name in sys.modules if name.split('.')[0] == 'jittor'}))"
+        "import sys, moss_jt; shown = [getattr(moss_jt, name) for name in moss_jt.__all__]; "
+        "print(len(shown), sorted({name for name in sys.modules if name.split('.')[0] == 'jittor'}))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(moss_jt.__all__)} []\n"

@@ -75,12 +75,12 @@ def test_columns_return_to_their_inputs() -> None:
 
 def test_work_in_slabs_gives_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(2).standard_normal((37, 96)).astype(np.float16)
-    whole = quantize_rtn(weight, 4, 32)
-    whole_weights = dequantize(whole)
+    complete = quantize_rtn(weight, 4, 32)
+    whole_weights = dequantize(complete)
     monkeypatch.setattr("moss_jt.store.quant._SLAB_WEIGHTS", 5 * 96)
     slabs = quantize_rtn(weight, 4, 32)
-    assert (slabs.packed == whole.packed).all() and (slabs.scales == whole.scales).all()
-    assert (slabs.zeros == whole.zeros).all() and (dequantize(whole) == whole_weights).all()
+    assert (slabs.packed == complete.packed).all() and (slabs.scales == complete.scales).all()
+    assert (slabs.zeros == complete.zeros).all() and (dequantize(complete) == whole_weights).all()
 
 
 def difficult_rows() -> np.ndarray:

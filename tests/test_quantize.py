@@ -1,7 +1,9 @@
 """Quantising: the right bytes from either source, the same bytes after a kill, and refusals that say what to do."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,10 +20,11 @@ from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, default_group_size, quantized_recipe
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import MATRICES
+from moss_jt.store.copies import check_copy, copies_of
 from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.quant import quantize_rtn
 from moss_jt.store.verify import verify_store
-from tests.support.models import random_checkpoint, stored_matrix, tiny_model_folder
+from tests.support.models import convert_checkpoint, random_checkpoint, stored_matrix, tiny_model_folder
 
 RTN = QuantSettings(4, 32, "rtn")
 GPTQ = QuantSettings(4, 32, "gptq", act_order=True)
@@ -101,9 +104,9 @@ class Killed(BaseException):
 
 def test_gptq_goes_on_at_the_block_where_it_was_killed(small: Path, tmp_path: Path) -> None:
     """At every file's beginning and inside one; no hidden states are left behind, and all bytes are the same."""
-    whole = contents(quantize(small, tmp_path / "whole", GPTQ))
-    assert not [name for name in whole if "calibration" in name or "journal" in name]
-    total = sum(len(data) for data in whole.values())
+    complete = contents(quantize(small, tmp_path / "whole", GPTQ))
+    assert not [name for name in complete if "calibration" in name or "journal" in name]
+    total = sum(len(data) for data in complete.values())
     for share in (0.35, 0.5, 0.6, 0.7):
         seen = 0
 
@@ -117,7 +120,7 @@ def test_gptq_goes_on_at_the_block_where_it_was_killed(small: Path, tmp_path: Pa
         with pytest.raises(Killed):
             quantize(small, out, GPTQ, progress=stop)
         assert not (out / MANIFEST).exists()
-        assert contents(quantize(small, out, GPTQ)) == whole
+        assert contents(quantize(small, out, GPTQ)) == complete
 
 
 def saved(array: np.ndarray) -> bytes:
@@ -160,13 +163,13 @@ def test_a_damaged_block_is_quantised_again_and_only_that(
     small: Path, tmp_path: Path, settings: QuantSettings
 ) -> None:
     out = quantize(small, tmp_path / "out", settings)
-    whole = contents(out)
+    complete = contents(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     block = out / "block-01.safetensors"
     data = bytearray(block.read_bytes())
     data[-9] ^= 1
     block.write_bytes(data)
-    assert contents(quantize(small, out, settings)) == whole
+    assert contents(quantize(small, out, settings)) == complete
     for name, time_ns in times.items():
         assert ((out / name).stat().st_mtime_ns == time_ns) == (name != block.name)
 
@@ -273,6 +276,65 @@ def test_the_command_quantizes_checkpoints_and_folders(
     assert settings["rtn"] == {"bits": 4, "group_size": 64, "method": "rtn", "act_order": False}
     assert run_cli("convert", "moss-tiny", "--bits", "4", "--act-order") == 0
     assert "was converted already" in capsys.readouterr().out
+
+
+def test_several_bits_come_from_one_reading_and_share_what_they_have_alike(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk holds head and embedding once, and the copy is known as one."""
+    assert run_cli("convert", "moss-tiny", "--bits", "16,4", "--method", "rtn") == 0
+    assert "moss-jt chat moss-tiny\n" in capsys.readouterr().out
+    dense, copy = home / "moss-tiny", home / "moss-tiny-int4"
+    for name in ("embedding.safetensors", "head.safetensors"):
+        assert (dense / name).samefile(copy / name)
+    assert not (dense / "block-00.safetensors").samefile(copy / "block-00.safetensors")
+    assert copies_of(open_store(dense)) == [copy]
+    for folder in (dense, copy):
+        verify_store(open_store(folder))
+        assert not [path.name for path in folder.iterdir() if path.suffix not in (".json", ".safetensors")]
+    assert run_cli("convert", str(dense), "--bits", "4,16,8", "--method", "rtn") == 0
+    assert copies_of(open_store(dense)) == [copy, home / "moss-tiny-int8"]
+    assert copies_of(open_store(home / "moss-tiny-int8")) == [copy]
+    assert copies_of(open_store(copy)) == []
+    assert run_cli("convert", "moss-tiny", "--bits", "8,4") == 1
+    assert "needs the float16 model, too: --bits 16,4" in capsys.readouterr().err
+    assert run_cli("convert", "moss-tiny", "--bits", "4,4") == 2
+    assert run_cli("convert", str(dense), "--bits", "16,4", "--out", str(home / "other")) == 1
+
+
+def test_a_shared_file_is_written_where_the_disk_cannot_share_it(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "not here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    quantize(small, tmp_path / "out", RTN)
+    assert not (small / "head.safetensors").samefile(tmp_path / "out" / "head.safetensors")
+    verify_store(open_store(tmp_path / "out"))
+    assert copies_of(open_store(small)) == [], "it lies elsewhere"
+    check_copy(open_store(small), open_store(tmp_path / "out"))
+
+
+def test_a_damaged_shared_file_is_not_vouched_for(small: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(small, tmp_path / "damaged"))
+    data = bytearray((damaged / "head.safetensors").read_bytes())
+    data[-40] ^= 1
+    (damaged / "head.safetensors").write_bytes(data)
+    with pytest.raises(MossError, match="is not what was converted"):
+        quantize(damaged, tmp_path / "out", RTN)
+    assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+def test_another_models_folder_is_no_copy(small: Path, tmp_path: Path) -> None:
+    """It is refused by name, and so is one that has no fewer bits."""
+    store = open_store(small)
+    convert_checkpoint(random_checkpoint(tmp_path / "checkpoint", 7, n_layer=3), tmp_path / "other")
+    quantize(tmp_path / "other", tmp_path / "copy", RTN)
+    with pytest.raises(MossError, match=r"copy was not made from the same checkpoint as .*: .* differs\."):
+        check_copy(store, open_store(tmp_path / "copy"))
+    with pytest.raises(MossError, match="has 16 bits, and .* has 4: a model that drafts has fewer"):
+        check_copy(open_store(tmp_path / "copy"), open_store(tmp_path / "other"))
 
 
 def test_the_command_leaves_signal_handlers_as_they_were(home: Path) -> None:

@@ -104,14 +104,14 @@ def both_checkpoints(folder: Path, bits: int, act_order: bool) -> tuple[Path, Pa
     fields: dict[str, Any] = small_config(n_positions=64)
     packed, dense = {}, {}
     for number, (name, values) in enumerate(random_tensors(fields).items()):
-        found = re.fullmatch(r"(transformer\.h\.\d+\.(?:attn|mlp)\.\w+)\.weight", name)
-        if not found:
+        match = re.fullmatch(r"(transformer\.h\.\d+\.(?:attn|mlp)\.\w+)\.weight", name)
+        if not match:
             packed[name] = dense[name] = values
             continue
         matrix = exact_matrix(*values.shape, bits, act_order, number)
         dense[name] = dequantize_float16(matrix)
         assert (dense[name] == dequantize(matrix)).all()
-        packed.update({f"{found[1]}.{part}": array for part, array in to_published(matrix).items()})
+        packed.update({f"{match[1]}.{part}": array for part, array in to_published(matrix).items()})
     return (
         write_checkpoint(folder / "packed", fields, [packed]),
         write_checkpoint(folder / "dense", fields, [dense]),
@@ -129,12 +129,12 @@ def test_a_published_checkpoint_gives_the_logits_of_its_weights(
         for source in both_checkpoints(tmp_path, bits, act_order)
     ]
     token_ids = np.random.default_rng(1).integers(0, 2000, 40).tolist()
-    found = []
+    actual = []
     for folder in folders:
         with Moss.load(folder, draft="off") as moss:
-            whole = moss.logits(token_ids)
+            complete = moss.logits(token_ids)
             steps = np.concatenate([moss.model.forward([t], i, "all") for i, t in enumerate(token_ids)])
-            found.append((whole, steps))
-    for ours, want in zip(found[0], found[1], strict=True):
+            actual.append((complete, steps))
+    for ours, want in zip(actual[0], actual[1], strict=True):
         # The weights are the same numbers; float32 sums in another order differ, and then some cache entries' rounding.
         assert np.abs(ours - want).max() <= 1e-4 * np.abs(want).max()

@@ -71,10 +71,10 @@ def test_its_plugin_answers(name: str, tmp_path: Path) -> None:
         "ask", str(tiny_model_folder()), question, *command.split(), "--greedy", "--json", folder=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    actual = json.loads(done.stdout)
     assert (
-        found["commands"] == ['Search("the Moon")']
-        and "old quiet bright stone" in found["results"][0]["text"]
+        actual["commands"] == ['Search("the Moon")']
+        and "old quiet bright stone" in actual["results"][0]["text"]
     )
 
 
@@ -91,12 +91,12 @@ def moss_jt(*arguments: str, folder: Path | None = None) -> subprocess.Completed
 
 def commands_of(name: str) -> list[list[str]]:
     """Every moss-jt line of its shell blocks, as the shell splits it; what follows < or # is left out."""
-    found = []
+    collected = []
     for block in re.findall(r"```sh\n(.*?)```", text_of(name), re.DOTALL):
         for line in block.splitlines():
             if line.startswith("moss-jt "):
-                found.append(shlex.split(line.partition(" < ")[0], comments=True)[1:])
-    return found
+                collected.append(shlex.split(line.partition(" < ")[0], comments=True)[1:])
+    return collected
 
 
 @pytest.mark.parametrize("name", READMES)

@@ -23,7 +23,7 @@ from moss_jt.backend.toolkit import (
     Toolkit,
     composed,
     find_toolkit,
-    nvcc_places,
+    nvcc_paths,
     nvcc_version,
 )
 from moss_jt.errors import MossError
@@ -61,8 +61,8 @@ class Nvcc:
     def flags(self) -> list[str]:
         """As moss-jt and Jittor set them, but for the optimisation."""
         jittor = jittor_folder()
-        places = (self.path.parents[1] / "include", jittor / "src", jittor / "extern" / "cuda" / "inc")
-        includes = [f"-I{place}" for place in (*places, sysconfig.get_path("include"))]
+        folders = (self.path.parents[1] / "include", jittor / "src", jittor / "extern" / "cuda" / "inc")
+        includes = [f"-I{folder}" for folder in (*folders, sysconfig.get_path("include"))]
         return ["-std=c++14", "-O0", "-w", "-DHAS_CUDA", "-DIS_CUDA", *includes]
 
     def compile(self, source: Path, target: Path, more: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -94,13 +94,13 @@ def other_environment() -> None:
     """Wheels of another environment count, too."""
     if given := os.environ.get("MOSS_JT_TEST_NVIDIA"):
         own = toolkit.wheel_folders()
-        found = [path for part in toolkit.WHEEL_PARTS for path in sorted(Path(given).glob(part))]
-        toolkit.wheel_folders = lambda: found + own
+        actual = [path for part in toolkit.WHEEL_PARTS for path in sorted(Path(given).glob(part))]
+        toolkit.wheel_folders = lambda: actual + own
 
 
 @pytest.fixture(scope="module")
 def nvcc() -> Nvcc:
-    for path in nvcc_places():
+    for path in nvcc_paths():
         try:
             series = nvcc_version(path)[0]
         except MossError:
@@ -148,27 +148,27 @@ def test_the_flags_are_what_cuda_13_needs(nvcc: Nvcc, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Toolkit:
+def complete() -> Toolkit:
     try:
-        found = find_toolkit(13)
+        actual = find_toolkit(13)
     except MossError as error:
         pytest.skip(f"no complete toolkit: {error}")
-    if found.version[0] < 12:
-        pytest.skip(f"the toolkit here is of CUDA {found.release}")
-    return composed(found)
+    if actual.version[0] < 12:
+        pytest.skip(f"the toolkit here is of CUDA {actual.release}")
+    return composed(actual)
 
 
 @pytest.mark.long
-def test_the_whole_of_gpu_over_the_simulated_runtime(whole: Toolkit) -> None:
+def test_the_whole_of_gpu_over_the_simulated_runtime(complete: Toolkit) -> None:
     """Jittor's own build with NVIDIA's compiler and headers: its allocators and copies, our copy operation, every plan."""
-    environment = sim_gpu.build(whole)
+    environment = sim_gpu.build(complete)
     prompts = [list(range(3, 28)), [5, 9, 200]]
     runs = run_on_gpu(tiny_model_folder(), STREAMED, prompts, environment, 3000)
     for run in runs:
         assert run.token_ids == runs[0].token_ids, run.case
         np.testing.assert_array_equal(run.logits, runs[0].logits, str(run.case))
     with Moss.load(tiny_model_folder(), memory="4GiB", context=96) as moss:
-        for prompt, found in zip(prompts, runs[0].token_ids, strict=True):
+        for prompt, actual in zip(prompts, runs[0].token_ids, strict=True):
             answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
             assert all(isinstance(piece, str) for piece in answer)
-            assert answer.token_ids == found
+            assert answer.token_ids == actual

@@ -31,13 +31,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
+def complete(source: Path) -> Path:
     return convert_checkpoint(source, source.parent / "whole")
 
 
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+def folder(complete: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete, tmp_path / "model"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -125,15 +125,15 @@ def repaired(source: Path, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_damaged_is_named_and_made_anew_and_only_that(
-    source: Path, whole: Path, folder: Path, name: str
+    source: Path, complete: Path, folder: Path, name: str
 ) -> None:
     damage, remade = DAMAGES[name]
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     damage(folder)
     with pytest.raises(MossError, match=r"safetensors|json"):
         verify(folder)
-    assert "is not whole" in repaired(source, folder)[0]
-    assert contents(folder) == contents(whole)
+    assert "is not complete" in repaired(source, folder)[0]
+    assert contents(folder) == contents(complete)
     kept = {name for name, time in times.items() if (folder / name).stat().st_mtime_ns == time}
     assert kept == times.keys() - remade
     verify(folder)
@@ -141,13 +141,13 @@ def test_what_is_damaged_is_named_and_made_anew_and_only_that(
 
 @pytest.mark.parametrize("name", BROKEN_MANIFESTS)
 def test_a_damaged_manifest_is_one_line_and_the_folder_is_made_anew(
-    source: Path, whole: Path, folder: Path, name: str
+    source: Path, complete: Path, folder: Path, name: str
 ) -> None:
     BROKEN_MANIFESTS[name](folder)
     with pytest.raises(MossError, match="manifest.json|version 2"):
         verify(folder)
     repaired(source, folder)
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(complete)
 
 
 def test_damage_that_is_well_formed_is_refused_where_the_manifest_vouches_for_it(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_later_version_is_never_written_over(source: Path, folder: Path) -> No
     assert contents(folder) == before
 
 
-def test_a_kill_while_repairing_is_gone_on_with(source: Path, whole: Path, folder: Path) -> None:
+def test_a_kill_while_repairing_is_gone_on_with(source: Path, complete: Path, folder: Path) -> None:
     (folder / BLOCK).unlink()
     checkpoint = open_local(source)
 
@@ -198,7 +198,7 @@ def test_a_kill_while_repairing_is_gone_on_with(source: Path, whole: Path, folde
         open_store(folder)
     checkpoint = open_local(source)
     convert(checkpoint, recipe_for(checkpoint), folder)
-    assert contents(folder) == contents(whole)
+    assert contents(folder) == contents(complete)
 
 
 def test_the_command_repairs_what_verify_finds(

@@ -21,9 +21,9 @@ MODELS = {
 
 
 def smallest_of(error: MossError) -> int:
-    found = re.search(r"\((\d+) bytes\)", str(error))
-    assert found, error
-    return int(found.group(1))
+    match = re.search(r"\((\d+) bytes\)", str(error))
+    assert match, error
+    return int(match.group(1))
 
 
 def smallest_budget(sizes: ModelSizes, context: int) -> int:
@@ -78,7 +78,7 @@ def test_units_cover_blocks_and_head_once_and_in_order(name: str) -> None:
     assert sum(unit.n_bytes for unit in head) == sizes.head_bytes
 
 
-def test_slabs_start_on_whole_pages() -> None:
+def test_slabs_start_on_pages_of_memory() -> None:
     for sizes, _ in MODELS.values():
         row = sizes.head_bytes // sizes.config.vocab_size
         assert all(slab.first_row * row % 4096 == 0 for slab in sizes.head_slabs())

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.store.sizes import PAGE
+from moss_jt.store.sizes import MEMORY_PAGE
 from moss_jt.weights.disk_ring import Ring
 from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 
-UNITS = {i: Extent(Path("weights"), i * PAGE, PAGE) for i in range(7)}
+UNITS = {i: Extent(Path("weights"), i * MEMORY_PAGE, MEMORY_PAGE) for i in range(7)}
 
 
 class FakeReader:
@@ -28,7 +28,7 @@ class FakeReader:
         self.go: threading.Semaphore | None = None
 
     def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool]) -> bool:
-        number = extent.offset // PAGE
+        number = extent.offset // MEMORY_PAGE
         self.read_units.append(number)
         if self.go is not None:
             while not self.go.acquire(timeout=0.01):
@@ -36,10 +36,10 @@ class FakeReader:
                     return False
         if number in self.fail:
             raise MossError(f"unit {number} is unreadable.")
-        target[: PAGE // 2] = number
+        target[: MEMORY_PAGE // 2] = number
         if stopped():
             return False
-        target[PAGE // 2 :] = number
+        target[MEMORY_PAGE // 2 :] = number
         return True
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ def reader_threads() -> int:
 @pytest.mark.parametrize("buffers", [2, 3])
 def test_passes_in_order_read_every_unit_once_per_pass(buffers: int) -> None:
     reader = FakeReader()
-    ring = Ring(UNITS, buffers, PAGE, reader)
+    ring = Ring(UNITS, buffers, MEMORY_PAGE, reader)
     for _ in range(5):
         for number in range(7):
             assert (ring.buffers[ring.take(number)] == number).all()
@@ -67,7 +67,7 @@ def test_passes_in_order_read_every_unit_once_per_pass(buffers: int) -> None:
 def test_any_order_of_use_gives_the_right_unit_and_leaves_it_alone() -> None:
     """Interrupted passes, left-out units, turns, starts over: what was taken is right and stays until the next take."""
     choose = random.Random(7)
-    ring = Ring(UNITS, 2, PAGE, FakeReader())
+    ring = Ring(UNITS, 2, MEMORY_PAGE, FakeReader())
     unit = 0
     for _ in range(2000):
         if choose.random() < 0.2:
@@ -83,7 +83,7 @@ def test_any_order_of_use_gives_the_right_unit_and_leaves_it_alone() -> None:
 
 def test_passes_without_the_last_units_do_not_read_them() -> None:
     reader = FakeReader()
-    ring = Ring(UNITS, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
     ring.walk(range(5))
     for _ in range(4):
         for number in range(5):
@@ -95,7 +95,7 @@ def test_passes_without_the_last_units_do_not_read_them() -> None:
 def test_forwards_and_backwards_in_turn_nothing_is_read_that_was_not_asked_for() -> None:
     """As training walks. What is read ahead at a turn is a guess, and at most as many units as there are buffers."""
     reader = FakeReader()
-    ring = Ring(UNITS, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
     for order in (range(7), range(6, -1, -1)) * 3:
         ring.walk(order)
         for number in order:
@@ -108,7 +108,7 @@ def test_forwards_and_backwards_in_turn_nothing_is_read_that_was_not_asked_for()
 def test_a_read_error_reaches_the_consumer_and_a_second_try_can_succeed() -> None:
     reader = FakeReader()
     reader.fail = {2}
-    ring = Ring(UNITS, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
     assert ring.take(0) is not None and ring.take(1) is not None
     with pytest.raises(MossError, match="unit 2"):
         ring.take(2)
@@ -123,7 +123,7 @@ def test_a_read_error_reaches_the_consumer_and_a_second_try_can_succeed() -> Non
 def test_closing_while_a_read_waits_ends_the_thread() -> None:
     reader = FakeReader()
     reader.go = threading.Semaphore(0)
-    ring = Ring(UNITS, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
     ring.close()
     assert reader_threads() == 0 and reader.closed
     with pytest.raises(MossError, match="closed"):
@@ -134,7 +134,7 @@ def test_an_interruption_while_waiting_leaves_the_ring_usable() -> None:
     """Ctrl-C in the consumer's wait: the next pass begins at the first unit and gets it."""
     reader = FakeReader()
     reader.go = threading.Semaphore(2)
-    ring = Ring(UNITS, 2, PAGE, reader)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
     ring.take(0)
     ring.take(1)
     interrupted = threading.Event()
@@ -158,7 +158,7 @@ def test_an_interruption_while_waiting_leaves_the_ring_usable() -> None:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights"
-    path.write_bytes(np.arange(5 * PAGE + 100, dtype=np.uint64).tobytes())
+    path.write_bytes(np.arange(5 * MEMORY_PAGE + 100, dtype=np.uint64).tobytes())
     return path
 
 
@@ -170,10 +170,14 @@ def never() -> bool:
 @pytest.mark.parametrize("direct", [False, True])
 def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cached: bool) -> None:
     reader = FileReader(direct, 1e9)
-    reader.request_bytes = 2 * PAGE
+    reader.request_bytes = 2 * MEMORY_PAGE
     contents = weights.read_bytes()
-    for offset, n_bytes in ((0, PAGE), (PAGE, 3 * PAGE), (2 * PAGE, len(contents) - 2 * PAGE)):
-        target = page_buffer(n_bytes + 5 * PAGE)
+    for offset, n_bytes in (
+        (0, MEMORY_PAGE),
+        (MEMORY_PAGE, 3 * MEMORY_PAGE),
+        (2 * MEMORY_PAGE, len(contents) - 2 * MEMORY_PAGE),
+    ):
+        target = page_buffer(n_bytes + 5 * MEMORY_PAGE)
         try:
             assert reader.read(Extent(weights, offset, n_bytes, keep_cached), target, never)
         except MossError as error:
@@ -181,20 +185,20 @@ def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cac
                 pytest.skip("this file system has no direct reads")
             raise
         assert target[:n_bytes].tobytes() == contents[offset : offset + n_bytes]
-        assert not target[n_bytes + PAGE :].any(), "nothing is read beyond the piece's last page"
+        assert not target[n_bytes + MEMORY_PAGE :].any(), "nothing is read beyond the extent's last page"
     reader.close()
 
 
 def test_a_file_that_shrinks_is_named_and_one_deleted_is_still_read(weights: Path) -> None:
     reader = FileReader(False, 1e9)
-    target = page_buffer(8 * PAGE)
-    extent = Extent(weights, 0, 8 * PAGE)
+    target = page_buffer(8 * MEMORY_PAGE)
+    extent = Extent(weights, 0, 8 * MEMORY_PAGE)
     assert reader.read(extent, target, never)
-    os.truncate(weights, 3 * PAGE)
+    os.truncate(weights, 3 * MEMORY_PAGE)
     with pytest.raises(MossError, match=r"weights ends early: it has 12288 bytes, 32768 are needed"):
         reader.read(extent, target, never)
     weights.unlink()
-    assert reader.read(Extent(weights, 0, 3 * PAGE), target, never)
+    assert reader.read(Extent(weights, 0, 3 * MEMORY_PAGE), target, never)
     reader.close()
     with pytest.raises(MossError, match="No such file"):
         reader.read(extent, target, never)
@@ -208,13 +212,15 @@ def test_a_disk_s_error_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "preadv", broken)
     reader = FileReader(False, 1e9)
     with pytest.raises(MossError, match="cannot read .*weights: Input/output error"):
-        reader.read(Extent(weights, 0, PAGE), page_buffer(PAGE), never)
+        reader.read(Extent(weights, 0, MEMORY_PAGE), page_buffer(MEMORY_PAGE), never)
     reader.close()
 
 
 def test_a_stop_between_requests_is_obeyed(weights: Path) -> None:
     reader = FileReader(False, 1e9)
-    reader.request_bytes = PAGE
+    reader.request_bytes = MEMORY_PAGE
     answers = iter([False, False, True])
-    assert not reader.read(Extent(weights, 0, 5 * PAGE), page_buffer(5 * PAGE), lambda: next(answers))
+    assert not reader.read(
+        Extent(weights, 0, 5 * MEMORY_PAGE), page_buffer(5 * MEMORY_PAGE), lambda: next(answers)
+    )
     reader.close()

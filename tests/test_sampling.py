@@ -24,8 +24,8 @@ def test_the_defaults_are_the_references() -> None:
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_once_per_token() -> None:
     logits = np.array([2.0, -2.0, 1.0, 0.0], np.float32)
-    found = penalized(logits, {0, 1, 3}, 2.0)
-    assert found.tolist() == [1.0, -4.0, 1.0, 0.0]
+    actual = penalized(logits, {0, 1, 3}, 2.0)
+    assert actual.tolist() == [1.0, -4.0, 1.0, 0.0]
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.0], "the model's logits stay as they are"
 
 

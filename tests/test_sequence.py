@@ -23,8 +23,8 @@ class GivenDrafts:
         self._drafts = iter(drafts)
         self.learned: list[tuple[int, int]] = []
 
-    def propose(self, token_ids: Sequence[int], room: int) -> list[int]:
-        return next(self._drafts, [])[:room]
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        return next(self._drafts, [])[:most]
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         assert seconds is not None and seconds >= 0
@@ -166,9 +166,9 @@ def test_drafts_change_the_passes_and_never_the_tokens(params: SamplingParams, s
     expected = list(plain.decode(params, 40))
 
     class NearlyRight(GivenDrafts):
-        def propose(self, token_ids: Sequence[int], room: int) -> list[int]:
+        def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
             done = len(token_ids) - 3
-            guess = expected[done : done + min(room, 5)]
+            guess = expected[done : done + min(most, 5)]
             if done % 3 == 0 and len(guess) > 2:
                 guess[2] = (guess[2] + 1) % VOCABULARY
             return guess
@@ -224,9 +224,9 @@ def test_an_interrupted_pass_leaves_the_sequence_whole() -> None:
     class Interrupted(ScriptedModel):
         fail_from = 3
 
-        def forward_many(self, pieces, wanted):  # type: ignore[no-untyped-def]
-            result = super().forward_many(pieces, wanted)
-            if pieces[0].start >= self.fail_from:
+        def forward_many(self, runs, wanted):  # type: ignore[no-untyped-def]
+            result = super().forward_many(runs, wanted)
+            if runs[0].start >= self.fail_from:
                 raise KeyboardInterrupt
             return result
 

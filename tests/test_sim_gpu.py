@@ -116,7 +116,7 @@ fill(3)
 print([sorted(early), sorted(copy_out())])
 """
     seen = [json.loads(rules(program, environment, SIM_GPU_SEED=str(seed))) for seed in range(12)]
-    early, late = (set().union(*(pair[place] for pair in seen)) for place in (0, 1))
+    early, late = (set().union(*(pair[index] for pair in seen)) for index in (0, 1))
     assert early == {255, 2}, "nobody has waited for the copy: it is done or not, or in part"
     assert late == {2, 3}, (
         "all of it is done, early or late, and never with what the memory held when it was queued"
@@ -135,10 +135,10 @@ def resident(environment: dict[str, str]) -> Run:
 @with_jittor
 def test_the_cpu_s_tokens_and_logits(resident: Run) -> None:
     with Moss.load(tiny_model_folder(), memory="4GiB", context=96) as moss:
-        for prompt, found in zip(PROMPTS, resident.token_ids, strict=True):
+        for prompt, actual in zip(PROMPTS, resident.token_ids, strict=True):
             answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
             assert all(isinstance(piece, str) for piece in answer)
-            assert answer.token_ids == found
+            assert answer.token_ids == actual
         logits = moss.logits(PROMPTS[0])
     # A prompt of 25 tokens goes through cuBLAS, which takes its inputs rounded to float16.
     assert np.abs(resident.logits - logits).max() < 1e-3 * np.abs(logits).max()
@@ -329,10 +329,11 @@ def test_a_plan_that_turns_out_too_large_shrinks_once(
     # Of which the weights are more than what a plan allows for all else; nothing is computed with them.
     write_random_model(tmp_path / "large", replace(SMALL, n_embd=1024, n_inner=4096, n_layer=10))
     sizes = sizes_of_store(open_store(tmp_path / "large"))
-    whole = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
-    card = whole.peak_bytes * 11 // 10
+    complete = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
+    card = complete.peak_bytes * 11 // 10
     left = (
-        whole.bytes_on("device") + CudaNeeds(sizes.config, sizes.bits).workspace_bytes(whole.pass_tokens) // 2
+        complete.bytes_on("device")
+        + CudaNeeds(sizes.config, sizes.bits).workspace_bytes(complete.pass_tokens) // 2
     )
     late = taken(environment, card - sim_gpu.CONTEXT - left, 4 * MIB)
     for options, streams in ((environment, False), (late, True)):

@@ -173,12 +173,12 @@ def test_the_limit_holds_with_sixteen_answers_at_once() -> None:
     budget = budget_for(folder, 256, 0.2, parallel=4) + PROCESS
     try:
         with memory_group(budget + budget // 10) as group:
-            found, usage = answer_within(folder, budget, group, program=SIXTEEN)
+            actual, usage = answer_within(folder, budget, group, program=SIXTEEN)
     except NoGroup:
-        found, usage = answer_within(folder, budget, program=SIXTEEN)
-    assert everything["streamed"] == 0 and int(str(found["streamed"])) > 0
-    assert found["answers"] == everything["answers"] and len(found["answers"]) == 16  # type: ignore[arg-type]
-    assert int(str(found["passes"])) < 16 * 12, "several share a pass"
+        actual, usage = answer_within(folder, budget, program=SIXTEEN)
+    assert everything["streamed"] == 0 and int(str(actual["streamed"])) > 0
+    assert actual["answers"] == everything["answers"] and len(actual["answers"]) == 16  # type: ignore[arg-type]
+    assert int(str(actual["passes"])) < 16 * 12, "several share a pass"
     assert usage.peak_process <= budget, f"{usage.peak_process / MIB:.0f} of {budget / MIB:.0f} MiB"
 
 

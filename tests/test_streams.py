@@ -15,8 +15,8 @@ MODEL = "the small model's folder"
 
 def run(arguments: tuple[str, ...], redirect: str) -> subprocess.CompletedProcess[str]:
     """By a shell, which can close streams."""
-    found = [str(tiny_model_folder()) if argument == MODEL else argument for argument in arguments]
-    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-P", "-m", *found]
+    actual = [str(tiny_model_folder()) if argument == MODEL else argument for argument in arguments]
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-P", "-m", *actual]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 

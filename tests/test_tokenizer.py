@@ -212,7 +212,7 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="merges.txt cannot be read"):
         build_tokenizer(lambda name: tmp_path / name, {"vocab_size": 10})
     (tmp_path / "merges.txt").write_text("")
-    for added, words in {'{"\\ud800": 2}': "no token", '{"x": 7}': "its place is 2"}.items():
+    for added, words in {'{"\\ud800": 2}': "no token", '{"x": 7}': "its id here is 2"}.items():
         (tmp_path / "added_tokens.json").write_text(added)
         with pytest.raises(MossError, match=words):
             build_tokenizer(lambda name: tmp_path / name, {"vocab_size": 10})
@@ -226,7 +226,7 @@ ADDED = ("éà", "naïve ½", "<ü>", "ĠĠ", "ÿþ", "你好", "a\u200db", "\u3
 def small_checkpoint(folder: Path, added: object = None, listed: object = None) -> Callable[[str], Path]:
     """Where the files of a checkpoint with a vocabulary of 256 bytes lie; added_tokens.json and the list that newer
     checkpoints have in tokenizer_config.json are only there where they are given."""
-    spelling = {character: place for place, character in enumerate(BYTE_VALUES)}
+    spelling = {character: index for index, character in enumerate(BYTE_VALUES)}
     (folder / "vocab.json").write_text(json.dumps(spelling))
     (folder / "merges.txt").write_text("\ufeff#version: 0.2\n", encoding="utf-8")
     for name, fields in (
@@ -246,14 +246,14 @@ def built(fetch: Callable[[str], Path]) -> Tokenizer:
 def listed(tokens: Sequence[str], **more: object) -> dict[str, object]:
     """As transformers saves added tokens now."""
     return {
-        str(256 + place): {"content": token, "lstrip": False, **more} for place, token in enumerate(tokens)
+        str(256 + index): {"content": token, "lstrip": False, **more} for index, token in enumerate(tokens)
     }
 
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "both"])
 def test_added_tokens_are_found_in_either_file_and_come_back_as_they_are(tmp_path: Path, where: str) -> None:
     """Those of one accent only came back as broken bytes, and those of tokenizer_config.json were dropped."""
-    ids = {token: 256 + place for place, token in enumerate(ADDED)}
+    ids = {token: 256 + index for index, token in enumerate(ADDED)}
     fetch = small_checkpoint(
         tmp_path,
         None if where == "tokenizer_config.json" else ids,
@@ -299,8 +299,8 @@ def test_special_tokens_of_a_checkpoint_cannot_be_forged(tmp_path: Path) -> None
         (None, {"256": "é"}, "lists '256' as an added token"),
         (None, {"256": {"content": 5}}, "lists '256' as an added token"),
         (None, {"999999999": {"content": "é"}}, "no row"),
-        (None, {"299": {"content": "éà"}}, "its place is 256"),
-        (None, {"256": {"content": "é"}}, "its place is 165"),
+        (None, {"299": {"content": "éà"}}, "its id here is 256"),
+        (None, {"256": {"content": "é"}}, "its id here is 165"),
         (None, {"256": {"content": ""}}, "no token"),
         (None, [1], "is no list of added tokens"),
     ],

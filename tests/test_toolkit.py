@@ -31,14 +31,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JITTOR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr(toolkit, "NVCC_PLACES", ())
+    monkeypatch.setattr(toolkit, "USUAL_NVCC", ())
     monkeypatch.setattr(toolkit, "SYSTEM_LIBRARIES", tmp_path / "nowhere")
     monkeypatch.setattr(toolkit, "wheel_folders", lambda: [])
     return tmp_path
 
 
 @pytest.fixture
-def whole(machine: Path) -> Path:
+def complete(machine: Path) -> Path:
     """A folder that looks like a toolkit, in none of the places."""
     home = machine / "cuda"
     write_nvcc(home / "bin" / "nvcc", "12.4")
@@ -48,33 +48,35 @@ def whole(machine: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["nvcc_path", "CUDA_HOME", "CUDA_PATH", "PATH", "jtcuda"])
-def test_the_toolkit_is_found(machine: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    compiler = whole / "bin" / "nvcc"
+def test_the_toolkit_is_found(
+    machine: Path, complete: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    compiler = complete / "bin" / "nvcc"
     if how == "jtcuda":
-        place = machine / "home" / ".cache" / "jittor" / "jtcuda"
-        place.mkdir(parents=True)
-        (place / "cuda12.2").symlink_to(whole)
+        folder = machine / "home" / ".cache" / "jittor" / "jtcuda"
+        folder.mkdir(parents=True)
+        (folder / "cuda12.2").symlink_to(complete)
     else:
-        value = {"nvcc_path": compiler, "PATH": f"{whole}/bin:/usr/bin:/bin"}.get(how, whole)
+        value = {"nvcc_path": compiler, "PATH": f"{complete}/bin:/usr/bin:/bin"}.get(how, complete)
         monkeypatch.setenv(how, str(value))
-    found = find_toolkit()
-    assert (found.nvcc, found.version, found.scattered) == (compiler, (12, 4), False)
-    assert found.libraries["nvrtc"] == found.home / "lib64" / "libnvrtc.so"
-    assert composed(found) == found and found.compiler_flags == ""
+    actual = find_toolkit()
+    assert (actual.nvcc, actual.version, actual.scattered) == (compiler, (12, 4), False)
+    assert actual.libraries["nvrtc"] == actual.home / "lib64" / "libnvrtc.so"
+    assert composed(actual) == actual and actual.compiler_flags == ""
 
 
-def test_an_incomplete_or_wrong_toolkit_is_told(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_or_wrong_toolkit_is_told(complete: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MossError, match=r"nvcc, is missing: pip install 'moss-jt\[cuda13\]' brings one"):
         find_toolkit()
-    monkeypatch.setenv("CUDA_HOME", str(whole))
-    (whole / "lib64" / "libcublas.so").unlink()
-    (whole / "include" / "curand.h").unlink()
+    monkeypatch.setenv("CUDA_HOME", str(complete))
+    (complete / "lib64" / "libcublas.so").unlink()
+    (complete / "include" / "curand.h").unlink()
     with pytest.raises(MossError, match=r"lacks .*libcublas.so.*curand.h: install CUDA Toolkit 12"):
         find_toolkit(advised=12)
-    write_nvcc(whole / "bin" / "nvcc", "10.2")
+    write_nvcc(complete / "bin" / "nvcc", "10.2")
     with pytest.raises(MossError, match=r"is of CUDA 10.2; Jittor 1.3.11 compiles with CUDA 11 to 13"):
         find_toolkit()
-    (whole / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (complete / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(MossError, match="--version fails"):
         find_toolkit()
 
@@ -93,9 +95,9 @@ def lay_out_13(folder: Path, nvcc: bool = True) -> Path:
 def test_a_toolkit_of_wheels_alone_is_composed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = lay_out_13(machine / "a venv's" / "nvidia" / "cu13")
     monkeypatch.setattr(toolkit, "wheel_folders", lambda: [wheels])
-    found = find_toolkit()
-    assert (found.nvcc, found.version, found.scattered) == (wheels / "bin" / "nvcc", (13, 0), True)
-    made = composed(found)
+    actual = find_toolkit()
+    assert (actual.nvcc, actual.version, actual.scattered) == (wheels / "bin" / "nvcc", (13, 0), True)
+    made = composed(actual)
     assert (
         made.home == machine / "home" / ".cache" / "jittor" / "moss-jt-cuda" / "13.0" and not made.scattered
     )
@@ -195,11 +197,11 @@ def test_wheels_of_another_cuda_complete_nothing(machine: Path, monkeypatch: pyt
 
 
 def test_the_toolkit_of_cupy_s_series_comes_first(
-    machine: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Path, complete: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheels = lay_out_13(machine / "nvidia" / "cu13")
     monkeypatch.setattr(toolkit, "wheel_folders", lambda: [wheels])
-    monkeypatch.setenv("CUDA_HOME", str(whole))
+    monkeypatch.setenv("CUDA_HOME", str(complete))
     assert [find_toolkit(series).version[0] for series in (None, 12, 13)] == [12, 12, 13]
 
 

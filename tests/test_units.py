@@ -97,9 +97,9 @@ def test_a_switch_of_the_environment_is_obeyed(sources: Path) -> None:
 
 def test_a_unit_ends_where_names_meet_and_where_files_are_of_another_kind(sources: Path) -> None:
     def command(name: str) -> Command:
-        place = sources / ("cache" if name.startswith("gen/") else "src") / name
-        target = sources / "cache" / "obj_files" / f"{place.name}.o"
-        return Command("", "g++", place, " -O2", target, f"command\n# {place}: 1\n".encode())
+        path = sources / ("cache" if name.startswith("gen/") else "src") / name
+        target = sources / "cache" / "obj_files" / f"{path.name}.o"
+        return Command("", "g++", path, " -O2", target, f"command\n# {path}: 1\n".encode())
 
     units = [[member.source.stem for member in unit] for unit in split([command(name) for name in SOURCES])]
     assert units == [["first", "second"], ["third"], ["switched"], ["clash", "again"], ["given"]]

@@ -231,20 +231,20 @@ def in_order(on: SimpleNamespace, start: int, tokens: int) -> tuple[Any, Any]:
 def attend(
     on: SimpleNamespace, kernels: Launchers, t: int, heads: int, dim: int, rotary: int, start: int
 ) -> tuple[bool, str]:
-    positions, place = -(-(start + t) // PAGE) * PAGE, np.arange(start, start + t)
+    positions, at = -(-(start + t) // PAGE) * PAGE, np.arange(start, start + t)
     table, qkv = rotary_table(positions, rotary), normal((t, 3 * heads * dim), 5)
     keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
     device_keys, device_values = on.dev(keys.copy()), on.dev(values.copy())
     where = in_order(on, start, t)
     q = kernels.rotary_cache(on.dev(qkv), on.dev(table), device_keys, device_values, *where)
     parts = qkv.astype(np.float64).reshape(t, 3, heads, dim).transpose(1, 0, 2, 3)
-    keys[place], values[place] = oracle.rotate(parts[1], place, rotary), parts[2]
+    keys[at], values[at] = oracle.rotate(parts[1], at, rotary), parts[2]
     ours, our_keys, our_values = (
         on.host(q).reshape(t, heads, dim),
         on.host(device_keys),
         on.host(device_values),
     )
-    off = float(np.abs(ours - oracle.rotate(parts[0], place, rotary)).max())
+    off = float(np.abs(ours - oracle.rotate(parts[0], at, rotary)).max())
     # A rounding to float16 may go the other way.
     same = np.allclose(our_keys.astype(np.float32), keys.astype(np.float32), rtol=2**-9, atol=1e-5)
     if off > 1e-5 or not same or not np.array_equal(our_values, values):
@@ -419,7 +419,7 @@ def time_matrix(
     copies = max(2, -(-400 * MIB // n_bytes))
     weights = [pool(on.cupy, n_bytes, "weights" if bits == 16 else "any") for _ in range(copies)]
     scales, zeros = quantization(on, n, k)
-    found = {}
+    medians = {}
     for t in TOKENS:
         x = on.dev(normal((t, k)))
 
@@ -430,11 +430,11 @@ def time_matrix(
             else:
                 kernels.packed(x, weight.reshape(n, k * bits // 8), scales, zeros, bits)
 
-        found[t] = times.median(product, max(8, copies))
+        medians[t] = times.median(product, max(8, copies))
         times.row(
-            f"{bits} bits {name} T={t}", found[t], n_bytes + (0 if bits == 16 else 3 * n * (k // GROUP))
+            f"{bits} bits {name} T={t}", medians[t], n_bytes + (0 if bits == 16 else 3 * n * (k // GROUP))
         )
-    return found
+    return medians
 
 
 def quantization(on: SimpleNamespace, n: int, k: int) -> tuple[Any, Any]:

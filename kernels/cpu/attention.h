@@ -39,7 +39,7 @@ struct Run {
 
 // Up to kFewTokens few rows, from `first` on.
 struct FewRows {
-    int64_t first, tokens, groups = 0, pieces = 0;  // groups: the most of a run; pieces: those of all runs
+    int64_t first, tokens, groups = 0, run_pages = 0;  // groups: the most of a run; run_pages: those of all runs
     int64_t count = 0;
     Run runs[kFewTokens];
 
@@ -51,11 +51,11 @@ struct FewRows {
         }
         for (int64_t i = 0; i < count; i++) {
             groups = std::max(groups, runs[i].groups());
-            pieces += runs[i].groups();
+            run_pages += runs[i].groups();
         }
     }
-    // The run and the page of one of the pieces.
-    const Run& piece(int64_t index, int64_t& group) const {
+    // Number `index` of the pages that the runs see: its run, and which of the run's pages it is.
+    const Run& run_page(int64_t index, int64_t& group) const {
         int64_t i = 0;
         for (; index >= runs[i].groups(); i++) index -= runs[i].groups();
         group = index;
@@ -90,7 +90,7 @@ inline void four_scores(const uint16_t* k, int64_t stride, int64_t missing, cons
     Simd::sum4(sums[0], sums[1], sums[2], sums[3], scores);
 }
 
-// weights[j] = e^(scores[j] - largest) in place, zero from count up to the next whole vector; returns their sum.
+// weights[j] = e^(scores[j] - largest) in place, zero from count up to the end of the vector; returns their sum.
 inline float exponentials(float* scores, int64_t count, float largest) {
     const F most = Simd::set1(largest);
     F sum = Simd::zero();
@@ -131,34 +131,34 @@ inline void weigh_four(const uint16_t* v, int64_t stride, int64_t missing, const
 
 // What one thread works on at a time: one page, a few tokens of a sequence, and heads that lie side by side in the cache.
 // It walks through the cache position by position, so that it reads memory in long runs.
-struct Piece {
+struct Task {
     int64_t group, first_token, end_token, first_head, end_head;
 };
 
-constexpr int64_t kPieceTokens = 4, kScores = kPage + kLanes;
+constexpr int64_t kTaskTokens = 4, kScores = kPage + kLanes;
 
-inline void attend_piece(const Attention& a, const FewRows& few, const Piece& piece) {
-    const int64_t begin = piece.group * kPage, at_page = a.page_at(piece.first_token, piece.group), stride = a.width();
-    const int64_t tokens = piece.end_token - piece.first_token, heads = piece.end_head - piece.first_head;
+inline void attend_task(const Attention& a, const FewRows& few, const Task& task) {
+    const int64_t begin = task.group * kPage, at_page = a.page_at(task.first_token, task.group), stride = a.width();
+    const int64_t tokens = task.end_token - task.first_token, heads = task.end_head - task.first_head;
     const uint16_t *k = a.keys + at_page, *v = a.values + at_page;
     float* all_scores = scratch<Widened>(tokens * heads * kScores);
     auto count = [&](int64_t t) { return std::min(kPage, a.position(t) + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
-        return all_scores + ((t - piece.first_token) * heads + head - piece.first_head) * kScores;
+        return all_scores + ((t - task.first_token) * heads + head - task.first_head) * kScores;
     };
     auto for_four = [&](auto body) {  // body(t, head, j, missing) over all that the tokens see, four positions at a time
-        for (int64_t j = 0; j < count(piece.end_token - 1); j += 4)
-            for (int64_t t = piece.first_token; t < piece.end_token; t++)
-                for (int64_t head = piece.first_head; j < count(t) && head < piece.end_head; head++)
+        for (int64_t j = 0; j < count(task.end_token - 1); j += 4)
+            for (int64_t t = task.first_token; t < task.end_token; t++)
+                for (int64_t head = task.first_head; j < count(t) && head < task.end_head; head++)
                     body(t, head, j, std::max<int64_t>(0, j + 4 - count(t)));
     };
     for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
         const int64_t at = head * a.head_dim;
         four_scores(k + j * stride + at, stride, missing, a.q + t * stride + at, a.head_dim, scores(t, head) + j);
     });
-    for (int64_t t = piece.first_token; t < piece.end_token; t++)
-        for (int64_t head = piece.first_head; head < piece.end_head; head++) {
-            float *own = scores(t, head), *sums = few.part(a, t, head, piece.group);
+    for (int64_t t = task.first_token; t < task.end_token; t++)
+        for (int64_t head = task.first_head; head < task.end_head; head++) {
+            float *own = scores(t, head), *sums = few.part(a, t, head, task.group);
             const float largest = largest_of(own, count(t));
             std::fill(sums, sums + a.head_dim, 0.0f);
             sums[a.head_dim] = largest;
@@ -167,7 +167,7 @@ inline void attend_piece(const Attention& a, const FewRows& few, const Piece& pi
     for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
         const int64_t at = head * a.head_dim;
         weigh_four(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim,
-                   few.part(a, t, head, piece.group));
+                   few.part(a, t, head, task.group));
     });
 }
 
@@ -189,24 +189,24 @@ inline void merge_groups(const Attention& a, const FewRows& few, int64_t t, int6
     for (int64_t d = 0; d < head_dim; d++) result[d] = result[d] / total;
 }
 
-// Heads per piece: enough pieces for all threads to end together, and long runs in memory.
-inline int64_t piece_heads(const Attention& a, int64_t groups) {
-    constexpr int64_t kPiecesPerThread = 2, kLeastRun = 256;
-    const int64_t pieces = (kPiecesPerThread * omp_get_num_threads() + groups - 1) / groups;
-    return std::min(a.heads, std::max((a.heads + pieces - 1) / pieces, (kLeastRun + a.head_dim - 1) / a.head_dim));
+// Heads per task: enough tasks for all threads to end together, and long runs in memory.
+inline int64_t heads_per_task(const Attention& a, int64_t run_pages) {
+    constexpr int64_t kTasksPerThread = 2, kLeastRun = 256;
+    const int64_t wanted = (kTasksPerThread * omp_get_num_threads() + run_pages - 1) / run_pages;
+    return std::min(a.heads, std::max((a.heads + wanted - 1) / wanted, (kLeastRun + a.head_dim - 1) / a.head_dim));
 }
 
 inline void attend_few(const Attention& a, const FewRows& few) {
-    const int64_t step = piece_heads(a, few.pieces);
+    const int64_t step = heads_per_task(a, few.run_pages);
 #pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t piece = 0; piece < few.pieces; piece++)
+    for (int64_t i = 0; i < few.run_pages; i++)
         for (int64_t head = 0; head < a.heads; head += step) {
             int64_t group;
-            const Run& run = few.piece(piece, group);
+            const Run& run = few.run_page(i, group);
             const int64_t end = run.first + run.tokens;
             int64_t t = run.first + std::max<int64_t>(0, group * kPage - run.position);  // the first that sees this page
-            for (; t < end; t += kPieceTokens)
-                attend_piece(a, few, {group, t, std::min(end, t + kPieceTokens), head, std::min(a.heads, head + step)});
+            for (; t < end; t += kTaskTokens)
+                attend_task(a, few, {group, t, std::min(end, t + kTaskTokens), head, std::min(a.heads, head + step)});
         }
 #pragma omp for collapse(2) schedule(static)
     for (int64_t t = few.first; t < few.first + few.tokens; t++)
@@ -216,7 +216,7 @@ inline void attend_few(const Attention& a, const FewRows& few) {
 #ifdef MOSS_ONEDNN
 
 constexpr int64_t kTilePositions = MOSS_TILE_POSITIONS;
-static_assert(kTilePositions % kPage == 0, "tiles are whole pages");
+static_assert(kTilePositions % kPage == 0, "a tile is a number of pages");
 
 // One head's rows of a page.
 inline void widen_head(const uint16_t* rows, int64_t stride, int64_t head_dim, float* result) {
@@ -272,7 +272,7 @@ inline void attend(const Attention& a) {
 #ifdef MOSS_ONEDNN
     if (a.pass.whole) attend_whole(a);
 #endif
-    for (int64_t first = a.pass.whole; first < a.pass.tokens; first += kFewTokens)  // `partial` has room for that many
+    for (int64_t first = a.pass.whole; first < a.pass.tokens; first += kFewTokens)  // `partial` holds that many
         attend_few(a, FewRows(a, first, std::min(kFewTokens, a.pass.tokens - first)));
 }
 

@@ -1,4 +1,4 @@
-// A whole CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h).
+// One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h).
 #pragma once
 
 #include "attention.h"
@@ -75,16 +75,16 @@ inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, in
         const int64_t page = b.pages[b.places[2 * t] * b.pages_per_slot + position / kPage];
         const int64_t at = (page * kPage + position % kPage) * width;
         const float* table = b.rotary + position * 2 * b.pairs;
-        for (int64_t n = first; n < end;) {  // piece by piece, each within one head of one of the three parts
+        for (int64_t n = first; n < end;) {  // in segments, each within one head of one of the three parts
             const int64_t part = n / width, column = n % width, in_head = column % head_dim;
             const int64_t count = std::min(head_dim - in_head, end - n);
-            float* piece = rows + t * ld + (n - first);
+            float* segment = rows + t * ld + (n - first);
             if (part < 2 && in_head < 2 * b.pairs)
-                rotate_pairs(piece, table, b.pairs, in_head / 2, std::min(b.pairs - in_head / 2, count / 2));
+                rotate_pairs(segment, table, b.pairs, in_head / 2, std::min(b.pairs - in_head / 2, count / 2));
             if (part == 0)
-                for (int64_t i = 0; i < count; i++) q[t * width + column + i] = piece[i] * scale;
+                for (int64_t i = 0; i < count; i++) q[t * width + column + i] = segment[i] * scale;
             else
-                narrow_row(piece, count, (part == 1 ? b.keys : b.values) + at + column);
+                narrow_row(segment, count, (part == 1 ? b.keys : b.values) + at + column);
             n += count;
         }
     }

@@ -187,7 +187,7 @@ inline void digit_block(const M& m, const int64_t* rows, const float* x, int64_t
                 MOSS_UNROLL
                 for (int v = 0; v < kVectors; v++) {
                     inputs[t][v] = _mm512_loadu_si512(digits + v * sizeof(Simd::I));
-                    if (kTokens < 3) Simd::in_register(inputs[t][v]);  // more have no room there
+                    if (kTokens < 3) Simd::in_register(inputs[t][v]);  // more do not fit
                 }
             }
             MOSS_UNROLL

@@ -1,7 +1,7 @@
 // Products with whole pages of a prompt: tiles of the matrix are widened to float32 in the cache and given to oneDNN's sgemm.
 //
 // Which way a token takes must not depend on who shares its pass. So it is not the pass that decides, but the token's own
-// page: the rows of a pass are `whole` ones, of pages that are computed as a whole, and after them few ones (linear.h).
+// page: the rows of a pass are `whole` ones, of pages that are computed at once, and after them few ones (linear.h).
 #pragma once
 
 #include <malloc.h>
@@ -197,7 +197,7 @@ inline void product(const M& m, int64_t first, int64_t end, const Inputs& x, con
         product_few(m, first, end, x.few + whole * m.k, m.k, pass.tokens - whole, y + whole * ldy, ldy, add);
 }
 
-// Work for all threads: rows of a product with this many bytes in each, in pieces that suit the pass.
+// Work for all threads: rows of a product with this many bytes in each, in chunks that suit the pass.
 inline RowQueue row_queue(int64_t rows, int64_t row_bytes, const Pass& pass) {
     if (pass.whole) return RowQueue(rows, 1, kTileRows, kTileRows);
     return RowQueue(rows, row_bytes, MOSS_LEAST_TAKEN, MOSS_MOST_TAKEN);

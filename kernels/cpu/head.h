@@ -10,7 +10,7 @@ struct Head {
     const uint16_t *norm_weight, *norm_bias;  // (C,)
     Dense weight;                             // (V, C)
     const uint16_t* bias;                     // (V,)
-    float *workspace, *logits;                // (R, C) with room to align it, (R, V)
+    float *workspace, *logits;                // (R, C) and what aligning it takes, (R, V)
     int64_t rows, whole;
     float epsilon;
 };

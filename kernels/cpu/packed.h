@@ -37,14 +37,14 @@ struct Nibbles {
 
 #if MOSS_SIMD != 512
 
-// A whole vector of bytes at a time: as 32-bit lanes, each holds eight fields, and a shift by four bits brings the next
-// field of every lane into place. Spreading the bytes over lanes, as Nibbles does, takes more than reading them.
+// A vector of bytes at a time: as 32-bit lanes, each holds eight fields, and a shift by four bits brings the next
+// field of every lane down. Spreading the bytes over lanes, as Nibbles does, takes more than reading them.
 struct ShuffledNibbles {
     static constexpr int kBits = 4, kStep = 8 * kLanes;
     F scale, offset;
     Simd::I lanes;
     // 16 bytes hold 32 inputs, low nibbles first, and vector i / kLanes takes one nibble of one byte of each of the kLanes
-    // 32-bit lanes of the step's bytes: that is where the input stands that belongs at place i of a step.
+    // 32-bit lanes of the step's bytes: that is where the input stands that is number i of a step.
     static constexpr int input(int i) {
         const int nibble = i / kLanes, byte = i % kLanes * 4 + nibble / 2;
         return byte / 16 * 32 + nibble % 2 * 16 + byte % 16;

@@ -1,4 +1,4 @@
-// Rows of a matrix handed out to threads: big pieces first, for long streams, and small ones at the end, so that all
+// Rows of a matrix handed out to threads: big chunks first, for long streams, and small ones at the end, so that all
 // threads end together.
 #pragma once
 
@@ -16,7 +16,7 @@ struct Rows {
 
 class RowQueue {
   public:
-    // Pieces of about most_bytes down to least_bytes; their sizes are multiples of 8 rows (whole rotary pairs, eight
+    // Chunks of about most_bytes down to least_bytes; their sizes are multiples of 8 rows (complete rotary pairs, eight
     // streams), but for the last.
     RowQueue(int64_t rows, int64_t row_bytes, int64_t least_bytes, int64_t most_bytes)
         : rows_(rows), least_(eights(least_bytes / row_bytes)), most_(std::max(least_, eights(most_bytes / row_bytes))) {}
@@ -26,7 +26,7 @@ class RowQueue {
         return std::min((rows_ + 7) / 8 * 8, std::max(least_, std::min(most_, eights(rows_ / 2))));
     }
 
-    // The next piece, or an empty one when all rows are given out.
+    // The next chunk, or an empty one when all rows are given out.
     Rows take() {
         const int64_t threads = omp_get_num_threads();
         int64_t first = next_.load(std::memory_order_relaxed), end;

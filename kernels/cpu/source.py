@@ -1,4 +1,4 @@
-"""Sources of the jt.code operations: small pieces that call the headers beside this file."""
+"""Sources of the jt.code operations: a few lines that call the headers beside this file."""
 
 import functools
 from pathlib import Path

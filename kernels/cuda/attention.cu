@@ -3,7 +3,7 @@
 // The cache holds one layer's keys and values as (P, H, D) float16, in pages of kPage positions; a token's sequence has its pages in any
 // order: places (T, 2) are slots and positions, pages (slots, per_slot) each slot's pages. Few tokens: a block does one page for one query
 // of one head: four warps, a warp four positions at once, 16 bytes of each key and value per lane, all asked for together, with an online
-// softmax. What the blocks of a query found is combined afterwards, page after page. Whole pages of new tokens: a block does all pages for
+// softmax. The results of a query's blocks are combined afterwards, page after page. Whole pages of new tokens: a block does all pages for
 // half a page of queries, which share what it reads. Either way a token's bits depend on nothing but its own query and the keys and values
 // of its own text.
 #include "device.cuh"
@@ -116,10 +116,10 @@ extern "C" __global__ void attention(
     __syncthreads();
     float most = merged[0];
     for (int w = 1; w < kWarpsPerBlock; w++) most = fmaxf(most, merged[w * kPerWarp]);
-    float shares[kWarpsPerBlock], whole = 0;
+    float shares[kWarpsPerBlock], weights = 0;
     for (int w = 0; w < kWarpsPerBlock; w++) {
         shares[w] = __expf(merged[w * kPerWarp] - most);
-        whole += shares[w] * merged[w * kPerWarp + 1];
+        weights += shares[w] * merged[w * kPerWarp + 1];
     }
     const long long out = (((long long)t * heads + head) * gridDim.z + blockIdx.z) * (head_dim + kNumbers);
     for (int d = threadIdx.x; d < head_dim; d += kThreads) {
@@ -129,7 +129,7 @@ extern "C" __global__ void attention(
     }
     if (threadIdx.x == 0) {
         partial[out + head_dim] = most;
-        partial[out + head_dim + 1] = whole;
+        partial[out + head_dim + 1] = weights;
     }
 }
 

@@ -47,14 +47,14 @@ inline int device() {
 }
 
 #if CUDART_VERSION >= 13000
-inline cudaMemLocation place() { return cudaMemLocation{cudaMemLocationTypeDevice, device()}; }
+inline cudaMemLocation location() { return cudaMemLocation{cudaMemLocationTypeDevice, device()}; }
 inline cudaError_t prefetch(void* memory, size_t bytes, cudaStream_t on) {
-    return cudaMemPrefetchAsync(memory, bytes, place(), 0, on);
+    return cudaMemPrefetchAsync(memory, bytes, location(), 0, on);
 }
 #else
-inline int place() { return device(); }
+inline int location() { return device(); }
 inline cudaError_t prefetch(void* memory, size_t bytes, cudaStream_t on) {
-    return cudaMemPrefetchAsync(memory, bytes, place(), on);
+    return cudaMemPrefetchAsync(memory, bytes, location(), on);
 }
 #endif
 
@@ -71,7 +71,7 @@ inline void run(int command, int queue, size_t number, char* memory, size_t offs
         case kPin: check(cudaHostRegister(host, bytes, cudaHostRegisterDefault), "cudaHostRegister"); break;
         case kUnpin: check(cudaHostUnregister(host), "cudaHostUnregister"); break;
         case kReadMostly:
-            check(cudaMemAdvise(memory, bytes, cudaMemAdviseSetReadMostly, place()), "cudaMemAdvise");
+            check(cudaMemAdvise(memory, bytes, cudaMemAdviseSetReadMostly, location()), "cudaMemAdvise");
             break;
         case kPrefetch: check(prefetch(memory, bytes, stream(kCopies)), "cudaMemPrefetchAsync"); break;
         default: throw std::runtime_error("moss-jt: no such command");

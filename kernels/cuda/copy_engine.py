@@ -60,7 +60,7 @@ class CudaCopyEngine:
         self._run(Command.SYNCHRONIZE, event=event)
 
     def pin(self, array: np.ndarray) -> None:
-        """Lock host memory (whole pages) into place, so that the card reads it at the link's full speed."""
+        """Page-lock host memory, so that the card reads it at the link's full speed."""
         self._run(Command.PIN, host=array.ctypes.data, bytes=array.nbytes)
 
     def unpin(self, array: np.ndarray) -> None:

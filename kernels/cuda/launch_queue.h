@@ -1,6 +1,6 @@
 // The launches of a block or of the head, one after the other, from a table that kernels/cuda/recording.py wrote once.
 //
-// Nothing here is CUDA's own: the driver's cuLaunchKernel comes as an address, so that the tests can put the emulated kernels in its place.
+// Nothing here is CUDA's own: the driver's cuLaunchKernel comes as an address, so that the tests can pass the emulated kernels instead.
 #pragma once
 
 #include <cstdint>

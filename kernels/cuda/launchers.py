@@ -20,10 +20,10 @@ WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
 NORM_THREADS = 512  # kNormThreads in elementwise.cu
-# Blocks that fill a card: K is split until a product has as many, but no part is shorter than LEAST_PIECES of a warp's loads. 132
+# Blocks that fill a card: K is split until a product has as many, but no part is shorter than LEAST_CHUNKS of a warp's loads. 132
 # multiprocessors with four to six blocks each are the most that these kernels meet.
 ENOUGH_BLOCKS = 800
-LEAST_PIECES = 2
+LEAST_CHUNKS = 2
 MAX_HEAD_DIM = 256
 # kNumbers, kHalfPage and kPageThreads in attention.cu
 NUMBERS, HALF_PAGE, PAGE_THREADS = 4, 32, 256
@@ -34,12 +34,12 @@ class Kind:
     """A family of product kernels in linear.cu.
 
     rows      of a warp, by the most tokens of a kernel: its last template arguments
-    piece     inputs that a warp asks for before it multiplies
+    chunk     inputs that a warp asks for before it multiplies
     """
 
     name: str
     rows: dict[int, int]
-    piece: int
+    chunk: int
 
     def variant(self, tokens: int) -> int:
         """The kernel for so many tokens, named by the most that it does at once."""
@@ -48,10 +48,10 @@ class Kind:
     def split(self, outputs: int, inputs: int) -> tuple[int, int]:
         """In how many parts K is summed and how many inputs each has, whatever the number of tokens."""
         rows = max(self.rows.values()) * WARPS_PER_BLOCK
-        pieces = -(-inputs // self.piece)
+        chunks = -(-inputs // self.chunk)
         wanted = -(-ENOUGH_BLOCKS // -(-outputs // rows))
-        each = max(-(-pieces // wanted), LEAST_PIECES)
-        return -(-pieces // each), each * self.piece
+        each = max(-(-chunks // wanted), LEAST_CHUNKS)
+        return -(-chunks // each), each * self.chunk
 
 
 KINDS = {
@@ -213,9 +213,9 @@ class Launchers:
         if whole:
             if tokens % PAGE:
                 raise ValueError(f"{tokens} tokens are no whole pages of {PAGE}")
-            grid = (heads, tokens // HALF_PAGE)
+            halves = (heads, tokens // HALF_PAGE)
             arguments = (*arrays, out, places, pages, *sizes)
-            self.launch("attention.cu", "attention_of_pages", grid, *arguments, threads=PAGE_THREADS)
+            self.launch("attention.cu", "attention_of_pages", halves, *arguments, threads=PAGE_THREADS)
             return out
         partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
         grid = (heads, tokens, splits)
@@ -258,18 +258,18 @@ class Launchers:
         kind, tokens = KINDS[products[0].bits], products[0].x.shape[0]
         splits = [kind.split(p.outputs, p.inputs)[0] if not whole else 1 for p in products]
         out = self.cupy.empty((sum(splits), tokens, products[0].outputs), np.float32)
-        pieces = [out[: splits[0]], out[splits[0] :]]
-        self._multiply(products, whole, lambda product, _: pieces.pop(0))
+        parts = [out[: splits[0]], out[splits[0] :]]
+        self._multiply(products, whole, lambda product, _: parts.pop(0))
         return out
 
     def _multiply(
-        self, products: Sequence[Product], whole: bool, place: Callable[[Product, int], Array]
+        self, products: Sequence[Product], whole: bool, result_for: Callable[[Product, int], Array]
     ) -> list[Array]:
         for product in products:
             product.check()
         if whole:
-            return [self._by_cublas(product, place(product, 1)) for product in products]
-        return self._by_rows(products, place)
+            return [self._by_cublas(product, result_for(product, 1)) for product in products]
+        return self._by_rows(products, result_for)
 
     def _by_cublas(self, product: Product, out: Array) -> Array:
         """out: (1, T, N)."""
@@ -282,7 +282,9 @@ class Launchers:
             multiply(self.cupy, x[first : first + PAGE], weight, out[0][first : first + PAGE])
         return out
 
-    def _by_rows(self, products: Sequence[Product], place: Callable[[Product, int], Array]) -> list[Array]:
+    def _by_rows(
+        self, products: Sequence[Product], result_for: Callable[[Product, int], Array]
+    ) -> list[Array]:
         """Few tokens: our own kernels, one launch."""
         kind, tokens = KINDS[products[0].bits], products[0].x.shape[0]
         inputs = [product.x for product in products] if kind.name == "dense" else self._digits(products)
@@ -294,7 +296,7 @@ class Launchers:
             parts, each = kind.split(product.outputs, product.inputs)
             rows_here = rows if product.outputs >= rows else 1  # as find_part in linear.cu
             row_blocks = -(-product.outputs // (rows_here * WARPS_PER_BLOCK))
-            out = place(product, parts)
+            out = result_for(product, parts)
             matrix = (
                 (product.weight,) if kind.name == "dense" else (product.weight, product.scales, product.zeros)
             )
@@ -309,9 +311,9 @@ class Launchers:
         return results
 
     def _digits(self, products: Sequence[Product]) -> list[Array]:
-        """What the packed kernels take in place of activations; two products of the same ones share them."""
+        """What the packed kernels take instead of activations; two products of the same ones share them."""
         tokens, kind = products[0].x.shape[0], KINDS[products[0].bits]
-        span = kind.piece // WARP
+        span = kind.chunk // WARP
         vectors = 3 * span // 16 + 1  # kVectors in linear.cu
         shared = (
             len(products) == 2 and products[0].x is products[1].x and products[0].order is products[1].order
@@ -320,11 +322,11 @@ class Launchers:
         arguments: list[Any] = []
         made, spans = [], 0
         for product in distinct:
-            pieces = -(-product.inputs // kind.piece)
-            made.append(self.cupy.empty((tokens, pieces, vectors, WARP, 4), np.uint32))
+            chunks = -(-product.inputs // kind.chunk)
+            made.append(self.cupy.empty((tokens, chunks, vectors, WARP, 4), np.uint32))
             ordered = int(product.order is not None)
             arguments += [product.x, product.order, made[-1], ordered, product.inputs]
-            spans += pieces * WARP
+            spans += chunks * WARP
         if len(distinct) == 1:
             arguments += [*arguments[:-1], 0]
         grid = (-(-spans // THREADS), tokens)
@@ -350,7 +352,7 @@ class Launchers:
 
 
 def _parts(x: Array) -> tuple[int, int, int]:
-    """(parts, T, width) of what a product gave, in parts or whole."""
+    """(parts, T, width) of what a product gave, in parts or added up."""
     return tuple(x.shape) if len(x.shape) == 3 else (1, *x.shape)
 
 

@@ -2,7 +2,7 @@
 //
 // Decode reads each weight once and is bound by memory, so a warp asks for 16 bytes a lane of several rows at once before it multiplies
 // any of them; rows and columns beyond the end are read at the last one instead of being left out, so that no branch stands between the
-// loads. The activations of a piece of K come to shared memory, in the order in which the lanes read them. Where the rows are too few to
+// loads. The activations of a chunk of K come to shared memory, in the order in which the lanes read them. Where the rows are too few to
 // fill a card, K is split; whoever reads the result adds the parts, in their order. A launch does one or two matrices: those that read
 // the same activations, or whose results are added. Sums are float32, and a token's are the same whatever else is in the pass.
 #include "device.cuh"
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_sums(float (&sums)[kRows][kTokens], const 
 
 constexpr int kDenseRows = 4;                 // rows of a warp
 constexpr int kDenseStep = 8 * kWarp;         // inputs that a warp multiplies at once: 16 bytes a lane
-constexpr int kDensePiece = 2 * kDenseStep;   // parts of K are whole pieces, for every number of tokens
+constexpr int kDenseChunk = 2 * kDenseStep;   // parts of K are full chunks, for every number of tokens
 // Where in shared memory a lane finds the first and the second four of its eight activations, in vectors of 16 bytes. The second ones
 // begin half of the banks later, so that neither the lanes that read nor the threads that write meet in a bank.
 constexpr int kDenseHalf = kWarp + 4, kDenseStaged = 2 * kDenseHalf;
@@ -59,7 +59,7 @@ constexpr int kDenseHalf = kWarp + 4, kDenseStaged = 2 * kDenseHalf;
 // w (N, K) float16, K a multiple of 8; x (T, K).
 template <int kTokens>
 __device__ __forceinline__ void dense(IN(__half) w, IN(float) x, OUT(float) y, const Part& part) {
-    constexpr int kSteps = kTokens < 16 ? kDensePiece / kDenseStep : 1, kVectors = kDenseStep / 4;
+    constexpr int kSteps = kTokens < 16 ? kDenseChunk / kDenseStep : 1, kVectors = kDenseStep / 4;
     constexpr int kBuffer = kTokens * kSteps * kDenseStaged;
     SHARED(uint4, staged, 2 * kBuffer);
     const int lane = threadIdx.x % kWarp, inputs = part.inputs;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void dense(IN(__half) w, IN(float) x, OUT(float) y, c
             staged[buffer + row * kDenseStaged + vector % 2 * kDenseHalf + vector / 2] =
                 k < part.end ? load_vector(x, (long long)(part.first_token + row / kSteps) * inputs + k) : none;
         }
-        __syncthreads();  // one is enough: the next piece goes to the other buffer
+        __syncthreads();  // one is enough: the next chunk goes to the other buffer
 #pragma unroll
         for (int s = 0; s < kSteps; s++)
 #pragma unroll
@@ -140,14 +140,14 @@ struct Packing {
     static constexpr int kSpan = 128 / kBits;         // weights in a lane's 16 bytes
     static constexpr int kDigitVectors = kSpan / 16;  // vectors of 16 bytes that hold one digit of a span
     static constexpr int kVectors = 3 * kDigitVectors + 1;  // of a span: its digits, the highest first, and 2^-e with two sums
-    static constexpr int kPiece = kSpan * kWarp;      // inputs that a warp multiplies at once
+    static constexpr int kChunk = kSpan * kWarp;      // inputs that a warp multiplies at once
 };
 
 __device__ __forceinline__ unsigned four_bytes(int a, int b, int c, int d) {
     return (unsigned)(a & 255) | (unsigned)(b & 255) << 8 | (unsigned)(c & 255) << 16 | (unsigned)d << 24;
 }
 
-// x (T, K) -> (T, pieces, kVectors, lanes) vectors, as packed() reads them; what lies beyond K is zero. order: null, or the input of each
+// x (T, K) -> (T, chunks, kVectors, lanes) vectors, as packed() reads them; what lies beyond K is zero. order: null, or the input of each
 // column. One thread writes one span.
 template <int kBits>
 __device__ __forceinline__ void write_digits(
@@ -180,8 +180,8 @@ __device__ __forceinline__ void write_digits(
     const bool finite = most < 0x7f800000u;
     const float power = __uint_as_float((unsigned)(exponent + 127) << 23);
     int upper = 0, lower = 0;
-    const long long pieces = (inputs + P::kPiece - 1) / P::kPiece;
-    const long long at = ((token * pieces + span / kWarp) * P::kVectors * kWarp + span % kWarp) * 4;
+    const long long chunks = (inputs + P::kChunk - 1) / P::kChunk;
+    const long long at = ((token * chunks + span / kWarp) * P::kVectors * kWarp + span % kWarp) * 4;
 #pragma unroll
     for (int v = 0; v < P::kDigitVectors; v++) {
         uint4 vector[3];
@@ -220,7 +220,7 @@ __device__ __forceinline__ void write_digits(
         IN(float) x, IN(int) order, OUT(unsigned) digits, int ordered, int inputs, IN(float) x_2, IN(int) order_2,              \
         OUT(unsigned) digits_2, int ordered_2, int inputs_2, int tokens) {                                                      \
         using P = Packing<BITS>;                                                                                                \
-        const int spans = (inputs + P::kPiece - 1) / P::kPiece * kWarp, spans_2 = (inputs_2 + P::kPiece - 1) / P::kPiece * kWarp; \
+        const int spans = (inputs + P::kChunk - 1) / P::kChunk * kWarp, spans_2 = (inputs_2 + P::kChunk - 1) / P::kChunk * kWarp; \
         const int span = blockIdx.x * blockDim.x + threadIdx.x;                                                                 \
         if (span < spans)                                                                                                       \
             write_digits<BITS>(x, order, digits, ordered, blockIdx.y, span, inputs);                                            \
@@ -242,17 +242,17 @@ template <int kBits, int kRows, int kTokens>
 __device__ __forceinline__ void packed(
     IN(unsigned char) w, IN(__half) scales, IN(unsigned char) zeros, IN(unsigned) x, OUT(float) y, const Part& part, int groups) {
     using P = Packing<kBits>;
-    constexpr int kStaged = kTokens < 4 ? kTokens : 4, kOne = P::kVectors * kWarp;  // kOne: vectors of one token's piece
+    constexpr int kStaged = kTokens < 4 ? kTokens : 4, kOne = P::kVectors * kWarp;  // kOne: vectors of one token's chunk
     constexpr int kShift = kBits == 8 ? 127 : -1;  // of the zero point that is stored: less one, and what fields() takes away
     SHARED(uint4, staged, 2 * kStaged * kOne);
-    const int lane = threadIdx.x % kWarp, inputs = part.inputs, pieces = (inputs + P::kPiece - 1) / P::kPiece;
+    const int lane = threadIdx.x % kWarp, inputs = part.inputs, chunks = (inputs + P::kChunk - 1) / P::kChunk;
     const long long row_stride = (long long)part.row_step * inputs * kBits / 8, group_stride = (long long)part.row_step * groups;
     const float groups_per_input = (float)groups / (float)inputs;
     int buffer = 0;
     float sums[kRows][kTokens] = {};
 #pragma unroll 1
-    for (int first_input = part.begin; first_input < part.end; first_input += P::kPiece) {
-        const int k = min(first_input + lane * P::kSpan, inputs - P::kSpan), piece = first_input / P::kPiece;
+    for (int first_input = part.begin; first_input < part.end; first_input += P::kChunk) {
+        const int k = min(first_input + lane * P::kSpan, inputs - P::kSpan), chunk = first_input / P::kChunk;
         // In the middle of the span, so that rounding cannot lead to another group.
         const int group = (int)(((float)k + P::kSpan / 2) * groups_per_input);
         long long at = ((long long)part.first_row * inputs + k) * kBits / 8, group_at = (long long)part.first_row * groups + group;
@@ -268,9 +268,9 @@ __device__ __forceinline__ void packed(
             if (first >= part.tokens) break;
             for (int i = threadIdx.x; i < kStaged * kOne; i += kThreads) {
                 const long long token = part.first_token + min(first + i / kOne, part.tokens - 1);
-                staged[buffer + i] = load_vector(x, ((token * pieces + piece) * kOne + i % kOne) * 4);
+                staged[buffer + i] = load_vector(x, ((token * chunks + chunk) * kOne + i % kOne) * 4);
             }
-            __syncthreads();  // one is enough: the next piece goes to the other buffer
+            __syncthreads();  // one is enough: the next chunk goes to the other buffer
 #pragma unroll
             for (int t = 0; t < kStaged; t++) {
                 uint4 digits[P::kVectors];
@@ -329,7 +329,7 @@ extern "C" __global__ void add_parts(IN(float) x, OUT(float) y, int parts, int c
     if (i < count) y[i] = sum_of_parts(x, parts, count, i);
 }
 
-// The whole matrix (N, K) in float16, for long prompts and cuBLAS: scale * (q - zero), rounded once. A thread does 16 bytes of packed
+// All of a matrix (N, K) in float16, for long prompts and cuBLAS: scale * (q - zero), rounded once. A thread does 16 bytes of packed
 // weights. A field under 0x4b000000 is the float 2^23 + field, so that one subtraction gives it less its zero point, exactly, on any card.
 template <int kBits>
 __device__ __forceinline__ void dequantize(

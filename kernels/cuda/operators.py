@@ -16,7 +16,7 @@ import numpy as np
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_block, check_cache, check_shape
 from moss_jt.kernels.cuda.launchers import Array, Launchers, Product
-from moss_jt.kernels.cuda.recording import Piece, Recorder, Recording, launch_address, queue
+from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, Recording, launch_address, queue
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Region, Var
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary_table import rotary_table
@@ -57,8 +57,7 @@ class CudaOperators:
         def work(a: Sequence[Array], out: Array) -> None:
             out[0], out[1] = a[0][:, rows], a[1][:, rows]
 
-        found = _code((2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16)
-        copy: np.ndarray = found.numpy()
+        copy: np.ndarray = _code((2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16).numpy()
         return copy
 
     def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None:
@@ -133,13 +132,13 @@ class CudaOperators:
         layered: tuple[int, ...] = (),
     ) -> Recording:
         """What ``work`` launches over arrays that lie in the inputs, of which ``layered`` have a layer on their first axis."""
-        pieces = []
+        arrays = []
         for number, var in enumerate(inputs):
             in_layers = number in layered
             of_one = tuple(var.shape)[1:] if in_layers else tuple(var.shape)
-            pieces.append(Piece(number, 0, of_one, np.dtype(str(var.dtype)), in_layers))
+            arrays.append(DeviceArray(number, 0, of_one, np.dtype(str(var.dtype)), in_layers))
         recorder = Recorder(self.kernels, len(inputs) + 1)
-        work(recorder, pieces, Piece(len(inputs), 0, tuple(shape), np.dtype(np.float32)))
+        work(recorder, arrays, DeviceArray(len(inputs), 0, tuple(shape), np.dtype(np.float32)))
         return recorder.recording()
 
     def _block(
@@ -175,7 +174,7 @@ class CudaOperators:
     def _checked(self, weights: BlockWeights) -> dict[tuple[int, ...], Recording]:
         """The recordings for such weights, by tokens and positions of the cache.
 
-        Once for each object, for it goes with a piece of memory that native code will trust. Where in a unit's memory its tensors
+        Once for each object, for it goes with memory that native code will trust. Where in a unit's memory its tensors
         lie is all that recordings know of them, and most units are alike.
         """
         check_block(weights, self.config)
@@ -199,11 +198,11 @@ def _layout(value: Any) -> Hashable:
 
 def _at(memory: Array, region: Region) -> Array:
     """The region of a unit's memory, as an array over it."""
-    if isinstance(memory, Piece):
-        return Piece(memory.memory, region.offset, region.shape, np.dtype(region.dtype))
+    if isinstance(memory, DeviceArray):
+        return DeviceArray(memory.memory, region.offset, region.shape, np.dtype(region.dtype))
     n_bytes = int(np.prod(region.shape)) * np.dtype(region.dtype).itemsize
-    piece = memory[region.offset : region.offset + n_bytes]
-    return piece.view(np.dtype(region.dtype)).reshape(region.shape)
+    content = memory[region.offset : region.offset + n_bytes]
+    return content.view(np.dtype(region.dtype)).reshape(region.shape)
 
 
 def _product(matrix: Matrix, at: At, x: Array) -> Product:

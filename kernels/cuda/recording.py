@@ -1,7 +1,7 @@
 """What a block launches, noted once: every later pass of as many tokens queues it from C++, without Python between the launches.
 
-:class:`Recorder` is a :class:`moss_jt.kernels.cuda.launchers.Launchers` that launches nothing. Its arrays are :class:`Piece`, so
-many bytes on in one of an operation's memories, and what it notes holds wherever those lie. launch_queue.h reads the table.
+:class:`Recorder` is a :class:`moss_jt.kernels.cuda.launchers.Launchers` that launches nothing. Its arrays are :class:`DeviceArray`,
+so many bytes on in one of an operation's memories, and what it notes holds wherever those lie. launch_queue.h reads the table.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class DeviceArray:
     """An array that begins ``offset`` bytes into memory number ``memory`` of an operation: its inputs, its result, its workspace.
 
     layered  whether it moves on with the layer
@@ -47,18 +47,18 @@ class Piece:
     def size(self) -> int:
         return int(np.prod(self.shape))
 
-    def reshape(self, *shape: Any) -> "Piece":
+    def reshape(self, *shape: Any) -> "DeviceArray":
         """As NumPy's, with one -1 at most."""
         wanted = shape[0] if isinstance(shape[0], tuple) else shape
-        whole = tuple(self.size // -int(np.prod(wanted)) if n == -1 else n for n in wanted)
-        return Piece(self.memory, self.offset, whole, self.dtype, self.layered)
+        filled = tuple(self.size // -int(np.prod(wanted)) if n == -1 else n for n in wanted)
+        return DeviceArray(self.memory, self.offset, filled, self.dtype, self.layered)
 
-    def __getitem__(self, rows: slice) -> "Piece":
+    def __getitem__(self, rows: slice) -> "DeviceArray":
         """Some of the first axis."""
         first, end, _ = rows.indices(self.shape[0])
         row_bytes = self.size // self.shape[0] * self.dtype.itemsize
         shape = (end - first, *self.shape[1:])
-        return Piece(self.memory, self.offset + first * row_bytes, shape, self.dtype, self.layered)
+        return DeviceArray(self.memory, self.offset + first * row_bytes, shape, self.dtype, self.layered)
 
 
 class Recorder(Launchers):
@@ -77,11 +77,11 @@ class Recorder(Launchers):
         self._launches = 0
         self._bytes = 0
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Piece:
-        """In CuPy's place: the next piece of the workspace."""
-        piece = Piece(self._workspace, self._bytes, tuple(shape), np.dtype(dtype))
-        self._bytes += -(-piece.size * piece.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        return piece
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+        """As CuPy's: the next part of the workspace."""
+        array = DeviceArray(self._workspace, self._bytes, tuple(shape), np.dtype(dtype))
+        self._bytes += -(-array.size * array.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return array
 
     def launch(
         self, module: str, kernel: str, grid: tuple[int, ...], *arguments: Any, threads: int = THREADS
@@ -98,7 +98,7 @@ class Recorder(Launchers):
 
 
 def _entry(argument: Any) -> tuple[int, int, int, int]:
-    if isinstance(argument, Piece):
+    if isinstance(argument, DeviceArray):
         kind = Kind.LAYERS_ARRAY if argument.layered else Kind.ARRAY
         return kind, argument.memory, argument.offset, argument.size
     if argument is None:

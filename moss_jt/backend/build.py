@@ -78,7 +78,7 @@ def python_config() -> Path | None:
     """The script that tells how to compile for this Python: where Jittor looks, or else beside the base Python."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}-config"
     beside = Path(sys.executable).parent
-    places = [
+    candidates = [
         beside / name,
         Path(f"{sys.executable}-config"),
         Path("/usr/bin", name),
@@ -87,8 +87,8 @@ def python_config() -> Path | None:
         Path(sys.base_prefix) / "bin" / name,
     ]
     if given := os.environ.get("python_config_path"):
-        places.insert(0, Path(given))
-    return next((place for place in places if place.is_file()), None)
+        candidates.insert(0, Path(given))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def front_part() -> Any:
@@ -124,10 +124,10 @@ def build_folder() -> Path:
 def is_built(folder: Path) -> bool:
     """Whether an import of Jittor went through before, and what it compiled is still there: for CUDA in a folder below."""
     try:
-        place = folder / marker(folder).read_text(encoding="utf-8")
+        built = folder / marker(folder).read_text(encoding="utf-8")
     except OSError:
         return False
-    return (place / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
+    return (built / f"jittor_core{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
 
 def marker(folder: Path) -> Path:
@@ -179,7 +179,7 @@ def compile_jittor(folder: Path, hidden: Sequence[str], libraries: Sequence[Path
         log = log_path("build")
         raise MossError(
             f"Jittor could not be compiled: {last_line(log)}\n"
-            f"  The whole output is in {log}. moss-jt doctor checks what is needed; free disk space is one cause."
+            f"  All output is in {log}. moss-jt doctor checks what is needed; free disk space is one cause."
         )
 
 

@@ -52,18 +52,18 @@ def find_cards() -> list[Card]:
     Raises:
         MossError: there is no driver, or no card that it can use.
     """
-    found = ask_driver()
-    if found["code"] is None:
+    answer = ask_driver()
+    if answer["code"] is None:
         raise MossError("there is no NVIDIA driver (libcuda.so.1): install the one for your card.")
-    if found["code"] or not found["cards"]:
+    if answer["code"] or not answer["cards"]:
         hidden = cards_given()
         shown = "" if hidden is None else f" {CARDS_SWITCH} is {hidden!r} and may hide cards."
         raise MossError(
-            f"there is a driver, but no card that it can use (CUDA error {found['code']}): nvidia-smi tells more.{shown} "
+            f"there is a driver, but no card that it can use (CUDA error {answer['code']}): nvidia-smi tells more.{shown} "
             "A container must be given its cards."
         )
-    known = found["driver"] // 1000, found["driver"] % 1000 // 10
-    free = free_bytes([card["bus"] for card in found["cards"]])
+    known = answer["driver"] // 1000, answer["driver"] % 1000 // 10
+    free = free_bytes([card["bus"] for card in answer["cards"]])
     return [
         Card(
             card["name"],
@@ -75,7 +75,7 @@ def find_cards() -> list[Card]:
             number,
             card["bus"],
         )
-        for number, card in enumerate(found["cards"])
+        for number, card in enumerate(answer["cards"])
     ]
 
 
@@ -122,12 +122,12 @@ def ask_driver() -> dict[str, Any]:
             env=environment,
             check=True,
         )
-        found: dict[str, Any] = json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise MossError(
             f"the NVIDIA driver does not answer ({type(error).__name__}): nvidia-smi tells more."
         ) from error
-    return found
+    return answer
 
 
 def refreshed(card: Card) -> Card:
@@ -142,15 +142,15 @@ def free_bytes(buses: list[str]) -> dict[str, int]:
         import pynvml
     except ImportError:
         return {}
-    found = {}
+    free = {}
     try:
         pynvml.nvmlInit()
         try:
             for bus in buses:
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus.encode())
-                found[bus] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+                free[bus] = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         pass  # a driver without it, as WSL's once was: what is missing counts as free
-    return found
+    return free

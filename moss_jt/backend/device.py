@@ -31,10 +31,10 @@ def parse_device(text: str) -> tuple[Device, int]:
     Raises:
         MossError: there is no such device.
     """
-    found = re.fullmatch(r"(cpu)|(?:gpu|cuda)(?::([0-9]{1,3}))?", text)
-    if found is None:
+    match = re.fullmatch(r"(cpu)|(?:gpu|cuda)(?::([0-9]{1,3}))?", text)
+    if match is None:
         raise MossError(f"there is no device {text!r}: give 'cpu', 'gpu', or 'gpu:1' for the second card.")
-    return ("cpu" if found.group(1) else "gpu"), int(found.group(2) or 0)
+    return ("cpu" if match.group(1) else "gpu"), int(match.group(2) or 0)
 
 
 def check_choice(device: Device, offload: str) -> Offload:

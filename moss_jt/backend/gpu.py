@@ -21,7 +21,7 @@ NEWEST_SERIES, SERIES_BEFORE = 13, 12
 HOST_CALLS = ("cudahostregister", "cudamallochost", "cuda_host_allocator")
 OUT_OF_MEMORY = ("unable to alloc cuda", "cudaerrormemoryallocation", "out of memory", "outofmemory")
 
-Found = TypeVar("Found")
+Part = TypeVar("Part")
 
 
 def require_gpu(number: int = 0) -> tuple[Card, Toolkit]:
@@ -32,7 +32,7 @@ def require_gpu(number: int = 0) -> tuple[Card, Toolkit]:
     """
     missing: dict[str, str] = {}
 
-    def probed(what: str, probe: Callable[[], Found]) -> Found | None:
+    def probed(what: str, probe: Callable[[], Part]) -> Part | None:
         try:
             return probe()
         except MossError as error:

@@ -1,4 +1,4 @@
-"""Where Jittor keeps its compiled files, and oneDNN's place in there. Knows Jittor's rules, imports none of it."""
+"""Where Jittor keeps its compiled files, and where oneDNN is in there. Knows Jittor's rules, imports none of it."""
 
 import contextlib
 import json
@@ -76,12 +76,12 @@ def home_kept() -> Iterator[None]:
     """While Jittor starts or compiles, the processes that it starts included: it keeps to :func:`jittor_home`, and notes nothing.
 
     Jittor makes folders under the user's home whether or not that can be written, and remembers a JITTOR_HOME there
-    for all later runs. So it is given an empty home, and its own place by name.
+    for all later runs. So it is given an empty home, and its own folder by name.
     """
     cupy_cache = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
-    place = str(jittor_home())
+    folder = str(jittor_home())
     with tempfile.TemporaryDirectory(prefix="moss-jt-") as empty:
-        with environment(HOME=empty, JITTOR_HOME=place, CUPY_CACHE_DIR=cupy_cache):
+        with environment(HOME=empty, JITTOR_HOME=folder, CUPY_CACHE_DIR=cupy_cache):
             yield
 
 
@@ -125,13 +125,13 @@ def wheel_folder(wheel: str, needed: str) -> Path:
         MossError: the wheel is not installed, or the file is gone.
     """
     try:
-        found = _file_of(distribution(wheel), needed)
+        library = _file_of(distribution(wheel), needed)
     except PackageNotFoundError:
-        found = None
-    if found is None:
+        library = None
+    if library is None:
         names = " ".join(f"{name}==2021.4.0" for name, _ in ONEDNN_WHEELS.values())
         raise MossError(f"oneDNN is missing: {wheel} is not installed. Install it with: pip install {names}")
-    return found.parent
+    return library.parent
 
 
 def _file_of(wheel: Distribution, name: str) -> Path | None:

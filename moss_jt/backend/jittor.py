@@ -1,4 +1,4 @@
-"""The one place that imports Jittor, after deciding everything that Jittor decides at import.
+"""The one module that imports Jittor, after deciding everything that Jittor decides at import.
 
 Importing this module takes a second, and minutes on the first time that a machine runs Jittor: moss_jt.backend.build
 does the compiling and says so. Jittor's own output goes into logs, see moss_jt.backend.home.log_path.
@@ -59,7 +59,7 @@ def decide_environment() -> tuple[Card, Toolkit] | None:
 
 
 def _decide_cuda() -> tuple[Card, Toolkit]:
-    """Jittor compiles with the toolkit that was found, and so does CuPy.
+    """Jittor compiles with the chosen toolkit, and so does CuPy.
 
     Raises:
         MossError: something that a GPU needs is missing.

@@ -1,4 +1,4 @@
-"""CUDA toolkits on this machine, and one that Jittor can build with, composed where the parts lie in several places.
+"""CUDA toolkits on this machine, and one that Jittor can build with, composed where the parts lie in several folders.
 
 A toolkit is looked for where NVIDIA, distributions and Jittor install it, and among pip's wheels; what one lacks, wheels of the
 same CUDA complete. Jittor wants nvcc, ``../include`` and ``../lib64`` side by side, and libraries without a number behind ``.so``:
@@ -21,7 +21,7 @@ from moss_jt.backend.home import cache_folder
 from moss_jt.errors import MossError
 
 # Where nvcc is looked for beside the variables and the PATH; the pattern is what Jittor's own installer makes.
-NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc", "/usr/bin/nvcc")
+USUAL_NVCC = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc", "/usr/bin/nvcc")
 JITTORS_CUDA = "jtcuda/*/bin/nvcc"
 # Debian and Ubuntu spread their package of the toolkit over the system's folders.
 SYSTEM_LIBRARIES = Path("/usr/lib/x86_64-linux-gnu")
@@ -96,15 +96,15 @@ class Toolkit:
     def to_load(self) -> list[Path]:
         """Libraries that CuPy, Jittor's modules and NVRTC look for where the system's loader does; each after those that it needs.
 
-        One that is loaded already is found by its name, wherever it lies.
+        One that is loaded already is known by its name, wherever it lies.
         """
-        found = []
+        libraries = []
         for first, name in (("nvrtc-builtins", "nvrtc"), ("cublasLt", "cublas"), (None, "curand")):
             library = self.libraries[name].resolve()
             if first is not None:
-                found += sorted({path.resolve() for path in library.parent.glob(f"lib{first}.so*")})
-            found.append(library)
-        return found
+                libraries += sorted({path.resolve() for path in library.parent.glob(f"lib{first}.so*")})
+            libraries.append(library)
+        return libraries
 
 
 def find_toolkit(preferred: int | None = None, advised: int = 13) -> Toolkit:
@@ -115,34 +115,34 @@ def find_toolkit(preferred: int | None = None, advised: int = 13) -> Toolkit:
         advised: the series to install where there is none.
 
     Raises:
-        MossError: there is none; the message is about the one that was found first.
+        MossError: there is none; the message is about the first of them.
     """
     toolkits, errors = [], []
-    for nvcc in nvcc_places():
+    for nvcc in nvcc_paths():
         try:
             toolkits.append(_toolkit_of(nvcc, advised))
         except MossError as error:
             errors.append(error)
     if toolkits:
-        return next((found for found in toolkits if found.version[0] == preferred), toolkits[0])
+        return next((toolkit for toolkit in toolkits if toolkit.version[0] == preferred), toolkits[0])
     if errors:
         raise errors[0]
     raise MossError(f"CUDA's compiler, nvcc, is missing: {INSTALL[advised]}.")
 
 
-def nvcc_places() -> list[Path]:
-    """Every nvcc there is: named by a variable, on the PATH, in one of the usual places, installed by Jittor or by pip."""
+def nvcc_paths() -> list[Path]:
+    """Every nvcc there is: named by a variable, on the PATH, in one of the usual folders, installed by Jittor or by pip."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [
+    candidates = [
         os.environ.get("nvcc_path"),
         *(f"{home}/bin/nvcc" for home in homes if home),
         shutil.which("nvcc"),
     ]
-    places += [*NVCC_PLACES, *sorted(map(str, cache_folder().glob(JITTORS_CUDA)), reverse=True)]
-    places += [str(folder / "bin" / "nvcc") for folder in wheel_folders()]
-    found = [Path(place) for place in places if place and Path(place).is_file()]
+    candidates += [*USUAL_NVCC, *sorted(map(str, cache_folder().glob(JITTORS_CUDA)), reverse=True)]
+    candidates += [str(folder / "bin" / "nvcc") for folder in wheel_folders()]
+    files = [Path(path) for path in candidates if path and Path(path).is_file()]
     # What else belongs to it lies beside the file itself, not beside a link to it.
-    return list(dict.fromkeys(path if path == SYSTEM_NVCC else path.resolve() for path in found))
+    return list(dict.fromkeys(path if path == SYSTEM_NVCC else path.resolve() for path in files))
 
 
 def wheel_folders() -> list[Path]:
@@ -151,8 +151,8 @@ def wheel_folders() -> list[Path]:
         spec = importlib.util.find_spec("nvidia")
     except (ImportError, ValueError):
         return []
-    places = (spec.submodule_search_locations or []) if spec else []
-    return [folder for place in places for part in WHEEL_PARTS for folder in sorted(Path(place).glob(part))]
+    roots = (spec.submodule_search_locations or []) if spec else []
+    return [folder for root in roots for part in WHEEL_PARTS for folder in sorted(Path(root).glob(part))]
 
 
 def _toolkit_of(nvcc: Path, advised: int, may_wrap: bool = True) -> Toolkit:
@@ -180,7 +180,7 @@ def _toolkit_of(nvcc: Path, advised: int, may_wrap: bool = True) -> Toolkit:
 
 def _wrapped_by(nvcc: Path) -> Path | None:
     """The compiler that this one runs: it says where it lies before it would do anything. None where that is itself."""
-    command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
+    command = [str(nvcc), "--dryrun", "-x", "cu", "/dev/null"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired):
@@ -198,15 +198,15 @@ def _completed(
     Raises:
         MossError: something is in none of them.
     """
-    places = [*folders, *(folder / "lib" for folder in wheel_folders()), SYSTEM_LIBRARIES]
+    searched = [*folders, *(folder / "lib" for folder in wheel_folders()), SYSTEM_LIBRARIES]
     libraries, missing = {}, []
     for name, numbers in LIBRARIES.items():
         file = f"lib{name}.so.{numbers[version[0]]}"
-        if (found := _first(places, file)) is None:
+        if (library := _first(searched, file)) is None:
             missing.append(f"lib{name}.so")
             continue
-        libraries[name] = found
-        includes = [*includes, found.parent.parent / "include"]
+        libraries[name] = library
+        includes = [*includes, library.parent.parent / "include"]
     missing += [header for header in HEADERS if _first(includes, header) is None]
     if missing:
         raise MossError(f"the CUDA toolkit of {nvcc} lacks {', '.join(missing)}: {INSTALL[advised]}.")
@@ -272,10 +272,10 @@ def nvcc_version(nvcc: Path, advised: int = 13) -> tuple[int, int]:
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         _no_version(nvcc, advised, error)
-    found = re.search(r"release (\d{1,3})\.(\d{1,3})", done.stdout)
-    if done.returncode or found is None:
+    match = re.search(r"release (\d{1,3})\.(\d{1,3})", done.stdout)
+    if done.returncode or match is None:
         _no_version(nvcc, advised, None)
-    return int(found.group(1)), int(found.group(2))
+    return int(match.group(1)), int(match.group(2))
 
 
 def _no_version(nvcc: Path, advised: int, cause: Exception | None) -> NoReturn:

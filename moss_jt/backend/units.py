@@ -169,8 +169,8 @@ def compile_units(utilities: Any, texts: Sequence[str], cache_path: Path, jittor
     with ProcessPoolExecutor(workers, fork, utilities.pool_initializer) as pool:
 
         def failures(texts: Sequence[str]) -> list[str]:
-            places = [(text, str(cache_path), str(jittor_path)) for text in texts]
-            return [text for text in pool.map(failure, places) if text is not None]
+            arguments = [(text, str(cache_path), str(jittor_path)) for text in texts]
+            return [text for text in pool.map(failure, arguments) if text is not None]
 
         alone = [member for text in failures([empty, *ordered]) for member in jobs.pop(text)]
         if failed := failures([member.text for member in alone]):

@@ -13,8 +13,8 @@ from typing import Any
 
 from moss_jt.chat.prompt import (
     MOSS,
-    Piece,
     PromptEncoder,
+    Segment,
     field,
     meta_instruction,
     neutral,
@@ -121,9 +121,9 @@ def _request(
 
 def _number(fields: dict[str, Any], name: str) -> Any:
     value = fields[name]
-    whole = name in ("top_k", "seed", "regulation_start", *LIMITS)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise MossError(f"{name} must be a {'whole ' if whole else ''}number.")
+    integral = name in ("top_k", "seed", "regulation_start", *LIMITS)
+    if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
+        raise MossError(f"{name} must be a {'whole ' if integral else ''}number.")
     return value
 
 
@@ -141,9 +141,9 @@ def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
         raise MossError("messages must be a list of objects with a role and a content.")
     turns = [_message(message) for message in messages]
     system = [
-        Piece(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
+        Segment(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
     ]
-    pieces = [Piece(meta_instruction()), *system]
+    segments = [Segment(meta_instruction()), *system]
     spoken = [(role, text) for role, text in turns if role in ("user", "assistant")]
     if not spoken or spoken[-1][0] != "user":
         raise MossError("the last message must be the user's.")
@@ -152,11 +152,11 @@ def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
         if role != expected:
             raise MossError(f"after {_other(role)} comes {expected}: the user and the assistant take turns.")
         if role == "user":
-            pieces += [*question(text), *no_plugins()]
+            segments += [*question(text), *no_plugins()]
         else:
-            pieces += field(MOSS, neutral(text))
+            segments += field(MOSS, neutral(text))
         expected = _other(role)
-    return PromptEncoder(tokenizer).encode([*pieces, *opening(MOSS)])
+    return PromptEncoder(tokenizer).encode([*segments, *opening(MOSS)])
 
 
 def _other(role: str) -> str:

@@ -9,10 +9,11 @@ from threading import Event as Flag
 from typing import Protocol
 
 from moss_jt.chat.context import ConversationContext
-from moss_jt.chat.events import Event
+from moss_jt.chat.events import Event, Notice
 from moss_jt.chat.field_reader import ChatSession
+from moss_jt.chat.finished_turn import FinishedTurn, finished_turn, turn_tokens
 from moss_jt.chat.language import Language, language_of, user_language
-from moss_jt.chat.prompt import PromptEncoder, instruction
+from moss_jt.chat.prompt import PromptEncoder, instruction, text_of
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats, least_tokens
 from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.generate import check_count
@@ -21,6 +22,9 @@ from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin, Source
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.store.tokenizer import Tokenizer
+
+# Finished turns that a chat remembers as text; its model has fewer before it.
+MOST_TURNS = 1000
 
 
 class ChatModel(Protocol):
@@ -34,6 +38,22 @@ class ChatModel(Protocol):
     def watch(self, watcher: Watcher | None) -> None: ...
 
 
+class Keeper(Protocol):
+    """moss_jt.chat.keeping.Keeping."""
+
+    def keep(self, chat: "Chat") -> None:
+        """Have what is kept be as the conversation is.
+
+        Raises:
+            MossError: that is not possible.
+        """
+        ...
+
+    def forget(self) -> None:
+        """The conversation is forgotten, and another begins."""
+        ...
+
+
 class Chat:
     """A conversation.
 
@@ -41,6 +61,7 @@ class Chat:
     params          how tokens are chosen; may be changed between answers, as may max_new_tokens
     system          the user's own meta instruction; None is MOSS's
     message         what the user wrote last; None before the first message
+    keeper          keeps the conversation where it outlives the program: called after each turn that has ended, with the chat
     language        of the conversation: what the user wrote last, at first the locale's
     """
 
@@ -63,7 +84,7 @@ class Chat:
             moss: a loaded model.
             plugins: names (moss_jt.plugins.registry.plugin_names) or plugin objects.
             settings: where plugins find what they need.
-            system: a meta instruction of your own, in the place of what MOSS was trained to be told about itself.
+            system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
 
@@ -78,6 +99,7 @@ class Chat:
         self.plugins = make_plugins(plugins, settings)
         self.system = system
         self.message: str | None = None
+        self.keeper: Keeper | None = None
         self.language: Language = user_language()
         self._moss = moss
         self._encoder = PromptEncoder(moss.tokenizer)
@@ -85,6 +107,8 @@ class Chat:
         self._context = ConversationContext(session, self._instruction(self.plugins, system, session))
         self._cancelled = Flag()
         self._turn: Turn | None = None
+        self._last: object = None  # the turn of the last message
+        self._history: dict[object, FinishedTurn] = {}
         self._running: Generator[Event] | None = None
         self._asked = 0  # how many messages: each answer has random numbers of its own
 
@@ -94,8 +118,29 @@ class Chat:
         return self._context.turns
 
     @property
+    def history(self) -> list[FinishedTurn]:
+        """All finished turns, those that the model has no longer before it among them, up to the newest MOST_TURNS."""
+        self._note()
+        return [*self._history.values()]
+
+    def _note(self) -> None:
+        """Remember the turns that were finished since as text."""
+        finished = self._context.finished()
+        for turn in [turn for turn in finished if turn not in self._history]:
+            while len(self._history) >= MOST_TURNS:
+                del self._history[next(iter(self._history))]
+            sources = turn.sources if isinstance(turn, Turn) else {}
+            dropped = max(0, len(self._history) + 1 - len(finished))
+            self._history[turn] = finished_turn(self._encoder, finished[turn], sources, self._asked, dropped)
+
+    @property
+    def meta_instruction(self) -> str:
+        """What the conversation begins with."""
+        return text_of(instruction(self.plugins, self.system))
+
+    @property
     def token_ids(self) -> list[int]:
-        """The whole conversation as the model has it: the meta instruction and the turns."""
+        """The conversation as the model has it: the meta instruction and the turns."""
         return self._context.session.token_ids
 
     @property
@@ -110,7 +155,9 @@ class Chat:
     @property
     def sources(self) -> dict[int, Source]:
         """Citation number -> source, of the last turn."""
-        return self._turn.sources if self._turn is not None else {}
+        if self._turn is not None:
+            return self._turn.sources
+        return dict(self._history[self._last].sources) if self._last in self._history else {}
 
     @property
     def stats(self) -> TurnStats:
@@ -145,8 +192,25 @@ class Chat:
             self.max_new_tokens,
             self._cancelled.is_set,
         )
-        self._running = self._turn.events(text)
+        self._last = self._turn
+        self._running = self._kept(self._turn.events(text))
         return self._running
+
+    def _kept(self, events: Generator[Event]) -> Generator[Event]:
+        """The turn's events, and what it leaves is kept however it ends."""
+        failure = ""
+        try:
+            yield from events
+        finally:
+            events.close()
+            self._note()
+            if self.keeper is not None:
+                try:
+                    self.keeper.keep(self)
+                except MossError as error:
+                    failure = str(error)
+        if failure:
+            yield Notice("not_kept", {"reason": failure})
 
     def retry(self) -> Generator[Event]:
         """Forget the last answer, and have another one to the same message. Greedy answers stay the same.
@@ -157,9 +221,28 @@ class Chat:
         if self.message is None:
             raise MossError("nothing was said yet that could be answered again.")
         self._stop_running()
-        if self._turn is not None and self._context.has(self._turn):
+        if self._context.has(self._last):
+            self._history.pop(self._last, None)
             self._context.forget_last()
         return self.send(self.message)
+
+    def resume(self, turns: Sequence[FinishedTurn]) -> int:
+        """Go on with a conversation of these turns, under the instruction and with the plugins that are on now.
+
+        Returns:
+            how many of the oldest turns the model does not have before it: the context has no room for them.
+        """
+        self._stop_running()
+        history: dict[object, FinishedTurn] = {object(): turn for turn in turns[-MOST_TURNS:]}
+        dropped = min(turns[-1].dropped, len(history) - 1) if turns else 0
+        present = [*history.items()][dropped:]
+        dropped += self._context.restore({key: turn_tokens(self._encoder, turn) for key, turn in present})
+        self._history, self._turn, self._last = history, None, next(reversed(history), None)
+        self._asked = turns[-1].asked if turns else 0
+        self.message = turns[-1].message if turns else None
+        if self.message is not None:
+            self.language = language_of(self.message, self.language)
+        return dropped
 
     def cancel(self) -> None:
         """End the answer that is being written, after its next token; for other threads and signal handlers."""
@@ -170,7 +253,9 @@ class Chat:
         self._stop_running()
         session = self._context.session
         self._context = ConversationContext(session, self._instruction(self.plugins, self.system, session))
-        self._turn, self._asked, self.message = None, 0, None
+        self._turn, self._last, self._history, self._asked, self.message = None, None, {}, 0, None
+        if self.keeper is not None:
+            self.keeper.forget()
 
     def switch(self, plugins: Iterable[str | Plugin]) -> int:
         """Have these plugins switched on and no others. The conversation stays, and is read anew with the next message.
@@ -187,6 +272,10 @@ class Chat:
     def instruct(self, system: str | None) -> int:
         """Have another meta instruction, None for MOSS's own; otherwise as :meth:`switch`."""
         return self._change(self.plugins, system)
+
+    def begin_with(self, plugins: Iterable[str | Plugin], system: str | None) -> int:
+        """Both at once."""
+        return self._change(make_plugins(plugins, self.settings), system)
 
     def _change(self, plugins: list[Plugin], system: str | None) -> int:
         token_ids = self._instruction(plugins, system, self._context.session)

@@ -1,10 +1,10 @@
-"""A conversation as one text of tokens: the meta instruction, then whole turns. The oldest turns go when room is needed.
+"""A conversation as one text of tokens: the meta instruction, then complete turns. The oldest turns go when room is needed.
 
 The model's cache follows the session, so what is appended is read once; only dropping turns, or another instruction, makes
 the model read what comes after it anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moss_jt.chat.field_reader import ChatSession
@@ -20,7 +20,7 @@ class Rewriting(NamedTuple):
 
 
 class ConversationContext:
-    """See the module. Ctrl-C may come at any place in it: what it leaves half done is done by the next that looks.
+    """See the module. Ctrl-C may come at any moment in it: what it leaves half done is done by the next that looks.
 
     turns  how many finished turns it holds
     """
@@ -72,6 +72,28 @@ class ConversationContext:
     def has(self, turn: object) -> bool:
         """Whether it was finished, and not dropped since."""
         return turn in self._turns
+
+    def finished(self) -> dict[object, list[int]]:
+        """The tokens of each finished turn, oldest first."""
+        token_ids, start, tokens = self.session.token_ids, self._instruction, {}
+        for turn, length in self._turns.items():
+            tokens[turn] = token_ids[start : start + length]
+            start += length
+        return tokens
+
+    def restore(self, turns: Mapping[object, Sequence[int]]) -> int:
+        """Have these turns in the place of all, as many of the newest as there is room for; returns how many have none."""
+        kept: dict[object, list[int]] = {}
+        room = self.most_room
+        for turn, token_ids in reversed([*turns.items()]):
+            if len(token_ids) > room:
+                break
+            room -= len(token_ids)
+            kept = {turn: [*token_ids], **kept}
+        rest = [token for token_ids in kept.values() for token in token_ids]
+        lengths = {turn: len(token_ids) for turn, token_ids in kept.items()}
+        self._rewrite(Rewriting(self._instruction, rest, self._instruction, lengths))
+        return len(turns) - len(kept)
 
     def forget_last(self) -> None:
         """Forget the newest finished turn, and what was appended since."""

@@ -66,12 +66,13 @@ class Notice:
             empty         there is no answer
             results_cut   the results are longer than the context; only their first part is read
             commands_cut  of ``commands`` commands only the first ``limit`` were run
-    values  the numbers in it, by these names
+            not_kept      the conversation could not be kept on the disk, for this ``reason``
+    values  what is in it, by these names
     """
 
     kind: ClassVar[str] = "notice"
     code: str
-    values: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, int | str] = field(default_factory=dict)
 
 
 Event = Thought | Command | Result | Text | Notice

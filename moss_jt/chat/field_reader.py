@@ -43,7 +43,7 @@ class ChatSession(Protocol):
     ) -> Iterator[int]: ...
 
 
-class Place(Protocol):
+class Conversation(Protocol):
     """moss_jt.chat.context.ConversationContext: old turns may be dropped from before the turn that a field stands in."""
 
     @property
@@ -65,7 +65,7 @@ class FieldReader:
 
     def __init__(
         self,
-        place: Place,
+        conversation: Conversation,
         encoder: PromptEncoder,
         role: str,
         cancelled: Callable[[], bool],
@@ -73,19 +73,19 @@ class FieldReader:
         self.text = ""
         self.ending: Ending = "length"
         self.later_tokens, self.later_s = 0, 0.0
-        self._place = place
-        self._session = place.session
+        self._conversation = conversation
+        self._session = conversation.session
         self._tokenizer = encoder.tokenizer
         self._end = encoder.ends[role]
         self._special = encoder.special
         self._cancelled = cancelled
-        self._offset = place.session.position - place.turn_start
+        self._offset = conversation.session.position - conversation.turn_start
         self._decoder, self._stops = IncrementalDecoder(self._tokenizer), StopStrings(MARKERS)
         self._begun = False
 
     @property
     def _start(self) -> int:
-        return self._place.turn_start + self._offset
+        return self._conversation.turn_start + self._offset
 
     def read(self, params: SamplingParams, most: int) -> Iterator[str]:
         """The text as it comes, of at most so many more tokens. After "length" it may be called again: it goes on."""
@@ -99,7 +99,7 @@ class FieldReader:
                 self.ending = "end" if token == self._end else "other"
                 return
             yield from self._take(self._stops.push(self._decoder.push(token)))
-            if self._stops.found:
+            if self._stops.stopped:
                 self.ending = "marker"
                 return
             if self._cancelled():
@@ -114,7 +114,7 @@ class FieldReader:
         """
         if self.ending in ("end", "other"):
             yield from self._take(self._stops.push(self._decoder.finish()))
-        if not self._stops.found:
+        if not self._stops.stopped:
             yield from self._take(self._stops.finish())
 
     def _take(self, piece: str) -> Iterator[str]:

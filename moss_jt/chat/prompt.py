@@ -54,15 +54,15 @@ class Switch(Protocol):
     argument: str
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """A part of a prompt. ``foreign`` text is encoded so that nothing in it can become a special token."""
 
     text: str
     foreign: bool = False
 
 
-def text_of(pieces: Iterable[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
+def text_of(segments: Iterable[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
 
 
 def meta_instruction(plugins: Sequence[Switch] = ()) -> str:
@@ -70,11 +70,11 @@ def meta_instruction(plugins: Sequence[Switch] = ()) -> str:
     return META + switches(plugins)
 
 
-def instruction(plugins: Sequence[Switch] = (), system: str | None = None) -> list[Piece]:
-    """The meta instruction, with a user's own text in the place of who MOSS is."""
+def instruction(plugins: Sequence[Switch] = (), system: str | None = None) -> list[Segment]:
+    """The meta instruction, with a user's own text instead of who MOSS is."""
     if system is None:
-        return [Piece(meta_instruction(plugins))]
-    return [Piece(f"{neutral(system).strip()}\n", foreign=True), Piece(TOOLS + switches(plugins))]
+        return [Segment(meta_instruction(plugins))]
+    return [Segment(f"{neutral(system).strip()}\n", foreign=True), Segment(TOOLS + switches(plugins))]
 
 
 def switches(plugins: Sequence[Switch]) -> str:
@@ -87,39 +87,39 @@ def switches(plugins: Sequence[Switch]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def opening(role: str) -> list[Piece]:
+def opening(role: str) -> list[Segment]:
     """Where the model, or somebody else, begins to write: ``<|MOSS|>:``."""
-    return [Piece(f"<|{role}|>:")]
+    return [Segment(f"<|{role}|>:")]
 
 
-def closing(role: str) -> list[Piece]:
-    return [Piece(f"{END_OF[role]}\n")]
+def closing(role: str) -> list[Segment]:
+    return [Segment(f"{END_OF[role]}\n")]
 
 
-def field(role: str, text: str) -> list[Piece]:
+def field(role: str, text: str) -> list[Segment]:
     """``<|Human|>: TEXT<eoh>`` and a newline, and so for each role but Results."""
     # The space belongs to the text's first token.
-    return [*opening(role), Piece(f" {text}", foreign=True), *closing(role)]
+    return [*opening(role), Segment(f" {text}", foreign=True), *closing(role)]
 
 
-def question(text: str) -> list[Piece]:
+def question(text: str) -> list[Segment]:
     """The Human field of what a user typed."""
     return field(HUMAN, neutral(text))
 
 
-def results(body: str) -> list[Piece]:
+def results(body: str) -> list[Segment]:
     """The Results field of a turn with plugins; ``None`` where no command was given."""
-    return [*opening(RESULTS), Piece(f"\n{body}\n", foreign=True), *closing(RESULTS)]
+    return [*opening(RESULTS), Segment(f"\n{body}\n", foreign=True), *closing(RESULTS)]
 
 
-def picture_results(body: str) -> list[Piece]:
+def picture_results(body: str) -> list[Segment]:
     """The Results field after a picture was drawn: on one line, as trained."""
     return field(RESULTS, body)
 
 
-def no_plugins() -> list[Piece]:
+def no_plugins() -> list[Segment]:
     """The three middle fields of a turn without plugins."""
-    return [piece for role in (THOUGHTS, COMMANDS, RESULTS) for piece in field(role, NONE)]
+    return [segment for role in (THOUGHTS, COMMANDS, RESULTS) for segment in field(role, NONE)]
 
 
 def neutral(text: str) -> str:
@@ -132,7 +132,7 @@ def neutral(text: str) -> str:
 
 
 class PromptEncoder:
-    """Token ids of pieces. Encoding field by field gives the same ids as encoding the whole text at once.
+    """Token ids of segments. Encoding field by field gives the same ids as encoding all of the text at once.
 
     tokenizer  the model's
     ends       role -> id of its end token
@@ -153,8 +153,8 @@ class PromptEncoder:
         end_of_text = tokenizer.id("<|endoftext|>")
         self.special = frozenset(self.ends.values()) | ({end_of_text} if end_of_text is not None else set())
 
-    def encode(self, pieces: Iterable[Piece]) -> list[int]:
+    def encode(self, segments: Iterable[Segment]) -> list[int]:
         token_ids: list[int] = []
-        for text, foreign in pieces:
+        for text, foreign in segments:
             token_ids += self.tokenizer.encode_plain(text) if foreign else self.tokenizer.encode(text)
         return token_ids

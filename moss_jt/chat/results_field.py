@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moss_jt.chat.events import Result
-from moss_jt.chat.prompt import NONE, Piece, PromptEncoder, neutral, picture_results, results
+from moss_jt.chat.prompt import NONE, PromptEncoder, Segment, neutral, picture_results, results
 from moss_jt.plugins.run import CallResult
 
 
@@ -23,11 +23,11 @@ def shown_result(result: CallResult) -> Result:
     )
 
 
-def results_field(found: Sequence[CallResult]) -> list[Piece]:
-    """The Results field of what was found, as trained: pictures alone are told on one line."""
-    if found and all(result.picture is not None for result in found):
-        return picture_results(neutral(found[0].text))
-    return results("\n".join(neutral_result(result) for result in found) or NONE)
+def results_field(outcomes: Sequence[CallResult]) -> list[Segment]:
+    """The Results field of these, as trained: pictures alone are told on one line."""
+    if outcomes and all(result.picture is not None for result in outcomes):
+        return picture_results(neutral(outcomes[0].text))
+    return results("\n".join(neutral_result(result) for result in outcomes) or NONE)
 
 
 def neutral_result(result: CallResult) -> str:
@@ -41,9 +41,9 @@ def neutral_result(result: CallResult) -> str:
     return "\n".join([neutral("\n".join(lines[:first_item])), *items])
 
 
-def shortened(found: Sequence[CallResult], encoder: PromptEncoder, most: int) -> list[Piece]:
+def shortened(outcomes: Sequence[CallResult], encoder: PromptEncoder, most: int) -> list[Segment]:
     """The Results field with as many of its lines as fit into ``most`` tokens."""
-    lines = "\n".join(neutral_result(result) for result in found).split("\n")
+    lines = "\n".join(neutral_result(result) for result in outcomes).split("\n")
     while lines and len(encoder.encode(results("\n".join(lines)))) > most:
         lines.pop()
     return results("\n".join(lines) or NONE)

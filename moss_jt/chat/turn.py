@@ -17,8 +17,8 @@ from moss_jt.chat.prompt import (
     MOSS,
     NONE,
     THOUGHTS,
-    Piece,
     PromptEncoder,
+    Segment,
     no_plugins,
     opening,
     question,
@@ -117,7 +117,7 @@ class Turn:
         self._fixed = fixed_tokens(encoder)
 
     def events(self, text: str) -> Generator[Event]:
-        """The whole turn. However it ends, the context then holds it whole, or not at all.
+        """The turn, from the question on. However it ends, the context then holds all of it, or nothing.
 
         Raises:
             TooLongError: the text is longer than the context.
@@ -145,7 +145,7 @@ class Turn:
         self._append(opening(THOUGHTS))
         reader = self._field(THOUGHTS)
         shown = ""
-        for piece in self._whole(reader, MAX_THOUGHT_TOKENS):
+        for piece in self._all(reader, MAX_THOUGHT_TOKENS):
             shown += piece
             if not NONE.startswith(shown):  # a thought that says None is none
                 yield Thought(shown)
@@ -157,7 +157,7 @@ class Turn:
         self._append(opening(COMMANDS))
         reader = self._field(COMMANDS)
         announced = 0
-        for _ in self._whole(reader, MAX_COMMAND_TOKENS):
+        for _ in self._all(reader, MAX_COMMAND_TOKENS):
             for call in parse_commands(reader.text)[announced:MAX_CALLS]:
                 announced += 1
                 yield Command(call.text)
@@ -219,7 +219,7 @@ class Turn:
             yield Text(text)
 
     def _cite(self, numbers: Iterable[int]) -> None:
-        """MOSS also cites results that have no number, by their place."""
+        """MOSS also cites results that have no number, by counting them."""
         for number in numbers:
             if number not in self.sources and 0 < number <= len(self._results):
                 result = shown_result(self._results[number - 1])
@@ -240,8 +240,8 @@ class Turn:
         if gone:
             yield Notice("dropped", {"turns": gone})
 
-    def _append(self, pieces: Iterable[Piece]) -> None:
-        self._append_ids(self._encoder.encode(pieces))
+    def _append(self, segments: Iterable[Segment]) -> None:
+        self._append_ids(self._encoder.encode(segments))
 
     def _append_ids(self, token_ids: Sequence[int]) -> None:
         self._context.append(token_ids)
@@ -263,7 +263,7 @@ class Turn:
         if reader.ending == "cancelled":
             raise CancelledError
 
-    def _whole(self, reader: FieldReader, most: int) -> Iterator[str]:
+    def _all(self, reader: FieldReader, most: int) -> Iterator[str]:
         """All text of a field of the first phase."""
         yield from self._pieces(reader, most, self._fixed + LEAST_ANSWER_TOKENS)
         yield from reader.rest()
@@ -273,13 +273,13 @@ class Turn:
         if not reader.text.strip():
             reader.replace(f" {NONE}")
         reader.close()
-        self._append([Piece("\n")])
+        self._append([Segment("\n")])
 
     def _finish(self) -> None:
-        """The turn is whole: end its answer."""
+        """The turn is complete: end its answer."""
         if self._answer is not None:
             self._answer.close()
-        self._append([Piece("\n")])
+        self._append([Segment("\n")])
         self._context.finish_turn(self)
 
     def _settle(self) -> None:

@@ -139,22 +139,22 @@ class AnswerView(TurnView):
 
 def summary(chat: Chat, events: Iterable[Event], seconds: float) -> dict[str, Any]:
     """What --json prints."""
-    found: dict[str, Any] = {"answer": "", "thoughts": "", "commands": [], "results": [], "notices": []}
+    told: dict[str, Any] = {"answer": "", "thoughts": "", "commands": [], "results": [], "notices": []}
     for event in events:
         if isinstance(event, Text):
-            found["answer"] += event.text
+            told["answer"] += event.text
         elif isinstance(event, Thought):
-            found["thoughts"] += event.text
+            told["thoughts"] += event.text
         elif isinstance(event, Command):
-            found["commands"].append(event.text)
+            told["commands"].append(event.text)
         elif isinstance(event, Result):
-            found["results"].append(result_fields(event))
+            told["results"].append(result_fields(event))
         elif isinstance(event, Notice):
-            found["notices"].append({"code": event.code, **event.values})
-    found["sources"] = {str(number): source_fields(source) for number, source in sorted(chat.sources.items())}
+            told["notices"].append({"code": event.code, **event.values})
+    told["sources"] = {str(number): source_fields(source) for number, source in sorted(chat.sources.items())}
     stats = chat.stats
     return {
-        **found,
+        **told,
         "read_tokens": stats.read_tokens,
         "new_tokens": stats.new_tokens,
         "seconds": round(seconds, 3),

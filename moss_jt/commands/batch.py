@@ -110,7 +110,7 @@ def _survey(prompts: Path, tokenizer: Tokenizer, defaults: Defaults) -> tuple[in
         try:
             request = parse_line(line, tokenizer, defaults)
         except MossError:
-            continue  # it is told in its place among the answers
+            continue  # it is told in its turn among the answers
         longest = max(longest, len(request.token_ids) + max(0, request.max_new_tokens))
     return total, longest
 
@@ -170,5 +170,5 @@ def _finished(name: str, answer: "tuple[int, str, Request, Generation] | str") -
     number, line, request, generation = answer
     generation.finish()
     stats = generation.stats
-    found = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
-    return answer_line(number, name, line, request, found)
+    done = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
+    return answer_line(number, name, line, request, done)

@@ -19,9 +19,21 @@ from moss_jt.convert.hub import open_hub
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.store.locations import TINY, folder_for, model_home, published, remember_last, tiny_checkpoint
-from moss_jt.store.model_folder import MANIFEST
+from moss_jt.store.manifest import MANIFEST, read_manifest
 from moss_jt.terminal.output import harmless
 from moss_jt.terminal.screen import Screen
+
+
+def bits_of(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """``16,4`` as bits, most first.
+
+    Raises:
+        BadParameter: they are none.
+    """
+    bits = [] if text is None else [part.strip() for part in text.split(",")]
+    if not set(bits) <= {"4", "8", "16"} or len(set(bits)) < len(bits):
+        raise click.BadParameter(f"{text!r} is none of 4, 8, 16, or several of them as 16,4.")
+    return tuple(sorted(bits, key=int, reverse=True))
 
 
 @click.command()
@@ -38,8 +50,10 @@ from moss_jt.terminal.screen import Screen
 )
 @click.option(
     "--bits",
-    type=click.Choice(["4", "8", "16"]),
-    help="Quantize float16 weights to int4 or int8. [default: as SOURCE has them]",
+    callback=bits_of,
+    metavar="4|8|16|16,4",
+    help="Quantize float16 weights to int4 or int8; with 16,4 both are made, from one reading of SOURCE: the int4 model then "
+    "drafts for the float16 one. [default: as SOURCE has them]",
 )
 @click.option(
     "--method",
@@ -75,23 +89,55 @@ def command(source: str, out: Path | None, keep_download: bool, **quantization: 
     moss-jt convert fnlp/moss-moon-003-sft-plugin-int4
     moss-jt convert ./my-checkpoint --out ./my-model
     moss-jt convert ./my-model --bits 4                quantizes a float16 model folder, too
+    moss-jt convert fnlp/moss-moon-003-sft --bits 16,4 the model itself, and a copy that makes it quicker
     """
     options = QuantOptions(**quantization)
-    out = out or options.folder(folder_for(source))
+    if len(options.bits) > 1:
+        first = convert_several(source, out, keep_download, options)
+    else:
+        first = out or options.folder(folder_for(source))
+        convert_one(source, first, keep_download, options)
+    remember_last(first)
+    Screen().line(f"Talk to it with: moss-jt chat {first.name if first == folder_for(first.name) else first}")
+
+
+def convert_several(source: str, out: Path | None, keep_download: bool, options: QuantOptions) -> Path:
+    """The model in each of the bits, the first of which is read from SOURCE, and the others from that; returns its folder.
+
+    Raises:
+        MossError: the first is not the float16 model.
+    """
+    dense, *quantized = options.each()
+    if dense.quantizes:
+        raise MossError(
+            f"--bits {','.join(options.bits)} needs the float16 model, too: --bits 16,{options.bits[-1]}."
+        )
+    folder = float16_folder(source) if Path(source).is_dir() else None
+    if folder is None:
+        folder = out or folder_for(source)
+        convert_one(source, folder, keep_download, dense)
+    elif out is not None:
+        raise MossError(
+            f"{source} is the float16 model already. Leave out --out, or give --bits {options.bits[-1]} alone."
+        )
+    for one in quantized:
+        convert_one(str(folder), one.folder(folder.resolve()), keep_download, one)
+    return folder
+
+
+def convert_one(source: str, out: Path, keep_download: bool, options: QuantOptions) -> None:
+    """One model folder, and a line that says so."""
     folder = float16_folder(source) if options.quantizes else None
     with terminated_as_interrupted(), resumable(out):
         if folder is not None:
             fresh = run_conversion(*folder_recipe(folder), options, out)
         else:
             fresh = convert_source(open_source(source, keep_download, out), options, out)
-    remember_last(out)
-    screen = Screen()
-    screen.line(
+    Screen().line(
         f"{out} is ready ({size_text(folder_bytes(out))})."
         if fresh
         else f"{out} was converted already; nothing to do."
     )
-    screen.line(f"Talk to it with: moss-jt chat {out.name if out == folder_for(out.name) else out}")
 
 
 def float16_folder(source: str) -> Path | None:
@@ -122,14 +168,19 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
 
 def convert_source(checkpoint: Checkpoint, options: QuantOptions, out: Path) -> bool:
     """Convert, and clear away what was downloaded for it; False where ``out`` is finished already."""
-    # That is asked first: a checkpoint of one file must be there, whole, to plan its conversion.
-    done = options.bits is None and finished(out, checkpoint, checkpoint.identity)
+    # That is asked first: a checkpoint of one file must be there completely, to plan its conversion.
+    done = not options.quantizes and has_bits(out, options) and finished(out, checkpoint, checkpoint.identity)
     fresh = not done and run_conversion(checkpoint, recipe_for(checkpoint), options, out)
     if checkpoint.download is not None:
         checkpoint.download.remove()
         if checkpoint.download.keep:
             Screen(sys.stderr).line(f"The download stays in {checkpoint.download.folder}.")
     return fresh
+
+
+def has_bits(out: Path, options: QuantOptions) -> bool:
+    """Whether a finished folder, where there is one, has the bits that are wanted."""
+    return not options.bits or not (out / MANIFEST).exists() or str(read_manifest(out).bits) in options.bits
 
 
 def run_conversion(
@@ -144,7 +195,7 @@ def run_conversion(
 
 
 def finished(out: Path, source: Checkpoint | ModelFolder, identity: dict[str, Any]) -> bool:
-    """Whether ``out`` was made from this source and is whole, which takes reading all of it; a bar shows how far it is."""
+    """Whether ``out`` was made from this source and is complete, which takes reading all of it; a bar shows how far it is."""
     if not (out / MANIFEST).exists():
         return False
     n_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))

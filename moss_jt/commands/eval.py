@@ -82,7 +82,7 @@ def command(
 
 
 def _window(stores: list[Store], names: list[str], context: int | None) -> int:
-    """Tokens of a window that all models have room for."""
+    """Tokens of a window that fit into all models' contexts."""
     for name, store in zip(names, stores, strict=True):
         if context is not None and not 2 <= context <= store.config.n_positions:
             raise MossError(
@@ -94,12 +94,12 @@ def _window(stores: list[Store], names: list[str], context: int | None) -> int:
 def _token_ids(stores: list[Store], names: list[str], file: Path, max_tokens: int | None) -> list[int]:
     """The text's tokens, which must be the same for all models."""
     text = _read(file, max_tokens)
-    found = [Tokenizer.from_file(store.tokenizer_path).encode(text)[:max_tokens] for store in stores]
-    if found[0] != found[-1]:
+    texts = [Tokenizer.from_file(store.tokenizer_path).encode(text)[:max_tokens] for store in stores]
+    if texts[0] != texts[-1]:
         raise MossError(
             f"{names[0]} and {names[-1]} have different tokenizers: their predictions cannot be compared."
         )
-    return found[0]
+    return texts[0]
 
 
 def _read(file: Path, max_tokens: int | None) -> str:
@@ -127,15 +127,15 @@ def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Mos
     rows = rows_at_once(vocabulary, len(stores), budget)
     budget -= workspace_bytes(vocabulary, len(stores), rows)
     for store, share in zip(stores, _shares(stores, context, budget), strict=True):
-        room = share // 20 // sizes_of_store(store).cache_bytes(context)
-        parallel = max(1, min(rows // context, room))
+        windows = share // 20 // sizes_of_store(store).cache_bytes(context)
+        parallel = max(1, min(rows // context, windows))
         moss = Moss.load(store.path, memory=share, context=context, draft="off", parallel=parallel)
         moss.model.score_rows = rows
         yield moss
 
 
 def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
-    """What the whole process may hold once each of the models is there.
+    """What the process may hold once each of the models is there.
 
     The first of two gets half of what there is for models, or what it needs at least; the other one the rest.
 

@@ -77,7 +77,7 @@ def command(
 def unescaped(text: str) -> str:
     """A stop string as it was meant: shells pass a typed backslash and n on as these two characters."""
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
+    return re.sub(r"\\([ntr\\])", lambda escape: meant[escape[1]], text)
 
 
 def prompt_text(prompt: str | None) -> str:

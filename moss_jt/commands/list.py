@@ -1,10 +1,10 @@
 """moss-jt list."""
 
-import time
 from pathlib import Path
 
 import click
 
+from moss_jt.chat.saved import Conversations, Summary
 from moss_jt.commands.progress import size_text
 from moss_jt.convert.disk import folder_bytes
 from moss_jt.errors import MossError
@@ -13,8 +13,10 @@ from moss_jt.store.files import read_json
 from moss_jt.store.locations import last_model, last_uses, models_folder
 from moss_jt.store.manifest import MANIFEST
 from moss_jt.store.model_folder import open_store
-from moss_jt.terminal.screen import Screen, shortened
+from moss_jt.terminal.saved_chats import when
+from moss_jt.terminal.screen import Screen, columns_of, shortened
 
+CHAT_HEADS = ("CONVERSATION", "TURNS", "MODEL", "LAST MESSAGE", "USED")
 HEADS = ("NAME", "SIZE", "WEIGHTS", "FROM", "USED")
 MOST_COLUMNS, MOST_NAME_COLUMNS = (
     48,
@@ -24,9 +26,11 @@ MOST_COLUMNS, MOST_NAME_COLUMNS = (
 
 @click.command()
 def command() -> None:
-    """Show the models that are here: size, weights, what they were converted from, and when they were used last.
+    """Show the models that are here: size, weights, what they were converted from, and when they were used last; and the
+    conversations that are kept.
 
-    The one with * is what commands take when none is named. moss-jt rm NAME removes one.
+    The model with * is what commands take when none is named, the conversation with * what moss-jt chat --resume goes on with.
+    moss-jt rm NAME removes either.
     """
     screen = Screen()
     folders = sorted(path for path in models_folder().glob("*") if path.is_dir())
@@ -37,11 +41,26 @@ def command() -> None:
             "There are no models yet. moss-jt chat moss-tiny works at once; moss-jt plan says which of MOSS's suits this "
             "machine, and moss-jt convert gets it."
         )
-        return
-    widths = [max(len(cells[column]) for cells in (HEADS, *rows)) for column in range(len(HEADS))]
-    for cells in (HEADS, *rows):
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    else:
+        show_table(screen, HEADS, rows)
+    chats = [chat_row(number, one) for number, one in enumerate(Conversations().list())]
+    if chats:
+        screen.line()
+        show_table(screen, CHAT_HEADS, chats)
+
+
+def show_table(screen: Screen, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(columns_of(cells[column]) for cells in (heads, *rows)) for column in range(len(heads))]
+    for cells in (heads, *rows):
+        padded = [cell + " " * (width - columns_of(cell)) for cell, width in zip(cells, widths, strict=True)]
         screen.line("  ".join(padded).rstrip())
+
+
+def chat_row(number: int, one: Summary) -> tuple[str, ...]:
+    """What is shown of a conversation; the first one was used last."""
+    name = shortened(one.name, MOST_NAME_COLUMNS) + ("" if number else " *")
+    model = shortened(Path(one.model).name, MOST_COLUMNS)
+    return name, str(one.turns), model, shortened(one.last, MOST_COLUMNS), when(one.used)
 
 
 def row(folder: Path) -> tuple[str, ...]:
@@ -50,9 +69,9 @@ def row(folder: Path) -> tuple[str, ...]:
     named = folder.name if folder.parent == models_folder() else str(folder)
     name = shortened(named, MOST_NAME_COLUMNS) + default
     used = last_uses().get(str(folder.resolve()))
-    when = "never" if used is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(used))
+    last = "never" if used is None else when(used)
     weights, origin = state(folder)
-    return name, size_text(folder_bytes(folder)), weights, shortened(origin, MOST_COLUMNS), when
+    return name, size_text(folder_bytes(folder)), weights, shortened(origin, MOST_COLUMNS), last
 
 
 def state(folder: Path) -> tuple[str, str]:

@@ -117,8 +117,8 @@ sampling_options = _all_of(
 
 def sampling_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The sampling options among a command's, as parameters of Moss.generate and Moss.chat."""
-    found = {name: options[name] for name in SAMPLING}
-    return {**found, "temperature": 0.0} if options["greedy"] else found
+    sampling = {name: options[name] for name in SAMPLING}
+    return {**sampling, "temperature": 0.0} if options["greedy"] else sampling
 
 
 @contextlib.contextmanager
@@ -126,10 +126,10 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     """The model, loaded as the loading options among a command's say, and closed in the end."""
     from moss_jt.moss import Moss
 
-    found = {name: options[name] for name in LOADING if name in options}
+    loading = {name: options[name] for name in LOADING if name in options}
     device = device_of(options)
     folder = model_folder(model)
-    with Moss.load(folder, device=device, **found) as moss:
+    with Moss.load(folder, device=device, **loading) as moss:
         with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
             remember_last(folder)
         yield moss

@@ -95,13 +95,13 @@ def command(
         screen.line(overview(amounts, context, speeds))
         return
     sizes, store = sizes_of(model, None if bits is None else int(bits))
-    placed = place(sizes, *amounts, context)
+    chosen = plan_for(sizes, *amounts, context)
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
     as_it_is = memory is None and (gpu_memory is None or gpu)
-    screen.line(verdict(speeds.seconds(placed), as_it_is, quicker))
-    screen.line("\n" + report(model, placed, speeds))
+    screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
+    screen.line("\n" + report(model, chosen, speeds))
 
 
 Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory
@@ -113,7 +113,7 @@ def overview(amounts: Amounts, context: int | None, speeds: Speeds) -> str:
     for bits, name in BITS_NAMES.items():
         sizes = sizes_of_geometry(MOSS_MOON_003, bits)
         try:
-            text = verdict(speeds.seconds(place(sizes, *amounts, context)), False, ())
+            text = verdict(speeds.seconds(plan_for(sizes, *amounts, context)), False, ())
         except MossError as error:
             text = f"does not run: {str(error).partition(':')[0]}."
         lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
@@ -149,14 +149,14 @@ def sizes_of(model: str, bits: int | None) -> tuple[ModelSizes, Store | None]:
 
 def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict[int, ResidencyPlan | None]:
     """The same model in fewer bits; None where it does not fit even so."""
-    found: dict[int, ResidencyPlan | None] = {}
+    plans: dict[int, ResidencyPlan | None] = {}
     for bits in (8, 4):
         if bits < sizes.bits:
             try:
-                found[bits] = place(sizes_of_geometry(sizes.config, bits), *amounts, context)
+                plans[bits] = plan_for(sizes_of_geometry(sizes.config, bits), *amounts, context)
             except MossError:
-                found[bits] = None
-    return found
+                plans[bits] = None
+    return plans
 
 
 def this_cards_memory(gpu_memory: str | None, number: int) -> str:
@@ -180,7 +180,7 @@ def on_this_machine(memory: str | None, gpu_memory: str | None, host_memory: str
     return given is None or parse_memory(given, total) <= total
 
 
-def place(
+def plan_for(
     sizes: ModelSizes,
     memory: str | None,
     gpu_memory: str | None,

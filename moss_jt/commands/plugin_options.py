@@ -63,8 +63,17 @@ def plugin_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def chat_arguments(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def chat_arguments(
+    options: dict[str, Any],
+    folder: Path,
+    choose: Callable[[PluginSettings], list[Plugin]] | None = None,
+    system: str | None = None,
+) -> dict[str, Any]:
     """What these options mean, as parameters of Moss.chat.
+
+    Args:
+        choose: which plugins are on where no option says so; by default what the model was trained with.
+        system: the meta instruction where no option names one.
 
     Raises:
         MossError: there is no such plugin, or it lacks something; the instruction's file cannot be read; the model is none
@@ -79,8 +88,10 @@ def chat_arguments(options: dict[str, Any], folder: Path) -> dict[str, Any]:
         progress=IndexingBar(),
         notice=say,
     )
-    system = None if options["system"] is None else instruction_of(options["system"])
-    return {"plugins": switched_on(options, settings, folder), "settings": settings, "system": system}
+    if options["system"] is not None:
+        system = instruction_of(options["system"])
+    plugins = choose(settings) if choose is not None else switched_on(options, settings, folder)
+    return {"plugins": plugins, "settings": settings, "system": system}
 
 
 def switched_on(options: dict[str, Any], settings: PluginSettings, folder: Path) -> list[Plugin]:

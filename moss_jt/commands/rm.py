@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moss_jt.chat.saved import Conversations
 from moss_jt.commands.progress import size_text
 from moss_jt.convert.disk import folder_bytes
 from moss_jt.errors import MossError
@@ -16,19 +17,38 @@ from moss_jt.terminal.screen import Screen
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option(
+    "--chat", is_flag=True, help="The names are conversations', where a model has one of them, too."
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def command(names: tuple[str, ...], yes: bool) -> None:
-    """Remove models by the names that moss-jt list shows, finished or not.
+def command(names: tuple[str, ...], chat: bool, yes: bool) -> None:
+    """Remove models and conversations by the names that moss-jt list shows, finished or not.
 
-    Only folders under MOSS_JT_HOME are removed; one that lies elsewhere is yours to delete.
+    Only what lies under MOSS_JT_HOME is removed; a model that lies elsewhere is yours to delete.
     """
-    folders = [folder_of(name) for name in dict.fromkeys(names)]
+    conversations, folders, chats = Conversations(), [], []
+    kept = set(conversations.names())
+    for name in dict.fromkeys(names):
+        if name in kept and (chat or not is_model(name)):
+            chats.append(name)
+        elif chat:
+            raise MossError(f"there is no conversation called {name!r} to remove; moss-jt list shows them.")
+        else:
+            folders.append(folder_of(name))
     if not yes:
-        confirm(folders)
+        confirm(folders, chats)
     for folder in folders:
         size = 0 if folder.is_symlink() else folder_bytes(folder)
         remove(folder)
         Screen().line(f"{folder.name} is removed ({size_text(size)}).")
+    for name in chats:
+        conversations.remove(name)
+        Screen().line(f"The conversation {name} is removed.")
+
+
+def is_model(name: str) -> bool:
+    """Whether a folder of that name is among the models."""
+    return name not in ("", "..") and Path(name).name == name and (models_folder() / name).is_dir()
 
 
 def folder_of(name: str) -> Path:
@@ -37,14 +57,13 @@ def folder_of(name: str) -> Path:
     Raises:
         MossError: there is none.
     """
-    folder = models_folder() / name
-    if not name or Path(name).name != name or name == ".." or not folder.is_dir():
+    if not is_model(name):
         known = ", ".join(sorted(path.name for path in models_folder().glob("*") if path.is_dir())) or "none"
         raise MossError(f"there is no model called {name!r} to remove (there are: {known}).")
-    return folder
+    return models_folder() / name
 
 
-def confirm(folders: list[Path]) -> None:
+def confirm(folders: list[Path], chats: list[str]) -> None:
     """Ask on a terminal.
 
     Raises:
@@ -54,7 +73,10 @@ def confirm(folders: list[Path]) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("nobody can be asked here; add --yes to remove.")
     sizes = size_text(sum(0 if folder.is_symlink() else folder_bytes(folder) for folder in folders))
-    Screen(sys.stderr).write(f"Remove {', '.join(folder.name for folder in folders)} ({sizes})? [y/N] ")
+    things = [f"{', '.join(folder.name for folder in folders)} ({sizes})"] if folders else []
+    if chats:
+        things.append(f"the conversation{'s' if len(chats) > 1 else ''} {', '.join(chats)}")
+    Screen(sys.stderr).write(f"Remove {' and '.join(things)}? [y/N] ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise click.Abort
 

@@ -20,7 +20,7 @@ class CachedText:
     """
 
     def __init__(self, pool: PagePool, whole_pages: bool = True) -> None:
-        """``whole_pages``: a pass has room for one; otherwise all comes token by token."""
+        """``whole_pages``: a pass can hold one; otherwise all comes token by token."""
         self.pool = pool
         self._whole_pages = whole_pages
         self.pages: list[int] = []
@@ -130,29 +130,29 @@ class CachedText:
         before = self._names[-1] if self._names else b""
         return beginning_of(before, token_ids[page * PAGE : (page + 1) * PAGE])
 
-    def store(self, places: list[int]) -> None:
-        """What the pages hold lies on disk now, at these places; give them back."""
+    def store(self, records: list[int]) -> None:
+        """What the pages hold lies on disk now, in these records of the file; give them back."""
         cached = self.cached
         self.release()
-        self.stored, self.cached = places, cached
+        self.stored, self.cached = records, cached
 
     def restore(self, token_ids: Sequence[int], read: Callable[[int, int], bool]) -> list[int]:
-        """Have what was stored in pages again; returns the places that it lay at.
+        """Have what was stored in pages again; returns the records that it was in.
 
         Args:
-            read: fills a page from a place, and says whether it could: what cannot be read is computed anew.
+            read: fills a page from a record, and says whether it could: what cannot be read is computed anew.
         """
-        places, cached = self.stored, self.cached
+        records, cached = self.stored, self.cached
         self.stored, self.cached = [], 0
-        for place in places:
+        for record in records:
             if self.adopt(token_ids):
                 continue
             count = min(PAGE, cached - self.cached)
             self.compute(token_ids, count)
-            if not read(place, self.pages[-1]):
+            if not read(record, self.pages[-1]):
                 self.back_to(self.cached - count)
                 break
-        return places
+        return records
 
     def release(self) -> list[int]:
         """Give back all pages; what was cached is stored nowhere, and is computed anew in the same way when it is needed."""

@@ -12,7 +12,7 @@ Watcher = Callable[[int, float], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TokenRun:
     """New tokens of one sequence in a pass, at positions start .. of it.
 
     pages  the sequence's pages in order, these tokens' included
@@ -53,10 +53,10 @@ class CausalModel(Protocol):
     @property
     def score_rows(self) -> int: ...
 
-    def forward_many(self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
-        """Logits (R, V) float32 of each piece; R is 0, 1 (the last token's) or T.
+    def forward_many(self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
+        """Logits (R, V) float32 of each run; R is 0, 1 (the last token's) or T.
 
-        ``wanted`` is asked from time to time whether a piece still is; if it is not, it may have no rows.
+        ``wanted`` is asked from time to time whether a run still is; if it is not, it may have no rows.
         """
         ...
 

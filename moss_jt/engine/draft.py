@@ -1,6 +1,6 @@
 """Prompt lookup: tokens that followed the latest n-gram earlier in the same text are proposed to follow it again.
 
-Answers repeat what they are about: the question, a file, a plugin's results. The model verifies a whole draft in one
+Answers repeat what they are about: the question, a file, a plugin's results. The model verifies all of a draft in one
 pass; what it would not have said itself is thrown away, so a draft changes the time and never the text. How long a
 draft may be depends on how often such drafts came true and on what a longer pass costs: nothing where the weights
 stream, a fraction of a pass per token where they are in memory.
@@ -16,7 +16,7 @@ LONGEST_DRAFT = FEW_TOKENS - 1
 DEFAULT_LONGEST = 16
 LONGEST_NGRAM = 4
 
-# How likely one drafted token is right, by the length of the n-gram that was found: where learning starts and, slowly,
+# How likely one drafted token is right, by the length of the n-gram that matched: where learning starts and, slowly,
 # returns to, for the text may turn from telling to quoting.
 FIRST_CHANCE = {1: 0.15, 2: 0.35, 3: 0.55, 4: 0.7}
 LEARNING = 0.1
@@ -40,18 +40,18 @@ class PromptLookup:
         self._token_cost = token_cost
         self._single_s: float | None = None
         self._chance = dict(FIRST_CHANCE)
-        self._found = 0  # length of the n-gram behind the last draft
+        self._matched = 0  # length of the n-gram behind the last draft
         self._seen: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it ended last, before the latest token
 
-    def propose(self, token_ids: Sequence[int], room: int = LONGEST_DRAFT) -> list[int]:
-        """A draft of what follows ``token_ids`` (all tokens so far), no longer than ``room``; empty for none."""
+    def propose(self, token_ids: Sequence[int], most: int = LONGEST_DRAFT) -> list[int]:
+        """A draft of what follows ``token_ids`` (all tokens so far), no longer than ``most``; empty for none."""
         self._index(token_ids)
         for length in range(min(LONGEST_NGRAM, len(token_ids) - 1), 0, -1):
             end = self._ends.get(tuple(token_ids[-length:]))
             if end is not None:
-                self._found = length
-                count = min(self._best_length(self._chance[length]), room)
+                self._matched = length
+                count = min(self._best_length(self._chance[length]), most)
                 return _continuation(token_ids, end, count)
         return []
 
@@ -65,7 +65,7 @@ class PromptLookup:
             return
         for trial in range(min(accepted + 1, drafted)):
             outcome = 1.0 if trial < accepted else 0.0
-            self._chance[self._found] = _blend(self._chance[self._found], outcome)
+            self._chance[self._matched] = _blend(self._chance[self._matched], outcome)
         if seconds is not None and self._single_s is not None and self._single_s > 0:
             share = (seconds / self._single_s - 1) / drafted
             self._token_cost = _blend(self._token_cost, min(max(share, 0.0), 1.0))

@@ -1,7 +1,7 @@
 """Many sequences over one reading of the weights: one thread that schedules, computes and chooses, pass after pass.
 
 A pass is filled in this order: the next token of every running answer, guesses of what follows it (drafts) as far as rows of
-logits are left, and pieces of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
+logits are left, and parts of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
 who wants no more is gone within one block. Interactive jobs go before background ones, and the older before the younger; a
 background job counts as that much younger, so that it, too, has its turn in the end.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
-from moss_jt.engine.causal_model import CausalModel, Piece, Rows
+from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
 from moss_jt.engine.job import Job, Queued
 from moss_jt.engine.pace import Pace
 from moss_jt.engine.page_file import PageFile
@@ -48,7 +48,7 @@ class Part:
 
     job: Job
     start: int
-    pieces: list[Piece] = field(default_factory=list)
+    runs: list[TokenRun] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
 
@@ -147,7 +147,7 @@ class Engine:
         """The caller wants no more of this job, and its text ends after ``length`` tokens."""
         with self.lock:
             job.done = True
-            if self._busy:  # a generator that the collector of garbage closes, at any place of the thread's
+            if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
             self._remove(job)
@@ -173,16 +173,16 @@ class Engine:
             waiting = self._queue_in_order()
             if job not in waiting:
                 return None
-            place = waiting.index(job)
-            needed = sum(self._pages_to_come(one) for one in waiting[: place + 1])
-            room = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
+            before = waiting.index(job)
+            needed = sum(self._pages_to_come(one) for one in waiting[: before + 1])
+            free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
             passes = 0
             for running in sorted(self._running, key=lambda one: one.left):
-                if room >= needed:
+                if free >= needed:
                     break
-                room, passes = room + len(running.text.pages), running.left
+                free, passes = free + len(running.text.pages), running.left
             pass_s = self._pace.pass_s
-            return Queued(place + 1, None if pass_s is None else passes * pass_s)
+            return Queued(before + 1, None if pass_s is None else passes * pass_s)
 
     def close(self) -> None:
         """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
@@ -241,7 +241,7 @@ class Engine:
                     break
             flight = self._fill()
             self._busy = False
-            if not any(part.pieces for part in flight.parts):
+            if not any(part.runs for part in flight.parts):
                 return None
             self.passes += 1
             for part in flight.parts:
@@ -260,17 +260,17 @@ class Engine:
 
     def compute(self, flight: Pass) -> None:
         """Compute a pass, and hand out what it gives."""
-        pieces = [(part, piece) for part in flight.parts for piece in part.pieces]
+        runs = [(part, run) for part in flight.parts for run in part.runs]
 
         def wanted(index: int) -> bool:
-            part, piece = pieces[index]
-            return not part.job.done or (piece.whole and piece.pages[piece.start // PAGE] in flight.shared)
+            part, run = runs[index]
+            return not part.job.done or (run.whole and run.pages[run.start // PAGE] in flight.shared)
 
         begin = time.monotonic()
         error: BaseException | None = None
         logits: list[np.ndarray] = []
         try:
-            logits = self.model.forward_many([piece for _, piece in pieces], wanted)
+            logits = self.model.forward_many([run for _, run in runs], wanted)
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
         seconds = time.monotonic() - begin
@@ -281,7 +281,7 @@ class Engine:
                 self._pace.note(flight.prompt_tokens, seconds)
             rows = iter(logits)
             for part in flight.parts:
-                found = [next(rows, None) for _ in part.pieces]
+                own = [next(rows, None) for _ in part.runs]
                 if part.job.done:
                     continue
                 if error is not None:
@@ -289,25 +289,25 @@ class Engine:
                     self._fail(part.job, error)
                     continue
                 try:
-                    self._deliver(part, [piece for piece in found if piece is not None], flight, seconds)
+                    self._deliver(part, [rows for rows in own if rows is not None], flight, seconds)
                 except BaseException as raised:  # noqa: BLE001
                     self._fail(part.job, raised)
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
 
-    def _deliver(self, part: Part, found: Sequence[np.ndarray], flight: Pass, seconds: float) -> None:
+    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass, seconds: float) -> None:
         job, text = part.job, part.job.text
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
         if job.scored:
-            job.out += [(piece.start, rows) for piece, rows in zip(part.pieces, found, strict=True)]
-        elif job.sampler is not None and found and len(found[-1]):
+            job.out += [(run.start, rows) for run, rows in zip(part.runs, logits, strict=True)]
+        elif job.sampler is not None and logits and len(logits[-1]):
             first = job.first_s is None
             if job.first_s is None:
                 job.first_s = time.monotonic()
                 job.timing.prefill_s = job.first_s - job.began
             length = len(job.tokens)
-            accepted = job.choose(found[-1], part.draft)
+            accepted = job.choose(logits[-1], part.draft)
             for position in range(length, len(job.tokens)):
                 text.grown(position + 1)
             if part.draft:
@@ -397,27 +397,27 @@ class Engine:
 
     def _store(self, text: CachedText) -> None:
         """Move a text's pages to the disk; where that is not possible, they are forgotten and computed anew in time."""
-        places: list[int] = []
+        records: list[int] = []
         for page in text.pages:
-            place = None if self._file is None else self._file.write(self.model.read_page(page))
-            if place is None:
-                self._free(places)
+            record = None if self._file is None else self._file.write(self.model.read_page(page))
+            if record is None:
+                self._free(records)
                 self._free(text.release())
                 return
-            places.append(place)
-        text.store(places)
+            records.append(record)
+        text.store(records)
 
-    def _read_page(self, place: int, page: int) -> bool:
+    def _read_page(self, record: int, page: int) -> bool:
         assert self._file is not None
         data = np.empty_like(self.model.read_page(page))
-        if not self._file.read(place, data):
+        if not self._file.read(record, data):
             return False
         self.model.write_page(page, data)
         return True
 
-    def _free(self, places: list[int]) -> None:
-        if places and self._file is not None:
-            self._file.free(places)
+    def _free(self, records: list[int]) -> None:
+        if records and self._file is not None:
+            self._file.free(records)
 
     def _touch(self, text: CachedText) -> None:
         self._held[id(text)] = text
@@ -449,22 +449,22 @@ class Engine:
         draft: list[int] = []
         length, text = len(job.tokens), job.text
         spare = min(self.model.logit_rows - flight.logits, self.model.pass_tokens - flight.rows) - sharing
-        room = min(spare // sharing, job.left - 1, job.capacity - length)
-        if job.drafter is not None and room > 0:
-            draft = job.drafter.propose(job.tokens, room)
+        most = min(spare // sharing, job.left - 1, job.capacity - length)
+        if job.drafter is not None and most > 0:
+            draft = job.drafter.propose(job.tokens, most)
         certain = text.pages_for(1)
         while text.pages_for(1 + len(draft)) > certain + spare_pages:
             draft.pop()
         extra = text.pages_for(1 + len(draft)) - certain
         start = text.compute(job.tokens, 1 + len(draft))
-        piece = Piece(tuple(text.pages), start, [job.tokens[-1], *draft], False, "all")
-        flight.parts.append(Part(job, start, [piece], draft))
+        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *draft], False, "all")
+        flight.parts.append(Part(job, start, [run], draft))
         flight.rows += 1 + len(draft)
         flight.logits += 1 + len(draft)
         return extra
 
     def _add_texts(self, flight: Pass, jobs: Sequence[Job]) -> None:
-        """Pieces of texts that are being read, dealt in turns so that a long one does not hold up a short one."""
+        """Runs of texts that are being read, dealt in turns so that a long one does not hold up a short one."""
         most = self.model.pass_tokens - flight.rows
         if flight.parts:
             most = min(most, self._pace.prompt_tokens(most))
@@ -498,7 +498,7 @@ class Engine:
             rows = "last"
         if whole:
             flight.fresh.add(text.pages[-1])
-        part.pieces.append(Piece(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
+        part.runs.append(TokenRun(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
         part.prompt_tokens += count
         flight.prompt_tokens += count
         flight.rows += count
@@ -506,7 +506,7 @@ class Engine:
         return True
 
     def _affordable(self, flight: Pass, job: Job, count: int, whole: bool, most: int) -> int:
-        """Of ``count`` tokens that come next, how many the pass has room for: all or none of a whole page."""
+        """Of ``count`` tokens that come next, how many the pass can take: all or none of a whole page."""
         if job.scored:
             most = min(most, self.model.score_rows - flight.logits)
         elif job.sampler is not None and job.text.cached + count == job.end:
@@ -518,6 +518,6 @@ class Engine:
 
 def _close_at_exit(engine: "weakref.ref[Engine]") -> None:
     """The interpreter must not end while the thread computes."""
-    found = engine()
-    if found is not None:
-        found.close()
+    alive = engine()
+    if alive is not None:
+        alive.close()

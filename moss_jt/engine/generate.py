@@ -56,15 +56,15 @@ class StopStrings:
             )
         self._stops = tuple(stops)
         self._held = ""
-        self.found = False
+        self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to show now. ``found`` is set once a stop string is complete."""
+        """The text that is safe to show now. ``stopped`` is set once a stop string is complete."""
         held = self._held + text
-        places = [place for place in (held.find(stop) for stop in self._stops) if place >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return held[: min(places)]
+        starts = [start for start in (held.find(stop) for stop in self._stops) if start >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return held[: min(starts)]
         keep = self._possible_start(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
@@ -140,7 +140,7 @@ class Generation:
         return self._sequence.queued
 
     def finish(self) -> Self:
-        """Wait for the whole answer."""
+        """Wait for the end of the answer."""
         for _ in self:
             pass
         return self
@@ -155,15 +155,15 @@ class Generation:
             if token in self._stop_ids:
                 break
             piece = self._show(self._stops.push(self._decoder.push(token)))
-            if self._stops.found:
+            if self._stops.stopped:
                 self.stats.stop_reason = "stop"
             if piece:
                 yield piece
-            if self._stops.found:
+            if self._stops.stopped:
                 return
         self.stats.stop_reason = self._sequence.stop_reason
         rest = self._stops.push(self._decoder.finish())
-        if self._stops.found:
+        if self._stops.stopped:
             self.stats.stop_reason = "stop"
         piece = self._show(rest + self._stops.finish())
         if piece:

@@ -10,7 +10,7 @@ from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
 from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
-from moss_jt.engine.kv_cache import KVCache, cache_positions, device_room
+from moss_jt.engine.kv_cache import KVCache, cache_positions, device_memory
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
@@ -42,10 +42,10 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
         if not says_full(error):
             raise
     # Only here has the failed attempt let go of its memory: the error held on to it.
-    room = less_margin(free_now(cupy) + started.taken_bytes)
-    if room >= plan.budget_bytes:
+    free_bytes = less_margin(free_now(cupy) + started.taken_bytes)
+    if free_bytes >= plan.budget_bytes:
         raise full_card(plan)
-    smaller = _plan_again(planner, started, room)
+    smaller = _plan_again(planner, started, free_bytes)
     sys.stderr.write(
         f"moss-jt: the card has no room for {gib(plan.peak_bytes)}: another program uses it, too (nvidia-smi shows them). "
         f"Loading again with {gib(smaller.budget_bytes)}, of which {gib(smaller.bytes_on('device'))} are weights.\n"
@@ -105,10 +105,10 @@ def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy:
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     operators = CudaOperators(store.config, cupy)
-    cache = KVCache(store.config, cache_positions(plan), device_room, operators)
+    cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
-        # Whether the results have room is seen now, and not in the midst of an answer.
+        # Whether there is memory for the results is seen now, and not in the midst of an answer.
         cupy.cuda.runtime.free(cupy.cuda.runtime.malloc(results))
         return GpuModel(store.config, operators, weights, cache, plan)
     except BaseException:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moss_jt.backend.gpu import says_full
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model, Weights
 from moss_jt.errors import MossError
@@ -35,10 +35,10 @@ class GpuModel(Model):
         self.plan = plan
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         try:
-            return super().forward_many(pieces, wanted)
+            return super().forward_many(runs, wanted)
         except FULL as error:
             raise_if_full(error, self.plan)
             raise

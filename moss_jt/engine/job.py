@@ -18,7 +18,7 @@ StopReason = Literal["eos", "length", "context", "time"]
 class Drafter(Protocol):
     """Guesses what follows, for one pass to verify: moss_jt.engine.draft.PromptLookup."""
 
-    def propose(self, token_ids: list[int], room: int) -> list[int]: ...
+    def propose(self, token_ids: list[int], most: int) -> list[int]: ...
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """``seconds`` of the pass, or None where others shared it."""
@@ -37,9 +37,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class Queued:
-    """Where a job stands that waits for room in the cache: 1 is next; and how long that may take at most, where it is known."""
+    """A job that waits for room in the cache: its number in the queue, from 1 on, and how long that may take, where it is known."""
 
-    place: int
+    number: int
     expected_s: float | None
 
 

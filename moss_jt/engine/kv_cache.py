@@ -11,7 +11,7 @@ from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.config import MossConfig
 from moss_jt.weights.page_buffer import page_buffer
 
-Room = Callable[[tuple[int, ...]], Var]
+Allocate = Callable[[tuple[int, ...]], Var]
 
 
 class PageCopier(Protocol):
@@ -22,23 +22,23 @@ class PageCopier(Protocol):
     def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None: ...
 
 
-def host_room(shape: tuple[int, ...]) -> Var:
+def host_memory(shape: tuple[int, ...]) -> Var:
     """A float16 Var in host memory that is taken page by page as it is written."""
     size = int(np.prod(shape))
     return jt.reuse_np_array(page_buffer(2 * size)[: 2 * size].view(np.float16).reshape(shape))
 
 
-def device_room(shape: tuple[int, ...]) -> Var:
+def device_memory(shape: tuple[int, ...]) -> Var:
     """A float16 Var where Jittor computes; what lies in it is anything."""
-    room = jt.empty(shape, "float16")
-    room.sync()
-    return room
+    memory = jt.empty(shape, "float16")
+    memory.sync()
+    return memory
 
 
 class KVCache:
-    """Room for at least ``capacity`` positions of every block, made by ``room``.
+    """Holds at least ``capacity`` positions of every block, in memory from ``allocate``.
 
-    pages         whole pages that it has
+    pages         that it has
     keys, values  (L, PAGE * pages, H, D) float16 Vars, written in place by the operators
 
     Args:
@@ -46,13 +46,17 @@ class KVCache:
     """
 
     def __init__(
-        self, config: MossConfig, capacity: int, room: Room = host_room, copier: PageCopier | None = None
+        self,
+        config: MossConfig,
+        capacity: int,
+        allocate: Allocate = host_memory,
+        copier: PageCopier | None = None,
     ) -> None:
         self.capacity = capacity
         self.pages = -(-capacity // PAGE)
         shape = (config.n_layer, PAGE * self.pages, config.n_head, config.head_dim)
-        self.keys = room(shape)
-        self.values = room(shape)
+        self.keys = allocate(shape)
+        self.values = allocate(shape)
         self._copier = copier
 
     def read_page(self, page: int) -> np.ndarray:
@@ -72,5 +76,5 @@ class KVCache:
 
 
 def cache_positions(plan: ResidencyPlan) -> int:
-    """Positions of the plan's cache: each sequence's are whole pages."""
+    """Positions of the plan's cache: each sequence's are rounded up to pages."""
     return -(-plan.context // PAGE) * PAGE * plan.parallel

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.backend.device import Offload
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up
@@ -23,10 +23,10 @@ class SwappedModel(Model):
     """A model whose weights Jittor swaps: its disk may be full at any pass."""
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         with swap_errors(swap_folder()):
-            return super().forward_many(pieces, wanted)
+            return super().forward_many(runs, wanted)
 
 
 def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
-from moss_jt.engine.causal_model import Piece, Rows, Watcher
+from moss_jt.engine.causal_model import Rows, TokenRun, Watcher
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE, BlockWeights, Operators, Places, Var
@@ -107,59 +107,59 @@ class Model:
         return np.concatenate(self.forward_many(split(range(self._cache.pages), start_pos, token_ids, rows)))
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         """One reading of the weights for new tokens of any sequences, which see themselves and what is before them.
 
         Args:
-            wanted: asked between blocks whether a piece, by its index, is still wanted: if not, its tokens are left out
+            wanted: asked between blocks whether a run, by its index, is still wanted: if not, its tokens are left out
                 from there on, which changes nothing for the others.
 
         Returns:
-            for each piece (R, V) float32 as for :meth:`forward`; without rows for what was no longer wanted.
+            for each run (R, V) float32 as for :meth:`forward`; without rows for what was no longer wanted.
 
         Raises:
             MossError: a token is outside the vocabulary, a weight cannot be read, or the model is closed.
-            ValueError: a piece does not fit into its pages.
+            ValueError: a run does not fit into its pages.
         """
         check_process()
         cache = self._cache
-        order = sorted(range(len(pieces)), key=lambda index: not pieces[index].whole)
-        tokens = [token for index in order for token in pieces[index].token_ids]
+        order = sorted(range(len(runs)), key=lambda index: not runs[index].whole)
+        tokens = [token for index in order for token in runs[index].token_ids]
         h = jt.array(self.weights.embedding_rows(tokens).astype(np.float32))
-        places = _places([pieces[index] for index in order])
-        then_head = any(piece.rows != "none" for piece in pieces)
+        places = _places([runs[index] for index in order])
+        then_head = any(run.rows != "none" for run in runs)
         for layer, weights in self.weights.blocks(then_head=then_head):
             kept = [index for index in order if wanted(index)]
             if len(kept) < len(order):
                 if not kept:
-                    return [self._no_logits() for _ in pieces]
-                h, order = jt.array(_rows_of(h.numpy(), pieces, order, kept)), kept
-                places = _places([pieces[index] for index in order])
+                    return [self._no_logits() for _ in runs]
+                h, order = jt.array(_rows_of(h.numpy(), runs, order, kept)), kept
+                places = _places([runs[index] for index in order])
             h = self.operators.block(h, weights, cache.keys, cache.values, layer, places)
             if self.weights.streams or places.count > FEW_TOKENS or layer % RESIDENT_BLOCKS == 0:
                 h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
             if self.watcher is not None and len(tokens) > 1:
                 self.watcher(len(tokens), (layer + 1) / self.config.n_layer)
         hidden = h.numpy()
-        return self._logits(hidden, pieces, order)
+        return self._logits(hidden, runs, order)
 
     def _no_logits(self) -> np.ndarray:
         return np.empty((0, self.config.vocab_size), np.float32)
 
-    def _logits(self, hidden: np.ndarray, pieces: Sequence[Piece], order: Sequence[int]) -> list[np.ndarray]:
-        """hidden (T, C), the pieces' rows in this order -> (R, V) of each piece."""
-        results = [self._no_logits() for _ in pieces]
-        wanted: list[tuple[int, int]] = []  # row of hidden, piece
+    def _logits(self, hidden: np.ndarray, runs: Sequence[TokenRun], order: Sequence[int]) -> list[np.ndarray]:
+        """hidden (T, C), the runs' rows in this order -> (R, V) of each run."""
+        results = [self._no_logits() for _ in runs]
+        wanted: list[tuple[int, int]] = []  # row of hidden, run
         first = 0
         for index in order:
-            end = first + len(pieces[index].token_ids)
-            begin = {"none": end, "last": end - 1, "all": first}[pieces[index].rows]
+            end = first + len(runs[index].token_ids)
+            begin = {"none": end, "last": end - 1, "all": first}[runs[index].rows]
             wanted += [(row, index) for row in range(begin, end)]
             first = end
         if not wanted:
             return results
-        whole = sum(pieces[index].whole for _, index in wanted)
+        whole = sum(runs[index].whole for _, index in wanted)
         logits = self._head(hidden[[row for row, _ in wanted]], whole)
         owners = np.array([index for _, index in wanted])
         for index in set(owners.tolist()):
@@ -199,8 +199,8 @@ class Model:
             jt.gc()
 
 
-def split(pages: Sequence[int], start: int, token_ids: Sequence[int], rows: Rows) -> list[Piece]:
-    """Pieces of a text at positions start .. : what fills no page, the whole pages, and the rest.
+def split(pages: Sequence[int], start: int, token_ids: Sequence[int], rows: Rows) -> list[TokenRun]:
+    """Runs of a text at positions start .. : what fills no page, the whole pages, and the rest.
 
     The last token of a text that is continued is never in a whole page: its logits are then the same bits whether its page
     was computed with it, or before.
@@ -208,22 +208,24 @@ def split(pages: Sequence[int], start: int, token_ids: Sequence[int], rows: Rows
     end = start + len(token_ids)
     first = min(end, -(-start // PAGE) * PAGE)
     last = max(first, (end - (rows == "last")) // PAGE * PAGE)
-    pieces = []
+    runs = []
     for begin, stop, whole in ((start, first, False), (first, last, True), (last, end, False)):
         if begin < stop:
             wanted: Rows = rows if rows == "all" or stop == end else "none"
-            pieces.append(Piece(pages, begin, token_ids[begin - start : stop - start], whole, wanted))
-    return pieces
+            runs.append(TokenRun(pages, begin, token_ids[begin - start : stop - start], whole, wanted))
+    return runs
 
 
-def _places(pieces: Sequence[Piece]) -> Places:
-    slots = np.repeat(np.arange(len(pieces)), [len(piece.token_ids) for piece in pieces])
-    positions = [np.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
-    whole = sum(len(piece.token_ids) for piece in pieces if piece.whole)
-    return places_of(slots, np.concatenate(positions), [piece.pages for piece in pieces], whole)
+def _places(runs: Sequence[TokenRun]) -> Places:
+    slots = np.repeat(np.arange(len(runs)), [len(run.token_ids) for run in runs])
+    positions = [np.arange(run.start, run.start + len(run.token_ids)) for run in runs]
+    whole = sum(len(run.token_ids) for run in runs if run.whole)
+    return places_of(slots, np.concatenate(positions), [run.pages for run in runs], whole)
 
 
-def _rows_of(h: np.ndarray, pieces: Sequence[Piece], order: Sequence[int], kept: Sequence[int]) -> np.ndarray:
-    """The rows of h (T, C), which belong to pieces in this order, that belong to the kept ones."""
-    owners = np.repeat(order, [len(pieces[index].token_ids) for index in order])
+def _rows_of(
+    h: np.ndarray, runs: Sequence[TokenRun], order: Sequence[int], kept: Sequence[int]
+) -> np.ndarray:
+    """The rows of h (T, C), which belong to runs in this order, that belong to the kept ones."""
+    owners = np.repeat(order, [len(runs[index].token_ids) for index in order])
     return h[np.isin(owners, kept)]

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class PageFile:
-    """Room for pages, which grows as it is needed.
+    """Records of one page each, in a file that grows as it is needed.
 
     Args:
         folder: where the file is; it is made. Not one that lies in memory, as /tmp may.
@@ -21,28 +21,28 @@ class PageFile:
         self._count = 0
 
     def write(self, page: np.ndarray) -> int | None:
-        """Keep a page, and return its place; None if the disk is full or cannot be written to."""
-        place = self._free.pop() if self._free else self._count
+        """Keep a page, and return its record's number; None if the disk is full or cannot be written to."""
+        record = self._free.pop() if self._free else self._count
         try:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
-            self._file.seek(place * page.nbytes)
+            self._file.seek(record * page.nbytes)
             view = page.data.cast("B")
             while view:
                 view = view[self._file.write(view) :]
         except OSError:
-            self._free.append(place)
-            self._count = max(self._count, place + 1)
+            self._free.append(record)
+            self._count = max(self._count, record + 1)
             return None
-        self._count = max(self._count, place + 1)
-        return place
+        self._count = max(self._count, record + 1)
+        return record
 
-    def read(self, place: int, page: np.ndarray) -> bool:
-        """Fill ``page`` with what was written at this place; False if the disk does not give it back."""
+    def read(self, record: int, page: np.ndarray) -> bool:
+        """Fill ``page`` with what was written to this record; False if the disk does not give it back."""
         assert self._file is not None
         try:
-            self._file.seek(place * page.nbytes)
+            self._file.seek(record * page.nbytes)
             view = page.data.cast("B")
             while view:
                 count = self._file.readinto(view)  # type: ignore[attr-defined]
@@ -53,9 +53,9 @@ class PageFile:
             return False
         return True
 
-    def free(self, places: list[int]) -> None:
+    def free(self, records: list[int]) -> None:
         """These pages are not needed any more."""
-        self._free += places
+        self._free += records
 
     def close(self) -> None:
         if self._file is not None:

@@ -19,7 +19,7 @@ def beginning_of(before: bytes, token_ids: Sequence[int]) -> bytes:
 class PagePool:
     """See the module. Pages are numbered 0 .. count - 1.
 
-    A named page that nobody has any more keeps what it holds until its room is needed, oldest first.
+    A named page that nobody has any more keeps what it holds until the page is needed, oldest first.
     """
 
     def __init__(self, count: int) -> None:

@@ -47,9 +47,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            whole = field.name in ("top_k", "seed")
-            if not (value is None or isinstance(value, Integral if whole else Real)):
-                raise MossError(f"{field.name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
+            integral = field.name in ("top_k", "seed")
+            if not (value is None or isinstance(value, Integral if integral else Real)):
+                raise MossError(
+                    f"{field.name} is {value!r}; it must be a {'whole ' if integral else ''}number."
+                )
         penalty = self.repetition_penalty
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 (greedy) or more"),
@@ -123,8 +125,8 @@ class Sampler:
         token_ids, probabilities = candidates(scores, self.params)
         if regulation:
             probabilities[np.isin(token_ids, self._end_ids)] *= math.exp(min(regulation, MOST_REGULATION))
-        place = np.searchsorted(np.cumsum(probabilities), draw * probabilities.sum(), side="right")
-        return int(token_ids[min(int(place), len(token_ids) - 1)])
+        index = np.searchsorted(np.cumsum(probabilities), draw * probabilities.sum(), side="right")
+        return int(token_ids[min(int(index), len(token_ids) - 1)])
 
 
 def penalized(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:

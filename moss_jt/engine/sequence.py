@@ -93,7 +93,7 @@ class Sequence:
             self._end(job)
 
     def logits(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Logits of the whole text, part after part: the position of the first, and (R, V) float32 after each.
+        """Logits of all of the text, part after part: the position of the first, and (R, V) float32 after each.
 
         It must not have been read before.
         """
@@ -101,8 +101,8 @@ class Sequence:
         job.scored, job.ahead = True, 1
         self._do(job)
         try:
-            while (found := self.engine.take(job)) is not None:
-                yield found
+            while (part := self.engine.take(job)) is not None:
+                yield part
         finally:
             self._end(job)
 
@@ -187,11 +187,11 @@ class Answer:
         if self._job.done and not self._job.out and self._job.error is None:
             self.close()
             raise StopIteration
-        found = sequence.engine.take(self._job)
-        if found is None:
+        taken = sequence.engine.take(self._job)
+        if taken is None:
             self.close()
             raise StopIteration
-        token, sequence.stop_reason = found
+        token, sequence.stop_reason = taken
         sequence.token_ids.append(token)
         return token
 

@@ -74,7 +74,7 @@ def time_context(model: Passes, context: int, vocabulary: int, steps: int, repea
             begin = time.perf_counter()
             model.forward(token_ids[:1], position, "last")
             tokens.append(time.perf_counter() - begin)
-    return Times(context, *(statistics.median(found) for found in (prefills, firsts, tokens)))
+    return Times(context, *(statistics.median(seconds) for seconds in (prefills, firsts, tokens)))
 
 
 def read(model: Passes, token_ids: Sequence[int]) -> Any:

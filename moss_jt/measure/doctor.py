@@ -150,17 +150,17 @@ def installed(package: str) -> str | None:
 
 
 def jittor() -> Finding:
-    found = installed("jittor")
-    if found is None:
+    version = installed("jittor")
+    if version is None:
         return Finding("Jittor", "problem", "not installed", "pip install jittor==1.3.11.0")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    release = ".".join(found.split(".")[:3])
+    release = ".".join(version.split(".")[:3])
     if any(cache_folder().glob(f"jt{release}/**/jittor_core{suffix}")):
-        return Finding("Jittor", "ok", f"{found}, compiled in {cache_folder()}")
+        return Finding("Jittor", "ok", f"{version}, compiled in {cache_folder()}")
     return Finding(
         "Jittor",
         "note",
-        f"{found}, not compiled yet",
+        f"{version}, not compiled yet",
         "The first start compiles it, once: 1 to 3 minutes, with CUDA 2 to 5.",
     )
 
@@ -190,11 +190,11 @@ def processor() -> Finding:
 
 
 def memory() -> Finding:
-    found = process_memory()
+    memory = process_memory()
     text = (
-        f"{found.total_bytes / GIB:.1f} GiB, of which {found.free_bytes / GIB:.1f} are free; default limit "
+        f"{memory.total_bytes / GIB:.1f} GiB, of which {memory.free_bytes / GIB:.1f} are free; default limit "
     )
-    return Finding("Memory", "ok", f"{text}{default_budget(found) / GIB:.1f} GiB (--memory)")
+    return Finding("Memory", "ok", f"{text}{default_budget(memory) / GIB:.1f} GiB (--memory)")
 
 
 def disk() -> Finding:

@@ -43,9 +43,9 @@ def home_disk_speed(home: Path) -> float | None:
         # In a folder of a name that stays the same: speeds are remembered by folder.
         with tempfile.NamedTemporaryFile(dir=models, prefix=".probe-") as scratch:
             if not _is_known(home, models):
-                piece = os.urandom(MIB)  # a file system must not make less of it
+                chunk = os.urandom(MIB)  # a file system must not make less of it
                 for _ in range(DISK_BYTES // MIB):
-                    scratch.write(piece)
+                    scratch.write(chunk)
                 scratch.flush()
                 os.fsync(scratch.fileno())
             return disk_speed(Path(scratch.name), home / "disk-speed.json").best

@@ -158,12 +158,12 @@ class _Window:
 
     def next_part(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray] | None:
         """Logits of both models, and the tokens that came."""
-        found = [next(logits, None) for logits in self._logits]
-        if found[0] is None:
+        parts = [next(logits, None) for logits in self._logits]
+        if parts[0] is None:
             return None
-        first, self._read = self._read, self._read + len(found[0])
+        first, self._read = self._read, self._read + len(parts[0])
         targets = np.asarray(self._window[first + 1 : self._read + 1])
-        return found[0], found[1] if len(found) > 1 else None, targets
+        return parts[0], parts[1] if len(parts) > 1 else None, targets
 
 
 def _add_pass(result: Evaluation, logits: np.ndarray, others: np.ndarray | None, targets: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moss_jt.engine.cached_text import pages_of
-from moss_jt.engine.causal_model import CausalModel, Piece
+from moss_jt.engine.causal_model import CausalModel, TokenRun
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE
 from moss_jt.measure.bench import cache_bytes, prompt_ids
@@ -68,11 +68,11 @@ def _read(model: CausalModel, pages: Sequence[int], token_ids: list[int]) -> Non
         whole = len(some) == PAGE <= model.pass_tokens
         step = PAGE if whole else min(PAGE, model.pass_tokens)
         for first in range(0, len(some), step):
-            model.forward_many([Piece(pages, start + first, some[first : first + step], whole)])
+            model.forward_many([TokenRun(pages, start + first, some[first : first + step], whole)])
 
 
 def _pass(model: CausalModel, pages: Sequence[Sequence[int]], position: int) -> None:
-    model.forward_many([Piece(mine, position, [17], rows="last") for mine in pages])
+    model.forward_many([TokenRun(mine, position, [17], rows="last") for mine in pages])
 
 
 def least_seconds(
@@ -88,12 +88,12 @@ def least_seconds(
 
 
 def report_together(
-    found: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
+    measured: Sequence[Together], plan: ResidencyPlan, limits: MachineLimits, disk_speed: float | None
 ) -> tuple[str, list[dict[str, Any]]]:
     """The text to print, and the same as numbers."""
     lines = ["conversations  tokens each  tokens/s  of the law  s/token of each"]
     rows = []
-    for entry in found:
+    for entry in measured:
         law = entry.count / least_seconds(entry.count, entry.context, plan, limits, disk_speed)
         share = entry.tokens_per_s / law
         lines.append(

@@ -78,13 +78,13 @@ def parse_memory(text: str | int, total_bytes: int) -> int:
     Raises:
         MossError: it is none of these, or a number of bytes in which nothing would fit.
     """
-    found = re.fullmatch(r"\s*(\d{1,16}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3}|%)\s*", str(text))
-    unit = found.group(2).lower() if found else "?"
-    if found is None or unit not in (*UNITS, "%"):
+    match = re.fullmatch(r"\s*(\d{1,16}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3}|%)\s*", str(text))
+    unit = match.group(2).lower() if match else "?"
+    if match is None or unit not in (*UNITS, "%"):
         raise MossError(f"{text!r} is no amount of memory. Write it like 8GiB, 8000MB or 80%.")
-    number = float(found.group(1))
+    number = float(match.group(1))
     if unit in ("", "b") and number < FEWEST_BYTES:
-        example = found.group(1) if number < 1024 else "8"
+        example = match.group(1) if number < 1024 else "8"
         raise MossError(f"{text} would be bytes. Say which unit is meant: {example}GiB, for example.")
     return int(number * total_bytes / 100) if unit == "%" else int(number * UNITS[unit])
 
@@ -118,7 +118,7 @@ def _groups(root: Path) -> list[tuple[int, int]]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []  # no control groups in this kernel
-    found = []
+    groups = []
     files: tuple[str, ...]
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -136,9 +136,9 @@ def _groups(root: Path) -> list[tuple[int, int]]:
         while folder != mount.parent:
             group = _group(folder, *files)
             if group is not None:
-                found.append(group)
+                groups.append(group)
             folder = folder.parent
-    return found
+    return groups
 
 
 def _group(folder: Path, *files: str) -> tuple[int, int] | None:

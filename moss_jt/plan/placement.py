@@ -1,4 +1,4 @@
-"""The plan for this process and this machine: the one place where the arithmetic of residency meets measured memory."""
+"""The plan for this process and this machine: the one module where the arithmetic of residency meets measured memory."""
 
 import contextlib
 import weakref
@@ -22,7 +22,7 @@ from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB, sizes_of_store
 
 # What a process grows by after its tokenizer is there, beside weights, cache and workspace: Jittor, compiled operators,
-# oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and room for what differs between machines.
+# oneDNN (45 MiB), the plugins' libraries (30 MiB), sampling, and a reserve for what differs between machines.
 LATER_BYTES = 120 * MIB
 # The same on a GPU: CUDA's libraries beside it, CuPy, and the buffers through which weights are loaded. An allowance.
 GPU_LATER_BYTES = LATER_BYTES + 800 * MIB
@@ -70,7 +70,7 @@ def plan_here(
 
     Args:
         needs: of the operators that will compute.
-        memory: the limit of the whole process, as users write it; None for what is free less a margin.
+        memory: the limit of the process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
         parallel: for so many conversations the cache has room.
 
@@ -123,10 +123,10 @@ class GpuPlanner:
         """
         budget = gpu_budget(self.gpu_memory, self.card)
         try:
-            return self._place(budget, GPU_FOOTPRINT_BYTES)
+            return self._plan(budget, GPU_FOOTPRINT_BYTES)
         except MossError:
             with contextlib.suppress(MossError):
-                return self._place(budget, 0)
+                return self._plan(budget, 0)
             raise
 
     def plan_again(self, started: StartedCard, at_most: int | None = None) -> ResidencyPlan:
@@ -138,13 +138,15 @@ class GpuPlanner:
         Raises:
             MossError: as :meth:`plan`.
         """
-        room = started.free_bytes + started.taken_bytes
-        budget = less_margin(room) if self.gpu_memory is None else gpu_budget(self.gpu_memory, self.card)
+        free_bytes = started.free_bytes + started.taken_bytes
+        budget = (
+            less_margin(free_bytes) if self.gpu_memory is None else gpu_budget(self.gpu_memory, self.card)
+        )
         footprint = started.taken_bytes + CUDA_LATER_BYTES
-        return self._place(budget if at_most is None else min(budget, at_most), footprint)
+        return self._plan(budget if at_most is None else min(budget, at_most), footprint)
 
-    def _place(self, budget: int, footprint: int) -> ResidencyPlan:
-        placed = plan_gpu(
+    def _plan(self, budget: int, footprint: int) -> ResidencyPlan:
+        plan = plan_gpu(
             sizes_of_store(self.store),
             self.needs,
             self.context,
@@ -155,8 +157,8 @@ class GpuPlanner:
             parallel=self.parallel,
         )
         if self.offload != "stream":
-            _check_host(placed, self.offload)
-        return placed
+            _check_host(plan, self.offload)
+        return plan
 
 
 def gpu_planner(

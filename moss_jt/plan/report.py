@@ -33,7 +33,7 @@ class Speeds:
 
 
 def report(name: str, plan: ResidencyPlan, speeds: Speeds) -> str:
-    """The whole text that moss-jt plan prints."""
+    """The text that moss-jt plan prints."""
     parts = [
         [_headline(name, plan)],
         _device_lines(plan),
@@ -101,11 +101,11 @@ def _where(plan: ResidencyPlan) -> list[str]:
     for tier, name in names.items():
         units = [unit for unit in plan.units if unit.tier == tier]
         if units:
-            lines.append(f"{name:<14}{gib(sum(unit.n_bytes for unit in units)):>10}  {places(units)}")
+            lines.append(f"{name:<14}{gib(sum(unit.n_bytes for unit in units)):>10}  {ranges_of(units)}")
     return lines
 
 
-def places(units: Iterable[Unit]) -> str:
+def ranges_of(units: Iterable[Unit]) -> str:
     """``0-3, 5, head 0-53503``: numbers of blocks and rows of the head, as ranges."""
     blocks = _ranges((unit.index, unit.index + 1) for unit in units if unit.kind == "block")
     rows = _ranges((unit.first_row, unit.last_row) for unit in units if unit.kind == "head")
@@ -117,9 +117,9 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
 
 
-def _ranges(pieces: Iterable[tuple[int, int]]) -> str:
+def _ranges(ranges: Iterable[tuple[int, int]]) -> str:
     joined: list[tuple[int, int]] = []
-    for first, end in pieces:
+    for first, end in ranges:
         if joined and joined[-1][1] == first:
             joined[-1] = (joined[-1][0], end)
         else:

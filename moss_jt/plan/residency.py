@@ -19,7 +19,7 @@ from moss_jt.store.sizes import (
     MIB,
     PASS_TOKENS,
     ModelSizes,
-    whole_pages,
+    page_aligned,
 )
 
 Tier = Literal["device", "host", "disk"]
@@ -28,7 +28,7 @@ BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
 
-# What the two allocators on a card, Jittor's and CuPy's, keep in pieces that fit nothing, and what Jittor's rounds each
+# What the two allocators on a card, Jittor's and CuPy's, keep in fragments that fit nothing, and what Jittor's rounds each
 # unit up to.
 GPU_POOLS_BYTES = 64 * MIB
 GPU_GRANULE_BYTES = 2 * MIB
@@ -56,7 +56,7 @@ class GpuWorkspace(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is moved as one piece: block ``index``, or rows first_row .. last_row - 1 of the head."""
+    """What is moved at once: block ``index``, or rows first_row .. last_row - 1 of the head."""
 
     kind: Literal["block", "head"]
     index: int
@@ -115,12 +115,12 @@ class ResidencyPlan:
     def __str__(self) -> str:
         """In one line: the weights, where they are, and what of the limit is used at most."""
         sizes, device = self.sizes, "RAM" if self.host_budget_bytes is None else "GPU memory"
-        places = {
+        by_home = {
             device: self.bytes_on("device"),
             "pinned RAM": self.bytes_on("host"),
             "disk": self.bytes_on("disk"),
         }
-        where = ", ".join(f"{gib(n_bytes)} in {name}" for name, n_bytes in places.items() if n_bytes)
+        where = ", ".join(f"{gib(n_bytes)} in {name}" for name, n_bytes in by_home.items() if n_bytes)
         return (
             f"{BITS_NAMES[sizes.bits]}, {sizes.config.n_layer} blocks, {self.context} tokens; weights: "
             f"{where.replace('in disk', 'read from disk for every token')}; at most {gib(self.peak_bytes)} of "
@@ -182,7 +182,7 @@ def plan(
     Args:
         needs: of the operators that will compute.
         context: positions that one sequence has.
-        budget_bytes: what the whole process may hold.
+        budget_bytes: what the process may hold.
         threads: that compute: each has memory of its own.
         pass_tokens: the most new tokens that one pass takes.
         footprint_bytes: what the process holds without weights, cache and workspace.
@@ -194,7 +194,7 @@ def plan(
     tokens = min(pass_tokens, context * parallel)
     workspace = needs.workspace_bytes(tokens, context, threads, parallel)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace, parallel)
-    return _place(empty, "--memory")
+    return _choose_resident(empty, "--memory")
 
 
 def smallest_bytes(sizes: ModelSizes, needs: CpuWorkspace, context: int, threads: int) -> int:
@@ -236,7 +236,7 @@ def plan_gpu(
         sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace, parallel
     )
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
-    return _place_on_host(_place(empty, "--gpu-memory"))
+    return _choose_on_host(_choose_resident(empty, "--gpu-memory"))
 
 
 def _without_residents(
@@ -272,12 +272,12 @@ def _without_residents(
         workspace_bytes=workspace_bytes,
         units=units,
         ring_buffers=RING_BUFFERS,
-        buffer_bytes=whole_pages(max(unit.n_bytes for unit in units)),
+        buffer_bytes=page_aligned(max(unit.n_bytes for unit in units)),
         parallel=parallel,
     )
 
 
-def _place(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
+def _choose_resident(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
     """Make resident what fits: everything, without a ring, or else the spread that streams the fewest bytes."""
     everything = _all_resident(empty)
     if everything.peak_bytes <= empty.budget_bytes:
@@ -304,7 +304,7 @@ def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
     return tuple(unit if i in streamed else replace(unit, tier="device") for i, unit in enumerate(units))
 
 
-def _place_on_host(plan: ResidencyPlan) -> ResidencyPlan:
+def _choose_on_host(plan: ResidencyPlan) -> ResidencyPlan:
     """Of the units that stream to a GPU, as many as fit into pinned host memory; the others come from disk."""
     streamed = [i for i, unit in enumerate(plan.units) if not unit.resident]
     budget = plan.host_budget_bytes or 0
@@ -314,12 +314,12 @@ def _place_on_host(plan: ResidencyPlan) -> ResidencyPlan:
             unit if unit.resident or i in on_disk else replace(unit, tier="host")
             for i, unit in enumerate(plan.units)
         )
-        placed = replace(plan, units=units, host_ring_buffers=RING_BUFFERS if on_disk else 0)
-        if placed.host_peak_bytes <= budget:
-            return placed
+        chosen = replace(plan, units=units, host_ring_buffers=RING_BUFFERS if on_disk else 0)
+        if chosen.host_peak_bytes <= budget:
+            return chosen
     raise MossError(
         f"{gib(budget)} of host memory is too little to stream through: the process and "
-        f"{RING_BUFFERS} buffers of {gib(plan.buffer_bytes)} need {gib_up(placed.host_peak_bytes)}. "
+        f"{RING_BUFFERS} buffers of {gib(plan.buffer_bytes)} need {gib_up(chosen.host_peak_bytes)}. "
         "Raise --host-memory, or use an int8 or int4 model."
     )
 
@@ -328,14 +328,14 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> str:
     """What the budget was, what is needed and for what, and which two ways out there are."""
     per_token = empty.sizes.kv_cache_bytes(1) * empty.parallel
     fits = empty.context - -(-(smallest - empty.budget_bytes) // per_token)
-    fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is whole pages
+    fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is pages
     context = f" or lower --context ({fits} tokens would fit)" if fits >= 64 else ""
     bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
     return (
         f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
         f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
         f"key/value cache of {cache_text(empty)}, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
-        f"workspace, and room for {RING_BUFFERS} blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}."
+        f"workspace, and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}."
     )
 
 

@@ -23,8 +23,8 @@ class _Variables(Evaluator):
     def call(self, function: str, arguments: list[Number]) -> Number:
         if function in self.names:
             raise CalculationError(f"{function} is a variable")
-        found: Number = super().call(function, arguments)
-        return found
+        value: Number = super().call(function, arguments)
+        return value
 
 
 def calculate(expression: str) -> str:

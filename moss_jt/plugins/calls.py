@@ -1,4 +1,4 @@
-"""The calls in what a model writes as its commands: found wherever they stand, for models do not keep to the form."""
+"""The calls in what a model writes as its commands: wherever they stand, for models do not keep to the form."""
 
 import re
 from bisect import bisect_left
@@ -40,13 +40,12 @@ def parse_commands(text: str) -> list[Call]:
     ``Calculate("None")``.
     """
     text = text[:MAX_COMMANDS_CHARACTERS]
-    openings = [found for found in OPENING.finditer(text) if _is_called(found)]
-    # Found once for the whole text: looking from every opening bracket anew would take time that grows with its square.
+    openings = [opening for opening in OPENING.finditer(text) if _is_called(opening)]
+    # Once for all of the text: looking from every opening bracket anew would take time that grows with its square.
     ends = {
-        kind: [found.span() for found in END.finditer(text) if found["mark"] in kind]
-        for kind in (DOUBLE, SINGLE)
+        kind: [end.span() for end in END.finditer(text) if end["mark"] in kind] for kind in (DOUBLE, SINGLE)
     }
-    starts = [found.start() for found in openings]
+    starts = [opening.start() for opening in openings]
     calls: list[Call] = []
     at = 0
     for opening in openings:
@@ -71,12 +70,12 @@ def _end(text: str, ends: list[tuple[int, int]], start: int, openings: list[int]
 
     Where there is none, at the first of all: what follows is then no part of it.
     """
-    first = place = bisect_left(ends, (start, 0))
+    first = index = bisect_left(ends, (start, 0))
     if first == len(ends):
         return None
-    while not AFTER.match(text, ends[place][1]):
-        following = bisect_left(openings, ends[place][1])
-        place += 1
-        if place == len(ends) or (following < len(openings) and openings[following] < ends[place][0]):
+    while not AFTER.match(text, ends[index][1]):
+        following = bisect_left(openings, ends[index][1])
+        index += 1
+        if index == len(ends) or (following < len(openings) and openings[following] < ends[index][0]):
             return ends[first]
-    return ends[place]
+    return ends[index]

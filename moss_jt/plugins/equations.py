@@ -58,7 +58,7 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 class _Symbols(Evaluator):
-    """Values with unknowns in them; ``e`` is Euler's number where the whole text says so."""
+    """Values with unknowns in them; ``e`` is Euler's number where the text says so."""
 
     def __init__(self, euler: bool, real: bool) -> None:
         self.euler = euler
@@ -132,7 +132,7 @@ def _can_be_equations(parts: Parts) -> bool:
     if len(parts) == 1:
         return sides[0] <= 2
     two_sided = [count == 2 for count in sides]
-    if not all(two_sided[place] and two_sided[place + 1] for place, tight in enumerate(gaps(parts)) if tight):
+    if not all(two_sided[comma] and two_sided[comma + 1] for comma, tight in enumerate(gaps(parts)) if tight):
         return False
     return all(two or not part or _passed_over(part) for two, part in zip(two_sided, parts, strict=True))
 
@@ -188,15 +188,17 @@ def solve_equations(text: str) -> str:
     if len(unknowns) == 1:
         return _roots(differences, unknowns[0])
     solutions = sympy.solve(differences, unknowns, dict=True)
-    if not 0 < len(solutions) <= MAX_SOLUTIONS or any(set(found) != set(unknowns) for found in solutions):
+    if not 0 < len(solutions) <= MAX_SOLUTIONS or any(
+        set(solution) != set(unknowns) for solution in solutions
+    ):
         raise EquationError("there is no answer, or too many")
-    if any(value.free_symbols for found in solutions for value in found.values()):
+    if any(value.free_symbols for solution in solutions for value in solution.values()):
         raise EquationError("the equations do not determine every unknown")
     if len(solutions) == 1:
         return "\n".join(f"{unknown} = {_printed(solutions[0][unknown], unknowns)}" for unknown in unknowns)
     return "\n".join(
-        f"{unknown}_{number} = {_printed(found[unknown], unknowns)}"
-        for number, found in enumerate(solutions)
+        f"{unknown}_{number} = {_printed(solution[unknown], unknowns)}"
+        for number, solution in enumerate(solutions)
         for unknown in unknowns
     )
 

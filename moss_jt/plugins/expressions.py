@@ -74,7 +74,7 @@ def parse(tokens: Sequence[Token]) -> Tree:
     """
     if sum(token.text == "|" for token in tokens) > MAX_BARS:
         raise NotationError(f"more than {MAX_BARS // 2} absolute values")
-    return _Parser(tokens, 0).whole()
+    return _Parser(tokens, 0).complete()
 
 
 def nodes(tree: Tree) -> Iterator[Tree]:
@@ -136,7 +136,7 @@ class _Parser:
         self.tokens = tokens
         self.at = 0
         self.depth = self.outer = depth
-        self.opening: frozenset[int] = frozenset()  # places of the bars that begin an absolute value
+        self.opening: frozenset[int] = frozenset()  # indices of the bars that begin an absolute value
         self.loose = False  # the last factor may reach further: 2^3x, √2x
 
     @property
@@ -155,7 +155,7 @@ class _Parser:
         self.at += 1
         return self.tokens[self.at - 1]
 
-    def whole(self) -> Tree:
+    def complete(self) -> Tree:
         """The tree of all tokens; which bars begin an absolute value and which end one must be clear."""
         readings, error = [], NotationError("an absolute value has no end")
         for opening in _pairings(self.tokens):
@@ -267,16 +267,16 @@ class _Parser:
         inside = self.tokens[self.at : self.closing()]
         self.at += len(inside) + 1
         self.nest(1)
-        found = [_Parser(part, self.depth).whole() for part in parted(inside, possible)]
+        trees = [_Parser(part, self.depth).complete() for part in parted(inside, possible)]
         self.nest(-1)
-        return found
+        return trees
 
     def closing(self) -> int:
         depth = 1
-        for place in range(self.at, len(self.tokens)):
-            depth += (self.tokens[place].text == "(") - (self.tokens[place].text == ")")
+        for index in range(self.at, len(self.tokens)):
+            depth += (self.tokens[index].text == "(") - (self.tokens[index].text == ")")
             if depth == 0:
-                return place
+                return index
         raise NotationError("a bracket is not closed")
 
     def absolute(self) -> Tree:

@@ -37,13 +37,13 @@ SENTENCE_END = re.compile(r"(?<=[。！？!?\n])|(?<=\. )")
 
 def terms(text: str) -> list[str]:
     """What a text is indexed and searched by: lower-case words, and pairs of neighbouring Chinese characters."""
-    found: list[str] = []
+    terms: list[str] = []
     for word in WORD.findall(text.lower()):
         if re.match(f"[{CHINESE}]", word):
-            found += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
+            terms += [word[i : i + 2] for i in range(len(word) - 1)] or [word]
         else:
-            found.append(word)
-    return found
+            terms.append(word)
+    return terms
 
 
 def indexed(text: str) -> list[str]:
@@ -52,17 +52,17 @@ def indexed(text: str) -> list[str]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """A text in pieces of about PASSAGE_CHARACTERS, cut between sentences where there are any."""
-    piece = ""
+    """A text in passages of about PASSAGE_CHARACTERS, cut between sentences where there are any."""
+    passage = ""
     for sentence in SENTENCE_END.split(text):
         for start in range(0, len(sentence), PASSAGE_CHARACTERS):
             part = sentence[start : start + PASSAGE_CHARACTERS]
-            if piece and len(piece) + len(part) > PASSAGE_CHARACTERS:
-                yield piece.strip()
-                piece = ""
-            piece += part
-    if piece.strip():
-        yield piece.strip()
+            if passage and len(passage) + len(part) > PASSAGE_CHARACTERS:
+                yield passage.strip()
+                passage = ""
+            passage += part
+    if passage.strip():
+        yield passage.strip()
 
 
 class FolderSearch:
@@ -137,7 +137,7 @@ class FolderSearch:
         with self._lock:
             known = {path: (size, at) for path, size, at in self._db.execute("SELECT * FROM files")}
             files = text_files(self.folder)
-            seen = files.found
+            seen = files.states
             changed = [path for path in known.keys() - seen.keys()]
             changed += [path for path, state in seen.items() if known.get(path) != state]
             for done, path in enumerate(changed):

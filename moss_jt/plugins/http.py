@@ -67,7 +67,7 @@ def check_address(address: str, option: str) -> str:
     """
     try:
         parts = urllib.parse.urlsplit(address)
-        # The port is read, too: one that is no number would be found at the first search only.
+        # The port is read, too: one that is no number would be noticed at the first search only.
         sound = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
     except ValueError:
         sound = False
@@ -87,7 +87,7 @@ def fetch(
     """What an address answers; ``body`` is sent as JSON.
 
     Raises:
-        OSError: no connection, an error status, or no whole answer in time.
+        OSError: no connection, an error status, or no complete answer in time.
         ValueError: the answer is larger than ``max_bytes``, or the address is neither http nor https.
     """
     data = None if body is None else json.dumps(body).encode()

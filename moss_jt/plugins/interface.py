@@ -73,21 +73,21 @@ class Plugin(Protocol):
 
 def plugin_fault(plugin: object) -> str:
     """What is wrong with a plugin that others wrote, such as ``timeout_s is missing``; empty where it can be called."""
-    found: dict[str, object] = {}
+    attributes: dict[str, object] = {}
     for name in ("name", "label", "function", "argument", "style", "timeout_s", "call"):
         try:
-            found[name] = getattr(plugin, name)
+            attributes[name] = getattr(plugin, name)
         except Exception as error:  # noqa: BLE001  a property may do anything
             return f"{name} is missing" if isinstance(error, AttributeError) else f"{name} cannot be read"
     for name in ("name", "label", "function", "argument"):
-        if not isinstance(found[name], str) or not found[name]:
-            return f"{name} is {a(found[name])}, not a text"
-    seconds = found["timeout_s"]
+        if not isinstance(attributes[name], str) or not attributes[name]:
+            return f"{name} is {a(attributes[name])}, not a text"
+    seconds = attributes["timeout_s"]
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         return f"timeout_s is {a(seconds)}, not a number of seconds above 0"
-    if found["style"] not in get_args(Style):
+    if attributes["style"] not in get_args(Style):
         return f"style is none of {', '.join(get_args(Style))}"
-    return "" if callable(found["call"]) else "call is no method"
+    return "" if callable(attributes["call"]) else "call is no method"
 
 
 def outcome_fault(outcome: object) -> str:

@@ -24,7 +24,7 @@ Kind = Literal["number", "name", "superscript", "sign", "other"]
 
 
 class Token(NamedTuple):
-    """A piece of the text from ``start`` to ``end``; ``other`` is what no arithmetic has."""
+    """A stretch of the text from ``start`` to ``end``; ``other`` is what no arithmetic has."""
 
     kind: Kind
     text: str
@@ -76,7 +76,7 @@ _NUMERAL = rf"(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})"
 _LETTER = rf"[^\W\d_π{SUPERSCRIPTS}{SUBSCRIPTS}{''.join(FRACTIONS)}]"
 _RADIX = r"0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+"
 _FRACTION = f"[{''.join(FRACTIONS)}]"
-# A fraction beside a whole number needs room: next to a sign that binds tighter it could belong to that.
+# A fraction beside a whole number needs space around it: next to a sign that binds tighter it could belong to that.
 _MIXED = r"[0-9]+[ ]+[1-9][0-9]*/[1-9][0-9]*(?=[ ]*(?:[-+)=;|\n]|,(?![0-9])|\*(?!\*)|$))"
 TOKEN = re.compile(
     rf"""\ *(?:
@@ -152,12 +152,12 @@ def number_value(text: str) -> int | float:
         NotationError: it is none, such as ``007``, which may be a part of something longer.
     """
     if mixed := re.fullmatch(rf"(?:([0-9]+) *)??(?:([0-9]+)/([0-9]+)|({_FRACTION}))", text):
-        whole = mixed[1] or "0"
+        integer = mixed[1] or "0"
         above, below = mixed[2], mixed[3]
         if mixed[4]:
             above, below = FRACTIONS[mixed[4]].split("/")
-        _check_mixed(whole, above, below)
-        return int(whole) + int(above) / int(below)
+        _check_mixed(integer, above, below)
+        return int(integer) + int(above) / int(below)
     if re.fullmatch(_RADIX, text):
         return int(text, 0)
     digits = text.rstrip(_MYRIAD)
@@ -177,25 +177,25 @@ def number_value(text: str) -> int | float:
     return value
 
 
-def _check_mixed(whole: str, above: str, below: str) -> None:
+def _check_mixed(integer: str, above: str, below: str) -> None:
     """``2 500/1000`` could be 2500/1000, and ``2 3/2`` is no fraction that people write beside a whole number."""
-    grouped = len(above) == 3 and len(whole) <= 3
+    grouped = len(above) == 3 and len(integer) <= 3
     if (
         above.startswith("0")
-        or (len(whole) > 1 and whole.startswith("0"))
+        or (len(integer) > 1 and integer.startswith("0"))
         or int(above) >= int(below)
         or grouped
     ):
-        raise NotationError(f"'{whole} {above}/{below}' can be read in two ways")
+        raise NotationError(f"'{integer} {above}/{below}' can be read in two ways")
 
 
 def _times_myriad(digits: str, unit: str) -> int | float:
     """``1.5万`` is 15000: the point is moved in the text, so nothing is rounded."""
     if unit not in MYRIADS:
         raise NotationError(f"{unit!r} has more than one meaning")
-    whole, _, fraction = digits.replace("_", "").partition(".")
+    integer, _, fraction = digits.replace("_", "").partition(".")
     shift = MYRIADS[unit]
-    moved, rest = whole + fraction[:shift].ljust(shift, "0"), fraction[shift:].rstrip("0")
+    moved, rest = integer + fraction[:shift].ljust(shift, "0"), fraction[shift:].rstrip("0")
     return float(f"{moved}.{rest}") if rest else int(moved)
 
 
@@ -241,12 +241,12 @@ def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
     """
     outside = _outside_brackets(tokens)
     doubtful = [
-        place for place in range(1, len(tokens) - 1) if outside[place] and _may_mark_thousands(tokens, place)
+        index for index in range(1, len(tokens) - 1) if outside[index] and _may_mark_thousands(tokens, index)
     ]
-    beside = {tokens[place + side].start for place in doubtful for side in (-1, 1)}
+    beside = {tokens[index + side].start for index in doubtful for side in (-1, 1)}
     if len(doubtful) > MAX_DOUBTFUL_COMMAS:
         raise NotationError("its commas can be read in many ways")
-    found: list[Parts] = []
+    readings: list[Parts] = []
     for count in range(len(doubtful) + 1):
         for thousands in combinations(doubtful, count):
             joined = _joined(tokens, thousands)
@@ -256,34 +256,34 @@ def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
             if possible(parts) and all(
                 _is_number(token) for part in parts for token in part if token.start in beside
             ):
-                found.append(parts)
-    if len(found) != 1:
+                readings.append(parts)
+    if len(readings) != 1:
         raise NotationError(
-            "its commas can be read in two ways" if found else "a comma does not belong there"
+            "its commas can be read in two ways" if readings else "a comma does not belong there"
         )
-    return found[0]
+    return readings[0]
 
 
-def _may_mark_thousands(tokens: Sequence[Token], place: int) -> bool:
-    before, comma, after = tokens[place - 1 : place + 2]
+def _may_mark_thousands(tokens: Sequence[Token], index: int) -> bool:
+    before, comma, after = tokens[index - 1 : index + 2]
     numbers = before.kind == after.kind == "number"
     return comma.text == "," and numbers and before.end == comma.start and comma.end == after.start
 
 
 def _outside_brackets(tokens: Sequence[Token]) -> list[bool]:
-    depth, found = 0, []
+    depth, outside = 0, []
     for token in tokens:
         depth += (token.text == "(") - (token.text == ")")
-        found.append(depth == 0)
-    return found
+        outside.append(depth == 0)
+    return outside
 
 
 def _joined(tokens: Sequence[Token], thousands: Sequence[int]) -> list[Token] | None:
     """The tokens with the numbers around these commas made one; None where they do not make one."""
     joined: list[Token] = []
-    marks = {place + side for place in thousands for side in (0, 1)}
-    for place, token in enumerate(tokens):
-        if place not in marks:
+    marks = {index + side for index in thousands for side in (0, 1)}
+    for index, token in enumerate(tokens):
+        if index not in marks:
             joined.append(token)
             continue
         before = joined.pop()

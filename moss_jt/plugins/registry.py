@@ -112,7 +112,7 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     for plugin in made:
         if fault := plugin_fault(plugin):
             raise MossError(f"the plugin {type(plugin).__name__} cannot be called: {fault}.")
-    order = {name: place for place, name in enumerate(BUILT_IN)}
+    order = {name: index for index, name in enumerate(BUILT_IN)}
     unique = {plugin.name: plugin for plugin in made}
     return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))
 

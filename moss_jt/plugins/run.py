@@ -123,21 +123,21 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
     _left_behind[:] = [thread for thread in _left_behind if thread.is_alive()]
     if len(_left_behind) >= MAX_LEFT_BEHIND:
         return Outcome(failure="too many earlier calls have not ended yet")
-    found: list[Outcome] = []
+    outcomes: list[Outcome] = []
 
     def work() -> None:
         try:
             outcome = plugin.call(argument, wanted)
             fault = outcome_fault(outcome)
-            found.append(Outcome(failure=fault) if fault else outcome)
+            outcomes.append(Outcome(failure=fault) if fault else outcome)
         except BaseException as error:  # noqa: BLE001  whatever a plugin does, SystemExit too, the chat goes on
-            found.append(Outcome(failure=_reason(error)))
+            outcomes.append(Outcome(failure=_reason(error)))
 
     thread = threading.Thread(target=work, daemon=True, name=f"plugin {plugin.name}")
     thread.start()
     thread.join(plugin.timeout_s)
-    if found:
-        return found[0]
+    if outcomes:
+        return outcomes[0]
     _left_behind.append(thread)
     return Outcome(failure=f"it took longer than {plugin.timeout_s:g} s")
 
@@ -164,12 +164,14 @@ def written(call: Call, plugin: Plugin, outcome: Outcome, number: int) -> CallRe
     if plugin.style == "picture" and outcome.picture is not None:
         return CallResult(call, plugin.name, outcome.text, True, picture=outcome.picture)
     text = outcome.text[:MAX_LINES_CHARACTERS]
-    found = bool(text) and plugin.style in ("value", "lines")
-    failure = "" if found else outcome.failure or "nothing was found"
+    has_result = bool(text) and plugin.style in ("value", "lines")
+    failure = "" if has_result else outcome.failure or "nothing was found"
     if plugin.style == "value":
-        return CallResult(call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", found, failure=failure)
-    answer = text if found else NO_RESULT
-    return CallResult(call, plugin.name, f"{call.text} =>\n{answer}", found, failure=failure)
+        return CallResult(
+            call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", has_result, failure=failure
+        )
+    answer = text if has_result else NO_RESULT
+    return CallResult(call, plugin.name, f"{call.text} =>\n{answer}", has_result, failure=failure)
 
 
 def item_text(item: Item) -> str:

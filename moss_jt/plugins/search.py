@@ -36,9 +36,9 @@ class Search:
 
     def call(self, argument: str, wanted: int) -> Outcome:
         query = " ".join(argument.split())[:MAX_QUERY_CHARACTERS]
-        found = self.backend.search(query, wanted) if query else []
-        items = (dataclasses.replace(item, text=" ".join(item.text.split())) for item in found[:wanted])
-        return Outcome(items=tuple(item for item in items if item.text))
+        items = self.backend.search(query, wanted) if query else []
+        short = (dataclasses.replace(item, text=" ".join(item.text.split())) for item in items[:wanted])
+        return Outcome(items=tuple(item for item in short if item.text))
 
 
 def make_search(

@@ -32,12 +32,12 @@ State = tuple[int, int]  # size, time of the last change in ns
 class TextFiles:
     """The text files below a folder, within the bounds above.
 
-    found      path -> state, in order. Paths are the system's bytes: not every name is UTF-8
+    states     path -> state, in order. Paths are the system's bytes: not every name is UTF-8
     too_large  how many have more than MAX_FILE_BYTES
     more       MAX_FILES or MAX_TOTAL_BYTES are reached, and there are more
     """
 
-    found: dict[bytes, State] = field(default_factory=dict)
+    states: dict[bytes, State] = field(default_factory=dict)
     too_large: int = 0
     more: bool = False
 
@@ -49,7 +49,7 @@ class TextFiles:
             files = "file has" if self.too_large == 1 else "files have"
             reasons.append(f"{self.too_large} {files} more than {MAX_FILE_BYTES >> 20} MiB")
         if self.more:
-            reasons.append(f"beyond {len(self.found):,} files or {MAX_TOTAL_BYTES >> 20} MiB there are more")
+            reasons.append(f"beyond {len(self.states):,} files or {MAX_TOTAL_BYTES >> 20} MiB there are more")
         return "; ".join(reasons)
 
 
@@ -78,10 +78,10 @@ def text_files(folder: Path) -> TextFiles:
                 files.too_large += 1
                 continue
             total += state.st_size
-            if len(files.found) == MAX_FILES or total > MAX_TOTAL_BYTES:
+            if len(files.states) == MAX_FILES or total > MAX_TOTAL_BYTES:
                 files.more = True
                 return files
-            files.found[path] = (state.st_size, state.st_mtime_ns)
+            files.states[path] = (state.st_size, state.st_mtime_ns)
     return files
 
 
@@ -106,7 +106,7 @@ def _spelled(character: str) -> str:
 def read_text(path: bytes) -> str | None:
     """A file's text; None for a binary file, or one that cannot be read."""
     try:
-        # Not through a link, and without waiting for a pipe, which may have taken the file's place meanwhile.
+        # Not through a link, and without waiting for a pipe, which may be there instead of the file meanwhile.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             data = file.read(MAX_FILE_BYTES) or b""
@@ -134,16 +134,16 @@ def decoded(data: bytes) -> str | None:
 def page_text(page: str) -> str:
     """The text of a page of HTML or XML, without scripts and styles; in one pass, whatever the page holds."""
     first, *parts = page.split("<")
-    pieces, skipping = [first], ""
+    shown, skipping = [first], ""
     for part in parts:
         tag, end, text = part.partition(">")
         name = TAG_NAME.match(tag)
         if not end or name is None:
-            pieces.append("" if skipping else f"<{part}")
+            shown.append("" if skipping else f"<{part}")
             continue
         if skipping and name[0].lower() != f"/{skipping}":
             continue
         skipping = name[0].lower() if name[0].lower() in SKIPPED else ""
-        pieces.append("\n" if name[1].lower() in BREAKING else "")
-        pieces.append("" if skipping else text)
-    return html.unescape("".join(pieces))
+        shown.append("\n" if name[1].lower() in BREAKING else "")
+        shown.append("" if skipping else text)
+    return html.unescape("".join(shown))

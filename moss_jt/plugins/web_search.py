@@ -26,8 +26,8 @@ def item(text: object, title: object, address: object, label: str = "") -> Item:
 
 def results_of(answer: Any, key: str) -> list[dict[str, Any]]:
     """The list of objects under ``key``, whatever the network sent."""
-    found = answer.get(key) if isinstance(answer, dict) else None
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    entries = answer.get(key) if isinstance(answer, dict) else None
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 class SearXNG:
@@ -38,8 +38,8 @@ class SearXNG:
 
     def search(self, query: str, wanted: int) -> list[Item]:
         query_string = urllib.parse.urlencode({"q": query, "format": "json"})
-        found = results_of(fetch_json(f"{self.address}/search?{query_string}"), "results")
-        items = [item(entry.get("content"), entry.get("title"), entry.get("url")) for entry in found]
+        entries = results_of(fetch_json(f"{self.address}/search?{query_string}"), "results")
+        items = [item(entry.get("content"), entry.get("title"), entry.get("url")) for entry in entries]
         return [entry for entry in items if entry.text][:wanted]
 
 
@@ -56,8 +56,8 @@ class Serper:
         if isinstance(box, dict) and (text := plain(box.get("answer") or box.get("snippet"))):
             title = plain(box.get("title"))
             return [item(text, title, box.get("link"), label=title)]
-        found = results_of(answer, "organic")
-        items = [item(entry.get("snippet"), entry.get("title"), entry.get("link")) for entry in found]
+        entries = results_of(answer, "organic")
+        items = [item(entry.get("snippet"), entry.get("title"), entry.get("link")) for entry in entries]
         return [entry for entry in items if entry.text][:wanted]
 
 
@@ -67,10 +67,10 @@ class Ddgs:
     def search(self, query: str, wanted: int) -> list[Item]:
         from ddgs import DDGS
 
-        found = DDGS(timeout=10).text(query, max_results=wanted)
+        entries = DDGS(timeout=10).text(query, max_results=wanted)
         return [
             item(entry.get("body"), entry.get("title"), entry.get("href"))
-            for entry in found
+            for entry in entries
             if isinstance(entry, dict)
         ]
 

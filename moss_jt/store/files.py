@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading. A pipe in its place would make the program wait for ever, and a device never ends.
+    """Open a file for reading. A pipe instead would make the program wait for ever, and a device never ends.
 
     Raises:
         MossError: it is no file.
@@ -43,7 +43,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """A whole file of bounded size.
+    """All of a file of bounded size.
 
     Raises:
         MossError: it is missing, no file, too large, or the disk fails.
@@ -90,7 +90,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path, ending: str = ".new") -> Iterator[BinaryIO]:
-    """A file to write that takes ``path``'s place in one step, also across a power cut: readers see the old or the new.
+    """A file to write that replaces ``path`` in one step, also across a power cut: readers see the old or the new.
 
     It is written under ``path``'s name with an ending; where two processes may write at once, each needs its own.
     Where the block ends in an exception, ``path`` stays as it was and nothing else is left.
@@ -121,3 +121,15 @@ def write_text(path: Path, text: str, ending: str = ".new") -> None:
 def write_json(path: Path, fields: dict[str, Any], ending: str = ".new") -> None:
     """Replace a JSON file. ASCII only, so that names that are not UTF-8 can be written and come back as they were."""
     write_text(path, json.dumps(fields, indent=1) + "\n", ending)
+
+
+def link_over(path: Path, name: Path) -> None:
+    """Let ``name`` be another name of the file ``path``, in place of what it was. None is ever written to: see :func:`replacing`.
+
+    Raises:
+        OSError: they lie on different disks, or the file system has no such links.
+    """
+    fresh = name.with_name(f"{name.name}.new")
+    fresh.unlink(missing_ok=True)
+    os.link(path, fresh)
+    fresh.replace(name)

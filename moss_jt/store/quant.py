@@ -20,7 +20,7 @@ from moss_jt.errors import MossError
 BITS = (4, 8)
 RUN = 32  # consecutive int4 weights that share 16 bytes; group sizes are multiples of it
 _SMALLEST_SCALE = np.float32(2.0**-24)  # float16's smallest step: a scale is never zero
-_SLAB_WEIGHTS = 1 << 22  # rows are worked on in pieces of about this many weights, 16 MiB as float32
+_SLAB_WEIGHTS = 1 << 22  # rows are worked on in slabs of about this many weights, 16 MiB as float32
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def _spec(path: Path, name: str, entry: Any, data_offset: int) -> TensorSpec:
     except (KeyError, TypeError, ValueError) as error:
         raise MossError(f"{path}: the header's entry of {name[:200]!r} is not understood.") from error
     numbers = (*shape[: MAX_AXES + 1], begin, end)
-    whole = all(type(number) is int and 0 <= number < MAX_LENGTH for number in numbers)
-    if not whole or len(shape) > MAX_AXES or end - begin != math.prod(shape) * itemsize:
+    lengths = all(type(number) is int and 0 <= number < MAX_LENGTH for number in numbers)
+    if not lengths or len(shape) > MAX_AXES or end - begin != math.prod(shape) * itemsize:
         raise MossError(f"{path}: the header's sizes of {name[:200]!r} contradict each other.")
     return TensorSpec(name, dtype_name, shape, data_offset + begin)

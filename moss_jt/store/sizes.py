@@ -15,7 +15,7 @@ from moss_jt.store.architecture import (
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.model_folder import Store
 
-PAGE = 4096
+MEMORY_PAGE = 4096
 GIB = 1 << 30
 MIB = 1 << 20
 FLOAT16 = 2
@@ -33,7 +33,7 @@ PASS_TOKENS = 512
 
 
 class Slab(NamedTuple):
-    """A range of rows of the head's weight that is moved as one piece: whole pages, except at the end."""
+    """A range of rows of the head's weight that is moved at once: full pages of memory, except at the end."""
 
     first_row: int
     last_row: int
@@ -44,7 +44,7 @@ class Slab(NamedTuple):
 class ModelSizes:
     """Bytes of a model's parts.
 
-    block_bytes       one number per block, whole pages
+    block_bytes       one number per block, full pages of memory
     head_bytes        the head's weight
     small_bytes       the head's bias and the final layer norm, always in memory
     embedding_bytes   on disk only: a pass reads the few rows that it needs
@@ -71,29 +71,31 @@ class ModelSizes:
         return self.kv_cache_bytes(-(-context // CACHE_PAGE) * CACHE_PAGE)
 
     def head_slabs(self) -> tuple[Slab, ...]:
-        """The head in equal pieces of about the largest block's size, so that one ring of buffers serves both."""
+        """The head in equal slabs of about the largest block's size, so that one ring of buffers serves both."""
         rows = self.config.vocab_size
         row_bytes = self.head_bytes // rows
-        whole = PAGE // gcd(PAGE, row_bytes)  # rows that end where a page ends: reads stay aligned
-        pieces = -(-self.head_bytes // max(self.block_bytes))
-        step = -(-rows // (pieces * whole)) * whole
+        aligned = MEMORY_PAGE // gcd(
+            MEMORY_PAGE, row_bytes
+        )  # rows that end where a page ends: reads stay aligned
+        slabs = -(-self.head_bytes // max(self.block_bytes))
+        step = -(-rows // (slabs * aligned)) * aligned
         ranges = [(first, min(rows, first + step)) for first in range(0, rows, step)]
         return tuple(Slab(first, last, (last - first) * row_bytes) for first, last in ranges)
 
 
-def whole_pages(n_bytes: int) -> int:
-    return -(-n_bytes // PAGE) * PAGE
+def page_aligned(n_bytes: int) -> int:
+    return -(-n_bytes // MEMORY_PAGE) * MEMORY_PAGE
 
 
 def sizes_of_store(store: Store) -> ModelSizes:
     """Sizes of a model folder, from its files' headers."""
-    blocks = tuple(whole_pages(file.nbytes - file.data_offset) for file in store.blocks)
+    blocks = tuple(page_aligned(file.nbytes - file.data_offset) for file in store.blocks)
     return _sizes(store.config, store.bits, blocks)
 
 
 def sizes_of_geometry(config: MossConfig, bits: int = 16, group_size: int = 128) -> ModelSizes:
     """Sizes of a model that is not there: what its model folder would hold, without act-order."""
-    block = whole_pages(bytes_of(block_tensors(config, bits, group_size)))
+    block = page_aligned(bytes_of(block_tensors(config, bits, group_size)))
     return _sizes(config, bits, (block,) * config.n_layer)
 
 

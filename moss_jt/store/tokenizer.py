@@ -18,7 +18,7 @@ def _byte_values() -> dict[str, int]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     values = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)
-    values.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    values.update({chr(256 + index): byte for index, byte in enumerate(others)})
     return values
 
 
@@ -73,12 +73,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of our own text: ``<eoh>`` and the other special tokens in it become their ids."""
-        ids: list[int] = self._rust.encode(_whole(text), add_special_tokens=False).ids
+        ids: list[int] = self._rust.encode(_without_surrogates(text), add_special_tokens=False).ids
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of foreign text (a user's, a file's, the network's): what looks like a special token stays plain characters."""
-        ids: list[int] = self._plain.encode(_whole(text), add_special_tokens=False).ids
+        ids: list[int] = self._plain.encode(_without_surrogates(text), add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -86,7 +86,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, perhaps not whole characters; none for ids without a text (padding rows)."""
+        """The bytes of one token, perhaps only part of a character; none for ids without a text (padding rows)."""
         if token_id in self._added:
             return self._added[token_id]
         token = self._rust.id_to_token(token_id) or ""
@@ -100,7 +100,7 @@ class Tokenizer:
         return number
 
 
-def _whole(text: str) -> str:
+def _without_surrogates(text: str) -> str:
     """The text with ``?`` for each half of a surrogate pair: terminals give those for bytes that are no UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
@@ -109,7 +109,7 @@ class IncrementalDecoder:
     """Text of ids as they come, never half a character: bytes of an unfinished one are held back.
 
     It works on bytes, because a token may end one character and begin the next: text cut at tokens has no bound within which
-    it is whole. What comes out, ``finish`` included, is exactly what decoding all ids at once gives.
+    it is complete. What comes out, ``finish`` included, is exactly what decoding all ids at once gives.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -121,7 +121,7 @@ class IncrementalDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """What was held back, with a replacement character for what never became whole."""
+        """What was held back, with a replacement character for what never became complete."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text

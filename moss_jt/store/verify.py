@@ -9,7 +9,7 @@ from moss_jt.store.manifest import REPAIR, FileEntry, read_manifest
 from moss_jt.store.model_folder import Store, StoreFile, ends_early
 from moss_jt.store.tokenizer import Tokenizer
 
-PIECE_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 Progress = Callable[[int], object]
 
 
@@ -32,12 +32,12 @@ def verify_file(file: StoreFile, entry: FileEntry, progress: Progress = lambda c
             digest, left = hashlib.sha256(), spec.nbytes
             opened.seek(spec.offset)
             while left:
-                piece = opened.read(min(PIECE_BYTES, left))
-                if not piece:
+                chunk = opened.read(min(CHUNK_BYTES, left))
+                if not chunk:
                     raise ends_early(file.path)
-                digest.update(piece)
-                left -= len(piece)
-                progress(len(piece))
+                digest.update(chunk)
+                left -= len(chunk)
+                progress(len(chunk))
             if digest.hexdigest() != entry.tensors[spec.name].sha256:
                 raise MossError(
                     f"{file.path}: {spec.name} is not what was converted: its checksum differs. {REPAIR}"

@@ -5,13 +5,16 @@ from pathlib import Path
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Event, Notice
+from moss_jt.chat.keeping import Keeping
+from moss_jt.chat.saved import NameTakenError, name_fault
 from moss_jt.chat.turn import TooLongError
 from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.errors import MossError
 from moss_jt.plugins.registry import PluginLoadError, UnknownPluginError, plugin_names
 from moss_jt.terminal.line_input import LineReader
 from moss_jt.terminal.pictures import Shower
-from moss_jt.terminal.screen import Screen
+from moss_jt.terminal.saved_chats import chat_lines
+from moss_jt.terminal.screen import Screen, shortened
 from moss_jt.terminal.settings import (
     MAX_FILE_KIB,
     UnreadableError,
@@ -20,9 +23,10 @@ from moss_jt.terminal.settings import (
     settings_of,
 )
 from moss_jt.terminal.texts import notice_text, say
-from moss_jt.terminal.turn_view import TurnView
+from moss_jt.terminal.turn_view import NAME, TurnView
 
 PROMPT = "› "
+MOST_CHATS = 20  # that /chats shows
 LEAVING = ("stop", "/stop", "/exit", "/quit")
 
 
@@ -31,6 +35,8 @@ class Terminal:
 
     thoughts  what MOSS thinks is shown
     cost      after each answer, what it cost
+    keeping   keeps the conversation on disk; None keeps none
+    dropped   of a conversation that goes on, how many turns the model does not have before it
     """
 
     def __init__(
@@ -42,8 +48,12 @@ class Terminal:
         show_picture: Shower,
         thoughts: bool = True,
         cost: bool = True,
+        keeping: Keeping | None = None,
+        dropped: int = 0,
     ) -> None:
         self._chat = chat
+        self._keeping = keeping
+        self._dropped_turns = dropped
         self._model = model
         self._screen = screen
         self._reader = reader
@@ -79,6 +89,7 @@ class Terminal:
             "/help": lambda: self._say("help"),
             "/thoughts": self._toggle_thoughts,
             "/retry": self._retry,
+            "/chats": self._list_chats,
         }
         if word in commands and not names:
             commands[word]()
@@ -86,6 +97,8 @@ class Terminal:
             self._plugins([name for part in names for name in part.split(",") if name])
         elif word == "/set" and len(names) in (0, 2):
             self._set(*names)
+        elif word == "/save":
+            self._save(line.removeprefix(word).strip())
         elif word == "/system":
             self._system(line.removeprefix(word).strip())
         elif word.startswith("/") and not names and "/" not in word[1:]:
@@ -113,8 +126,47 @@ class Terminal:
         else:
             self._answer(self._chat.retry)
 
+    def _save(self, name: str) -> None:
+        """Keep the conversation under a name."""
+        if self._keeping is None:
+            self._warn("keeps_none")
+        elif name_fault(name):
+            self._warn("no_name" if name else "save_what", name=name)
+        else:
+            try:
+                self._keeping.save_as(self._chat, name)
+            except NameTakenError:
+                self._warn("name_taken", name=name)
+            except MossError as error:
+                self._screen.error(error)
+            else:
+                self._say("saved", name=name)
+
+    def _list_chats(self) -> None:
+        if self._keeping is None:
+            self._warn("keeps_none")
+            return
+        summaries = self._keeping.conversations.list(MOST_CHATS)
+        lines = chat_lines(summaries, self._chat.language, self._keeping.name, self._screen.columns)
+        if lines:
+            self._say("chats", lines="\n".join(lines))
+        else:
+            self._say("no_chats")
+
+    def _resumed(self) -> None:
+        """Where the conversation stands that goes on."""
+        turns = self._chat.history
+        self._say("resumed_one" if len(turns) == 1 else "resumed", turns=str(len(turns)))
+        if self._dropped_turns:
+            one = self._dropped_turns == 1
+            self._warn("chat_dropped_one" if one else "chat_dropped", turns=str(self._dropped_turns))
+        self._screen.line(f"{PROMPT}{shortened(turns[-1].message, self._screen.columns - 2)}", "dim")
+        self._screen.line(f"{NAME} {shortened(turns[-1].answer, self._screen.columns - 5)}", "dim")
+
     def _greet(self) -> None:
         self._say("greeting", model=self._model)
+        if self._chat.history:
+            self._resumed()
         if self._chat.plugins:
             self._say("plugins_on", names=", ".join(plugin.name for plugin in self._chat.plugins))
         else:

@@ -48,11 +48,13 @@ def bounded(text: str) -> str:
 def json_text(value: Any) -> str:
     """JSON on one line, in the output's own characters; what a terminal would obey is escaped, which changes no value."""
     plain = (sys.stdout.encoding or "").lower().startswith("utf")
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=not plain))
+    return CONTROLS.sub(
+        lambda control: f"\\u{ord(control[0]):04x}", json.dumps(value, ensure_ascii=not plain)
+    )
 
 
-def _spelled(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode()
+def _spelled(control: re.Match[str]) -> str:
+    return control[0].encode("unicode_escape").decode()
 
 
 def pass_on(text: str) -> None:

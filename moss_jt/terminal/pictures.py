@@ -42,8 +42,8 @@ def find_protocol(environment: Mapping[str, str] = os.environ) -> Protocol | Non
 
 def has_sixel(answer: str) -> bool:
     """Whether an answer to "what are you?" (DA1) names attribute 4."""
-    found = re.search(r"\x1b\[\?([\d;]*)c", answer)
-    return found is not None and "4" in found[1].split(";")[1:]
+    match = re.search(r"\x1b\[\?([\d;]*)c", answer)
+    return match is not None and "4" in match[1].split(";")[1:]
 
 
 def ask_terminal(question: str, end: str) -> str:

@@ -39,6 +39,6 @@ def reason(failure: str, language: Language) -> str:
         return failure
     text = re.sub(r"^(?:\w+(?:Error|Exception)): ", "", failure)
     for english, chinese in CHINESE:
-        if found := re.fullmatch(english, text):
-            return found.expand(chinese)
+        if match := re.fullmatch(english, text):
+            return match.expand(chinese)
     return failure

@@ -22,13 +22,18 @@ STYLES = {
 }
 
 
+def columns_of(text: str) -> int:
+    """Columns that a text takes on a terminal; Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def shortened(text: str, columns: int) -> str:
-    """A text on one line of at most so many columns; Chinese characters take two."""
+    """A text on one line of at most so many columns."""
     text, used = " ".join(text.split()), 0
-    for place, character in enumerate(text):
-        used += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if used > columns - 1 and place < len(text) - 1:
-            return text[:place] + "…"
+    for index, character in enumerate(text):
+        used += columns_of(character)
+        if used > columns - 1 and index < len(text) - 1:
+            return text[:index] + "…"
     return text
 
 
@@ -83,7 +88,7 @@ class Screen:
             self._column_0 = True
 
     def wait(self, text: str) -> None:
-        """Show, where the output is a terminal, that something is going on; what comes next takes its place."""
+        """Show, where the output is a terminal, that something is going on; what comes next replaces it."""
         if self.terminal and self._column_0 and self._waiting != text:
             self.end_wait()
             self.raw(f"\x1b[2m{text}\x1b[0m" if self.styled else text)

@@ -9,7 +9,7 @@ from moss_jt.engine.generate import check_count
 from moss_jt.errors import MossError
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-WHOLE = ("top_k", "seed", "max_new_tokens")
+INTEGRAL = ("top_k", "seed", "max_new_tokens")
 # What stands for None, which is a number of its own for each answer, and the reference's penalty.
 UNSET = {"seed": "random", "repetition_penalty": "default"}
 MAX_FILE_KIB = 256  # more than the longest context holds
@@ -32,7 +32,7 @@ def settings_of(chat: Chat) -> dict[str, str]:
 def change_setting(chat: Chat, name: str, text: str) -> bool:
     """Change one for the answers to come; False where it cannot have that value, and nothing is changed."""
     try:
-        value: Any = None if text == UNSET.get(name) else (int if name in WHOLE else float)(text)
+        value: Any = None if text == UNSET.get(name) else (int if name in INTEGRAL else float)(text)
         if name == "max_new_tokens":
             check_count(value)
             chat.max_new_tokens = value

@@ -25,6 +25,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  /system [FILE]     a meta instruction of your own, from a text file; without FILE, MOSS's again\n"
         "  /plugins [NAMES]   list plugins, or switch some on or off\n"
         "  /thoughts          show inner thoughts, or hide them\n"
+        "  /save NAME         keep the conversation under a name: moss-jt chat --resume NAME goes on with it\n"
+        "  /chats             list the conversations that are kept\n"
         "  /help              this list\n"
         "  Ctrl-C             end the answer and keep the conversation\n"
         "  Alt-Enter          a new line in a message",
@@ -35,6 +37,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  /system [文件]     用文本文件的内容作元指令；不写文件则恢复 MOSS 自己的\n"
         "  /plugins [名称]    列出插件，或开关其中几个\n"
         "  /thoughts          显示或隐藏内心想法\n"
+        "  /save 名称         以此名称保存对话，之后可用 moss-jt chat --resume 名称 继续\n"
+        "  /chats             列出已保存的对话\n"
         "  /help              本说明\n"
         "  Ctrl-C             中止回答，保留对话\n"
         "  Alt-Enter          在消息中换行",
@@ -78,6 +82,60 @@ TEXTS: dict[str, tuple[str, str]] = {
     "commands_cut": (
         "MOSS gave {commands} commands; only the first {limit} were run.",
         "MOSS 给出了 {commands} 条命令，只执行了前 {limit} 条。",
+    ),
+    "not_kept": (
+        "The conversation is not kept on the disk any more: {reason}",
+        "对话未能保存到磁盘：{reason}",
+    ),
+    "keeps_none": (
+        "This conversation is not kept: --no-keep was given, or there is no folder for it.",
+        "本次对话不会保存：使用了 --no-keep，或没有可用的文件夹。",
+    ),
+    "save_what": ("Give it a name: /save NAME", "请给出名称：/save 名称"),
+    "no_name": (
+        'A conversation cannot be called {name}: a name begins with no dot, dash or space, has none of / \\ : * ? " < > |, and '
+        "is not too long.",
+        '对话不能叫 {name}：名称不能以点、短横线或空格开头，不能含有 / \\ : * ? " < > |，也不能太长。',
+    ),
+    "name_taken": (
+        "There is a conversation called {name} already; moss-jt rm {name} removes it.",
+        "已有名为 {name} 的对话；可用 moss-jt rm {name} 删除它。",
+    ),
+    "saved": (
+        "The conversation is kept as {name}; moss-jt chat --resume {name} goes on with it.",
+        "对话已保存为 {name}；用 moss-jt chat --resume {name} 可继续。",
+    ),
+    "chats": (
+        "{lines}\nmoss-jt chat --resume NAME goes on with one.",
+        "{lines}\n用 moss-jt chat --resume 名称 继续其中一个。",
+    ),
+    "no_chats": ("No conversation is kept yet.", "还没有保存的对话。"),
+    "chat_turns": ("{turns} turns", "{turns} 轮"),
+    "chat_turn": ("1 turn", "1 轮"),
+    "resumed": (
+        "The conversation goes on; it has {turns} turns, the last one:",
+        "继续之前的对话（共 {turns} 轮），最后一轮：",
+    ),
+    "resumed_one": ("The conversation goes on; it has one turn:", "继续之前的对话（共 1 轮）："),
+    "chat_damaged": (
+        "{lines} damaged lines of the conversation {name} are left out.",
+        "对话 {name} 中有 {lines} 行已损坏，已略过。",
+    ),
+    "chat_damaged_one": (
+        "One damaged line of the conversation {name} is left out.",
+        "对话 {name} 中有 1 行已损坏，已略过。",
+    ),
+    "chat_dropped": (
+        "Its {turns} oldest turns have no room in the context; MOSS does not know them any more.",
+        "最早的 {turns} 轮放不进上下文，MOSS 已不再记得。",
+    ),
+    "chat_dropped_one": (
+        "Its oldest turn has no room in the context; MOSS does not know it any more.",
+        "最早的一轮放不进上下文，MOSS 已不再记得。",
+    ),
+    "plugin_left_out": (
+        "The plugin {name} of this conversation is not switched on: {reason}",
+        "未能开启该对话用过的插件 {name}：{reason}",
     ),
     "no_result": ("no result", "没有结果"),
     "colon": (": ", "："),

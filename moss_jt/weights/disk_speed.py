@@ -13,7 +13,7 @@ from pathlib import Path
 from moss_jt.errors import MossError
 from moss_jt.store.files import reading, write_json
 from moss_jt.store.model_folder import Store
-from moss_jt.store.sizes import MIB, PAGE
+from moss_jt.store.sizes import MEMORY_PAGE, MIB
 from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 
@@ -75,7 +75,7 @@ def disk_speed(file: Path, remembered_in: Path) -> DiskSpeed:
 
 def _probe(file: Path) -> DiskSpeed:
     """Two halves of the file, one each way, so that neither finds what the other brought into a cache below us."""
-    half = os.stat(file).st_size // 2 // PAGE * PAGE
+    half = os.stat(file).st_size // 2 // MEMORY_PAGE * MEMORY_PAGE
     n_bytes = min(PROBE_BYTES, half)
     if n_bytes == 0:
         raise MossError(f"{file} is too small to measure the disk with. Convert the model again.")
@@ -89,7 +89,7 @@ def _probe(file: Path) -> DiskSpeed:
 
 def _timed(extent: Extent, direct: bool) -> float:
     target = page_buffer(extent.n_bytes)
-    target[::PAGE] = 1  # the memory itself must be there before the clock runs
+    target[::MEMORY_PAGE] = 1  # the memory itself must be there before the clock runs
     with open(extent.path, "rb") as file:
         os.posix_fadvise(file.fileno(), extent.offset, extent.n_bytes, os.POSIX_FADV_DONTNEED)
     reader = FileReader(direct, PROBE_REQUEST)

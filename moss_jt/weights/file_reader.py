@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.errors import MossError
-from moss_jt.store.sizes import MIB, PAGE, whole_pages
+from moss_jt.store.sizes import MEMORY_PAGE, MIB, page_aligned
 
 # Requests are long because Jittor holds Python's lock while it computes: a reader that needs the lock for every few
 # megabytes would stand still for as long. One second's worth keeps the disk busy and still stops within a second.
@@ -40,11 +40,11 @@ class FileReader:
 
     def __init__(self, direct: bool, bytes_per_s: float) -> None:
         self.direct = direct
-        self.request_bytes = max(SMALLEST_REQUEST, int(bytes_per_s) // PAGE * PAGE)
+        self.request_bytes = max(SMALLEST_REQUEST, int(bytes_per_s) // MEMORY_PAGE * MEMORY_PAGE)
         self._files: dict[tuple[Path, bool], int] = {}
 
     def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = _never) -> bool:
-        """Fill ``target`` (uint8, whole pages, page-aligned) with the extent.
+        """Fill ``target`` (uint8, aligned to pages of memory at both ends) with the extent.
 
         Returns:
             False where ``stopped`` answered true between two requests, so that target is not complete.
@@ -52,7 +52,7 @@ class FileReader:
         Raises:
             MossError: the file cannot be opened or read, or ends before the extent does.
         """
-        direct = self.direct and not extent.keep_cached and extent.offset % PAGE == 0
+        direct = self.direct and not extent.keep_cached and extent.offset % MEMORY_PAGE == 0
         memory = target.data
         done = 0
         try:
@@ -60,8 +60,8 @@ class FileReader:
             while done < extent.n_bytes:
                 if stopped():
                     return False
-                # A direct read asks for whole pages; the file may end within the last one.
-                end = whole_pages(extent.n_bytes) if direct else extent.n_bytes
+                # A direct read asks for pages of memory; the file may end within the last one.
+                end = page_aligned(extent.n_bytes) if direct else extent.n_bytes
                 request = memory[done : min(done + self.request_bytes, end)]
                 count = os.preadv(file, [request], extent.offset + done)
                 if not direct and not extent.keep_cached:

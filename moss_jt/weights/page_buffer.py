@@ -4,13 +4,13 @@ import mmap
 
 import numpy as np
 
-from moss_jt.store.sizes import whole_pages
+from moss_jt.store.sizes import page_aligned
 
 
 def page_buffer(n_bytes: int) -> np.ndarray:
-    """Zeroed memory of ``n_bytes``, rounded up to whole pages, as uint8. It is freed with its last view.
+    """Zeroed memory of ``n_bytes``, rounded up to pages of memory, as uint8. It is freed with its last view.
 
     Huge pages are not asked for: they make decoding 5 % faster, but where the page cache has fragmented the memory the
     system gathered them at 0.4 GB/s, against 2 GB/s of small ones.
     """
-    return np.frombuffer(mmap.mmap(-1, whole_pages(n_bytes)), dtype=np.uint8)
+    return np.frombuffer(mmap.mmap(-1, page_aligned(n_bytes)), dtype=np.uint8)

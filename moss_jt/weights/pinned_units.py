@@ -16,7 +16,7 @@ from moss_jt.weights.page_buffer import page_buffer
 
 
 class Pinning(Protocol):
-    """What locks host memory into place: moss_jt.kernels.cuda.copy_engine.CudaCopyEngine, or a test's."""
+    """What page-locks host memory: moss_jt.kernels.cuda.copy_engine.CudaCopyEngine, or a test's."""
 
     def pin(self, array: np.ndarray) -> None: ...
 

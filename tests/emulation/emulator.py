@@ -2,11 +2,13 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,24 +51,24 @@ def expand_macros(source: str) -> str:
 
 def parameters_of(source: str) -> dict[str, list[tuple[str, str]]]:
     """Kernel -> its parameters as (IN, OUT or scalar; type)."""
-    found = {}
+    collected = {}
     for name, text in KERNEL.findall(expand_macros(source)):
         parameters = [(m[1] or "scalar", m[2] or m[4]) for m in PARAMETER.finditer(" ".join(text.split()))]
         assert len(parameters) == text.count(",") + 1, (name, text)
-        found[name] = parameters
-    return found
+        collected[name] = parameters
+    return collected
 
 
 def wrapper(name: str, parameters: list[tuple[str, str]]) -> str:
     """A C function that launches a kernel: every array comes as a pointer and a number of elements."""
     arguments = []
-    for place, (kind, type_) in enumerate(parameters):
+    for index, (kind, type_) in enumerate(parameters):
         if kind == "scalar":
-            arguments.append(f"*({type_}*)a[{2 * place}]")
+            arguments.append(f"*({type_}*)a[{2 * index}]")
         else:
             const = "const " if kind == "IN" else ""
             arguments.append(
-                f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * place}], (long long)a[{2 * place + 1}]}}"
+                f"emu::Array<{const}{type_}>{{({const}{type_}*)a[{2 * index}], (long long)a[{2 * index + 1}]}}"
             )
     return (
         f'extern "C" void launch_{name}(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned seed, void** a, '
@@ -96,6 +98,43 @@ class FunctionHandle(ctypes.Structure):
     _fields_ = [("launch", ctypes.c_void_p), ("parameters", ctypes.c_int), ("arrays", ctypes.c_char_p)]
 
 
+@cache
+def included() -> str:
+    """What the modules include, whose names do not change with it."""
+    return "".join(path.read_text() for path in (HERE / "emulation.h", CUDA / "device.cuh"))
+
+
+def compiled(key: str, text: str, options: Sequence[str]) -> Path:
+    """The module as a shared library, kept for other processes: most tests of the simulated card are one, and compiling takes
+    longer than what they compute.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = caches / "moss-jt-emulation" / f"{key[:32]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = [
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-mf16c",
+        f"-I{HERE}",
+        *options,
+    ]
+    with TemporaryDirectory(dir=library.parent) as folder:
+        source, fresh = Path(folder, "module.cpp"), Path(folder, "module.so")
+        source.write_text(text)
+        command = ["g++", *flags, str(source), "-o", str(fresh)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EmulationError(done.stderr[:3000])
+        fresh.replace(library)
+    return library
+
+
 class RawModule:
     """cupy.RawModule over the emulation, which notes for the tests to look at:
 
@@ -110,31 +149,9 @@ class RawModule:
         kept = [option for option in options if option.startswith(("-I", "-D"))]
         wrappers = "".join(wrapper(name, parameters) for name, parameters in self.parameters.items())
         text = f"#define MOSS_EMULATION 1\n{code}\n{wrappers}{ENTRIES}"
-        key = hashlib.sha256(f"{text}{kept}".encode()).hexdigest()
+        key = hashlib.sha256(f"{text}{kept}{included()}".encode()).hexdigest()
         if key not in self.built:
-            folder = Path(mkdtemp(prefix="moss-jt-emulation-"))
-            (folder / "module.cpp").write_text(text)
-            library = folder / "module.so"
-            flags = [
-                "-O1",
-                "-U_FORTIFY_SOURCE",
-                "-std=c++17",
-                "-shared",
-                "-fPIC",
-                "-w",
-                "-mf16c",
-                f"-I{HERE}",
-                *kept,
-            ]
-            done = subprocess.run(
-                ["g++", *flags, str(folder / "module.cpp"), "-o", str(library)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise EmulationError(done.stderr[:3000])
-            self.built[key] = ctypes.CDLL(str(library))
+            self.built[key] = ctypes.CDLL(str(compiled(key, text, kept)))
         self.library = self.built[key]
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.conflicts: dict[str, int] = {}
@@ -188,16 +205,16 @@ def check_launch(
         or any(size > 65535 for size in grid[1:])
     ):
         raise EmulationError(f"{name}: impossible launch {grid} {block}")
-    for place, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
+    for index, ((kind, type_), value) in enumerate(zip(parameters, arguments, strict=True)):
         if kind == "scalar":
             if not isinstance(value, np.int32 if type_ == "int" else np.float32):
                 raise EmulationError(
-                    f"{name}: argument {place} is {type(value).__name__}, a {type_} is needed"
+                    f"{name}: argument {index} is {type(value).__name__}, a {type_} is needed"
                 )
         elif isinstance(value, np.uintp) and value == 0:
             continue  # no array, and an access of it is out of bounds
         elif value.dtype != DTYPES[type_] or not value.flags.c_contiguous:
-            raise EmulationError(f"{name}: argument {place} is {value.dtype}, {type_} is needed, contiguous")
+            raise EmulationError(f"{name}: argument {index} is {value.dtype}, {type_} is needed, contiguous")
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -20,9 +20,9 @@ class Compiled:
 
 def wheel(name: str) -> Path | None:
     spec = importlib.util.find_spec("nvidia")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / name).is_dir():
-            return Path(place) / name
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_dir():
+            return Path(folder) / name
     return None
 
 
@@ -80,7 +80,7 @@ def check(status: int) -> None:
 
 def read_report(text: str) -> dict[str, Compiled]:
     """ptxas -v: 'Compiling entry function NAME', 'N bytes spill stores, M bytes spill loads', 'Used R registers'."""
-    found: dict[str, Compiled] = {}
+    collected: dict[str, Compiled] = {}
     name, spilled = "", 0
     for line in text.splitlines():
         if match := re.search(r"entry function '(\w+)'", line):
@@ -89,5 +89,5 @@ def read_report(text: str) -> dict[str, Compiled]:
             spilled = int(match[1]) + int(match[2])
         if match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            found[name] = Compiled(int(match[1]), spilled, int(shared[1]) if shared else 0)
-    return found
+            collected[name] = Compiled(int(match[1]), spilled, int(shared[1]) if shared else 0)
+    return collected

@@ -157,14 +157,14 @@ def folders() -> list[tuple[Path, Path, bool]]:
     """(model folder, its checkpoint, whether 0.1.0 wrote it)."""
     sources = {path.name: path for path in checkpoints()}
     (workplace() / "golden").symlink_to(sources["dense"])
-    found = []
+    collected = []
     for name in ("dense", "gptq"):
-        found.append((converted(sources[name], workplace() / "folders" / name), sources[name], False))
+        collected.append((converted(sources[name], workplace() / "folders" / name), sources[name], False))
     old = workplace() / "old"
     for name, write in (("float16", golden_checkpoint), ("act-order", golden_gptq)):
         source = write(old / ("golden" if name == "float16" else "golden-gptq"))
-        found.append((Path(shutil.copytree(GOLDEN / name, old / name)), source, True))
-    return found
+        collected.append((Path(shutil.copytree(GOLDEN / name, old / name)), source, True))
+    return collected
 
 
 def folder_case(seed: int) -> tuple[str, str]:
@@ -228,10 +228,10 @@ def kill_case(seed: int) -> tuple[str, str]:
     """A conversion that is killed one to four times ends with the same bytes as one that is not."""
     chance = random.Random(seed)
     kind = chance.choice(("dense", "gptq", "rtn", "calibrated", "repair"))
-    whole, seconds = _undisturbed(kind)
+    complete, seconds = _undisturbed(kind)
     out = workplace() / f"case-{seed}" / "out"
     if kind == "repair":
-        shutil.copytree(whole, out)
+        shutil.copytree(complete, out)
         os.truncate(out / "block-01.safetensors", 5000)
     kills = 0
     for _ in range(chance.randint(1, 4)):
@@ -248,10 +248,10 @@ def kill_case(seed: int) -> tuple[str, str]:
         os.kill(child, signal.SIGKILL)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL
     _convert_kind(kind, out)
-    assert contents(out) == contents(whole), sorted(
+    assert contents(out) == contents(complete), sorted(
         name
-        for name in contents(out).keys() | contents(whole).keys()
-        if contents(out).get(name) != contents(whole).get(name)
+        for name in contents(out).keys() | contents(complete).keys()
+        if contents(out).get(name) != contents(complete).get(name)
     )
     return "right", f"{kind}, killed {kills} times"
 

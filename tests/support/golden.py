@@ -87,7 +87,7 @@ def _write(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = [*map(chr, printable), *(chr(256 + place) for place in range(len(others)))]
+    letters = [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
     (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "added_tokens.json").write_text(

@@ -79,9 +79,9 @@ SWAPPED = Case("swap", 0.5, offload="swap")
 def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
     """Options of Moss.load with which the plan is the case's, where CUDA takes ``footprint`` bytes."""
     sizes = sizes_of_store(open_store(folder))
-    room = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint)
-    total = room.bytes_on("device")
-    budget = room.peak_bytes
+    everything = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint)
+    total = everything.bytes_on("device")
+    budget = everything.peak_bytes
     if case.share < 1:
         # Jittor keeps what it frees in pieces that fit nothing: its swapping needs room for two more units.
         budget += 2 * max(sizes.block_bytes) - int((1 - case.share) * total)

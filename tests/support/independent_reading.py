@@ -56,7 +56,7 @@ def expected_tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarr
     """
     import torch
 
-    found: dict[str, np.ndarray] = {}
+    collected: dict[str, np.ndarray] = {}
     tensors = {name: value for name, value in read_tensors(folder).items() if not LEFT_OUT.fullmatch(name)}
     for name, value in tensors.items():
         if name.rsplit(".", 1)[1] in ("qzeros", "scales", "g_idx"):
@@ -67,8 +67,8 @@ def expected_tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarr
             name = f"{stem}.weight"
         else:
             array = value.to(torch.float16).float().numpy()
-        found[name] = _sorted_by_kind(array, config) if name.endswith("qkv_proj.weight") else array
-    return found
+        collected[name] = _sorted_by_kind(array, config) if name.endswith("qkv_proj.weight") else array
+    return collected
 
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -80,11 +80,11 @@ def _unpacked(parts: dict[str, Any]) -> np.ndarray:
     g_idx = arrays["g_idx"].astype(np.int64)
     bits = 32 * arrays["qweight"].shape[0] // len(g_idx)
     mask = (1 << bits) - 1
-    places = bits * np.arange(32 // bits, dtype=np.int64)
+    shifts = bits * np.arange(32 // bits, dtype=np.int64)
     words = arrays["qweight"].astype(np.int64)
-    fields = (words[:, None, :] >> places[None, :, None] & mask).reshape(-1, words.shape[1])
+    fields = (words[:, None, :] >> shifts[None, :, None] & mask).reshape(-1, words.shape[1])
     zero_words = arrays["qzeros"].astype(np.int64)
-    zeros = (zero_words[:, :, None] >> places & mask).reshape(len(zero_words), -1) + 1
+    zeros = (zero_words[:, :, None] >> shifts & mask).reshape(len(zero_words), -1) + 1
     weight = arrays["scales"].astype(np.float32)[g_idx] * (fields - zeros[g_idx])
     return np.ascontiguousarray(weight.T.astype(np.float32))
 

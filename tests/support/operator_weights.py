@@ -82,12 +82,12 @@ def packed_block(
     return BlockWeights(**vectors, **{name: packed_matrix(m) for name, m in packed.items()}), oracle
 
 
-def in_one_piece(weights: BlockWeights) -> BlockWeights:
+def in_one_memory(weights: BlockWeights) -> BlockWeights:
     """The same weights as the GPU's operators take them: regions of one Var, each at a multiple of 256 bytes."""
     arrays: list[np.ndarray] = []
     offsets = [0]
 
-    def place(weight: Any) -> int:
+    def offset_of(weight: Any) -> int:
         arrays.append(weight.numpy())
         offsets.append(offsets[-1] + -(-arrays[-1].nbytes // 256) * 256)
         return len(arrays) - 1
@@ -97,20 +97,20 @@ def in_one_piece(weights: BlockWeights) -> BlockWeights:
             return replace(value, **{f.name: each(getattr(value, f.name), change) for f in fields(value)})
         return value if value is None or isinstance(value, int) else change(value)
 
-    places = each(weights, lambda weight: np.array(place(weight)))
+    offsets_of = each(weights, lambda weight: np.array(offset_of(weight)))
     memory = np.zeros(offsets[-1] + 256, np.uint8)
     memory = memory[-memory.ctypes.data % 256 :][: offsets[-1]]
     for offset, array in zip(offsets, arrays, strict=False):
         memory[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-    whole = jt.reuse_np_array(memory)
+    complete = jt.reuse_np_array(memory)
 
     def region(index: np.ndarray) -> Region:
         array = arrays[int(index)]
-        return Region(whole, offsets[int(index)], array.shape, array.dtype.name)
+        return Region(complete, offsets[int(index)], array.shape, array.dtype.name)
 
-    return each(places, region)
+    return each(offsets_of, region)
 
 
-def head_in_one_piece(weight: np.ndarray) -> Region:
+def head_in_one_region(weight: np.ndarray) -> Region:
     memory = np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
     return Region(var(memory), 0, weight.shape, weight.dtype.name)

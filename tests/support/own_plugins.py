@@ -34,8 +34,8 @@ class Shelf:
         self._texts = texts
 
     def call(self, argument: str, wanted: int) -> Outcome:
-        found = [Item(text, Source(f"{argument}, {n}", f"/shelf/{n}")) for n, text in enumerate(self._texts)]
-        return Outcome(items=tuple(found[:wanted]))
+        actual = [Item(text, Source(f"{argument}, {n}", f"/shelf/{n}")) for n, text in enumerate(self._texts)]
+        return Outcome(items=tuple(actual[:wanted]))
 
 
 class Painter:

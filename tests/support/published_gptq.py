@@ -31,8 +31,8 @@ def _words(fields: np.ndarray, bits: int) -> np.ndarray:
     """Fields (R, S) to words (R * bits / 32, S) int32, consecutive rows in one word, the first in the lowest bits."""
     per_word = 32 // bits
     words = np.zeros((fields.shape[0] // per_word, fields.shape[1]), np.uint32)
-    for place in range(per_word):
-        words |= fields[place::per_word].astype(np.uint32) << np.uint32(bits * place)
+    for index in range(per_word):
+        words |= fields[index::per_word].astype(np.uint32) << np.uint32(bits * index)
     return words.view(np.int32)
 
 

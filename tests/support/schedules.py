@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 
 from moss_jt.engine import cached_text, engine, pace
-from moss_jt.engine.causal_model import Piece
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
@@ -38,49 +38,47 @@ class HashedModel:
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
-        assert 0 < sum(len(piece.token_ids) for piece in pieces) <= self.pass_tokens
+        assert 0 < sum(len(run.token_ids) for run in runs) <= self.pass_tokens
         rows = {"none": 0, "last": 1}
-        assert sum(rows.get(p.rows, len(p.token_ids)) for p in pieces) <= max(
-            self.logit_rows, self.score_rows
-        )
+        assert sum(rows.get(p.rows, len(p.token_ids)) for p in runs) <= max(self.logit_rows, self.score_rows)
         written: set[tuple[int, int]] = set()
         self.between()
-        kept = [wanted(index) for index in range(len(pieces))]
-        found: list[np.ndarray] = [np.empty((0, VOCABULARY), np.float32) for _ in pieces]
+        kept = [wanted(index) for index in range(len(runs))]
+        actual: list[np.ndarray] = [np.empty((0, VOCABULARY), np.float32) for _ in runs]
         # As in a block: all keys and values are there before anyone looks at them, in an order of their own.
-        order = sorted((i for i in range(len(pieces)) if kept[i]), key=lambda i: pieces[i].start)
+        order = sorted((i for i in range(len(runs)) if kept[i]), key=lambda i: runs[i].start)
         for index in order:
-            piece = pieces[index]
-            assert piece.start + len(piece.token_ids) <= self.capacity
-            if piece.whole:
-                assert len(piece.token_ids) == PAGE and piece.start % PAGE == 0
-            for position, token in enumerate(piece.token_ids, piece.start):
-                place = piece.pages[position // PAGE], position % PAGE
-                assert place not in written, "two pieces write to one place"
-                written.add(place)
-                before = self._at(piece.pages, position - 1) if position else 1
-                self._cache[place] = hash((before, token, piece.whole)) & 0xFFFFFFFFFF
-                self._tokens[place] = token
+            run = runs[index]
+            assert run.start + len(run.token_ids) <= self.capacity
+            if run.whole:
+                assert len(run.token_ids) == PAGE and run.start % PAGE == 0
+            for position, token in enumerate(run.token_ids, run.start):
+                at = run.pages[position // PAGE], position % PAGE
+                assert at not in written, "two runs write to one place"
+                written.add(at)
+                before = self._at(run.pages, position - 1) if position else 1
+                self._cache[at] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
+                self._tokens[at] = token
         for index in order:
-            found[index] = self._logits(pieces[index])
-        return found
+            actual[index] = self._logits(runs[index])
+        return actual
 
     def _at(self, pages: Sequence[int], position: int) -> int:
         return int(self._cache[pages[position // PAGE], position % PAGE])
 
-    def _logits(self, piece: Piece) -> np.ndarray:
-        count = len(piece.token_ids)
-        first = {"none": count, "last": count - 1, "all": 0}[piece.rows]
+    def _logits(self, run: TokenRun) -> np.ndarray:
+        count = len(run.token_ids)
+        first = {"none": count, "last": count - 1, "all": 0}[run.rows]
         if first == count:
             return np.empty((0, VOCABULARY), np.float32)
         # Everything that the tokens see, as attention does.
-        past = self._cache[list(piece.pages)].reshape(-1)
-        tokens = self._tokens[list(piece.pages)].reshape(-1)
+        past = self._cache[list(run.pages)].reshape(-1)
+        tokens = self._tokens[list(run.pages)].reshape(-1)
         rows = []
         for offset in range(first, count):
-            end = piece.start + offset + 1
+            end = run.start + offset + 1
             seed = hash((tuple(past[:end].tolist()), tuple(tokens[:end].tolist()))) & 0xFFFFFFFF
             rows.append([((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)])
         return np.array(rows, np.float32)
@@ -111,8 +109,8 @@ class Guesses:
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice
 
-    def propose(self, token_ids: Sequence[int], room: int) -> list[int]:
-        return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, room))]
+    def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
+        return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, most))]
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         assert 0 <= accepted <= drafted
@@ -159,8 +157,8 @@ class Client:
         if self.text is None:
             self.text = Text(engine, drafter, self.background)
         turn = self.turns[self.turn]
-        room = self.text.capacity - self.text.position
-        self.text.extend(turn["text"][:room])
+        most = self.text.capacity - self.text.position
+        self.text.extend(turn["text"][:most])
         self.said.append([])
         self.stopped.append(False)
         self.answer = self.text.begin(turn["params"], turn["new"], turn["stop"], ahead=turn["ahead"])
@@ -224,15 +222,15 @@ class Disk:
         self.pages[self._count] = page.copy()
         return self._count
 
-    def read(self, place: int, page: np.ndarray) -> bool:
+    def read(self, record: int, page: np.ndarray) -> bool:
         if self._dice.random() < self._faults:
             return False
-        page[...] = self.pages[place]
+        page[...] = self.pages[record]
         return True
 
-    def free(self, places: list[int]) -> None:
-        for place in places:
-            del self.pages[place]
+    def free(self, records: list[int]) -> None:
+        for record in records:
+            del self.pages[record]
 
     def close(self) -> None:
         pass

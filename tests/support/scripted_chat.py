@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Piece, Watcher
+from moss_jt.engine.causal_model import TokenRun, Watcher
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
@@ -64,21 +64,21 @@ class ScriptedModel:
         return not self._fields
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
         self._wanted = wanted
-        tokens = sum(len(piece.token_ids) for piece in pieces)
+        tokens = sum(len(run.token_ids) for run in runs)
         if self.watcher is not None and tokens > 1:
             for share in (0.5, 1.0):
                 self.watcher(tokens, share)
-        return [self._forward(piece) for piece in pieces]
+        return [self._forward(run) for run in runs]
 
-    def _forward(self, piece: Piece) -> np.ndarray:
-        end = piece.start + len(piece.token_ids)
-        assert piece.start <= len(self._cache) and end <= self.capacity
-        self.read += piece.token_ids
-        self._cache[piece.start :] = piece.token_ids
-        count = {"none": 0, "last": 1, "all": len(piece.token_ids)}[piece.rows]
+    def _forward(self, run: TokenRun) -> np.ndarray:
+        end = run.start + len(run.token_ids)
+        assert run.start <= len(self._cache) and end <= self.capacity
+        self.read += run.token_ids
+        self._cache[run.start :] = run.token_ids
+        count = {"none": 0, "last": 1, "all": len(run.token_ids)}[run.rows]
         logits = np.zeros((count, VOCABULARY), np.float32)
         for row in range(count):
             logits[row, self._next(end - count + row + 1)] = 100

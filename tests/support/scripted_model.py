@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moss_jt.engine.causal_model import Piece, Rows
+from moss_jt.engine.causal_model import Rows, TokenRun
 from moss_jt.kernels.interface import PAGE
 
 VOCABULARY = 50
@@ -32,7 +32,7 @@ class ScriptedModel:
 
     Its cache holds tokens, so that what follows is read from a sequence's own pages, whoever wrote them.
 
-    passes  (start, tokens, rows) of every piece of every pass
+    passes  (start, tokens, rows) of every run of every pass
     """
 
     def __init__(
@@ -53,29 +53,29 @@ class ScriptedModel:
         self._cache = np.full((self.pages, PAGE), NOTHING)
 
     def forward_many(
-        self, pieces: Sequence[Piece], wanted: Callable[[int], bool] = lambda index: True
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:
-        assert 1 <= sum(len(piece.token_ids) for piece in pieces) <= self.pass_tokens
-        for piece in pieces:
-            assert piece.token_ids and piece.start + len(piece.token_ids) <= self.capacity
-            self.passes.append((piece.start, list(piece.token_ids), piece.rows))
-            self.write(piece)
-        return [self.logits(piece) for piece in pieces]
+        assert 1 <= sum(len(run.token_ids) for run in runs) <= self.pass_tokens
+        for run in runs:
+            assert run.token_ids and run.start + len(run.token_ids) <= self.capacity
+            self.passes.append((run.start, list(run.token_ids), run.rows))
+            self.write(run)
+        return [self.logits(run) for run in runs]
 
-    def write(self, piece: Piece) -> None:
-        for position, token in enumerate(piece.token_ids, piece.start):
-            self._cache[piece.pages[position // PAGE], position % PAGE] = token
+    def write(self, run: TokenRun) -> None:
+        for position, token in enumerate(run.token_ids, run.start):
+            self._cache[run.pages[position // PAGE], position % PAGE] = token
 
-    def logits(self, piece: Piece) -> np.ndarray:
-        text = self._cache[list(piece.pages)].reshape(-1)
-        count = len(piece.token_ids)
-        ends = {"none": [], "last": [count], "all": list(range(1, count + 1))}[piece.rows]
-        found = []
+    def logits(self, run: TokenRun) -> np.ndarray:
+        text = self._cache[list(run.pages)].reshape(-1)
+        count = len(run.token_ids)
+        ends = {"none": [], "last": [count], "all": list(range(1, count + 1))}[run.rows]
+        actual = []
         for end in ends:
-            before = tuple(text[: piece.start + end].tolist())
+            before = tuple(text[: run.start + end].tolist())
             assert NOTHING not in before, "positions before the new ones were never computed"
-            found.append(self._follow(before))
-        return np.stack(found) if found else np.empty((0, VOCABULARY), np.float32)
+            actual.append(self._follow(before))
+        return np.stack(actual) if actual else np.empty((0, VOCABULARY), np.float32)
 
     def read_page(self, page: int) -> np.ndarray:
         return self._cache[page].copy()

@@ -62,11 +62,11 @@ def torch_file(tensors: dict[str, np.ndarray], wrapper: tuple[str, ...] = ()) ->
         state = {name: state, "epoch": 3}
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(state)
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+    complete = io.BytesIO()
+    with zipfile.ZipFile(complete, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", buffer.getvalue())
         archive.writestr("archive/byteorder", b"little")
         archive.writestr("archive/version", b"3\n")
         for key, array in enumerate(tensors.values()):
             archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array).tobytes())
-    return whole.getvalue()
+    return complete.getvalue()

@@ -235,16 +235,16 @@ def mutated(draw: random.Random, text: str) -> str:
     """The text with a few characters lost, doubled, swapped or put in."""
     signs = list(text)
     for _ in range(draw.randrange(1, 4)):
-        place = draw.randrange(len(signs) + 1)
+        index = draw.randrange(len(signs) + 1)
         kind = draw.randrange(4)
         if kind == 0 or not signs:
-            signs.insert(place, draw.choice("0123456789.,  +-*/()e=;!^|√½²万'_x，（）%"))
+            signs.insert(index, draw.choice("0123456789.,  +-*/()e=;!^|√½²万'_x，（）%"))
         elif kind == 1:
-            del signs[place - 1]
+            del signs[index - 1]
         elif kind == 2:
-            signs.insert(place, signs[place - 1])
+            signs.insert(index, signs[index - 1])
         else:
-            signs[place - 1], signs[place % len(signs)] = signs[place % len(signs)], signs[place - 1]
+            signs[index - 1], signs[index % len(signs)] = signs[index % len(signs)], signs[index - 1]
     return "".join(signs)
 
 
@@ -380,15 +380,15 @@ def sympy_lines(system: System) -> str | None:
             return None
         if len(roots) == 1:
             return f"{unknown} = {_shown(roots[0])}"
-        return "\n".join(f"{unknown}_{place} = {_shown(root)}" for place, root in enumerate(roots))
-    found = sympy.solve(differences, list(symbols.values()), dict=True)
+        return "\n".join(f"{unknown}_{index} = {_shown(root)}" for index, root in enumerate(roots))
+    actual = sympy.solve(differences, list(symbols.values()), dict=True)
     if (
-        len(found) != 1
-        or set(found[0]) != set(symbols.values())
-        or any(value.free_symbols for value in found[0].values())
+        len(actual) != 1
+        or set(actual[0]) != set(symbols.values())
+        or any(value.free_symbols for value in actual[0].values())
     ):
         return None
-    return "\n".join(f"{unknown} = {_shown(found[0][unknown])}" for unknown in symbols.values())
+    return "\n".join(f"{unknown} = {_shown(actual[0][unknown])}" for unknown in symbols.values())
 
 
 def _shown(value: Any) -> str:

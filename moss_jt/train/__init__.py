@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters (LoRA) and whole small models, on weights that may stream."""
