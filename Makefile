@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml
 	@if [ -e $(VENV) ] && [ "$$($(BIN)/python -c '$(VERSION)' 2>&1)" != "$$($(PYTHON) -c '$(VERSION)')" ]; then rm -rf $(VENV); fi
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "setuptools>=77" wheel
-	$(PIP) install --no-build-isolation -e .
+	$(PIP) install --no-build-isolation -e ".[serve]"
 	touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed

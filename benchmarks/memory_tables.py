@@ -3,6 +3,7 @@
 from moss_jt.commands.plan import ASSUMED_DISK, ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.plan.placement import less_margin
 from moss_jt.plan.report import BITS_NAMES, GB, Speed, Speeds
 from moss_jt.plan.residency import ResidencyPlan, plan, plan_gpu
 from moss_jt.store.config import MOSS_MOON_003
@@ -27,6 +28,12 @@ def speed(gigabytes: float) -> Speed:
 def cpu_plan(bits: int, context: int, budget: int) -> ResidencyPlan:
     needs = CpuNeeds(MOSS_MOON_003, bits)
     return plan(sizes_of_geometry(MOSS_MOON_003, bits), needs, context, budget, threads=THREADS)
+
+
+def card_plan(bits: int, context: int, card: int, ram: int) -> ResidencyPlan:
+    """On a card of so many GiB as --gpu takes it by default, with so much RAM."""
+    sizes, needs = sizes_of_geometry(MOSS_MOON_003, bits), CudaNeeds(MOSS_MOON_003, bits)
+    return plan_gpu(sizes, needs, context, less_margin(card * GIB), ram * GIB)
 
 
 def cpu_table() -> str:
@@ -57,9 +64,7 @@ def gpu_table() -> str:
     speeds = Speeds(speed(ASSUMED_DISK), speed(ASSUMED_GPU_MEMORY), speed(ASSUMED_LINK))
     for card in CARDS:
         for bits in BITS:
-            sizes = sizes_of_geometry(MOSS_MOON_003, bits)
-            needs = CudaNeeds(MOSS_MOON_003, bits)
-            plans = [plan_gpu(sizes, needs, CONTEXT, card * GIB, (ram - SYSTEM) * GIB) for ram in HOSTS]
+            plans = [card_plan(bits, CONTEXT, card, ram - SYSTEM) for ram in HOSTS]
             disk = " / ".join(f"{plan.disk_bytes_per_pass / GB:.1f}" for plan in plans)
             seconds = " / ".join(f"{speeds.seconds(plan):.2f}" for plan in plans)
             link = f"{plans[0].link_bytes_per_pass / GB:.1f} GB"

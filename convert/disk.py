@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 
 SPARE_BYTES = 256 << 20
 
@@ -70,7 +71,7 @@ def check_disk(
         needed, free = peak + SPARE_BYTES, shutil.disk_usage(_nearest(folder)).free
         if free < needed:
             raise MossError(
-                f"{folder} needs {needed / 2**30:.1f} GiB of disk and {free / 2**30:.1f} GiB are free. "
+                f"{folder} needs {gib(needed)} of disk and {gib(free)} are free. "
                 "Free some space, or put the model elsewhere with --out, or all of it with MOSS_JT_HOME."
             )
 

@@ -16,7 +16,9 @@ from moss_jt.convert.checkpoint import (
 from moss_jt.convert.disk import Download, check_disk, folder_bytes
 from moss_jt.convert.vocabulary import required_files
 from moss_jt.errors import MissingFileError, MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.files import FULL, read_json
+from moss_jt.store.published import closest
 
 
 def open_hub(
@@ -67,7 +69,7 @@ def open_hub(
         missing = max(0, sizes[single] - folder_bytes(folder))
         if missing:
             notice(
-                f"{repo} is one file of {sizes[single] / 2**30:.1f} GiB, downloaded completely before it is converted."
+                f"{repo} is one file of {gib(sizes[single])}, downloaded completely before it is converted."
             )
         # Whatever the weights' format, the model folder has about the checkpoint's size.
         check_disk(out, [max(0, sizes[single] - folder_bytes(out))], folder, [missing])
@@ -86,13 +88,13 @@ def hub_errors(repo: str) -> Iterator[None]:
         yield
     except errors.HFValidationError as error:
         raise MossError(
-            f"{repo!r} is neither a folder nor a hub id such as fnlp/moss-moon-003-sft."
+            f"{repo!r} is neither a folder nor the id of a model on the hub, such as fnlp/moss-moon-003-sft-plugin."
         ) from error
     except errors.GatedRepoError as error:
         raise MossError(f"{repo} is gated: accept its terms on the hub and set HF_TOKEN.") from error
     except errors.RepositoryNotFoundError as error:
         raise MossError(
-            f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN)."
+            f"there is no model {repo} on the hub, or it is private (then set HF_TOKEN){closest(repo)}"
         ) from error
     except UnicodeEncodeError as error:  # of a header
         raise MossError(

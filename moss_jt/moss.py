@@ -3,7 +3,8 @@
 import reprlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from operator import index
 from pathlib import Path
@@ -19,19 +20,29 @@ from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.draft import make_drafter
+from moss_jt.engine.draft_copy import DraftCopy
+from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
+from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
+from moss_jt.measure.machine_speed import known_memory_speed
+from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
-from moss_jt.plan.residency import ResidencyPlan
+from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
+from moss_jt.plan.residency import Copy, ResidencyPlan
 from moss_jt.plugins.interface import Plugin
 from moss_jt.plugins.registry import PluginSettings
+from moss_jt.store.config import MossConfig
+from moss_jt.store.copies import copies_of
 from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
+from moss_jt.weights.disk_speed import disk_under
 
 if TYPE_CHECKING:
     from moss_jt.engine.model import Model
@@ -63,8 +74,9 @@ class Moss:
         load_s: float = 0.0,
         folder: Path | None = None,
         name: str = "MOSS",
+        copy: DraftCopy | None = None,
     ) -> None:
-        """``folder``: where the cache of what is idle goes when there is no room for it."""
+        """``folder``: where the cache of what is idle goes when there is no room for it. ``copy`` is closed with the model."""
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
@@ -72,7 +84,8 @@ class Moss:
         self.load_s = load_s
         self.name = name
         self._draft = draft
-        self.engine = Engine(model, folder)
+        self.copy = copy
+        self.engine = Engine(model, folder, copy)
 
     @classmethod
     def load(
@@ -85,6 +98,7 @@ class Moss:
         host_memory: str | int | None = None,
         context: int | None = None,
         draft: str | int = "auto",
+        draft_model: str | Path = "auto",
         offload: str = "auto",
         parallel: int = 1,
     ) -> Self:
@@ -101,6 +115,9 @@ class Moss:
             host_memory: on the GPU, the same for the host's memory; what does not fit there either streams from disk.
             context: tokens that prompt and answer may have together; by default all that the model has.
             draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
+            draft_model: a copy of the model in fewer bits that writes ahead, for the model to verify in one pass: the name or
+                path of its folder; "off" for none; by default, where weights stream and ``draft`` is not "off", the one of
+                fewest bits beside the model or among the converted that was made from the same checkpoint and fits.
             offload: "auto" or "stream": what does not fit streams. For comparison "swap", Jittor's own swapping, and on
                 the GPU "unified", CUDA's managed memory.
             parallel: the cache has room for so many conversations of ``context`` tokens. More run at once while they are
@@ -124,18 +141,32 @@ class Moss:
             card, _ = require_gpu(number)
             needs = CudaNeeds(store.config, store.bits)
             planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
-            plan = planner.plan()
-        else:
-            plan = plan_here(store, CpuNeeds(store.config, store.bits), memory, context, parallel)
+
+        def plan_with(copy: Store | None) -> ResidencyPlan:
+            if on_gpu:
+                return replace(planner, copy=_copy_on(copy, CudaNeeds)).plan()
+            cpu_needs = CpuNeeds(store.config, store.bits)
+            return plan_here(store, cpu_needs, memory, context, parallel, _copy_on(copy, CpuNeeds))
+
+        choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
+        plan = choice.plan
         make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         if on_gpu:
+            planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
             loaded, plan = _load_on_gpu(store, planner, way)
         else:
             loaded = _load(store, plan, way)
+        copy = None
+        if choice.copy is not None:
+            try:
+                copy = _load_copy(choice.copy, loaded, plan, draft, on_gpu)
+            except BaseException:
+                loaded.close()
+                raise
         hold(plan)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name)
+        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -165,6 +196,23 @@ class Moss:
             result[first : first + len(rows)] = rows
         return result
 
+    def logprobs(self, token_ids: Sequence[int], top: int = 0) -> list[Logprob]:
+        """How likely each token of a text but the first was after those before it, and ``top`` of the likeliest beside each.
+
+        The model's own probabilities, as natural logarithms; in parts, so a long text needs no memory for all its logits.
+
+        Raises:
+            MossError: as :meth:`logits`.
+        """
+        token_ids = self._checked(token_ids)
+        text = self.session()
+        text.extend(token_ids)
+        logprobs: list[Logprob] = []
+        for first, rows in text.logits():
+            following = token_ids[first + 1 : first + 1 + len(rows)]
+            logprobs += logprobs_of(rows[: len(following)], following, top)
+        return logprobs
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -179,6 +227,8 @@ class Moss:
         length_penalty: float = 1.0,
         regulation_start: int = REGULATION_START,
         max_time: float | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
     ) -> Generation:
         """Continue a text.
 
@@ -188,9 +238,11 @@ class Moss:
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
             stop: a string, or several, that end the answer; they are not part of its text. None for none.
             max_time: seconds after which the answer ends; looked at after each token.
+            logprobs: 0 or more: ``logprobs`` of the answer says how likely each token was, and so many of the likeliest beside it.
+            sampling: presence_penalty, frequency_penalty, logit_bias, min_p.
 
         Returns:
-            An iterator of pieces of text, with ``token_ids``, ``text`` and ``stats``.
+            An iterator of pieces of text, with ``token_ids``, ``text``, ``logprobs`` and ``stats``.
 
         Raises:
             MossError: the prompt is empty or longer than the context, or an option's value is impossible.
@@ -203,8 +255,10 @@ class Moss:
             seed,
             length_penalty=length_penalty,
             regulation_start=regulation_start,
+            **sampling,
         )
-        return self._answer(self.session(), prompt, params, max_new_tokens, stop, max_time, begin=False)
+        limits = max_new_tokens, stop, max_time
+        return self._answer(self.session(), prompt, params, *limits, begin=False, logprobs=logprobs)
 
     def generate_many(
         self,
@@ -252,13 +306,22 @@ class Moss:
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
         max_time: float | None = None,
+        *,
+        background: bool = True,
+        logprobs: int | None = None,
     ) -> Generation:
-        """An answer in the background that is written from now on, to its end, whether or not its pieces are asked for.
+        """An answer that is written from now on, to its end, whether or not its pieces are asked for.
+
+        Args:
+            background: other answers of this model go first.
+            logprobs: see :meth:`generate`.
 
         Raises:
             MossError: as :meth:`generate`.
         """
-        return self._answer(self.session(True), prompt, params, max_new_tokens, stop, max_time, begin=True)
+        limits = max_new_tokens, stop, max_time
+        text = self.session(background)
+        return self._answer(text, prompt, params, *limits, begin=True, logprobs=logprobs)
 
     def _answer(
         self,
@@ -269,6 +332,7 @@ class Moss:
         stop: str | Sequence[str] | None,
         max_time: float | None,
         begin: bool,
+        logprobs: int | None = None,
     ) -> Generation:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt.removeprefix(BYTE_ORDER_MARK))
@@ -276,7 +340,12 @@ class Moss:
         stops = [stop] if isinstance(stop, str) else stop or ()
         decoder = IncrementalDecoder(self.tokenizer)
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
-        return Generation(text, decoder, params, *limits, begin=begin)
+        if any(token >= self.config.vocab_size for token in params.biases):
+            raise MossError(
+                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+            )
+        ahead = IncrementalDecoder(self.tokenizer) if begin and stops else None
+        return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs, ahead=ahead)
 
     def _checked(self, given: Sequence[int]) -> list[int]:
         """The token ids, from a list or an array."""
@@ -346,6 +415,8 @@ class Moss:
     def close(self) -> None:
         """Let go of weights and cache. Closing twice is no fault; using the model after it is one."""
         self.engine.close()
+        if self.copy is not None:
+            self.copy.close()
         self.model.close()
         release(self.plan)
 
@@ -359,6 +430,56 @@ class Moss:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Copy | None:
+    """A copy as the plan takes it, for the operators with these needs."""
+    return None if copy is None else Copy(sizes_of_store(copy), needs(copy.config, copy.bits))
+
+
+def _choose_copy(
+    store: Store,
+    draft: str | int,
+    draft_model: str | Path,
+    plan_with: PlanWith,
+    offload: Offload,
+    on_gpu: bool,
+) -> Choice:
+    """The copy that drafts for a model, if any, and the plan with it."""
+    if draft_model not in ("auto", "off"):
+        if offload not in ("auto", "stream"):
+            raise MossError(
+                f"--draft-model needs weights that stream; it does not go with --offload {offload}."
+            )
+        return named_copy(store, model_folder(draft_model), plan_with)
+    plan = plan_with(None)
+    if draft_model == "off" or str(draft) == "off" or not plan.streams or offload not in ("auto", "stream"):
+        return Choice(plan)
+    candidates = copies_of(store)
+    return (
+        best_copy(store, candidates, plan, plan_with, _speeds(store, on_gpu)) if candidates else Choice(plan)
+    )
+
+
+def _speeds(store: Store, on_gpu: bool) -> Speeds:
+    """What is known of this machine's links without measuring for long, or assumed."""
+    home = model_home()
+    disk = Speed(disk_under(store, home).best, "measured")
+    if on_gpu:
+        return Speeds(disk, Speed(ASSUMED_GPU_MEMORY * GB, "assumed"), Speed(ASSUMED_LINK * GB, "assumed"))
+    known = known_memory_speed(home)
+    return Speeds(disk, Speed(known or ASSUMED_MEMORY * GB, "measured" if known else "assumed"))
+
+
+def _load_copy(
+    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, on_gpu: bool
+) -> DraftCopy:
+    if on_gpu:
+        from moss_jt.engine.gpu_load import load_copy
+    else:
+        from moss_jt.engine.load import load_copy
+    longest = int(draft) if str(draft).isdigit() else LONGEST_DRAFT
+    return DraftCopy(load_copy(store, model, plan, model_home()), DraftPace(), longest)
 
 
 def _load(store: Store, plan: ResidencyPlan, offload: Offload) -> "Model":

@@ -1,21 +1,28 @@
 """What a chat offers beside answers: another try, settings, an instruction of one's own, what a turn cost, how far reading is."""
 
+import ast
 import io
 import itertools
-from collections.abc import Iterator
+import socket
+import string
+import urllib.error
+from collections.abc import Generator, Iterator
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
 from moss_jt.chat.chat import Chat
-from moss_jt.chat.events import Text
+from moss_jt.chat.events import Event, Text
 from moss_jt.chat.prompt import META, TOOLS, instruction, text_of
+from moss_jt.chat.turn import TurnStats
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason, ReasonedError
+from moss_jt.plugins.failures import failure_of
 from moss_jt.plugins.registry import PluginLoadError, make_plugins
 from moss_jt.terminal.line_input import PipeReader
 from moss_jt.terminal.loop import Terminal
-from moss_jt.terminal.reasons import CHINESE, reason
+from moss_jt.terminal.reasons import CHINESE, in_language
 from moss_jt.terminal.screen import Screen
 from moss_jt.terminal.settings import settings_of
 from moss_jt.terminal.texts import TEXTS
@@ -83,6 +90,14 @@ def test_nothing_to_answer_again() -> None:
     with pytest.raises(MossError, match="nothing was said yet"):
         chat.retry()
     assert "Nothing was asked yet." in talk(chat, "/retry\n")
+
+
+def test_a_greedy_retry_is_told_to_stay_the_same() -> None:
+    moss = ScriptedMoss(" one<eom>", " one<eom>", " one<eom>", " two<eom>")
+    chat = Chat(moss, temperature=0)
+    assert "At temperature 0 MOSS gives the same answer again" in talk(chat, "well?\n/retry\n")
+    chat.params = SamplingParams(temperature=0.7)
+    assert "At temperature 0" not in talk(chat, "well?\n/retry\n")
 
 
 # Settings.
@@ -165,6 +180,49 @@ def test_an_instruction_that_cannot_be_read_changes_nothing(tmp_path: Path) -> N
     assert chat.token_ids == before and chat.system is None
 
 
+# What is typed wrongly is told on one line, and MOSS is asked nothing.
+
+
+@pytest.mark.parametrize(
+    ("line", "english", "chinese"),
+    [
+        (
+            "/retry now",
+            "/retry is a command of its own: type nothing after it.",
+            "/retry 是单独的命令，后面不用加任何内容。",
+        ),
+        ("/help me", "/help is a command of its own", "/help 是单独的命令"),
+        ("/exit now", "/exit is a command of its own", "/exit 是单独的命令"),
+        ("/thoughts maybe", "/thoughts is a command of its own", "/thoughts 是单独的命令"),
+        ("/set temperature", "Type /set NAME VALUE", "修改设置请输入 /set 名称 值"),
+        ("/set temprature 1", "did you mean temperature?", "是不是想用 temperature？"),
+        (
+            "/retri",
+            "There is no command /retri; did you mean /retry?",
+            "没有 /retri 这个命令，是不是想用 /retry？",
+        ),
+        ("/plugin calculator", "did you mean /plugins?", "是不是想用 /plugins？"),
+        ("/xyzzy now", "There is no command /xyzzy; /help lists them.", "没有 /xyzzy 这个命令，输入 /help"),
+        ("/重来", "There is no command /重来", "没有 /重来 这个命令"),
+    ],
+)
+def test_a_command_that_is_typed_wrongly_is_no_message(line: str, english: str, chinese: str) -> None:
+    for language, said in (("en", english), ("zh", chinese)):
+        chat = Chat(ScriptedMoss())
+        chat.language = language  # type: ignore[assignment]
+        assert said in talk(chat, f"{line}\n") and chat.message is None and chat.turns == 0
+
+
+def test_thoughts_are_switched_by_word_too_and_words_alone_are_messages() -> None:
+    moss = ScriptedMoss(" one<eom>", " two<eom>", " three<eom>")
+    chat = Chat(moss, temperature=0)
+    shown = talk(
+        chat, "/thoughts off\n/thoughts off\n/thoughts on\nclear the table\nstop that\n/usr/bin is what?\n"
+    )
+    assert shown.count("Inner thoughts are hidden.") == 2 and "Inner thoughts are shown." in shown
+    assert moss.model.finished and chat.turns == 3
+
+
 # Leaving.
 
 
@@ -186,7 +244,27 @@ def test_what_an_answer_cost_is_said_after_it() -> None:
     assert stats.later_tokens == stats.new_tokens - 1 and stats.later_s > 0
     cost = stream.getvalue().splitlines()[-1]
     assert cost.startswith(f"  {stats.read_tokens} tokens read and {stats.new_tokens} written in ")
-    assert " s; written at " in cost and cost.endswith(" tokens/s")
+    assert cost.endswith(" s"), "a rate over a few milliseconds says nothing"
+
+
+def test_a_rate_needs_half_a_second() -> None:
+    assert TurnStats(new_tokens=9, later_tokens=8, later_s=0.4).tokens_per_s is None
+    assert TurnStats(new_tokens=9, later_tokens=8, later_s=0.5).tokens_per_s == 16
+    stream = io.StringIO()
+    chat = Chat(ScriptedMoss(" one<eom>"), temperature=0)
+    view = TurnView(Screen(stream, {}), chat, lambda path: None)
+    events = chat.send("go")
+    for event in events:
+        view.show_event(event)
+    chat.stats.later_tokens, chat.stats.later_s = 8, 0.5
+    for language, said in (("en", "; written at 16.0 tokens/s"), ("zh", "；生成速度 16.0 词元/秒")):
+        chat.language = language  # type: ignore[assignment]
+        view.show(iter_nothing())
+        assert said in stream.getvalue()
+
+
+def iter_nothing() -> Generator[Event]:
+    yield from ()
 
 
 def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
@@ -236,23 +314,91 @@ def test_what_fails_is_said_in_the_chats_language() -> None:
     chat.language = "zh"
     shown = talk(chat, "一除以零？\n/plugins nonsense\n/plugins ./gone.py:Plugin\n")
     assert "→ 没有结果：除数为零" in shown
-    assert "没有 nonsense 这个插件；可用的有 search" in shown and "插件 ./gone.py:Plugin 无法加载" in shown
+    assert "没有 nonsense 这个插件；可用的有 search、calculator、" in shown
+    assert "插件 ./gone.py:Plugin 无法加载：没有 gone.py 这个文件" in shown
 
 
-def test_reasons() -> None:
-    assert reason("it took longer than 3 s", "zh") == "用时超过 3 秒"
-    assert reason("it took longer than 3 s", "en") == "it took longer than 3 s"
-    assert reason("KeyError: 'x'", "zh") == "KeyError: 'x'"
-    root = Path(__file__).resolve().parents[1] / "moss_jt" / "plugins"
-    said = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("*.py"))
-    ours = [english for english, _ in CHINESE if english.isascii() and english.replace(" ", "").isalpha()]
-    outside = {"math domain error"}
-    assert [english for english in ours if english not in said and english not in outside] == []
+def test_a_plugin_that_lacks_something_is_said_in_the_chats_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moss_jt.plugins.web_search.ddgs_installed", lambda: False)
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    lines = "/plugins search\n/plugins image\n/plugins calculater\n"
+    for language, said in (
+        (
+            "en",
+            (
+                "Web search needs the package ddgs: pip install ddgs.",
+                "--image-url",
+                "did you mean calculator?",
+            ),
+        ),
+        (
+            "zh",
+            (
+                "网络搜索需要安装 ddgs：pip install ddgs。",
+                "请在启动时用 --image-url",
+                "是不是想用 calculator？",
+            ),
+        ),
+    ):
+        chat = Chat(ScriptedMoss())
+        chat.language = language  # type: ignore[assignment]
+        shown = talk(chat, lines)
+        assert all(words in shown for words in said), shown
+        assert language == "en" or "server" not in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "english", "chinese"),
+    [
+        (FileNotFoundError(2, "No such file", "a.txt"), "there is no file a.txt", "没有 a.txt 这个文件"),
+        (PermissionError(13, "Denied", "a.txt"), "no permission for a.txt", "没有访问 a.txt 的权限"),
+        (OSError(28, "Full", "a.txt"), "a.txt cannot be read or written (Full)", "无法读写 a.txt（Full）"),
+        (urllib.error.URLError(ConnectionRefusedError(111, "x")), "the connection was refused; is the server running?",
+         "连接被拒绝，请检查服务器是否已启动"),
+        (socket.gaierror(-2, "x"), "the server's name is unknown; check the address and the network",
+         "无法解析服务器的域名，请检查地址和网络"),
+        (TimeoutError("timed out"), "the server did not answer in time", "服务器没有及时回应"),
+        (urllib.error.HTTPError("http://a", 503, "x", Message(), None), "the server answered with error 503", "服务器返回错误 503"),
+        (ReasonedError("{text!r} is too large", text="9"), "'9' is too large", "'9' 太大"),
+        (ValueError("as others say it"), "ValueError: as others say it", "ValueError: as others say it"),
+    ],
+)  # fmt: skip
+def test_why_a_call_failed_is_known_by_its_exception(error: Exception, english: str, chinese: str) -> None:
+    failure = failure_of(error)
+    assert (in_language(failure, "en"), in_language(failure, "zh")) == (english, chinese)
+
+
+def test_every_reason_has_its_chinese() -> None:
+    """All templates in the code, and no others, with the same values in both languages."""
+    root = Path(__file__).resolve().parents[1] / "moss_jt"
+    makers = {"Reason", "ReasonedError", "CalculationError", "NotationError"}
+    said = {
+        node.args[0].value
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in makers
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert said == CHINESE.keys()
+    for english, chinese in CHINESE.items():
+        fields = [
+            {field for _, field, _, _ in string.Formatter().parse(text) if field}
+            for text in (english, chinese)
+        ]
+        assert fields[0] == fields[1], english
+
+
+def test_a_reason_within_a_reason_is_said_too() -> None:
+    fault = Reason("{name} is missing", name="label")
+    whole = Reason("the plugin cannot be called: {fault}", fault=fault)
+    assert whole == "the plugin cannot be called: label is missing"
+    assert in_language(MossError(whole), "zh") == "插件无法调用：缺少 label"
 
 
 def test_both_languages_fill_in_the_same_values() -> None:
-    import string
-
     for english, chinese in TEXTS.values():
         assert {field for _, field, _, _ in string.Formatter().parse(english) if field} == {
             field for _, field, _, _ in string.Formatter().parse(chinese) if field
@@ -292,7 +438,7 @@ def test_a_plugin_of_ones_own_needs_no_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("own.py:Gone", OWN, "has no attribute 'Gone'"),
+        ("own.py:Gone", OWN, "own.py has no class Gone"),
         ("own.py", OWN, "name the class in it"),
         ("missing.py:Dice", OWN, "there is no file"),
         ("own.py:Dice", "def (", "SyntaxError"),

@@ -58,7 +58,7 @@ def test_a_missing_compiler_is_a_problem_with_its_remedy(
     code, text = run(capsys)
     assert code == 1
     assert "g++ is missing: install it" in text
-    assert "1 problem(s)" in text
+    assert "1 problem to solve" in text
 
 
 def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_compiler_that_does_not_run_is_a_problem(home: Path, monkeypatch: pyte
     assert doctor.compiler().verdict == "problem"
 
 
-CARD = Card("Card 9000", 12 * doctor.GIB, 11 * doctor.GIB, (8, 6), (13, 0))
+CARD = Card("Card 9000", 12 * (1 << 30), 11 * (1 << 30), (8, 6), (13, 0))
 
 
 def missing(text: str) -> Callable[..., Any]:
@@ -117,20 +117,20 @@ def test_what_a_gpu_needs_is_noted_and_what_does_not_suit_is_a_problem(
     actual = {finding.what: finding for finding in doctor.gpu_findings()}
     assert (
         actual["GPU"].text
-        == "0: Card 9000, sm_86, 12.0 GiB, of which 11.0 are free; the driver knows CUDA up to 13.0"
+        == "0: Card 9000, sm_86, 12.00 GiB, of which 11.00 GiB are free; the driver knows CUDA up to 13.0"
     )
     assert actual["CUDA toolkit"].verdict == "note" and "install it" in actual["CUDA toolkit"].advice
-    assert "moss-jt --gpu" not in actual
+    assert "--gpu" not in actual
     monkeypatch.setattr(
         doctor, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), (13, 0), {}, scattered=True)
     )
     monkeypatch.setattr(doctor, "require_gpu", lambda number: None)
     toolkit, last = list(doctor.gpu_findings())[1], list(doctor.gpu_findings())[-1]
     assert toolkit.text == "13.0, /x/bin/nvcc, completed with pip's wheels at the first start"
-    assert last.text == "all that it needs is there"
+    assert last.text == "everything that it needs is there"
     monkeypatch.setattr(doctor, "require_gpu", missing("update the driver."))
     last = list(doctor.gpu_findings())[-1]
-    assert (last.what, last.verdict, last.advice) == ("moss-jt --gpu", "problem", "update the driver.")
+    assert (last.what, last.verdict, last.advice) == ("--gpu", "problem", "update the driver.")
 
 
 def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +145,8 @@ def test_each_card_has_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
         ("GPU", "note"),
         ("CUDA toolkit", "ok"),
         ("CuPy", "ok"),
-        ("moss-jt --gpu --device 0", "ok"),
-        ("moss-jt --gpu --device 1", "problem"),
+        ("--gpu --device 0", "ok"),
+        ("--gpu --device 1", "problem"),
     ]
     assert actual[1].text.startswith("1: Card 1") and "6.0 (Pascal)" in actual[1].advice
 
@@ -173,7 +173,7 @@ def test_with_gpu_doctor_says_what_it_takes(
         main(["doctor", "--gpu"])
     text = capsys.readouterr().out
     assert left.value.code == 1 and "Only to compute on a GPU" not in text
-    assert "what it takes" in text and "Nothing was downloaded" in text
+    assert "needs these steps" in text and "Nothing was downloaded" in text
     for words in wanted:
         assert words in text
 
@@ -197,5 +197,5 @@ def test_model_folders_are_judged(home: Path) -> None:
     (home / "models" / "begun").mkdir()
     actual = {finding.what: finding for finding in doctor.models()}
     assert [actual[f"Model {name}"].verdict for name in ("good", "cut", "begun")] == ["ok", "problem", "note"]
-    assert "4 blocks, float16" in actual["Model good"].text
+    assert "4 blocks, float16, " in actual["Model good"].text and " MiB in " in actual["Model good"].text
     assert "head.safetensors" in actual["Model cut"].advice

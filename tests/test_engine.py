@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.generate import Generation
+from moss_jt.engine.pace import Pace
 from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.engine.sampling import SamplingParams
@@ -278,3 +280,98 @@ def test_a_full_disk_costs_time_and_nothing_else(tmp_path: Path) -> None:
     file.free([0])
     assert file.write(np.full(8, 3.0)) == 0
     file.close()
+
+
+def test_who_waits_for_a_token_is_freed_by_who_ends_the_answer() -> None:
+    """As a server does when its client goes away: the answer is closed from another thread."""
+    model = GatedModel()
+    text = Text(Engine(model))
+    text.extend([1])
+    answer = text.begin(GREEDY, 5)
+    taken: list[list[int]] = []
+    waiting = threading.Thread(target=lambda: taken.append(list(answer)))
+    waiting.start()
+    assert model.entered.wait(10)
+    answer.close()
+    waiting.join(10)
+    assert not waiting.is_alive() and taken == [[]]
+    for _ in range(20):
+        model.gate.release()
+    assert list(text.decode(GREEDY, 2)) == [2, 3]
+
+
+def test_an_answer_that_was_begun_ends_at_its_stop_string() -> None:
+    """Whether its pieces are taken at once, or only later."""
+
+    class Letters:
+        def push(self, token_id: int) -> str:
+            return chr(ord("a") + token_id)
+
+        def finish(self) -> str:
+            return ""
+
+    model = ScriptedModel(count_up, 400, pages=8)
+    text = Text(Engine(model))
+    text.extend([0])
+    answer = Generation(text, Letters(), GREEDY, 300, (), ["ef"], begin=True)
+    assert answer.finish().text == "bcd" and answer.stats.stop_reason == "stop"
+    assert text.engine.plan() is None and len(model.passes) < 300, "nothing is written that nobody wants"
+    later = Text(text.engine)
+    later.extend([0])
+    answer = Generation(later, Letters(), GREEDY, 300, (), ["never", "ef"], begin=True, ahead=Letters())
+    while not later._job or not later._job.done:
+        time.sleep(0.001)
+    assert later._job.tokens == [0, 1, 2, 3, 4, 5]
+    assert answer.finish().text == "bcd" and answer.stats.stop_reason == "stop"
+
+
+def test_what_others_had_read_ahead_is_read() -> None:
+    """Whole pages, all of them shared: nothing is left to compute."""
+    engine = Engine(ScriptedModel(count_up, 400, 200, pages=20))
+    for _ in range(2):
+        text = Text(engine)
+        text.extend([number % 40 for number in range(PAGE + 1)])
+        text.prefill()
+        assert text.unread == 1
+
+
+def test_answers_in_the_background_are_in_few_passes_that_they_make_longer() -> None:
+    for seconds, shares in ((1.3, (0.9, 0.97)), (1.5, (0.2, 0.3))):
+        pace, guests = Pace(), []
+        for _ in range(400):
+            guests.append(pace.guests())
+            pace.note(0, seconds if guests[-1] else 1.0, guests[-1])
+        assert shares[0] <= sum(guests[100:]) / 300 <= shares[1]
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.01])
+def test_who_is_waited_for_goes_before_the_background_in_every_pass(
+    cost: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight answers in the background and one that somebody waits for, where rows cost time and where they do not."""
+
+    class Timed(ScriptedModel):
+        def forward_many(self, runs, wanted):  # type: ignore[no-untyped-def]
+            clock[0] += 0.002 + cost * (len(runs) - 1)
+            sizes.append(len(runs))
+            return super().forward_many(runs, wanted)
+
+    sizes: list[int] = []
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    engine = Engine(Timed(count_up, PAGE, pages=9))
+    background = []
+    with engine.lock:
+        for number in range(8):
+            text = Text(engine, background=True)
+            text.extend([number])
+            background.append(text.begin(GREEDY, 50, ahead=None))
+        text = Text(engine)
+        text.extend([9])
+        answer = text.begin(GREEDY, 40, ahead=None)
+    assert list(answer) == [token % 50 for token in range(10, 50)]
+    alone = sum(size == 1 for size in sizes)
+    assert alone >= 25 if cost else alone <= 12
+    assert [list(one) for one in background] == [
+        [(first + 1 + n) % 50 for n in range(50)] for first in range(8)
+    ]

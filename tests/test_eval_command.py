@@ -44,12 +44,16 @@ def test_a_model_against_itself(text: Path, capsys: pytest.CaptureFixture[str]) 
     assert actual["context"] == 200 and actual["model"]["tokens"] == 498
     assert actual["model"] == actual["against"]
     assert actual["mean_kl_divergence"] == 0 and actual["greedy_agreement"] == 1
+    # 199, 199 and 100 tokens in drafts of 4 and one more: 40, 40 and 20 passes.
+    assert actual["tokens_per_pass"]["4"] == 498 / 100
+    assert list(actual["tokens_per_pass"]) == ["4", "8", "16", "22"]
     assert run_cli(*arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "498 tokens scored, in windows of 200"
     assert f"perplexity {actual['model']['perplexity']:.4f}" in lines[1]
     assert lines[3].split()[:4] == ["mean", "divergence", "0.000000", "nats,"]
     assert lines[4].split()[-2:] == ["100.00", "%"]
+    assert "tokens per pass" in lines[5] and " 4: 5.0, 8: " in lines[5]
 
 
 def test_a_model_against_another(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +66,7 @@ def test_a_model_against_another(text: Path, tmp_path: Path, capsys: pytest.Capt
     assert actual["context"] == 128
     assert actual["model"]["tokens"] == actual["against"]["tokens"] == 297
     assert actual["mean_kl_divergence"] > 1 and actual["greedy_agreement"] < 0.2
+    assert 1 <= actual["tokens_per_pass"]["4"] <= actual["tokens_per_pass"]["22"] < 1.5
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -47,11 +47,18 @@ def test_json_says_everything(run: Any, model: str) -> None:
     code, out, _ = run(model, "--prompt", PROMPT, "--greedy", "--max-new-tokens", "12", "--json")
     assert code == 0
     actual = json.loads(out)
-    assert list(actual) == ["text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason", "seconds"]
+    assert list(actual) == [
+        *("text", "token_ids", "prompt_tokens", "new_tokens", "stop_reason"),
+        *("passes", "drafted", "accepted", "seconds"),
+    ]
     assert len(actual["token_ids"]) == actual["new_tokens"] == 12
     assert actual["prompt_tokens"] > 8 and actual["stop_reason"] == "length"
-    assert list(actual["seconds"]) == ["load", "prefill", "decode"]
-    assert all(seconds > 0 for seconds in actual["seconds"].values())
+    seconds = actual["seconds"]
+    assert list(seconds) == ["load", "prefill", "decode", "drafting", "waiting", "computing"]
+    assert all(seconds[part] > 0 for part in ("load", "prefill", "decode", "computing"))
+    assert seconds["drafting"] == actual["drafted"] == actual["accepted"] == 0 < actual["passes"]
+    parts = seconds["drafting"] + seconds["waiting"] + seconds["computing"]
+    assert parts == pytest.approx(seconds["decode"], abs=1e-5)
 
 
 def test_text_streams_to_stdout_and_a_pipe_is_a_prompt(run: Any, model: str) -> None:

@@ -61,6 +61,7 @@ FLOORS = (
     {"chat", "measure"},
     {"terminal", "convert", "train"},
     {"moss"},
+    {"serve"},
     {"commands", "demos"},
 )
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moss_jt.measure import machine_speed
-from moss_jt.measure.machine_speed import NOTE, home_disk_speed, memory_speed
+from moss_jt.measure.machine_speed import NOTE, home_disk_speed, memory_speed, product_speed
 from moss_jt.store.sizes import MIB
 
 
@@ -21,6 +21,13 @@ def test_memory_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert first > 0
     monkeypatch.setattr(machine_speed, "_probe_memory", lambda: pytest.fail("probed again"))
     assert memory_speed(tmp_path / "home") == first
+
+
+def test_products_are_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = product_speed(tmp_path)
+    assert first > 0
+    monkeypatch.setattr(machine_speed, "_probe_products", lambda: pytest.fail("probed again"))
+    assert product_speed(tmp_path) == first
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bytes_per_s": 3}', '{"bytes_per_s": {"x": "fast"}}'])

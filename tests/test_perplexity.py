@@ -8,7 +8,7 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.measure import perplexity
-from moss_jt.measure.perplexity import evaluate, log_probabilities
+from moss_jt.measure.perplexity import evaluate, log_probabilities, passes_needed
 
 
 class Scripted:
@@ -51,6 +51,16 @@ def test_divergence_is_from_the_reference_and_agreement_counts_greedy_tokens() -
     assert result.comparison.mean_divergence == pytest.approx(sum(want) / 2, rel=1e-6)
     assert result.comparison.agreement == 0.5
     assert result.reference.nats_per_token == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2, rel=1e-6)
+
+
+def test_passes_that_drafts_leave_are_counted() -> None:
+    """A pass ends with the first token that differs, or with the one after the draft."""
+    assert passes_needed([True] * 10, 4) == 2
+    assert passes_needed([True] * 11, 4) == 3
+    assert passes_needed([False] * 3, 4) == 3
+    assert passes_needed([True, True, False, True, False, False, True], 8) == 4
+    assert passes_needed([True, True, False, True, False, False, True], 1) == 5
+    assert passes_needed([], 4) == 0
 
 
 def test_a_model_against_itself_diverges_by_nothing() -> None:

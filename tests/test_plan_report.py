@@ -1,9 +1,10 @@
 """The plan as text: every number adds up, and every block and row of the head is named once."""
 
 import re
+from pathlib import Path
 
 from moss_jt.plan.report import Speed, Speeds, ranges_of, report
-from moss_jt.plan.residency import Unit
+from moss_jt.plan.residency import Unit, gib, gib_up
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.sizes import GIB, sizes_of_geometry
 from tests.support.plans import plan, plan_gpu
@@ -21,8 +22,31 @@ def test_the_parts_add_up_to_what_is_held_at_most() -> None:
         for part in re.findall(
             r"^(?:RAM|GPU memory|Host memory) .*the limit\n((?:  .*\n?)+)", text, re.MULTILINE
         ):
-            *amounts, at_most = [float(amount) for amount in re.findall(r"([\d.]+) GiB", part)]
+            sizes = re.findall(r"([\d.]+) (GiB|MiB|KiB)", part)
+            *amounts, at_most = [
+                float(number) * {"GiB": 1, "MiB": 2**-10, "KiB": 2**-20}[unit] for number, unit in sizes
+            ]
             assert abs(sum(amounts) - at_most) < 0.005 * len(amounts) + 0.005, part
+
+
+def test_sizes_as_people_read_them() -> None:
+    sizes = {
+        0: "nothing",
+        512: "0.5 KiB",
+        300 << 10: "300.0 KiB",
+        8 << 20: "8.0 MiB",
+        835 << 20: "835 MiB",
+        3 << 29: "1.50 GiB",
+    }
+    assert {n_bytes: gib(n_bytes) for n_bytes in sizes} == sizes
+    assert gib_up((3 << 29) + 1) == "1.51 GiB" and gib_up((300 << 20) + 1) == "301 MiB"
+    root = Path(__file__).resolve().parents[1]
+    for folder in ("moss_jt", "convert", "demos"):
+        for path in (root / folder).rglob("*.py"):
+            assert (
+                not re.search(r":\.\df?\} GiB", path.read_text(encoding="utf-8"))
+                or path.name == "residency.py"
+            ), path
 
 
 def test_the_slowest_link_is_the_answer() -> None:

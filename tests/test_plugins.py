@@ -333,7 +333,7 @@ def test_execute_is_the_public_way() -> None:
 def test_settings_that_are_missing_are_said(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="--image-url"):
         make_plugins(["image"])
-    with pytest.raises(MossError, match="is no folder"):
+    with pytest.raises(MossError, match="is not a folder"):
         make_plugins(["search"], PluginSettings(search_folder=tmp_path / "none"))
     with pytest.raises(MossError, match="http://host:port"):
         make_plugins(["search"], PluginSettings(search_url="file:///etc"))

@@ -130,3 +130,38 @@ def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
 def test_an_impossible_value_is_named(field: str, value: float) -> None:
     with pytest.raises(MossError, match=f"{field} is {value}; it must be"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_presence_and_frequency_penalties_are_about_the_answer_s_own_tokens() -> None:
+    logits = np.array([1.0, 1.9, 1.5], np.float32)
+    params = SamplingParams(temperature=0, presence_penalty=0.3, frequency_penalty=0.2)
+    sampler = Sampler(params, [1, 1, 1])
+    chosen = []
+    for _ in range(5):
+        chosen.append(sampler.choose(logits))
+        sampler.add(chosen[-1])
+    # 1.9, then 1.4 after one and 1.2 after two; 1.5, then 1.0 and 0.8.
+    assert chosen == [1, 2, 1, 1, 0], (
+        "1.9; 1.5 over 1.4; 1.4 over 1.0; 1.2 over 1.0; then 1.0 over 1.0 comes first"
+    )
+    assert logits.tolist() == pytest.approx([1.0, 1.9, 1.5])
+    negative = Sampler(SamplingParams(temperature=0, frequency_penalty=-2.0), [])
+    negative.add(0)
+    assert negative.choose(logits) == 0
+
+
+def test_biases_forbid_and_force() -> None:
+    logits = np.array([1.0, 7.0, 3.0], np.float32)
+    assert Sampler(SamplingParams(temperature=0, logit_bias={1: -100}), []).choose(logits) == 2
+    params = SamplingParams(**(OFF | {"logit_bias": {0: 100.0, 1: -100.0}, "seed": 1}))
+    assert {Sampler(params, []).choose(logits) for _ in range(20)} == {0}
+    assert SamplingParams(**vars(params)) == params and hash(params)
+    for wrong in ({-1: 3}, {"a": 3}, {1: 101}, {1: "x"}, {1: float("nan")}):
+        with pytest.raises(MossError, match="logit_bias"):
+            SamplingParams(logit_bias=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.2, 3), (0.3, 3), (0.31, 2), (0.61, 1), (1.0, 1)])
+def test_min_p_is_a_share_of_the_likeliest(min_p: float, kept: int) -> None:
+    token_ids, _ = candidates(logits_of(0.05, 0.5, 0.151, 0.3), SamplingParams(**(OFF | {"min_p": min_p})))
+    assert token_ids.tolist() == [1, 3, 2, 0][:kept]

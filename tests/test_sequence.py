@@ -19,6 +19,8 @@ GREEDY = SamplingParams(temperature=0)
 class GivenDrafts:
     """Proposes what a function of the text says; remembers what became of it."""
 
+    promise = 0.5
+
     def __init__(self, drafts: Sequence[list[int]]) -> None:
         self._drafts = iter(drafts)
         self.learned: list[tuple[int, int]] = []

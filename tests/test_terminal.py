@@ -126,7 +126,7 @@ def test_plugins_are_listed_and_toggled() -> None:
     moss = ScriptedMoss(" T.<eot>", ' Calculate("1+1")<eoc>', " 2<eom>")
     shown = conversation(moss, "/plugins calculator\n1+1\n/plugins calculator, solver\n/plugins nonsense\n")
     assert "○ search\n  ● calculator\n  ○ solver" in shown and "○ calculator\n  ● solver" in shown
-    assert "MOSS 2" in shown and "There is no plugin nonsense" in shown
+    assert "MOSS 2" in shown and "There is no plugin 'nonsense'; there are " in shown
 
 
 def test_the_conversations_language_is_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

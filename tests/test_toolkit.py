@@ -155,22 +155,22 @@ def test_wheels_complete_what_a_toolkit_lacks(machine: Path, monkeypatch: pytest
     assert (made.home / "include" / "curand.h").resolve().parent == wheels / "include"
 
 
-@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("lacking", [False, True])
 def test_behind_a_wrapper_lies_the_toolkit(
-    machine: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
+    machine: Path, complete: Path, monkeypatch: pytest.MonkeyPatch, lacking: bool
 ) -> None:
     """Of a wrapper on the PATH nothing else is there; what is missing is missing of the compiler that it runs."""
-    real = whole / "bin" / "nvcc"
+    real = complete / "bin" / "nvcc"
     real.write_text(f"{real.read_text()}echo '#$ _HERE_={real.parent}' >&2\n")
     wrapper = machine / "bin" / "nvcc"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
-    if complete:
+    if not lacking:
         assert find_toolkit().nvcc == real
     else:
-        (whole / "lib64" / "libcurand.so").unlink()
+        (complete / "lib64" / "libcurand.so").unlink()
         with pytest.raises(MossError) as told:
             find_toolkit()
         assert f"the CUDA toolkit of {real} lacks" in str(told.value) and "cuda_runtime.h" not in str(

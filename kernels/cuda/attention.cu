@@ -252,10 +252,10 @@ extern "C" __global__ void __launch_bounds__(kPageThreads, 2) attention_of_pages
             const float fade = __expf(before - most);
 #pragma unroll
             for (int i = 0; i < 2; i++) scores[j][i] = sees[i] ? __expf(scores[j][i] - most) : 0.0f;
-            const float found = warp_sum(scores[j][0] + scores[j][1]);
+            const float sum = warp_sum(scores[j][0] + scores[j][1]);
             if (lane == j) {
                 largest = most;
-                total = fmaf(total, fade, found);
+                total = fmaf(total, fade, sum);
             }
 #pragma unroll
             for (int i = 0; i < kDims; i++) sums[j][i] *= fade;

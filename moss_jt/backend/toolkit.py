@@ -185,8 +185,8 @@ def _wrapped_by(nvcc: Path) -> Path | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r"^#\$ _HERE_=(/.*)$", done.stderr, re.MULTILINE)
-    wrapped = (Path(found.group(1)) / "nvcc").resolve() if found else nvcc
+    told = re.search(r"^#\$ _HERE_=(/.*)$", done.stderr, re.MULTILINE)
+    wrapped = (Path(told.group(1)) / "nvcc").resolve() if told else nvcc
     return wrapped if wrapped != nvcc and wrapped.is_file() else None
 
 

@@ -7,9 +7,11 @@ others their answers.
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, Literal
 
 from moss_jt.chat.prompt import (
     MOSS,
@@ -36,6 +38,9 @@ SAMPLING = (
     "seed",
     "length_penalty",
     "regulation_start",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_p",
 )
 LIMITS = {
     "max_new_tokens": "max_new_tokens",
@@ -44,9 +49,15 @@ LIMITS = {
 }
 # What OpenAI's requests may hold that changes the answer, and that is not done here.
 UNSUPPORTED = {
-    "n": 1, "tools": None, "functions": None, "response_format": None, "logit_bias": None, "logprobs": None,
-    "frequency_penalty": 0, "presence_penalty": 0, "suffix": None, "echo": False, "best_of": 1,
+    "n": 1, "tools": None, "functions": None, "response_format": None, "logprobs": None, "suffix": None,
+    "echo": False, "best_of": 1,
 }  # fmt: skip
+# What may stand there and changes no answer; "metadata" is the user's own.
+IGNORED = (
+    "metadata", "model", "user", "store", "stream", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key",
+)  # fmt: skip
+# Of a line of results: the answer to a line of prompts, its error, an error of a line that was changed since, or none of it.
+Standing = Literal["answer", "error", "old error", "foreign"]
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -82,26 +93,28 @@ def parse_line(line: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise MossError(f"the line is no JSON ({error}).") from error
+        raise MossError(f"the line is not JSON ({error}).") from error
     if not isinstance(fields, dict):
-        raise MossError("the line is no JSON object.")
+        raise MossError("the line is not a JSON object.")
     if "custom_id" not in fields:
         return _request(fields, tokenizer, defaults, "messages" in fields)
     custom_id, url, body = fields["custom_id"], fields.get("url"), fields.get("body")
     if not isinstance(custom_id, str) or not isinstance(body, dict):
         raise MossError("custom_id must be a text, and body an object.")
     if fields.get("method", "POST") != "POST" or url not in (CHAT_URL, TEXT_URL):
-        raise MossError(f"only POST to {CHAT_URL} and {TEXT_URL} is done.")
+        raise MossError(f"only POST to {CHAT_URL} and {TEXT_URL} is supported.")
     return _request(body, tokenizer, defaults, url == CHAT_URL, custom_id)
 
 
 def _request(
     fields: dict[str, Any], tokenizer: Tokenizer, defaults: Defaults, chat: bool, custom_id: str | None = None
 ) -> Request:
+    _check_names(fields, "messages" if chat else "prompt")
     for name, neutral_value in UNSUPPORTED.items():
         if fields.get(name, neutral_value) not in (neutral_value, None):
-            raise MossError(f"{name} is not done.")
+            raise MossError(f"{name} is not supported.")
     sampling = {name: _number(fields, name) for name in SAMPLING if fields.get(name) is not None}
+    sampling |= {"logit_bias": _biases(fields["logit_bias"])} if fields.get("logit_bias") else {}
     limits = [_number(fields, name) for name in LIMITS if fields.get(name) is not None]
     stop = fields.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
@@ -119,12 +132,31 @@ def _request(
     )
 
 
+def _check_names(fields: dict[str, Any], text: str) -> None:
+    """
+    Raises:
+        MossError: an option has a name that is none: it would be passed over, and the answer be another than was asked for.
+    """
+    known = (text, "stop", "logit_bias", *SAMPLING, *LIMITS)
+    for name in fields.keys() - {*known, *IGNORED, *UNSUPPORTED}:
+        close = get_close_matches(name, known, 1)
+        meant = f"did you mean {close[0]}?" if close else 'what is your own goes into "metadata".'
+        raise MossError(f"{name!r:.80} is not an option; {meant}")
+
+
 def _number(fields: dict[str, Any], name: str) -> Any:
     value = fields[name]
     integral = name in ("top_k", "seed", "regulation_start", *LIMITS)
     if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)):
         raise MossError(f"{name} must be a {'whole ' if integral else ''}number.")
     return value
+
+
+def _biases(given: Any) -> dict[int, Any]:
+    """JSON's objects have texts for names."""
+    if not isinstance(given, dict) or not all(token.isascii() and token.isdigit() for token in given):
+        raise MossError("logit_bias must be an object of token ids and numbers.")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
@@ -251,16 +283,24 @@ def _openai_line(number: int, line: str, custom_id: str, response: Any, error: A
     return json.dumps(fields, ensure_ascii=False)
 
 
-def answers_line(answer: str, number: int, model: str, line: str) -> bool:
-    """Whether a line of results belongs to line ``number`` of the prompts, and was said by this model."""
+def standing(answer: str, number: int, model: str, line: str) -> Standing:
+    """What a line of results is to line ``number`` of the prompts."""
     try:
         fields = json.loads(answer)
     except (ValueError, RecursionError):
-        return False
+        return "foreign"
     if not isinstance(fields, dict):
-        return False
-    if (custom_id := custom_id_of(line)) is not None:
-        body = (fields.get("response") or {}).get("body") or {"model": model}
-        mark = f"batch_req_{number}_{mark_of(line)}"
-        return (fields.get("id"), fields.get("custom_id"), body.get("model")) == (mark, custom_id, model)
-    return (fields.get("index"), fields.get("line"), fields.get("model")) == (number, mark_of(line), model)
+        return "foreign"
+    if "custom_id" in fields:
+        response = fields.get("response")
+        body = response.get("body") if isinstance(response, dict) else {"model": model}
+        said = body.get("model") if isinstance(body, dict) else None
+        whose = re.fullmatch(r"batch_req_(\d+)_([0-9a-f]+)", str(fields.get("id")))
+        index, mark = (int(whose[1]), whose[2]) if whose else (None, None)
+    else:
+        index, mark, said = fields.get("index"), fields.get("line"), fields.get("model")
+    if (index, said) != (number, model):
+        return "foreign"
+    if mark == mark_of(line):
+        return "error" if fields.get("error") else "answer"
+    return "old error" if fields.get("error") else "foreign"

@@ -18,7 +18,7 @@ from moss_jt.chat.turn import MAX_ANSWER_TOKENS, Turn, TurnStats, least_tokens
 from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.generate import check_count
 from moss_jt.engine.sampling import SamplingParams
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason
 from moss_jt.plugins.interface import Plugin, Source
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.store.tokenizer import Tokenizer
@@ -289,9 +289,13 @@ class Chat:
         needed = len(token_ids) + least_tokens(self._encoder)
         if needed > session.capacity:
             raise MossError(
-                f"the context has room for {session.capacity} tokens, and the instruction that a conversation begins with takes "
-                f"{needed} with the shortest turn. Load the model with a larger context, shorten the instruction, or switch on "
-                "fewer plugins."
+                Reason(
+                    "the context has room for {room} tokens, and the instruction that a conversation begins with takes {needed} "
+                    "with the shortest turn. Load the model with a larger context, shorten the instruction, or switch on fewer "
+                    "plugins.",
+                    room=session.capacity,
+                    needed=needed,
+                )
             )
         return token_ids
 

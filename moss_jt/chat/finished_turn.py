@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moss_jt.chat.prompt import (
     COMMANDS,
@@ -38,6 +39,7 @@ class FinishedTurn:
     sources    citation number -> source
     asked      how many messages there were up to this one: random numbers go by it
     dropped    how many of the oldest turns the model had no longer before it then
+    extra      what a front end keeps with it, as JSON has it
     """
 
     fields: Mapping[str, str]
@@ -45,6 +47,7 @@ class FinishedTurn:
     sources: Mapping[int, Source] = field(default_factory=dict)
     asked: int = 0
     dropped: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def message(self) -> str:

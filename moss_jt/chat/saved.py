@@ -54,6 +54,7 @@ class About:
     sampling          temperature and so on, and max_new_tokens
     plugin_settings   where plugins find what they need, by their names in moss_jt.plugins.registry.PluginSettings
     model             the path of its folder, or any other name
+    title             what a front end calls the conversation, where somebody gave it a title
     """
 
     meta_instruction: str = ""
@@ -62,6 +63,7 @@ class About:
     sampling: Mapping[str, int | float | None] = field(default_factory=dict)
     plugin_settings: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -435,7 +437,7 @@ def _existing(path: Path) -> Iterator[None]:
 
 
 def about_line(name: str, about: About) -> bytes:
-    own = {
+    own: dict[str, Any] = {
         "version": 1,
         "model": about.model,
         "system": about.system,
@@ -443,6 +445,8 @@ def about_line(name: str, about: About) -> bytes:
         "sampling": dict(about.sampling),
         "plugin_settings": dict(about.plugin_settings),
     }
+    if about.title:
+        own["title"] = about.title
     return _line({"conversation_id": name, "meta_instruction": about.meta_instruction, "moss_jt": own})
 
 
@@ -455,6 +459,8 @@ def turn_line(turn: FinishedTurn) -> bytes:
         }
     if turn.token_ids is not None:
         own["token_ids"] = [*turn.token_ids]
+    if turn.extra:
+        own["extra"] = dict(turn.extra)
     return _line({**turn.fields, "moss_jt": own})
 
 
@@ -510,6 +516,7 @@ def about_of(fields: Mapping[str, Any]) -> About | None:
         sampling,
         settings,
         str(own.get("model") or ""),
+        str(own.get("title") or ""),
     )
 
 
@@ -530,6 +537,7 @@ def turn_of(fields: Mapping[str, Any]) -> FinishedTurn | None:
         sources,
         _count(own.get("asked")),
         _count(own.get("dropped")),
+        _mapping(own.get("extra")),
     )
 
 

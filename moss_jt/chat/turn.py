@@ -37,6 +37,8 @@ MAX_THOUGHT_TOKENS = 400
 MAX_COMMAND_TOKENS = 400
 # An answer without at least this much room is not begun.
 LEAST_ANSWER_TOKENS = 32
+# A rate over less time than this says nothing about the machine.
+LEAST_RATE_S = 0.5
 # Kept free so that a field can always be closed.
 CLOSING_TOKENS = 8
 
@@ -59,7 +61,9 @@ class TurnStats:
     @property
     def tokens_per_s(self) -> float | None:
         """How fast the model wrote; None where too little came to tell."""
-        return self.later_tokens / self.later_s if self.later_tokens and self.later_s else None
+        return (
+            self.later_tokens / self.later_s if self.later_tokens and self.later_s >= LEAST_RATE_S else None
+        )
 
 
 class CancelledError(Exception):

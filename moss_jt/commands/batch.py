@@ -1,9 +1,12 @@
 """moss-jt batch."""
 
+import itertools
+import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,10 +15,10 @@ from moss_jt.chat.batch import (
     Done,
     Request,
     answer_line,
-    answers_line,
     error_line,
     parse_line,
 )
+from moss_jt.commands.batch_files import Survey, Work, lines_of
 from moss_jt.commands.options import loaded, loading_options, sampling_arguments, sampling_options
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
@@ -25,13 +28,17 @@ from moss_jt.plan.machine import memory_budget
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.terminal.output import bounded
 from moss_jt.terminal.screen import Screen
 
 if TYPE_CHECKING:
     from moss_jt.engine.generate import Generation
     from moss_jt.moss import Moss
 
-MAX_LINE = 16 << 20  # bytes
+    # A line that is being answered, or what is to be written as it is.
+    Begun = tuple[int, str, Request, Generation] | bytes
+
+MOST_TOLD = 5  # faults
 # Room in the cache, where the user does not say for how many answers: a quarter of the memory, sixteen at most.
 MOST_PARALLEL, CACHE_SHARE = 16, 4
 
@@ -41,11 +48,15 @@ MOST_PARALLEL, CACHE_SHARE = 16, 4
 @click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("answers", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens of an answer."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="The most tokens of an answer.",
 )
 @click.option(
     "--parallel",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="N",
     help="Room for N answers at once. [default: up to 16, as a quarter of the memory has room for]",
 )
@@ -56,63 +67,53 @@ def command(
 ) -> None:
     """Answer all PROMPTS with MODEL, many at once: each reading of the model serves a token of every answer.
 
-    PROMPTS has one JSON object a line: {"prompt": TEXT}, {"messages": [..]} as in OpenAI's API, or a line of its batch files.
-    Options such as "temperature", "seed" and "max_new_tokens" may stand beside them. ANSWERS gets a line for each, in the same
-    order. Stopped or killed, it goes on where it was when it is run again.
+    PROMPTS has one JSON object a line: {"messages": [..]} as in OpenAI's API, a line of its batch files, or {"prompt": TEXT}, a
+    text that is continued as it is. Options such as "temperature", "seed" and "max_new_tokens" may stand beside them. ANSWERS
+    gets a line for each, in the same order.
+
+    Run it again after it was stopped, or after correcting lines that had errors: it does what is left. Exit code 1 when lines
+    had errors.
 
     \b
-    moss-jt batch moss-moon-003-sft prompts.jsonl answers.jsonl --memory 16GiB
+    moss-jt batch moss-moon-003-sft-plugin-int4 prompts.jsonl answers.jsonl --memory 14GiB
     """
     store = open_store(model_folder(model))
     tokenizer = Tokenizer.from_file(store.tokenizer_path)
     defaults = Defaults(SamplingParams(**sampling_arguments(options)), max_new_tokens)
-    total, longest = _survey(prompts, tokenizer, defaults)
-    options["context"] = options["context"] or max(2, min(longest, store.config.n_positions))
+    survey = Survey.of(prompts, tokenizer, defaults)
+    report(prompts, survey.faults)
+    options["context"] = options["context"] or max(2, min(survey.longest, store.config.n_positions))
     options["parallel"] = parallel or _parallel(store, options)
-    name = store.path.name
-    with answers.open("a+b") as results:
-        done = _answered(results, prompts, answers, name)
-        if done < total:
-            with loaded(model, options) as moss, token_bar(answers.name, total, "answers", done) as bar:
-                for line in _answer_all(moss, name, prompts, done, defaults):
-                    # Half of a surrogate pair, as JSON writes it.
-                    results.write(line.encode(errors="backslashreplace") + b"\n")
-                    results.flush()
+    work = Work(prompts, answers, store.path.name, survey)
+    with work.resumed() as done:
+        if done < survey.total:
+            bar = token_bar(answers.name, survey.total, "answers", done)
+            all_faulty = len(survey.faults) == survey.total
+            with nullcontext() if all_faulty else loaded(model, options) as moss, bar:
+                for line in _answer_all(moss, tokenizer, work, done, defaults):
+                    work.write(line)
                     bar.update(1)
-    Screen().line(f"{total} answers in {answers}.")
+    errors = work.finish()
+    Screen().line(f"{count(survey.total - len(errors), 'answer')} in {answers}.")
+    if errors:
+        lines = ", ".join(map(str, errors[:MOST_TOLD])) + (", ..." if len(errors) > MOST_TOLD else "")
+        raise MossError(
+            f"{count(len(errors), 'line')} of {prompts} had an error (line {lines}); {answers} says which. Correct them and "
+            "run the same command again: it does what is left."
+        )
 
 
-def _lines(prompts: Path) -> Iterator[str]:
-    """Lines that hold something.
-
-    Raises:
-        MossError: the file cannot be read, or is no text in lines.
-    """
-    try:
-        with prompts.open("rb") as file:
-            while raw := file.readline(MAX_LINE + 1):
-                if len(raw) > MAX_LINE:
-                    raise MossError(
-                        f"{prompts} has a line of more than {MAX_LINE >> 20} MiB. One prompt is one line."
-                    )
-                text = raw.decode("utf-8")
-                if text.strip():
-                    yield text
-    except (OSError, ValueError) as error:
-        raise MossError(f"{prompts} cannot be read as lines of UTF-8 text: {error}.") from error
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _survey(prompts: Path, tokenizer: Tokenizer, defaults: Defaults) -> tuple[int, int]:
-    """How many lines there are, and the most tokens that one needs with its answer."""
-    total, longest = 0, 0
-    for line in _lines(prompts):
-        total += 1
-        try:
-            request = parse_line(line, tokenizer, defaults)
-        except MossError:
-            continue  # it is told in its turn among the answers
-        longest = max(longest, len(request.token_ids) + max(0, request.max_new_tokens))
-    return total, longest
+def report(prompts: Path, faults: dict[int, str]) -> None:
+    """What is wrong with lines, before time is spent on the others."""
+    screen = Screen(sys.stderr)
+    for number, fault in list(faults.items())[:MOST_TOLD]:
+        screen.line(f"{prompts}, line {number}: {bounded(fault)}")
+    if len(faults) > MOST_TOLD:
+        screen.line(f"... and {len(faults) - MOST_TOLD} more.")
 
 
 def _parallel(store: Store, options: dict[str, Any]) -> int:
@@ -122,53 +123,44 @@ def _parallel(store: Store, options: dict[str, Any]) -> int:
     return max(1, min(MOST_PARALLEL, memory_budget(options["memory"]) // CACHE_SHARE // one))
 
 
-def _answered(results: BinaryIO, prompts: Path, answers: Path, model: str) -> int:
-    """How many lines were answered before; a line that a kill cut off is removed.
-
-    Raises:
-        MossError: the file holds something else.
-    """
-    results.seek(0)
-    count, end = 0, 0
-    lines = _lines(prompts)
-    while (raw := results.readline(MAX_LINE)).endswith(b"\n"):
-        line = next(lines, None)
-        if line is None or not answers_line(raw.decode("utf-8", "replace"), count, model, line):
-            raise MossError(
-                f"{answers} is no beginning of the answers of {model} to {prompts}: line {count + 1} differs. "
-                "Remove it, or give another name."
-            )
-        count, end = count + 1, end + len(raw)
-    results.truncate(end)
-    results.seek(end)
-    return count
-
-
-def _answer_all(moss: "Moss", name: str, prompts: Path, done: int, defaults: Defaults) -> Iterator[str]:
-    """Answers of all lines after the first ``done``, in order."""
+def _answer_all(
+    moss: "Moss | None", tokenizer: Tokenizer, work: Work, done: int, defaults: Defaults
+) -> Iterator[bytes]:
+    """Answers of all lines after the first ``done``, in order; without a model where every line has a fault."""
     from moss_jt.moss import MANY
 
-    pending: deque[tuple[int, str, Request, Generation] | str] = deque()
-    for number, line in enumerate(_lines(prompts)):
-        if number < done:
-            continue
-        try:
-            request = parse_line(line, moss.tokenizer, defaults)
-            limits = request.max_new_tokens, request.stop
-            pending.append((number, line, request, moss.begin(request.token_ids, request.params, *limits)))
-        except MossError as error:
-            pending.append(error_line(number, name, line, str(error)))
+    pending: deque[Begun] = deque()
+    lines = itertools.islice(lines_of(work.prompts), done, None)
+    for index, ((_, line), kept) in enumerate(zip(lines, work.kept(done), strict=True), done):
+        pending.append(_begun(moss, tokenizer, work.model, index, line, defaults) if kept is None else kept)
         while len(pending) >= MANY:
-            yield _finished(name, pending.popleft())
+            yield _finished(work.model, pending.popleft())
     while pending:
-        yield _finished(name, pending.popleft())
+        yield _finished(work.model, pending.popleft())
 
 
-def _finished(name: str, answer: "tuple[int, str, Request, Generation] | str") -> str:
-    if isinstance(answer, str):
+def _begun(
+    moss: "Moss | None", tokenizer: Tokenizer, name: str, index: int, line: str, defaults: Defaults
+) -> "Begun":
+    try:
+        request = parse_line(line, tokenizer, defaults)
+        assert moss is not None
+        answer = moss.begin(request.token_ids, request.params, request.max_new_tokens, request.stop)
+    except MossError as error:
+        return encoded(error_line(index, name, line, str(error)))
+    return index, line, request, answer
+
+
+def _finished(name: str, answer: "Begun") -> bytes:
+    if isinstance(answer, bytes):
         return answer
-    number, line, request, generation = answer
+    index, line, request, generation = answer
     generation.finish()
     stats = generation.stats
-    done = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
-    return answer_line(number, name, line, request, done)
+    finished = Done(generation.text, stats.prompt_tokens, stats.new_tokens, stats.stop_reason)
+    return encoded(answer_line(index, name, line, request, finished))
+
+
+def encoded(line: str) -> bytes:
+    """With half of a surrogate pair, if there is one, as JSON writes it."""
+    return line.encode(errors="backslashreplace") + b"\n"

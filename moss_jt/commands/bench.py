@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moss_jt.commands.options import loaded, memory_options, model_argument, model_folder
+from moss_jt.commands.options import draft_model_option, loaded, memory_options, model_argument, model_folder
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
+from moss_jt.plan.residency import BITS_NAMES
 from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import open_store
 from moss_jt.terminal.output import json_text
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     help="Also so many conversations at once, each of the longest of --contexts, as 1,4,16.",
 )
 @memory_options
+@draft_model_option
 def command(
     model: str | None, contexts: str, new_tokens: int, repeats: int, parallel: str | None, **options: Any
 ) -> None:
     """Measure MODEL's speed beside what this machine allows: reading memory, multiplying matrices, reading the disk.
 
-    Time to the first token, tokens per second while the prompt is read and afterwards, without drafts. The last line is
-    one JSON object.
+    Time to the first token, tokens per second while the prompt is read and afterwards, without drafts; and where a copy drafts
+    (--draft-model), a greedy answer with it. The last line is one JSON object.
     """
     lengths = parse_contexts(contexts)
     counts = [] if parallel is None else parse_contexts(parallel, "--parallel")
@@ -42,18 +44,23 @@ def command(
         if min(counts) < 1:
             raise MossError("--parallel needs numbers from 1 up.")
         options["parallel"] = max(counts)
-        options["context"] = options["context"] or max(lengths) + new_tokens * len(counts) + 1
+        options["context"] = options["context"] or max(lengths) + max(new_tokens, 8)
     store = open_store(model_folder(model))
     with loaded(model, options) as moss:
-        from moss_jt.measure.bench import measure, report
+        from moss_jt.measure.bench import draft_fields, draft_line, measure, prompt_ids, report
         from moss_jt.measure.side_by_side import measure_together, report_together
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         together = (
-            measure_together(moss.model, counts, max(lengths), moss.config.vocab_size, new_tokens)
+            measure_together(moss.engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
             if counts
             else []
         )
+        drafts = None
+        if moss.copy is not None:
+            prompt = prompt_ids(max(lengths), moss.config.vocab_size)
+            answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0).finish()
+            drafts = draft_fields(answer.stats)
         peak = peak_memory_bytes()
         plan = moss.plan
     tokens = min(max(lengths), plan.pass_tokens)
@@ -64,6 +71,9 @@ def command(
     text, summary = report(store.path.name, plan, times, limits, speed, peak)
     screen = Screen()
     screen.line(text)
+    if drafts is not None and plan.copy is not None:
+        screen.line(f"\n{draft_line(f'an {BITS_NAMES[plan.copy.bits]} copy', drafts)}")
+        summary["drafts"] = drafts
     if together:
         table, summary["parallel"] = report_together(together, plan, limits, speed)
         screen.line(f"\n{table}")

@@ -1,5 +1,6 @@
 """The command line. A command's module is imported when that command runs, so that ``--help`` returns at once."""
 
+import difflib
 import importlib
 import io
 import sys
@@ -16,6 +17,7 @@ COMMANDS = {
     "chat": ("chat", "Talk to a model, with plugins."),
     "ask": ("ask", "Ask one question; the answer alone on standard output."),
     "generate": ("generate", "Continue a text."),
+    "serve": ("serve", "A page to talk to a model, and OpenAI's interface, over HTTP."),
     "batch": ("batch", "Answer many prompts from a file, many at once."),
     "plan": ("plan", "Would a model run here, or elsewhere, and how fast? Downloads nothing."),
     "list": ("list", "Show the models that are here."),
@@ -39,6 +41,15 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"moss_jt.commands.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            ctx.fail(f"No such command {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

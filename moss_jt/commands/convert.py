@@ -10,7 +10,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from moss_jt.commands.progress import byte_bar, size_text
+from moss_jt.commands.progress import byte_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
 from moss_jt.convert.disk import folder_bytes
@@ -18,8 +18,10 @@ from moss_jt.convert.folder_source import ModelFolder, folder_recipe
 from moss_jt.convert.hub import open_hub
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for
 from moss_jt.errors import MossError
-from moss_jt.store.locations import TINY, folder_for, model_home, published, remember_last, tiny_checkpoint
+from moss_jt.plan.residency import gib
+from moss_jt.store.locations import TINY, folder_for, model_home, remember_last, tiny_checkpoint
 from moss_jt.store.manifest import MANIFEST, read_manifest
+from moss_jt.store.published import RECOMMENDED, hub_id_of
 from moss_jt.terminal.output import harmless
 from moss_jt.terminal.screen import Screen
 
@@ -80,13 +82,13 @@ def bits_of(context: click.Context, parameter: click.Parameter, text: str | None
 def command(source: str, out: Path | None, keep_download: bool, **quantization: Any) -> None:
     """Turn a checkpoint into a model folder that moss-jt runs.
 
-    SOURCE is a Hugging Face id (fnlp/moss-moon-003-sft), a folder with a downloaded checkpoint, or moss-tiny, the small
+    SOURCE is a Hugging Face id (fnlp/moss-moon-003-sft-plugin), a folder with a downloaded checkpoint, or moss-tiny, the small
     one that comes with the program. Torch and safetensors files, float16, bfloat16, float32, and GPTQ int4 or int8 are
     read, without torch. Interrupt it whenever you like: the same command goes on where it stopped.
 
     \b
-    moss-jt convert fnlp/moss-moon-003-sft             45 GB of disk while converting, 33 GB afterwards
-    moss-jt convert fnlp/moss-moon-003-sft-plugin-int4
+    moss-jt convert fnlp/moss-moon-003-sft-plugin-int4 22 GB of disk while converting, 11 GB afterwards
+    moss-jt convert fnlp/moss-moon-003-sft-plugin      float16: 45 GB, and 33 GB afterwards
     moss-jt convert ./my-checkpoint --out ./my-model
     moss-jt convert ./my-model --bits 4                quantizes a float16 model folder, too
     moss-jt convert fnlp/moss-moon-003-sft --bits 16,4 the model itself, and a copy that makes it quicker
@@ -134,7 +136,7 @@ def convert_one(source: str, out: Path, keep_download: bool, options: QuantOptio
         else:
             fresh = convert_source(open_source(source, keep_download, out), options, out)
     Screen().line(
-        f"{out} is ready ({size_text(folder_bytes(out))})."
+        f"{out} is ready ({gib(folder_bytes(out))})."
         if fresh
         else f"{out} was converted already; nothing to do."
     )
@@ -159,9 +161,9 @@ def open_source(source: str, keep_download: bool, out: Path) -> Checkpoint:
             f"{source} is a file. Name the folder that it is in: config.json and the tokenizer's files belong beside it."
         )
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        meant = published(source)
-        question = f" Is {meant} meant?" if meant else ""
-        raise MossError(f"{source} is no folder, and no hub id such as fnlp/moss-moon-003-sft.{question}")
+        meant = hub_id_of(source)
+        advice = f"Did you mean {meant}?" if meant else f"An id looks like {RECOMMENDED}."
+        raise MossError(f"{source} is neither a folder nor the id of a model on the hub. {advice}")
     folder = model_home() / "downloads" / source.replace("/", "--")
     return open_hub(source, folder, keep_download, out, Screen(sys.stderr).line)
 

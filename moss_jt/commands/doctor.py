@@ -26,6 +26,6 @@ def command(gpu: bool) -> None:
             screen.line(f"  {'':14} {bounded(finding.advice)}")
         problems += finding.verdict == "problem"
     if problems:
-        name = "moss-jt --gpu" if gpu else "moss-jt"
-        screen.line(f"{problems} problem(s): {name} cannot run before they are mended.")
+        count = "1 problem" if problems == 1 else f"{problems} problems"
+        screen.line(f"{count} to solve before {'--gpu works' if gpu else 'moss-jt can run'}.")
         sys.exit(1)

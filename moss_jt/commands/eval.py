@@ -14,6 +14,7 @@ from moss_jt.engine.cached_text import pages_of
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.measure.perplexity import (
+    DRAFTS,
     EngineTokens,
     Evaluation,
     Score,
@@ -61,7 +62,8 @@ def command(
     """Perplexity of MODEL on a text, and with --against how far its predictions are from another model's.
 
     FILE is UTF-8 text; <eoh>, <eom> and the like in it count as the special tokens. It is read in windows of --context
-    tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare.
+    tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare. Tokens per pass
+    are what drafts of 4 to 22 tokens by the one would bring the other on this text: see --draft-model of moss-jt chat.
 
     \b
     moss-jt eval moss-moon-003-sft-int4 dialogues.txt --against moss-moon-003-sft
@@ -167,6 +169,8 @@ def _fields(result: Evaluation, context: int) -> dict[str, Any]:
         fields["against"] = _score_fields(result.reference)
         fields["mean_kl_divergence"] = result.comparison.mean_divergence
         fields["greedy_agreement"] = result.comparison.agreement
+        tokens = result.comparison.tokens_per_pass
+        fields["tokens_per_pass"] = {str(drafted): tokens(drafted) for drafted in DRAFTS}
     return fields
 
 
@@ -186,6 +190,12 @@ def _table(result: Evaluation, model: str, against: str | None, context: int) ->
             f"{'mean divergence':{width}}  {result.comparison.mean_divergence:.6f} nats, KL({against} || {model})"
         )
         lines.append(f"{'same greedy token':{width}}  {100 * result.comparison.agreement:.2f} %")
+        tokens = ", ".join(
+            f"{drafted}: {result.comparison.tokens_per_pass(drafted):.1f}" for drafted in DRAFTS
+        )
+        lines.append(
+            f"{'tokens per pass':{width}}  if one drafts for the other, by the tokens of a draft: {tokens}"
+        )
     return "\n".join(lines)
 
 

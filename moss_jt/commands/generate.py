@@ -96,5 +96,8 @@ def summary(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": stats.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "stop_reason": stats.stop_reason,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "seconds": {name: round(seconds, 6) for name, seconds in stats.seconds.items()},
     }

@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from moss_jt.chat.language import user_language
+from moss_jt.terminal.reasons import in_language
 from moss_jt.terminal.screen import Screen
 
 
@@ -15,7 +17,13 @@ class IndexingBar:
 
     def __call__(self, done: int, files: int) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=files, desc="Indexing", unit="file", mininterval=0.5, disable=None)
+            self._bar = tqdm(
+                total=files,
+                desc="建立索引" if user_language() == "zh" else "Indexing",
+                unit="file",
+                mininterval=0.5,
+                disable=None,
+            )
         self._bar.update(done - self._bar.n)
         if done == files:
             self._bar.close()
@@ -23,5 +31,5 @@ class IndexingBar:
 
 
 def say(text: str) -> None:
-    """A sentence on stderr."""
-    Screen(sys.stderr).line(text)
+    """A sentence on stderr, in the user's language."""
+    Screen(sys.stderr).line(in_language(text, user_language()))

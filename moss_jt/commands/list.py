@@ -5,10 +5,9 @@ from pathlib import Path
 import click
 
 from moss_jt.chat.saved import Conversations, Summary
-from moss_jt.commands.progress import size_text
 from moss_jt.convert.disk import folder_bytes
 from moss_jt.errors import MossError
-from moss_jt.plan.residency import BITS_NAMES
+from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.files import read_json
 from moss_jt.store.locations import last_model, last_uses, models_folder
 from moss_jt.store.manifest import MANIFEST
@@ -71,7 +70,7 @@ def row(folder: Path) -> tuple[str, ...]:
     used = last_uses().get(str(folder.resolve()))
     last = "never" if used is None else when(used)
     weights, origin = state(folder)
-    return name, size_text(folder_bytes(folder)), weights, shortened(origin, MOST_COLUMNS), last
+    return name, gib(folder_bytes(folder)), weights, shortened(origin, MOST_COLUMNS), last
 
 
 def state(folder: Path) -> tuple[str, str]:

@@ -69,6 +69,14 @@ memory_options = _all_of(
         "they lie in CUDA's unified memory.",
     ),
 )
+draft_model_option = click.option(
+    "--draft-model",
+    default="auto",
+    show_default=True,
+    metavar="auto|off|NAME",
+    help="A copy of MODEL in fewer bits that writes ahead, for MODEL to verify in one pass: auto (where weights stream, if one was "
+    "converted and fits), off, or its name or path. Changes the speed, never the text.",
+)
 loading_options = _all_of(
     memory_options,
     click.option(
@@ -78,8 +86,9 @@ loading_options = _all_of(
         help="Guess what follows from the text so far, and verify it in one pass: auto (where weights stream), lookup, "
         "off, or the longest guess. Changes the speed, never the text.",
     ),
+    draft_model_option,
 )
-LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "offload", "parallel")
+LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "draft_model", "offload", "parallel")
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(

@@ -1,29 +1,45 @@
 """``moss-jt plan``: would a model run, how fast, and where would its weights live? Loads nothing, needs no GPU."""
 
+import contextlib
+import shutil
+from pathlib import Path
+
 import click
 
 from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
-from moss_jt.measure.machine_speed import home_disk_speed, memory_speed
+from moss_jt.measure.machine_speed import home_disk_speed, memory_speed, product_speed
+from moss_jt.plan.first_word import first_word
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
-from moss_jt.plan.report import GB, Speed, Speeds, report
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, gib, plan, plan_gpu
-from moss_jt.plan.verdict import verdict
+from moss_jt.plan.placement import gpu_budget, less_margin
+from moss_jt.plan.report import (
+    ASSUMED_DISK,
+    ASSUMED_GPU_MEMORY,
+    ASSUMED_LINK,
+    ASSUMED_MEMORY,
+    GB,
+    Speed,
+    Speeds,
+    number,
+    report,
+)
+from moss_jt.plan.residency import BITS_NAMES, Copy, ResidencyPlan, TooLittleError, gib, plan, plan_gpu
+from moss_jt.plan.verdict import duration, verdict
 from moss_jt.store.config import MOSS_MOON_003
-from moss_jt.store.locations import PUBLISHED, model_home
+from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
+from moss_jt.store.published import BY_BITS, CONVERSION_BYTES, PUBLISHED, about_unpublished
 from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geometry, sizes_of_store
 from moss_jt.terminal.screen import Screen
 from moss_jt.weights.disk_speed import disk_under
 
-# What is assumed where nothing is measured or given: a SATA or cloud disk, two channels of DDR4 under two cores,
-# PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
-ASSUMED_DISK = 1.0
-ASSUMED_MEMORY = 20.0
-ASSUMED_GPU_MEMORY = 400.0
-ASSUMED_LINK = 12.0
+# GFLOP/s of matrix products, assumed: two cores with AVX2, and a card of the lower middle class.
+ASSUMED_PRODUCTS, ASSUMED_GPU_PRODUCTS = 100.0, 10_000.0
+# A token is about a word: at this pace an answer comes as fast as it is read.
+READING_S = 0.5
+LEAST_CONTEXT = 512  # of a conversation that is any use
 # A shorter file says little about its disk.
 LEAST_PROBE_BYTES = 16 * MIB
 
@@ -34,6 +50,11 @@ LEAST_PROBE_BYTES = 16 * MIB
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
+@click.option(
+    "--draft-bits",
+    type=click.Choice(["4", "8"]),
+    help="With a copy of MODEL in so many bits that writes ahead, for MODEL to verify in one pass.",
+)
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
 @click.option(
     "--device",
@@ -41,12 +62,22 @@ LEAST_PROBE_BYTES = 16 * MIB
     metavar="N",
     help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
 )
-@click.option("--gpu-memory", metavar="AMOUNT", help="Plan for a card with this much memory.")
+@click.option(
+    "--gpu-memory",
+    metavar="AMOUNT",
+    help="Plan for a card with this much memory, of which a twentieth stays free.",
+)
 @click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
 @click.option(
     "--context", type=int, help="Tokens that the conversation may have.  [default: what the model has]"
 )
 @click.option("--disk-speed", type=float, metavar="GB/s", help="Sequential reads.  [default: measured]")
+@click.option(
+    "--compute-speed",
+    type=float,
+    metavar="GFLOP/s",
+    help="Of matrix products.  [default: measured, for a card 10000]",
+)
 @click.option("--link-speed", type=float, metavar="GB/s", help="Between host and card.  [default: 12]")
 @click.option(
     "--memory-speed",
@@ -58,25 +89,27 @@ def command(
     model: str | None,
     memory: str | None,
     bits: str | None,
+    draft_bits: str | None,
     gpu: bool,
     device: int | None,
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
     disk_speed: float | None,
+    compute_speed: float | None,
     link_speed: float | None,
     memory_speed: float | None,
 ) -> None:
     """Would MODEL run, how fast, and where would its weights live? Downloads and loads nothing.
 
-    MODEL is a model folder, or a published model's name or hub id, such as moss-moon-003-sft or
-    fnlp/moss-moon-003-sft-plugin-int4; without one, MOSS in all three precisions. Speeds are measured on this machine, once, and
-    assumed for machines that are not this one.
+    MODEL is a model folder, or a published model's name or hub id, such as moss-moon-003-sft-plugin-int4; without one, MOSS in
+    all three precisions, and which one to take. Speeds are measured on this machine, once, and assumed for other machines.
 
     \b
     moss-jt plan                                          which MOSS for this machine?
-    moss-jt plan moss-moon-003-sft --bits 4 --memory 14GiB
-    moss-jt plan moss-moon-003-sft --gpu-memory 12GiB --host-memory 30GiB
+    moss-jt plan moss-moon-003-sft-plugin --bits 4 --memory 14GiB
+    moss-jt plan moss-moon-003-sft-plugin-int4 --gpu-memory 12GiB --host-memory 30GiB
+    moss-jt plan moss-moon-003-sft-plugin --memory 16GiB --draft-bits 4
     """
     on_card = gpu or gpu_memory is not None
     if on_card and memory is not None:
@@ -87,41 +120,92 @@ def command(
         raise click.UsageError("--device needs --gpu.")
     if gpu:
         gpu_memory = this_cards_memory(gpu_memory, device or 0)
+    elif gpu_memory is not None:
+        gpu_memory = described_cards_memory(gpu_memory)
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()
     if model is None:
         speeds = speeds_of(None, here, on_card, disk_speed, memory_speed, link_speed)
-        screen.line(overview(amounts, context, speeds))
+        products = products_of(here, on_card, compute_speed)
+        screen.line(overview(amounts, context, speeds, products))
+        screen.line(f"\n{advice(amounts, context, speeds, on_card)}")
         return
     sizes, store = sizes_of(model, None if bits is None else int(bits))
     chosen = plan_for(sizes, *amounts, context)
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
+    remark = ""
+    if draft_bits is not None:
+        chosen, remark = with_copy(sizes, int(draft_bits), amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
     screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
+    screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
+    for one in (remark, about_unpublished(model) if store is None else "", shorter(sizes, amounts, chosen)):
+        if one:
+            screen.line(one)
     screen.line("\n" + report(model, chosen, speeds))
 
 
 Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory
 
 
-def overview(amounts: Amounts, context: int | None, speeds: Speeds) -> str:
+def overview(amounts: Amounts, context: int | None, speeds: Speeds, products: Speed) -> str:
     """What each precision of MOSS brings: whoever has not chosen yet chooses by this."""
     lines = [f"{'MOSS as':<10}{'disk':>10}"]
     for bits, name in BITS_NAMES.items():
         sizes = sizes_of_geometry(MOSS_MOON_003, bits)
         try:
-            text = verdict(speeds.seconds(plan_for(sizes, *amounts, context)), False, ())
+            chosen = plan_for(sizes, *amounts, context)
         except MossError as error:
-            text = f"does not run: {str(error).partition(':')[0]}."
+            text = f"Does not run: {str(error).partition(':')[0]}."
+        else:
+            wait = duration(first_word(chosen, speeds.disk.bytes_per_s, products).seconds)
+            text = f"{verdict(speeds.seconds(chosen), False, ())} First word expected after {wait}."
         lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
+    return "\n".join(lines)
+
+
+def advice(amounts: Amounts, context: int | None, speeds: Speeds, on_card: bool) -> str:
+    """Which one to take: the most exact that writes at the speed of reading, or else the fastest; and how to get it."""
+    seconds = {}
+    for bits in BITS_NAMES:
+        with contextlib.suppress(MossError):
+            chosen = plan_for(sizes_of_geometry(MOSS_MOON_003, bits), *amounts, context)
+            seconds[bits] = speeds.seconds(chosen)
+    if not seconds:
+        return "None of them runs in so little memory. moss-jt plan moss-moon-003-sft-plugin-int4 says what is missing."
+    quick = [bits for bits, each in seconds.items() if each <= READING_S]
+    bits = max(quick) if quick else min(seconds, key=lambda bits: seconds[bits])
+    home, needed = model_home(), CONVERSION_BYTES[bits]
+    lines = [
+        f"Take {BITS_NAMES[bits]}: moss-jt convert {BY_BITS[bits]}, and then moss-jt chat{' --gpu' if on_card else ''}. "
+        f"Converting takes {needed // GB} GB of disk for a while.",
+    ]
+    free = free_bytes(home)
+    if free < needed:
+        lines.append(f"{home} has {free // GB} GB free: set MOSS_JT_HOME to a folder on a larger disk.")
     lines.append(
-        f"Published are {', '.join(PUBLISHED)}. -plugin calls plugins, -sft only talks, -base continues texts. "
-        "For the details of one: moss-jt plan NAME"
+        "-plugin calls plugins; moss-moon-003-sft, with the same sizes, only talks, and -base continues texts. The details of one: "
+        "moss-jt plan NAME"
     )
     return "\n".join(lines)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+
+def shorter(sizes: ModelSizes, amounts: Amounts, chosen: ResidencyPlan) -> str:
+    """A shorter context with which nothing streams any more, where there is one that is of use; or else empty."""
+    if not chosen.streams:
+        return ""
+    for context in (chosen.context * 3 // 4, chosen.context // 2):
+        with contextlib.suppress(MossError):
+            if context >= LEAST_CONTEXT and not plan_for(sizes, *amounts, context).streams:
+                return f"With --context {context} everything stays in memory, and nothing is read again for each token."
+    return ""
 
 
 def sizes_of(model: str, bits: int | None) -> tuple[ModelSizes, Store | None]:
@@ -159,6 +243,24 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     return plans
 
 
+def with_copy(
+    sizes: ModelSizes, bits: int, amounts: Amounts, context: int | None, plain: ResidencyPlan, speeds: Speeds
+) -> tuple[ResidencyPlan, str]:
+    """The better of the plan without a copy and the one with it, and what there is to say about that."""
+    if bits >= sizes.bits:
+        raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
+    copy = f"An {BITS_NAMES[bits]} copy that drafts"
+    try:
+        drafted = plan_for(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
+    except TooLittleError as error:
+        lower = f" It would with --context {error.context}." if error.context else ""
+        return plain, f"{copy} does not fit here.{lower}"
+    without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
+    if seconds >= without:
+        return plain, f"{copy} would not pay here: {number(seconds)} s per token."
+    return drafted, f"{copy} is counted in; without it a token takes {number(without)} s."
+
+
 def this_cards_memory(gpu_memory: str | None, number: int) -> str:
     """What this machine's card of that number may give, in bytes.
 
@@ -166,9 +268,21 @@ def this_cards_memory(gpu_memory: str | None, number: int) -> str:
         MossError: there is no card, or it has less.
     """
     from moss_jt.backend.gpu import find_card
-    from moss_jt.plan.placement import gpu_budget
 
     return str(gpu_budget(gpu_memory, find_card(number)))
+
+
+def described_cards_memory(gpu_memory: str) -> str:
+    """What a card of that size gives, in bytes: as much as ``--gpu`` takes of one that is free by default.
+
+    Raises:
+        MossError: it is no amount of memory.
+    """
+    if gpu_memory.strip().endswith("%"):
+        raise MossError(
+            f"--gpu-memory {gpu_memory.strip()} is a share of no card. Without --gpu, say how much memory the card has, like 8GiB."
+        )
+    return str(less_margin(parse_memory(gpu_memory, 0)))
 
 
 def on_this_machine(memory: str | None, gpu_memory: str | None, host_memory: str | None, gpu: bool) -> bool:
@@ -186,6 +300,7 @@ def plan_for(
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
+    copy: ModelSizes | None = None,
 ) -> ResidencyPlan:
     """The plan for amounts as typed; limits larger than this machine has are fine here."""
     here = process_memory()
@@ -193,14 +308,12 @@ def plan_for(
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
         needs = CpuNeeds(sizes.config, sizes.bits)
-        return plan(sizes, needs, context, budget, threads=compute_threads())
+        own = None if copy is None else Copy(copy, CpuNeeds(copy.config, copy.bits))
+        return plan(sizes, needs, context, budget, threads=compute_threads(), copy=own)
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
-    if gpu_memory.strip().endswith("%"):
-        raise MossError(
-            "--gpu-memory is planned without the GPU, so a share means nothing. Write it like 8GiB."
-        )
     card = parse_memory(gpu_memory, 0)
-    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host)
+    cards = None if copy is None else Copy(copy, CudaNeeds(copy.config, copy.bits))
+    return plan_gpu(sizes, CudaNeeds(sizes.config, sizes.bits), context, card, host, copy=cards)
 
 
 def speeds_of(
@@ -221,11 +334,17 @@ def speeds_of(
     )
 
 
+def products_of(here: bool, on_card: bool, given: float | None) -> Speed:
+    """The speed of matrix products, in FLOP/s."""
+    measured = product_speed(model_home()) if here and given is None and not on_card else None
+    return speed_of(given, measured, ASSUMED_GPU_PRODUCTS if on_card else ASSUMED_PRODUCTS)
+
+
 def speed_of(gigabytes: float | None, measured: float | None, assumed: float) -> Speed:
     if gigabytes is None:
         return Speed(assumed * GB, "assumed") if measured is None else Speed(measured, "measured")
     if not gigabytes > 0:
-        raise MossError(f"{gigabytes} GB/s is no speed. Give a number above 0.")
+        raise MossError(f"a speed of {gigabytes} is not possible. Give a number above 0.")
     return Speed(gigabytes * GB, "given")
 
 

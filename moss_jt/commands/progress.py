@@ -8,12 +8,6 @@ from moss_jt.terminal.output import harmless
 tqdm.monitor_interval = 0
 
 
-def size_text(size_bytes: int) -> str:
-    """A size as people read it: GiB, or MiB where that would be nearly nothing."""
-    gib = size_bytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{size_bytes / 2**20:.1f} MiB"
-
-
 def byte_bar(label: str, total: int) -> tqdm:
     """A context; ``update`` is to be called with bytes done."""
     return tqdm(

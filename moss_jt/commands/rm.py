@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from moss_jt.chat.saved import Conversations
-from moss_jt.commands.progress import size_text
 from moss_jt.convert.disk import folder_bytes
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.locations import models_folder
 from moss_jt.store.manifest import MANIFEST
 from moss_jt.terminal.screen import Screen
@@ -40,7 +40,7 @@ def command(names: tuple[str, ...], chat: bool, yes: bool) -> None:
     for folder in folders:
         size = 0 if folder.is_symlink() else folder_bytes(folder)
         remove(folder)
-        Screen().line(f"{folder.name} is removed ({size_text(size)}).")
+        Screen().line(f"{folder.name} is removed ({gib(size)}).")
     for name in chats:
         conversations.remove(name)
         Screen().line(f"The conversation {name} is removed.")
@@ -71,8 +71,8 @@ def confirm(folders: list[Path], chats: list[str]) -> None:
         Abort: the answer is no.
     """
     if not sys.stdin.isatty():
-        raise click.UsageError("nobody can be asked here; add --yes to remove.")
-    sizes = size_text(sum(0 if folder.is_symlink() else folder_bytes(folder) for folder in folders))
+        raise click.UsageError("there is no terminal to ask on: add --yes to remove without being asked.")
+    sizes = gib(sum(0 if folder.is_symlink() else folder_bytes(folder) for folder in folders))
     things = [f"{', '.join(folder.name for folder in folders)} ({sizes})"] if folders else []
     if chats:
         things.append(f"the conversation{'s' if len(chats) > 1 else ''} {', '.join(chats)}")

@@ -2,8 +2,9 @@
 
 import click
 
-from moss_jt.commands.progress import byte_bar, size_text
+from moss_jt.commands.progress import byte_bar
 from moss_jt.convert.named import model_folder
+from moss_jt.plan.residency import gib
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.verify import verify_store
 from moss_jt.terminal.screen import Screen
@@ -21,5 +22,5 @@ def command(model: str | None) -> None:
     with byte_bar(store.path.name, total) as bar:
         verify_store(store, bar.update)
     Screen().line(
-        f"{store.path} is complete: {size_text(total)} in {len(store.files)} files, every checksum right."
+        f"{store.path} is complete: {gib(total)} in {len(store.files)} files, every checksum right."
     )

@@ -36,6 +36,7 @@ class CausalModel(Protocol):
     pass_tokens  the most new tokens of one pass
     logit_rows   the most rows of logits of one pass, for answers
     score_rows   the same for scoring texts, whose logits are many
+    link_s       seconds for which weights were waited for, in all passes so far
     """
 
     @property
@@ -52,6 +53,9 @@ class CausalModel(Protocol):
 
     @property
     def score_rows(self) -> int: ...
+
+    @property
+    def link_s(self) -> float: ...
 
     def forward_many(self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...) -> list[np.ndarray]:
         """Logits (R, V) float32 of each run; R is 0, 1 (the last token's) or T.

@@ -8,11 +8,9 @@ stream, a fraction of a pass per token where they are in memory.
 
 from collections.abc import Sequence
 
+from moss_jt.engine.draft_pace import LONGEST_DRAFT
 from moss_jt.errors import MossError
-from moss_jt.kernels.needs import FEW_TOKENS
 
-# The draft, and the token before it, must be one pass in which a token gets the same bits as alone.
-LONGEST_DRAFT = FEW_TOKENS - 1
 DEFAULT_LONGEST = 16
 LONGEST_NGRAM = 4
 
@@ -54,6 +52,11 @@ class PromptLookup:
                 count = min(self._best_length(self._chance[length]), most)
                 return _continuation(token_ids, end, count)
         return []
+
+    @property
+    def promise(self) -> float:
+        """How likely each token of the latest draft is right."""
+        return self._chance.get(self._matched, 0.0)
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """What became of a pass: how many tokens it verified and accepted, and how long it took; None if others shared it."""

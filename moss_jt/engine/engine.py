@@ -3,7 +3,8 @@
 A pass is filled in this order: the next token of every running answer, guesses of what follows it (drafts) as far as rows of
 logits are left, and parts of new texts, dealt page by page to all that are being read. Who comes late joins the next pass, and
 who wants no more is gone within one block. Interactive jobs go before background ones, and the older before the younger; a
-background job counts as that much younger, so that it, too, has its turn in the end.
+background job counts as that much younger, so that it, too, has its turn in the end. Where answers in the background make a pass
+longer that somebody waits for, they are in few of those passes.
 
 An answer is the same bits whoever else is there, because each token's way through the operators is settled by its own text
 (moss_jt.engine.cached_text), the operators give a token the same bits in any company (moss_jt.kernels.places), and its random
@@ -27,6 +28,8 @@ import numpy as np
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
 from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
+from moss_jt.engine.draft_copy import Ahead, DraftCopy
+from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
 from moss_jt.engine.pace import Pace
 from moss_jt.engine.page_file import PageFile
@@ -38,18 +41,37 @@ from moss_jt.kernels.interface import PAGE
 AHEAD = 16
 # A background job is as old as an interactive one that came so many jobs later.
 BACKGROUND_JOBS = 64
+# One of so many passes reads texts in the background before others.
+BACKGROUND_READS = 8
 # Without work the thread ends, and a later job starts another.
 IDLE_S = 5.0
 
 
 @dataclass
+class PassTimes:
+    """Seconds of a pass: of the model, of the copy before it, and of the model's those in which it waited for weights."""
+
+    pass_s: float = 0.0
+    drafting_s: float = 0.0
+    link_s: float = 0.0
+
+
+@dataclass
 class Part:
-    """What a pass computes for one job: the text from ``start`` on, and a draft of what follows it."""
+    """What a pass computes for one job: the text from ``start`` on, and a draft of what follows it.
+
+    front  what prompt lookup proposes
+    sure   how sure the copy is of each of the draft's tokens, where it has written it
+    most   tokens that the draft may have
+    """
 
     job: Job
     start: int
     runs: list[TokenRun] = field(default_factory=list)
+    front: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    sure: list[Sure] = field(default_factory=list)
+    most: int = 0
     prompt_tokens: int = 0
 
 
@@ -58,6 +80,8 @@ class Pass:
     """What is computed together.
 
     logits  rows of them
+    guests  whether answers in the background take part, where interactive jobs are there, too
+    times   what it took
     fresh   whole pages that it computes, for any sequence that begins alike
     shared  those of them that more than one sequence has already
     """
@@ -66,6 +90,8 @@ class Pass:
     rows: int = 0
     logits: int = 0
     prompt_tokens: int = 0
+    guests: bool | None = None
+    times: PassTimes = field(default_factory=PassTimes)
     fresh: set[int] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
 
@@ -75,10 +101,12 @@ class Engine:
 
     Args:
         folder: where pages go that find no room in the cache; None: they are forgotten, and computed again when needed.
+        copy: writes ahead of the model, over its cache; closed by who has made it.
     """
 
-    def __init__(self, model: CausalModel, folder: Path | None = None) -> None:
+    def __init__(self, model: CausalModel, folder: Path | None = None, copy: DraftCopy | None = None) -> None:
         self.model = model
+        self._copy = copy
         self.lock = threading.RLock()
         self.pool = PagePool(model.pages)
         self.passes = 0
@@ -122,7 +150,7 @@ class Engine:
             self._wake()
 
     def take(self, job: Job) -> tuple[int, Any] | None:
-        """What the job gives next, once it is there: a token, and why no other follows; or a position, and the logits of the
+        """What the job gives next, once it is there: a token, and a Chosen; or a position, and the logits of the
         tokens from it on. None when the job is done.
 
         Raises:
@@ -144,9 +172,11 @@ class Engine:
             return None
 
     def end(self, job: Job, length: int) -> None:
-        """The caller wants no more of this job, and its text ends after ``length`` tokens."""
+        """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
+            job.out.clear()
+            job.ready.notify_all()
             if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
@@ -162,6 +192,17 @@ class Engine:
         """A text that no job is about ends after ``length`` tokens."""
         with self.lock:
             self._free(text.cut(length))
+
+    def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
+        """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
+        with self.lock:
+            text.settle(len(token_ids))
+            while text.cached < len(token_ids) - 1:
+                # Fewer than a page at once, for others must not take made-up pages for theirs.
+                text.compute(token_ids, min(PAGE // 2, len(token_ids) - 1 - text.cached))
+            for number in text.pages:
+                self.model.write_page(number, page)
+            self._touch(text)
 
     def drop(self, text: CachedText) -> None:
         """Nobody will ask for this text any more. To be called from anywhere, the collector of garbage too."""
@@ -183,6 +224,12 @@ class Engine:
                 free, passes = free + len(running.text.pages), running.left
             pass_s = self._pace.pass_s
             return Queued(before + 1, None if pass_s is None else passes * pass_s)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for room in the cache."""
+        with self.lock:
+            return len(self._queue_in_order())
 
     def close(self) -> None:
         """Stop within one block; what is not done yet ends with an error. Closing twice is no fault."""
@@ -242,7 +289,9 @@ class Engine:
             flight = self._fill()
             self._busy = False
             if not any(part.runs for part in flight.parts):
-                return None
+                for part in flight.parts:  # all that they wanted read is there, because others had it read
+                    self._deliver(part, [], flight)
+                return self.plan() if flight.parts else None
             self.passes += 1
             for part in flight.parts:
                 part.job.served = self.passes
@@ -260,25 +309,32 @@ class Engine:
 
     def compute(self, flight: Pass) -> None:
         """Compute a pass, and hand out what it gives."""
-        runs = [(part, run) for part in flight.parts for run in part.runs]
+        runs: list[tuple[Part, TokenRun]] = []
 
         def wanted(index: int) -> bool:
             part, run = runs[index]
             return not part.job.done or (run.whole and run.pages[run.start // PAGE] in flight.shared)
 
-        begin = time.monotonic()
         error: BaseException | None = None
         logits: list[np.ndarray] = []
+        times = flight.times
         try:
+            times.drafting_s = self._write_ahead(flight)
+            runs += [(part, run) for part in flight.parts for run in part.runs]
+            begin, waited = time.monotonic(), self.model.link_s
             logits = self.model.forward_many([run for _, run in runs], wanted)
+            times.pass_s, times.link_s = time.monotonic() - begin, self.model.link_s - waited
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
-        seconds = time.monotonic() - begin
         with self.lock:
             self._flight = None
             self._busy = True
             if error is None and not any(part.job.done for part in flight.parts):
-                self._pace.note(flight.prompt_tokens, seconds)
+                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s, flight.guests)
+                if self._copy is not None and not flight.prompt_tokens:
+                    self._copy.pace.passes.note(
+                        len([token for _, run in runs for token in run.token_ids]), times.pass_s
+                    )
             rows = iter(logits)
             for part in flight.parts:
                 own = [next(rows, None) for _ in part.runs]
@@ -289,18 +345,39 @@ class Engine:
                     self._fail(part.job, error)
                     continue
                 try:
-                    self._deliver(part, [rows for rows in own if rows is not None], flight, seconds)
+                    self._deliver(part, [rows for rows in own if rows is not None], flight)
                 except BaseException as raised:  # noqa: BLE001
                     self._fail(part.job, raised)
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
 
-    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass, seconds: float) -> None:
+    def _write_ahead(self, flight: Pass) -> float:
+        """Have the copy write drafts, where there is one; returns the seconds that took."""
+        begin = time.monotonic()
+        parts = [part for part in flight.parts if part.most]
+        if self._copy is None or not parts:
+            return 0.0
+        texts = []
+        for part in parts:
+            job = part.job
+            assert job.sampler is not None
+            promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
+            pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
+            sampler = job.sampler.fork()
+            texts.append(Ahead(pages, part.start, job.tokens[-1], sampler, *limits, part.front, promise))
+        self._copy.write(texts, lambda index: not parts[index].job.done)
+        for part, text in zip(parts, texts, strict=True):
+            part.draft, part.sure = text.draft, text.sure
+            part.runs = [TokenRun(text.pages, part.start, [text.last, *text.draft], False, "all")]
+        return time.monotonic() - begin
+
+    def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
         job, text = part.job, part.job.text
         job.timing.passes += part.prompt_tokens == 0
         job.timing.prefill_tokens += part.prompt_tokens
         if job.scored:
-            job.out += [(run.start, rows) for run, rows in zip(part.runs, logits, strict=True)]
+            for run, rows in zip(part.runs, logits, strict=True):
+                job.score(run.start, rows)
         elif job.sampler is not None and logits and len(logits[-1]):
             first = job.first_s is None
             if job.first_s is None:
@@ -310,18 +387,37 @@ class Engine:
             accepted = job.choose(logits[-1], part.draft)
             for position in range(length, len(job.tokens)):
                 text.grown(position + 1)
-            if part.draft:
+            if part.most:
                 self._free(text.back_to(length + accepted))
-            job.timing.decode_s = time.monotonic() - job.first_s
-            if job.drafter is not None and not first and not job.done:
-                alone = len(flight.parts) == 1 and part.prompt_tokens == 0
-                job.drafter.learn(len(part.draft), accepted, seconds if alone else None)
+            timing = job.timing
+            timing.decode_s = time.monotonic() - job.first_s
+            if not first:
+                timing.drafted += len(part.draft)
+                timing.accepted += accepted
+                timing.drafting_s += flight.times.drafting_s
+                timing.link_s += flight.times.link_s
+                self._learn(part, accepted, job.tokens[length:], flight)
         if job.sampler is None and text.cached >= job.end:
             job.done = True
         if job.done:
             self._remove(job)
             self._touch(text)
         job.ready.notify_all()
+
+    def _learn(self, part: Part, accepted: int, written: Sequence[int], flight: Pass) -> None:
+        """What the model has written in a pass, and what had been guessed."""
+        job = part.job
+        if self._copy is not None:
+            self._copy.pace.learn(part.draft, part.sure, written)
+        if job.drafter is None or job.done:
+            return
+        if self._copy is None:
+            alone = len(flight.parts) == 1 and part.prompt_tokens == 0
+            job.drafter.learn(len(part.draft), accepted, flight.times.pass_s if alone else None)
+        else:
+            right = _alike(part.front, written)
+            judged = right + (right < min(len(part.front), len(written)))
+            job.drafter.learn(judged, right, None)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         job.error, job.done = error, True
@@ -426,8 +522,20 @@ class Engine:
     # What goes into a pass.
 
     def _fill(self) -> Pass:
-        flight = Pass()
         ready = [job for job in self._running if not job.paused]
+        guests = [job for job in ready if job.background and job.answering]
+        if not guests or all(job.background for job in ready):
+            return self._fill_from(ready)
+        if self._pace.guests():
+            flight = self._fill_from(ready)
+            flight.guests = True
+            return flight
+        flight = self._fill_from([job for job in ready if job not in guests])
+        flight.guests = False
+        return flight
+
+    def _fill_from(self, ready: Sequence[Job]) -> Pass:
+        flight = Pass()
         answering = sorted((job for job in ready if job.answering), key=lambda job: job.served)
         answering = answering[: min(self.model.logit_rows, self.model.pass_tokens)]
         texts = sorted((job for job in ready if not job.answering), key=lambda job: job.served)
@@ -446,21 +554,23 @@ class Engine:
             sharing: so many jobs share the rows that are left.
             spare_pages: pages that nobody needs for what is certain.
         """
-        draft: list[int] = []
+        front: list[int] = []
         length, text = len(job.tokens), job.text
         spare = min(self.model.logit_rows - flight.logits, self.model.pass_tokens - flight.rows) - sharing
-        most = min(spare // sharing, job.left - 1, job.capacity - length)
+        most = max(0, min(spare // sharing, job.left - 1, job.capacity - length))
         if job.drafter is not None and most > 0:
-            draft = job.drafter.propose(job.tokens, most)
+            front = job.drafter.propose(job.tokens, most)
+        most = len(front) if self._copy is None else min(most, self._copy.longest)
         certain = text.pages_for(1)
-        while text.pages_for(1 + len(draft)) > certain + spare_pages:
-            draft.pop()
-        extra = text.pages_for(1 + len(draft)) - certain
-        start = text.compute(job.tokens, 1 + len(draft))
-        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *draft], False, "all")
-        flight.parts.append(Part(job, start, [run], draft))
-        flight.rows += 1 + len(draft)
-        flight.logits += 1 + len(draft)
+        while text.pages_for(1 + most) > certain + spare_pages:
+            most -= 1
+        front = front[:most]
+        extra = text.pages_for(1 + most) - certain
+        start = text.compute(job.tokens, 1 + most)
+        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all")
+        flight.parts.append(Part(job, start, [run], front, front, most=most))
+        flight.rows += 1 + most
+        flight.logits += 1 + most
         return extra
 
     def _add_texts(self, flight: Pass, jobs: Sequence[Job]) -> None:
@@ -469,11 +579,12 @@ class Engine:
         if flight.parts:
             most = min(most, self._pace.prompt_tokens(most))
         parts = [Part(job, job.text.cached) for job in jobs]
-        turn = deque(parts)
-        while turn:
-            part = turn.popleft()
-            if self._add_run(flight, part, most - flight.prompt_tokens):
-                turn.append(part)
+        for last in (self.passes % BACKGROUND_READS == 0, self.passes % BACKGROUND_READS != 0):
+            turn = deque(part for part in parts if part.job.background == last)
+            while turn:
+                part = turn.popleft()
+                if self._add_run(flight, part, most - flight.prompt_tokens):
+                    turn.append(part)
         # Who only shares another's pages goes along: if the pass fails, those are not computed.
         flight.parts += [part for part in parts if part.job.text.cached != part.start]
 
@@ -514,6 +625,13 @@ class Engine:
         if whole:
             return count if count <= most else 0
         return max(0, min(count, most))
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _close_at_exit(engine: "weakref.ref[Engine]") -> None:

@@ -1,11 +1,12 @@
 """Text that continues a prompt, piece by piece as it comes, with the tokens and the times behind it."""
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Protocol, Self
 
 from moss_jt.engine.job import Queued
+from moss_jt.engine.logprobs import Logprob
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
@@ -20,22 +21,31 @@ class TextDecoder(Protocol):
     def finish(self) -> str: ...
 
 
+SECONDS = ("load", "prefill", "decode", "drafting", "waiting", "computing")
+
+
 @dataclass
 class GenerationStats:
     """What a generation was, complete once it has ended.
 
+    cached_tokens  of the prompt that did not have to be computed, because another text began alike
     stop_reason  "eos" (an end token), "stop" (a stop string), "length" (max_new_tokens), "context" (it is full), "time"
                  (max_time has passed); None while it goes on
+    passes       in which its tokens after the first were computed
+    drafted      tokens that were guessed, of which ``accepted`` came true
     seconds      load (the model, once), prefill (until the first token's logits, waiting for room included), decode
-                 (everything after)
+                 (everything after); and of decode: drafting (a copy wrote ahead), waiting (for weights that stream),
+                 computing (the rest)
     """
 
     prompt_tokens: int
     new_tokens: int = 0
+    cached_tokens: int = 0
     stop_reason: str | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("load", "prefill", "decode"), 0.0)
-    )
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
 
 
 class StopStrings:
@@ -83,6 +93,19 @@ class StopStrings:
         return 0
 
 
+def stops_at(stops: Sequence[str], decoder: TextDecoder | None) -> Callable[[int], bool] | None:
+    """Whether a stop string is complete, token after token; None where there is none, or nothing to read tokens with."""
+    if not stops or decoder is None:
+        return None
+    strings = StopStrings(stops)
+
+    def ends(token: int) -> bool:
+        strings.push(decoder.push(token))
+        return strings.stopped
+
+    return ends
+
+
 def check_count(max_new_tokens: int) -> None:
     """Raises MossError where it is no number of tokens."""
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
@@ -92,10 +115,12 @@ def check_count(max_new_tokens: int) -> None:
 class Generation:
     """An iterator of pieces of text. Iterate to the end, or drop it at any time.
 
-    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for.
+    ``begin``: the answer is written from now on, and to its end, whether or not its pieces are asked for. Where that is at a stop
+    string, it takes a decoder of its own to see that, ``ahead``.
 
     token_ids  the new tokens so far, the end token included
     text       the new text so far, without the end token and without a stop string
+    logprobs   of each new token so far, how likely the model found it; empty where that was not asked for
     stats      see GenerationStats
     """
 
@@ -110,6 +135,8 @@ class Generation:
         load_s: float = 0.0,
         max_time: float | None = None,
         begin: bool = False,
+        logprobs: int | None = None,
+        ahead: TextDecoder | None = None,
     ) -> None:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
@@ -124,7 +151,9 @@ class Generation:
         self._stops = StopStrings(stop_strings)
         limits = max_new_tokens, self._stop_ids, max_time
         self._tokens: Answer | Generator[int] = (
-            sequence.begin(params, *limits, ahead=None) if begin else sequence.decode(params, *limits)
+            sequence.begin(params, *limits, ahead=None, logprobs=logprobs, ends=stops_at(stop_strings, ahead))
+            if begin
+            else sequence.decode(params, *limits, logprobs=logprobs)
         )
         self._pieces = self._run()
 
@@ -139,6 +168,15 @@ class Generation:
         """Where the answer waits for room in the cache, or None where it does not; for other threads to look at."""
         return self._sequence.queued
 
+    @property
+    def logprobs(self) -> list[Logprob]:
+        return self._sequence.logprobs
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are still to be read before the first new one; for other threads to look at."""
+        return 0 if self.token_ids else self._sequence.unread
+
     def finish(self) -> Self:
         """Wait for the end of the answer."""
         for _ in self:
@@ -146,7 +184,7 @@ class Generation:
         return self
 
     def close(self) -> None:
-        """Have no more of it."""
+        """Have no more of it; it is gone within one block. An answer that was begun may be closed from any thread."""
         self._tokens.close()
 
     def _run(self) -> Iterator[str]:
@@ -160,6 +198,7 @@ class Generation:
             if piece:
                 yield piece
             if self._stops.stopped:
+                self._tokens.close()
                 return
         self.stats.stop_reason = self._sequence.stop_reason
         rest = self._stops.push(self._decoder.finish())
@@ -173,8 +212,19 @@ class Generation:
         timing = self._sequence.timing
         self.token_ids.append(token)
         self.stats.new_tokens += 1
+        if self.stats.new_tokens == 1:
+            self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
         self.stats.stop_reason = self._sequence.stop_reason
-        self.stats.seconds.update(prefill=timing.prefill_s, decode=timing.decode_s)
+        self.stats.passes = timing.passes
+        self.stats.drafted, self.stats.accepted = timing.drafted, timing.accepted
+        drafting, waiting = timing.drafting_s, timing.link_s
+        self.stats.seconds.update(
+            prefill=timing.prefill_s,
+            decode=timing.decode_s,
+            drafting=drafting,
+            waiting=waiting,
+            computing=max(0.0, timing.decode_s - drafting - waiting),
+        )
 
     def _show(self, text: str) -> str:
         self.text += text

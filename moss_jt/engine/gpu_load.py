@@ -11,6 +11,7 @@ from moss_jt.backend.gpu import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
 from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
 from moss_jt.engine.kv_cache import KVCache, cache_positions, device_memory
+from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.operators import CudaOperators
@@ -20,6 +21,7 @@ from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.model_folder import Store
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.gpu_units import StreamedUnits, SwappedUnits, UnifiedUnits
+from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.weights import Units, Weights
 
 
@@ -54,6 +56,28 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
         return _load(store, smaller, home, offload, cupy)
     except FULL as error:
         raise_if_full(error, smaller)
+        raise
+
+
+def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Model:
+    """The copy that drafts for a model on the card, over its cache and with its operators; close it first.
+
+    Raises:
+        MossError: the operators cannot be compiled, a file cannot be read, or the card is full.
+    """
+    assert isinstance(model.weights, Weights)
+    try:
+        warm_up_gpu(import_cupy(), store.bits)
+        return model.with_weights(
+            copy_weights(
+                store,
+                plan,
+                model.weights,
+                lambda blocks: StreamedUnits(store, blocks, reader_for(store, home)),
+            )
+        )
+    except FULL as error:
+        raise_if_full(error, plan)
         raise
 
 

@@ -34,6 +34,9 @@ class GpuModel(Model):
         super().__init__(config, operators, weights, cache, *limits)
         self.plan = plan
 
+    def with_weights(self, weights: Weights) -> "GpuModel":
+        return GpuModel(self.config, self.operators, weights, self._cache, self.plan)
+
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
     ) -> list[np.ndarray]:

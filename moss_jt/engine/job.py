@@ -3,20 +3,26 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from moss_jt.engine.cached_text import CachedText
+from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import Sampler
 
-StopReason = Literal["eos", "length", "context", "time"]
+StopReason = Literal["eos", "stop", "length", "context", "time"]
 
 
 class Drafter(Protocol):
     """Guesses what follows, for one pass to verify: moss_jt.engine.draft.PromptLookup."""
+
+    @property
+    def promise(self) -> float:
+        """How likely each token of the latest proposal is right."""
+        ...
 
     def propose(self, token_ids: list[int], most: int) -> list[int]: ...
 
@@ -27,12 +33,21 @@ class Drafter(Protocol):
 
 @dataclass
 class Timing:
-    """What an answer cost. prefill_s is until its first token's logits, waiting included; decode_s everything after."""
+    """What an answer cost. prefill_s is until its first token's logits, waiting included; decode_s everything after.
+
+    passes                in which its tokens were computed, after the prompt
+    drafted, accepted     tokens that were guessed, and those of them that came true
+    drafting_s, link_s    of decode_s: a copy wrote ahead; weights were waited for
+    """
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafting_s: float = 0.0
+    link_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,14 @@ class Queued:
     expected_s: float | None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """About a token of an answer: why no other follows, and how likely it was, where that was asked for."""
+
+    reason: StopReason | None
+    logprob: Logprob | None = None
+
+
 @dataclass(eq=False)
 class Job:
     """What the engine and the caller know of it; both hold the engine's lock when they look.
@@ -51,12 +74,15 @@ class Job:
     end         the job is to compute the text up to here
     sampler     chooses tokens, where an answer is wanted
     scored      the logits of all its tokens are wanted, and are what is taken: position of the first, (R, V)
+    logprobs    with each token, how likely it and so many others were; None for nothing of that
     stop_ids    tokens that end the answer
+    ends        is given each token, and says whether the answer ends with it
     left        tokens that it may have still
     deadline    of time.monotonic, after which it ends
     background  it waits for those that are not
     ahead       so much may there be in ``out``; None for any number
-    out         what the caller has not taken: tokens, each with why no other follows, or logits
+    scores      so many tokens' logits were given; what lost its pages on the way is computed again, and not given again
+    out         what the caller has not taken: tokens, each with a Chosen, or logits
     ready       is told when something is there to be taken
     """
 
@@ -66,13 +92,16 @@ class Job:
     ready: threading.Condition
     sampler: Sampler | None = None
     scored: bool = False
+    logprobs: int | None = None
     drafter: Drafter | None = None
     stop_ids: Collection[int] = ()
+    ends: Callable[[int], bool] | None = None
     left: int = 0
     capacity: int = 0
     deadline: float | None = None
     background: bool = False
     ahead: int | None = None
+    scores: int = 0
     out: deque[tuple[int, Any]] = field(default_factory=deque)
     timing: Timing = field(default_factory=Timing)
     began: float = field(default_factory=time.monotonic)
@@ -100,6 +129,19 @@ class Job:
             return "context"
         return "time" if self.deadline is not None and time.monotonic() >= self.deadline else None
 
+    def score(self, start: int, logits: np.ndarray) -> None:
+        """Logits (R, V) of the tokens from ``start`` on."""
+        known = self.scores - start
+        if known < len(logits):
+            self.out.append((self.scores, logits[known:]))
+            self.scores = start + len(logits)
+
+    def _reason(self, token: int) -> StopReason | None:
+        """Why no other follows this token."""
+        if token in self.stop_ids:
+            return "eos"
+        return "stop" if self.ends is not None and self.ends(token) else self.limit()
+
     def choose(self, logits: np.ndarray, draft: list[int]) -> int:
         """Tokens for rows of logits (R, V), the first of which follows the text and the others the draft; returns how many of
         the draft were right."""
@@ -111,8 +153,9 @@ class Job:
             self.tokens.append(token)
             self.left -= 1
             guessed = accepted < len(draft) and draft[accepted] == token
-            reason: StopReason | None = "eos" if token in self.stop_ids else self.limit()
-            self.out.append((token, reason))
+            reason = self._reason(token)
+            likely = None if self.logprobs is None else logprobs_of(row[None], [token], self.logprobs)[0]
+            self.out.append((token, Chosen(reason, likely)))
             if guessed:
                 accepted += 1
             if reason is not None:

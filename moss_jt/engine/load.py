@@ -14,7 +14,7 @@ from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.cpu_units import open_weights
+from moss_jt.weights.cpu_units import open_copy_weights, open_weights
 from moss_jt.weights.swap import SwappedTensors, swap_errors, swap_folder
 from moss_jt.weights.weights import Weights
 
@@ -46,3 +46,15 @@ def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) 
         swapped = Weights(store, plan, SwappedTensors(store, plan))
         return SwappedModel(store.config, operators, swapped, cache, *limits)
     return Model(store.config, operators, open_weights(store, plan, home), cache, *limits)
+
+
+def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Model:
+    """The copy that drafts for a model on the CPU, over its cache and with its operators; close it first.
+
+    Raises:
+        MossError: the operators cannot be compiled, or a file cannot be read.
+    """
+    warm_up(store.bits)
+    assert isinstance(model.weights, Weights)
+    weights = open_copy_weights(store, plan, home, model.weights)
+    return model.with_weights(weights)

@@ -45,6 +45,7 @@ class Weights(Protocol):
     """
 
     streams: bool
+    link_s: float
     norm_weight: Var
     norm_bias: Var
 
@@ -86,6 +87,15 @@ class Model:
         self.score_rows = 2 * PAGE
         self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
+
+    def with_weights(self, weights: Weights) -> "Model":
+        """Another model over the same cache, with the same operators; the caller closes both."""
+        limits = self.pass_tokens, self.logit_rows, self.capacity
+        return Model(self.config, self.operators, weights, self._cache, *limits)
+
+    @property
+    def link_s(self) -> float:
+        return self.weights.link_s
 
     def read_page(self, page: int) -> np.ndarray:
         return self._cache.read_page(page)

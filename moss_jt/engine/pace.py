@@ -1,23 +1,36 @@
-"""What passes cost here, from those that were made: how many tokens of prompts may ride along with others' answers."""
+"""What passes cost here, from those that were made: what may ride along with answers that somebody waits for."""
 
 from moss_jt.kernels.interface import PAGE
 
-# By how much prompts may lengthen a pass that others wait for.
+# By how much prompts, or answers in the background, may lengthen a pass that others wait for.
 STRETCH = 0.4
+# Where they lengthen it by more, answers in the background have one of so many passes; and where not, one of so many goes without
+# them, to see whether that is still so.
+GUESTS_SELDOM, GUESTS_OFTEN = 4, 16
 LEARNING = 0.2
 
 
 class Pace:
-    """Seconds of a pass of answers, and what a prompt's token adds to it."""
+    """Seconds of a pass of answers, and what a prompt's token and answers in the background add to it."""
 
     def __init__(self) -> None:
         self.pass_s: float | None = None
         self._token_s: float | None = None
+        self._guests_s: dict[
+            bool, float
+        ] = {}  # of passes with answers in the background beside others, and without
+        self._mixed = 0  # passes that both kinds waited for
 
-    def note(self, prompt_tokens: int, seconds: float) -> None:
-        """A pass with so many tokens of prompts took so long."""
+    def note(self, prompt_tokens: int, seconds: float, guests: bool | None = None) -> None:
+        """A pass with so many tokens of prompts took so long.
+
+        Args:
+            guests: whether answers in the background took part, where there were others, too.
+        """
         if prompt_tokens < PAGE:
             self.pass_s = _blend(self.pass_s, seconds)
+            if guests is not None:
+                self._guests_s[guests] = _blend(self._guests_s.get(guests), seconds)
         elif self.pass_s is not None:
             self._token_s = _blend(self._token_s, max(0.0, seconds - self.pass_s) / prompt_tokens)
 
@@ -26,6 +39,15 @@ class Pace:
         if self.pass_s is None or not self._token_s:
             return most
         return min(most, max(PAGE, int(STRETCH * self.pass_s / self._token_s)))
+
+    def guests(self) -> bool:
+        """Whether answers in the background take part in the next pass, which others wait for."""
+        self._mixed += 1
+        if len(self._guests_s) < 2:
+            return self._mixed % 2 == 0
+        if self._guests_s[True] <= (1 + STRETCH) * self._guests_s[False]:
+            return self._mixed % GUESTS_OFTEN != 0
+        return self._mixed % GUESTS_SELDOM == 0
 
 
 def _blend(old: float | None, new: float) -> float:

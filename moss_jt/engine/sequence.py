@@ -7,13 +7,14 @@ does not depend on each other: see moss_jt.engine.engine.
 import threading
 import time
 import weakref
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from collections.abc import Sequence as Tokens
 
 import numpy as np
 
 from moss_jt.engine.engine import AHEAD, Engine
 from moss_jt.engine.job import Drafter, Job, Queued, StopReason, Timing
+from moss_jt.engine.logprobs import Logprob
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 
@@ -26,9 +27,10 @@ class Sequence:
         background: others go first.
 
     token_ids    all text so far, prompts and answers
-    stop_reason  why the last answer ended: "eos" (one of the stop ids), "length", "context" (it is full), "time"; None while it
-                 goes on
+    stop_reason  why the last answer ended: "eos" (one of the stop ids), "stop" (see ``begin``), "length", "context" (it is
+                 full), "time"; None while it goes on
     timing       what the last answer cost
+    logprobs     how likely the last answer's tokens were, of those that were taken; empty where that was not asked for
     """
 
     def __init__(self, engine: Engine, drafter: Drafter | None = None, background: bool = False) -> None:
@@ -38,6 +40,7 @@ class Sequence:
         self.token_ids: list[int] = []
         self.stop_reason: StopReason | None = None
         self.timing = Timing()
+        self.logprobs: list[Logprob] = []
         self._text = engine.new_text()
         self._job: Job | None = None
         weakref.finalize(self, engine.drop, self._text)
@@ -58,7 +61,7 @@ class Sequence:
     @property
     def unread(self) -> int:
         """Tokens that the next answer must read first; those of the pass that is running do not count."""
-        return self.position - self._text.cached
+        return max(0, self.position - self._text.cached)
 
     def extend(self, token_ids: Tokens[int]) -> None:
         """Append text. It is computed by :meth:`prefill`, or when the next answer needs it.
@@ -80,6 +83,13 @@ class Sequence:
             raise ValueError(f"position {position} of {self.position} tokens")
         del self.token_ids[position:]
         self.engine.cut(self._text, position)
+
+    def suppose(self, page: np.ndarray) -> None:
+        """For measurements: the text counts as read, all but its last token, with this page's keys and values all along.
+
+        It must not have been read before, and there must be room for it.
+        """
+        self.engine.suppose(self._text, self.token_ids, page)
 
     def prefill(self) -> None:
         """Compute what was appended, all but the last token: an answer starts with that one."""
@@ -112,16 +122,20 @@ class Sequence:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
+        logprobs: int | None = None,
     ) -> Generator[int]:
         """Choose and append tokens, and yield each, until ``stop_reason`` is set: "eos" (after one of ``stop_ids``,
         which is yielded, too), "length", "context" or "time" (``max_time`` seconds have passed, looked at after each token).
+
+        Args:
+            logprobs: note how likely each token was, and so many of the likeliest beside it.
 
         The iterator may be dropped at any time: the sequence then ends with the token that was yielded last.
 
         Raises:
             MossError: there is no text to continue, or the model failed.
         """
-        answer = self.begin(params, max_new_tokens, stop_ids, max_time)
+        answer = self.begin(params, max_new_tokens, stop_ids, max_time, logprobs=logprobs)
         try:
             yield from answer
         finally:
@@ -134,21 +148,33 @@ class Sequence:
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
         ahead: int | None = AHEAD,
+        logprobs: int | None = None,
+        ends: Callable[[int], bool] | None = None,
     ) -> "Answer":
-        """The same, but written from now on, until it is ``ahead`` tokens ahead of who takes them; None: to its end."""
+        """The same, but written from now on, until it is ``ahead`` tokens ahead of who takes them; None: to its end.
+
+        Args:
+            ends: is given each token when it is chosen, and says whether the answer ends with it ("stop").
+        """
         if not self.token_ids:
             raise MossError("there is no text to continue: the prompt is empty.")
         job = self._new_job(self.position)
         job.sampler = Sampler(params, self.token_ids, stop_ids)
         job.drafter, job.stop_ids, job.left = self.drafter, frozenset(stop_ids), max_new_tokens
         job.deadline = None if max_time is None else time.monotonic() + max_time
-        job.ahead = ahead
-        self.timing = job.timing
+        job.ahead, job.logprobs, job.ends = ahead, logprobs, ends
+        self.timing, self.logprobs = job.timing, []
         self.stop_reason = job.limit()
         job.done = self.stop_reason is not None
         if not job.done:
             self._do(job)
         return Answer(self, job)
+
+    def cancel(self) -> None:
+        """End what is being read or answered, within one block and from any thread; who waits for it gets no more of it."""
+        with self.engine.lock:
+            if self._job is not None:
+                self._end(self._job)
 
     def _new_job(self, end: int) -> Job:
         ready = threading.Condition(self.engine.lock)
@@ -167,9 +193,11 @@ class Sequence:
             raise
 
     def _end(self, job: Job) -> None:
-        if self._job is job:
-            self._job = None
-            self.engine.end(job, self.position)
+        # Who cancels may come at the same time, and must not end what begins after this job.
+        with self.engine.lock:
+            if self._job is job:
+                self._job = None
+                self.engine.end(job, self.position)
 
 
 class Answer:
@@ -191,8 +219,11 @@ class Answer:
         if taken is None:
             self.close()
             raise StopIteration
-        token, sequence.stop_reason = taken
+        token, about = taken
+        sequence.stop_reason = about.reason
         sequence.token_ids.append(token)
+        if about.logprob is not None:
+            sequence.logprobs.append(about.logprob)
         return token
 
     def close(self) -> None:

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from moss_jt.engine.causal_model import Rows
+from moss_jt.engine.generate import GenerationStats
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.measure.cpu_limits import MachineLimits
 from moss_jt.plan.report import BITS_NAMES
-from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
+from moss_jt.plan.residency import ResidencyPlan, gib, seconds_per_pass
 
 GB = 10**9
 GIB = 1 << 30
@@ -86,6 +87,29 @@ def read(model: Passes, token_ids: Sequence[int]) -> Any:
     return model.forward(token_ids[last:], last, "last")[0]
 
 
+def draft_fields(stats: GenerationStats) -> dict[str, Any]:
+    """Where the time of an answer went that a copy drafted for, and what its drafts came to."""
+    tokens = max(1, stats.new_tokens - 1)  # the first is the prompt's
+    parts = {f"{name}_s": stats.seconds[name] / tokens for name in ("drafting", "waiting", "computing")}
+    return {
+        "tokens": tokens,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_pass": tokens / max(1, stats.passes),
+        "s_per_token": stats.seconds["decode"] / tokens,
+        **parts,
+    }
+
+
+def draft_line(copy: str, fields: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {fields[f'{name}_s']:.3f}" for name in ("drafting", "waiting", "computing"))
+    return (
+        f"With {copy} writing ahead: {fields['s_per_token']:.3f} s per token ({parts}), "
+        f"{fields['tokens_per_pass']:.1f} tokens per pass; {fields['accepted']} of {fields['drafted']} drafted tokens came true"
+    )
+
+
 @dataclass(frozen=True)
 class Shares:
     """What one context's times are of the machine's limits: 1 would be the limit itself."""
@@ -148,7 +172,7 @@ def report(
         )
         speeds = {"prefill_tok_s": prefill, "decode_tok_s": decode}
         rows.append({**asdict(entry), **speeds, "prefill_share": share.prefill, "decode_share": share.decode})
-    lines += ["", f"Peak memory{' on the host' if on_gpu else ''}: {peak_bytes / GIB:.2f} GiB"]
+    lines += ["", f"Peak memory{' on the host' if on_gpu else ''}: {gib(peak_bytes)}"]
     summary = {
         "model": name,
         "bits": sizes.bits,

@@ -25,13 +25,12 @@ from moss_jt.backend.home import (
 from moss_jt.backend.toolkit import find_toolkit
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import default_budget, process_memory
+from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.locations import model_home, models_folder
 from moss_jt.store.model_folder import MANIFEST, open_store
+from moss_jt.store.published import CONVERSION_BYTES, RECOMMENDED
 
-GIB = 1 << 30
 PYTHONS = ((3, 11), (3, 12))
-# What converting the 16-billion-parameter model needs at most.
-CONVERSION_BYTES = 45 * 10**9
 # What pip takes for the extras, as seen with CUDA 13.0's wheels and CuPy 13.6.
 EXTRA_SIZES = {13: "0.73 GB to download, 1.3 GB on the disk", 12: "0.11 GB to download, 0.23 GB on the disk"}
 
@@ -101,12 +100,12 @@ def gpu_findings(wanted: bool = False) -> Iterator[Finding]:
 
 
 def suits(card: Card, one_of_several: bool) -> Finding:
-    what = f"moss-jt --gpu --device {card.number}" if one_of_several else "moss-jt --gpu"
+    what = f"--gpu --device {card.number}" if one_of_several else "--gpu"
     try:
         require_gpu(card.number)
     except MossError as error:
         return Finding(what, "problem", "the parts do not suit each other", str(error))
-    return Finding(what, "ok", "all that it needs is there")
+    return Finding(what, "ok", "everything that it needs is there")
 
 
 def what_it_takes(card: Card | None) -> Finding:
@@ -117,9 +116,7 @@ def what_it_takes(card: Card | None) -> Finding:
     if series != NEWEST_SERIES:
         steps.append("a CUDA Toolkit 12 with nvcc, from NVIDIA or with python -m jittor_utils.install_cuda")
     steps.append("the first start, which compiles Jittor once more, for minutes")
-    return Finding(
-        "moss-jt --gpu", "note", "what it takes", "; ".join(steps) + ". Nothing was downloaded now."
-    )
+    return Finding("--gpu", "note", "needs these steps", "; ".join(steps) + ". Nothing was downloaded now.")
 
 
 def python() -> Finding:
@@ -191,21 +188,17 @@ def processor() -> Finding:
 
 def memory() -> Finding:
     memory = process_memory()
-    text = (
-        f"{memory.total_bytes / GIB:.1f} GiB, of which {memory.free_bytes / GIB:.1f} are free; default limit "
-    )
-    return Finding("Memory", "ok", f"{text}{default_budget(memory) / GIB:.1f} GiB (--memory)")
+    text = f"{gib(memory.total_bytes)}, of which {gib(memory.free_bytes)} are free; default limit "
+    return Finding("Memory", "ok", f"{text}{gib(default_budget(memory))} (--memory)")
 
 
 def disk() -> Finding:
     there = next(parent for parent in (model_home(), *model_home().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:.0f} GB free for {model_home()}"
-    if free >= CONVERSION_BYTES:
+    if free >= CONVERSION_BYTES[16]:
         return Finding("Disk", "ok", text)
-    advice = (
-        "Converting the float16 model needs 45 GB: set MOSS_JT_HOME to a larger disk, or convert an int4 one."
-    )
+    advice = "Converting a float16 model takes 45 GB, an int4 one 22 GB: set MOSS_JT_HOME to a folder on a larger disk."
     return Finding("Disk", "note", text, advice)
 
 
@@ -213,8 +206,8 @@ def gpu(card: Card) -> Finding:
     """The driver and a card."""
     cuda = f"{card.driver_cuda[0]}.{card.driver_cuda[1]}"
     text = (
-        f"{card.number}: {card.name}, sm_{card.compute[0]}{card.compute[1]}, {card.total_bytes / GIB:.1f} GiB, of which "
-        f"{card.free_bytes / GIB:.1f} are free; the driver knows CUDA up to {cuda}"
+        f"{card.number}: {card.name}, sm_{card.compute[0]}{card.compute[1]}, {gib(card.total_bytes)}, of which "
+        f"{gib(card.free_bytes)} are free; the driver knows CUDA up to {cuda}"
     )
     if card.is_too_old:
         oldest = f"{OLDEST_CARD[0]}.{OLDEST_CARD[1]}"
@@ -241,9 +234,7 @@ def models() -> Iterator[Finding]:
     """Each folder under the model home, finished or not."""
     folders = sorted(path for path in models_folder().glob("*") if path.is_dir())
     if not folders:
-        advice = (
-            "moss-jt chat moss-tiny works at once; moss-jt convert fnlp/moss-moon-003-sft gets the real one."
-        )
+        advice = f"moss-jt chat moss-tiny works at once; moss-jt convert {RECOMMENDED} gets the real one."
         yield Finding("Models", "note", "none converted yet", advice)
     for folder in folders:
         yield model(folder)
@@ -259,6 +250,5 @@ def model(folder: Path) -> Finding:
         store = open_store(folder)
     except MossError as error:
         return Finding(what, "problem", "damaged", str(error))
-    size = sum(file.nbytes for file in store.files) / GIB
-    precision = "float16" if store.bits == 16 else f"int{store.bits}"
-    return Finding(what, "ok", f"{store.config.n_layer} blocks, {precision}, {size:.2f} GiB in {folder}")
+    size = gib(sum(file.nbytes for file in store.files))
+    return Finding(what, "ok", f"{store.config.n_layer} blocks, {BITS_NAMES[store.bits]}, {size} in {folder}")

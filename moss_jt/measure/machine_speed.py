@@ -1,4 +1,5 @@
-"""How fast this machine reads its memory, and the disk under the models where there is no model yet: probed once, remembered.
+"""How fast this machine reads its memory, multiplies matrices, and reads the disk under the models where there is no model yet:
+probed once, remembered.
 
 Neither needs Jittor: moss-jt plan answers before anything is installed for computing.
 """
@@ -7,6 +8,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,19 +22,34 @@ from moss_jt.weights.disk_speed import disk_speed
 MEMORY_BYTES = 256 * MIB  # more than caches hold
 TRIES = 4
 DISK_BYTES = 64 * MIB
-NOTE = "memory-speed.json"
+NOTE, PRODUCTS_NOTE = "memory-speed.json", "product-speed.json"
+PRODUCT_ROWS, PRODUCT_WIDTH = 256, 2048
 
 
 def memory_speed(home: Path) -> float:
     """Bytes per second that all processors together read from memory; remembered in the folder ``home``."""
-    key = f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
-    known = _remembered(home / NOTE)
+    return _probed_once(home, NOTE, "bytes_per_s", _probe_memory)
+
+
+def product_speed(home: Path) -> float:
+    """Floating-point operations per second of a float32 matrix product on all processors; remembered in the same way."""
+    return _probed_once(home, PRODUCTS_NOTE, "flop_per_s", _probe_products)
+
+
+def _probed_once(home: Path, note: str, unit: str, probe: Callable[[], float]) -> float:
+    key = _key()
+    known = _remembered(home / note, unit)
     if key not in known:
-        known[key] = _probe_memory()
+        known[key] = probe()
         with contextlib.suppress(OSError, MossError):
             home.mkdir(parents=True, exist_ok=True)
-            write_json(home / NOTE, {"bytes_per_s": known}, f".{os.getpid()}")
+            write_json(home / note, {unit: known}, f".{os.getpid()}")
     return known[key]
+
+
+def known_memory_speed(home: Path) -> float | None:
+    """The same where it was measured before; None where it was not: measuring takes memory."""
+    return _remembered(home / NOTE, "bytes_per_s").get(_key())
 
 
 def home_disk_speed(home: Path) -> float | None:
@@ -76,11 +93,29 @@ def _probe_memory() -> float:
     return data.nbytes / min(times)
 
 
-def _remembered(path: Path) -> dict[str, float]:
+def _probe_products() -> float:
+    """The best of a few tries of a prompt's shape."""
+    tokens, weights = (
+        np.ones((PRODUCT_ROWS, PRODUCT_WIDTH), np.float32),
+        np.ones((PRODUCT_WIDTH, PRODUCT_WIDTH), np.float32),
+    )
+    times = []
+    for _ in range(TRIES):
+        begin = time.perf_counter()
+        tokens @ weights
+        times.append(time.perf_counter() - begin)
+    return 2 * PRODUCT_ROWS * PRODUCT_WIDTH**2 / min(times)
+
+
+def _remembered(path: Path, unit: str) -> dict[str, float]:
     try:
-        return {str(key): float(value) for key, value in read_json(path)["bytes_per_s"].items()}
+        return {str(key): float(value) for key, value in read_json(path)[unit].items()}
     except (MossError, KeyError, TypeError, ValueError, AttributeError):
         return {}
+
+
+def _key() -> str:
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} of them"
 
 
 def _processor() -> str:

@@ -5,7 +5,7 @@ small enough that the logits of a pass stay small. A window's first token is giv
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from moss_jt.kernels.interface import PAGE
 
 MOST_ROWS = 512  # of logits at once
 _ROWS = 4  # widened to float64 at once
+DRAFTS = (4, 8, 16, 22)  # lengths for which it is told what drafts would bring
 
 
 class NextTokens(Protocol):
@@ -64,11 +65,15 @@ class Score:
 
 @dataclass
 class Comparison:
-    """Sums over the positions at which two models predicted a next token."""
+    """Sums over the positions at which two models predicted a next token.
+
+    passes  of the reference over the text, if the model drafted so many tokens for each
+    """
 
     positions: int = 0
     divergence: float = 0.0
     agreed: int = 0
+    passes: dict[int, int] = field(default_factory=lambda: dict.fromkeys(DRAFTS, 0))
 
     @property
     def mean_divergence(self) -> float:
@@ -79,6 +84,10 @@ class Comparison:
     def agreement(self) -> float:
         """Share of positions where both models would pick the same token greedily."""
         return self.agreed / self.positions
+
+    def tokens_per_pass(self, drafted: int) -> float:
+        """Tokens that a pass of the one model brings where the other drafts so many, one of DRAFTS, for it."""
+        return self.positions / self.passes[drafted]
 
 
 @dataclass
@@ -141,8 +150,10 @@ def evaluate(
                 part = reader.next_part()
                 if part is None:
                     readers.remove(reader)
+                    if result.comparison is not None:
+                        _add_passes(result.comparison, reader.agreed)
                     continue
-                _add_pass(result, *part)
+                reader.agreed += _add_pass(result, *part)
                 on_tokens(len(part[2]))
     return result
 
@@ -153,6 +164,7 @@ class _Window:
     def __init__(self, window: Sequence[int], model: NextTokens, reference: NextTokens | None) -> None:
         self._window = window
         self._read = 0
+        self.agreed: list[bool] = []  # at each position, whether both models would pick the same token
         models = [model] if reference is None else [model, reference]
         self._logits = [one.window(window[:-1]) for one in models]
 
@@ -166,7 +178,30 @@ class _Window:
         return parts[0], parts[1] if len(parts) > 1 else None, targets
 
 
-def _add_pass(result: Evaluation, logits: np.ndarray, others: np.ndarray | None, targets: np.ndarray) -> None:
+def passes_needed(agreed: Sequence[bool], drafted: int) -> int:
+    """Passes over a text that one model writes and another drafts for, ``drafted`` tokens at a time; ``agreed``: at which
+    positions the draft's token is the text's. A pass ends with the first that is not, or with the token after the draft.
+    """
+    passes, position = 0, 0
+    while position < len(agreed):
+        end = min(position + drafted, len(agreed))
+        while position < end and agreed[position]:
+            position += 1
+        position += 1
+        passes += 1
+    return passes
+
+
+def _add_passes(comparison: Comparison, agreed: Sequence[bool]) -> None:
+    for drafted in DRAFTS:
+        comparison.passes[drafted] += passes_needed(agreed, drafted)
+
+
+def _add_pass(
+    result: Evaluation, logits: np.ndarray, others: np.ndarray | None, targets: np.ndarray
+) -> list[bool]:
+    """Count a pass; returns at which positions both models would pick the same token, where there are two."""
+    agreed: list[bool] = []
     if others is not None and others.shape != logits.shape:
         raise MossError(
             f"the models cannot be compared: one predicts {logits.shape[1]} tokens, the other {others.shape[1]}. "
@@ -179,7 +214,8 @@ def _add_pass(result: Evaluation, logits: np.ndarray, others: np.ndarray | None,
         if others is not None and result.reference is not None and result.comparison is not None:
             theirs = log_probabilities(others[rows])
             _add_score(result.reference, theirs, targets[rows])
-            _add_comparison(result.comparison, ours, theirs)
+            agreed += _add_comparison(result.comparison, ours, theirs)
+    return agreed
 
 
 def _add_score(score: Score, logs: np.ndarray, targets: np.ndarray) -> None:
@@ -187,7 +223,9 @@ def _add_score(score: Score, logs: np.ndarray, targets: np.ndarray) -> None:
     score.nats -= float(logs[np.arange(len(targets)), targets].sum())
 
 
-def _add_comparison(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> None:
+def _add_comparison(comparison: Comparison, ours: np.ndarray, theirs: np.ndarray) -> list[bool]:
     comparison.positions += len(ours)
     comparison.divergence += float((np.exp(theirs) * (theirs - ours)).sum())
-    comparison.agreed += int((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+    agreed: list[bool] = (ours.argmax(axis=-1) == theirs.argmax(axis=-1)).tolist()
+    comparison.agreed += sum(agreed)
+    return agreed

@@ -1,18 +1,26 @@
 """How fast many conversations are over one reading of the weights, beside what the machine's links and arithmetic allow."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moss_jt.engine.cached_text import pages_of
-from moss_jt.engine.causal_model import CausalModel, TokenRun
+from moss_jt.engine.engine import Engine
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE
 from moss_jt.measure.bench import cache_bytes, prompt_ids
 from moss_jt.measure.cpu_limits import MachineLimits
 from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
+
+# Tokens of each answer between two changes of how many are measured together.
+TURN = 4
 
 
 @dataclass(frozen=True)
@@ -28,51 +36,68 @@ class Together:
         return self.count / self.pass_s
 
 
-def measure_together(
-    model: CausalModel, counts: Sequence[int], context: int, vocabulary: int, steps: int
-) -> list[Together]:
-    """Time passes of one token for each of several conversations.
+def positions_for(context: int) -> int:
+    """What of the cache a conversation of ``context`` tokens takes while it is measured."""
+    return context + TURN + 1
 
-    Their texts are read once, for the largest number of them; all numbers are then measured in turns, so that they share
-    what a shared machine does in the meantime.
+
+def measure_together(
+    engine: Engine,
+    counts: Sequence[int],
+    context: int,
+    vocabulary: int,
+    steps: int,
+    between: Callable[[], None] = lambda: None,
+) -> list[Together]:
+    """Time passes of one token for each of several conversations, answers that the engine schedules and chooses as for anybody.
+
+    Keys and values of the texts are made up, for reading sixteen of them may take longer than all the rest. All numbers of
+    conversations are measured in turns of a few tokens, so that they share what a shared machine does in the meantime.
+
+    Args:
+        between: called before each turn and after the last, to measure the machine's limits in the same minutes.
 
     Raises:
         MossError: so many conversations of that length do not fit into the cache, or a number is impossible.
     """
-    each = pages_of(context + steps * len(counts) + 1)
-    most = max(counts)
+    model, most = engine.model, max(counts)
+    each = pages_of(positions_for(context))
     if min(counts) < 1 or context < 1 or steps < 1 or most * each > model.pages or most > model.logit_rows:
         raise MossError(
             f"{most} conversations of {context} tokens do not fit: the cache has {model.pages} pages of {PAGE} tokens, and "
             f"a pass {model.logit_rows} rows of logits. Give --parallel smaller numbers, or a smaller --contexts."
         )
-    pages = [range(first * each, (first + 1) * each) for first in range(most)]
-    for first, mine in enumerate(pages):
-        _read(model, mine, [(token + first) % vocabulary for token in prompt_ids(context, vocabulary)])
+    draw = np.random.default_rng(0)
+    page = model.read_page(0)
+    page[...] = draw.standard_normal(page.shape, np.float32) * 0.5
+    texts = []
+    for first in range(most):
+        text = Text(engine)
+        text.extend([(token + first) % vocabulary for token in prompt_ids(context, vocabulary)])
+        text.suppose(page)
+        texts.append(text)
     times: dict[int, list[float]] = {count: [] for count in counts}
-    position = context
-    for count in counts:  # warm
-        _pass(model, pages[:count], position)
-    for _ in range(steps):
+    for _ in range(-(-steps // TURN)):
+        between()
         for count in counts:
-            begin = time.perf_counter()
-            _pass(model, pages[:count], position)
-            times[count].append(time.perf_counter() - begin)
-            position += 1
+            times[count] += _passes(texts[:count], context, min(steps, TURN))
+    between()
     return [Together(count, context, statistics.median(times[count])) for count in counts]
 
 
-def _read(model: CausalModel, pages: Sequence[int], token_ids: list[int]) -> None:
-    for start in range(0, len(token_ids), PAGE):
-        some = token_ids[start : start + PAGE]
-        whole = len(some) == PAGE <= model.pass_tokens
-        step = PAGE if whole else min(PAGE, model.pass_tokens)
-        for first in range(0, len(some), step):
-            model.forward_many([TokenRun(pages, start + first, some[first : first + step], whole)])
-
-
-def _pass(model: CausalModel, pages: Sequence[Sequence[int]], position: int) -> None:
-    model.forward_many([TokenRun(mine, position, [17], rows="last") for mine in pages])
+def _passes(texts: Sequence[Text], context: int, steps: int) -> list[float]:
+    """Seconds of each of ``steps`` passes that give each text a token, after one that warms up."""
+    with texts[0].engine.lock:  # or the first would be on its way before the others come
+        answers = [text.begin(SamplingParams(temperature=0), steps + 1) for text in texts]
+    ends = []
+    for _ in range(steps + 1):
+        for answer in answers:
+            next(answer)
+        ends.append(time.perf_counter())
+    for text, answer in zip(texts, answers, strict=True):
+        answer.close()
+        text.truncate(context)
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
 
 
 def least_seconds(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moss_jt.errors import MossError
+from moss_jt.plan.residency import gib
 from moss_jt.store.sizes import GIB, MIB
 
 # Left free by default: what other programs take while a long answer is written. A twentieth of what is free, for the
@@ -101,7 +102,7 @@ def memory_budget(text: str | int | None) -> int:
     n_bytes = parse_memory(text, memory.total_bytes)
     if n_bytes > memory.total_bytes:
         raise MossError(
-            f"{text} is more than this process may use, {memory.total_bytes / GIB:.2f} GiB. "
+            f"{text} is more than this process may use, {gib(memory.total_bytes)}. "
             "Give a smaller amount; moss-jt plan shows what each amount brings."
         )
     return n_bytes

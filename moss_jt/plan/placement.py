@@ -11,9 +11,11 @@ from moss_jt.errors import MossError
 from moss_jt.plan.machine import memory_budget, parse_memory, process_memory, resident_memory_bytes
 from moss_jt.plan.residency import (
     GPU_FOOTPRINT_BYTES,
+    Copy,
     CpuWorkspace,
     GpuWorkspace,
     ResidencyPlan,
+    gib,
     gib_up,
     plan,
     plan_gpu,
@@ -65,6 +67,7 @@ def plan_here(
     memory: str | int | None,
     context: int | None,
     parallel: int = 1,
+    copy: Copy | None = None,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
@@ -73,6 +76,7 @@ def plan_here(
         memory: the limit of the process, as users write it; None for what is free less a margin.
         context: tokens of the conversation; None for what the model has.
         parallel: for so many conversations the cache has room.
+        copy: writes drafts, and must be resident.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -87,6 +91,7 @@ def plan_here(
         threads=compute_threads(),
         footprint_bytes=footprint_here(),
         parallel=parallel,
+        copy=copy,
     )
 
 
@@ -103,6 +108,7 @@ class GpuPlanner:
     """The same on the machine's GPU, once before anything starts there and again when it is known what that took.
 
     gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
+    copy        writes drafts, and must be on the card
     """
 
     store: Store
@@ -114,6 +120,7 @@ class GpuPlanner:
     context: int
     offload: Offload
     parallel: int = 1
+    copy: Copy | None = None
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -155,6 +162,7 @@ class GpuPlanner:
             footprint_bytes=footprint,
             host_footprint_bytes=self.host_footprint_bytes,
             parallel=self.parallel,
+            copy=self.copy,
         )
         if self.offload != "stream":
             _check_host(plan, self.offload)
@@ -200,7 +208,7 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     n_bytes = parse_memory(text, card.total_bytes)
     if n_bytes > card.total_bytes:
         raise MossError(
-            f"--gpu-memory {text} is more than {card.name} has, {card.total_bytes / 2**30:.2f} GiB. Give a smaller amount."
+            f"--gpu-memory {text} is more than {card.name} has, {gib(card.total_bytes)}. Give a smaller amount."
         )
     return n_bytes
 

@@ -3,9 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, cache_text, gib, seconds_per_pass
+from moss_jt.plan.drafting import AGREEMENT, Outlook, outlook
+from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, Tier, Unit, cache_text, gib
 
 GB = 10**9
+
+# What is assumed where nothing is measured or given, in GB/s: a SATA or cloud disk, two channels of DDR4 under two cores,
+# PCIe 3 x16, and a card of the lower middle class. docs/memory.md says so beside its tables.
+ASSUMED_DISK = 1.0
+ASSUMED_MEMORY = 20.0
+ASSUMED_GPU_MEMORY = 400.0
+ASSUMED_LINK = 12.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,12 @@ class Speeds:
     link: Speed | None = None
 
     def seconds(self, plan: ResidencyPlan) -> float:
+        """Of a token, at best: without a copy that of a pass, and with one what its drafts are expected to bring."""
+        return self.outlook(plan).seconds_per_token
+
+    def outlook(self, plan: ResidencyPlan, agreement: float = AGREEMENT) -> Outlook:
         link = None if self.link is None else self.link.bytes_per_s
-        return seconds_per_pass(plan, self.disk.bytes_per_s, self.memory.bytes_per_s, link)
+        return outlook(plan, self.disk.bytes_per_s, self.memory.bytes_per_s, link, agreement)
 
 
 def report(name: str, plan: ResidencyPlan, speeds: Speeds) -> str:
@@ -70,9 +82,17 @@ def _device_lines(plan: ResidencyPlan) -> list[str]:
         ),
         ("  stream buffers", plan.ring_bytes, f"{plan.ring_buffers}"),
         ("  resident weights", plan.bytes_on("device"), ""),
+        *_copy_row(plan),
         ("  at most", plan.peak_bytes, ""),
     ]
     return _rows(rows)
+
+
+def _copy_row(plan: ResidencyPlan) -> list[tuple[str, int, str]]:
+    if plan.copy is None:
+        return []
+    note = f"{BITS_NAMES[plan.copy.bits]}, writes drafts; the head is the model's"
+    return [("  copy", plan.copy_bytes, note)]
 
 
 def _host_lines(plan: ResidencyPlan) -> list[str]:
@@ -136,8 +156,29 @@ def _links(plan: ResidencyPlan, speeds: Speeds) -> list[str]:
     lines = [f"{'Read from':<14}{'GB/token':>9}{'s/token':>9}  Speed"]
     for name, n_bytes, speed in carried:
         lines.append(f"{name:<14}{number(n_bytes / GB):>9}{number(n_bytes / speed.bytes_per_s):>9}  {speed}")
-    seconds = number(speeds.seconds(plan))
+    expected = speeds.outlook(plan)
+    if plan.copy is not None:
+        return [*lines, *_draft_lines(plan, speeds)]
+    seconds = number(expected.seconds_per_token)
     lines.append(f"At best {seconds} s per token: the links work side by side, and the slowest decides.")
     if plan.streams:
         lines.append("Prompt-lookup drafts can share one reading of the model between several tokens.")
+    return lines
+
+
+def _draft_lines(plan: ResidencyPlan, speeds: Speeds) -> list[str]:
+    """What the copy brings, at several degrees of agreement."""
+    lines = [
+        f"The copy writes ahead, {plan.copy_bytes_per_pass / GB:.2f} GB of {'RAM' if speeds.link is None else 'GPU memory'} "
+        "per token; a pass of the model verifies what it wrote. The text is the model's own.",
+        "",
+        f"{'Tokens alike':<14}{'drafted':>9}{'tokens/pass':>13}{'drafting s':>12}{'pass s':>9}{'s/token':>9}",
+    ]
+    for agreement in (0.85, AGREEMENT, 0.97):
+        one = speeds.outlook(plan, agreement)
+        lines.append(
+            f"{agreement:<14.0%}{one.drafted:>9}{one.tokens:>13.1f}{number(one.drafting_s):>12}{number(one.pass_s):>9}"
+            f"{number(one.seconds_per_token):>9}"
+        )
+    lines.append(f"Expected: {number(speeds.seconds(plan))} s per token.")
     return lines

@@ -9,7 +9,7 @@ cycle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import (
@@ -27,6 +27,9 @@ BITS_NAMES = {16: "float16", 8: "int8", 4: "int4"}
 
 # One buffer is computed with while the next is filled. More would only cost memory: the reader is never idle with two.
 RING_BUFFERS = 2
+
+# Tokens of a pass of a copy that drafts, at most: a draft by prompt lookup and the token before it, for each sequence.
+DRAFT_ROWS = 64
 
 # What the two allocators on a card, Jittor's and CuPy's, keep in fragments that fit nothing, and what Jittor's rounds each
 # unit up to.
@@ -54,6 +57,21 @@ class GpuWorkspace(Protocol):
     def short_pass_bytes(self, tokens: int, context: int) -> int: ...
 
 
+class TooLittleError(MossError):
+    """A budget is below the smallest that works; with a context of ``context`` tokens it would do, or with none where that is 0."""
+
+    def __init__(self, text: str, context: int) -> None:
+        super().__init__(text)
+        self.context = context
+
+
+class Copy(NamedTuple):
+    """A copy of a model in fewer bits: its sizes, and what its operators need, of the kind that the plan is for."""
+
+    sizes: ModelSizes
+    needs: Any
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is moved at once: block ``index``, or rows first_row .. last_row - 1 of the head."""
@@ -75,7 +93,8 @@ class ResidencyPlan:
     """Where every unit lives, in the order in which a pass needs them, and what the rest of the budget is for.
 
     ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only. The cache has room
-    for ``parallel`` sequences of ``context`` tokens; more run at once when they are shorter.
+    for ``parallel`` sequences of ``context`` tokens; more run at once when they are shorter. ``copy``: the same model in fewer
+    bits, all of which is on the device, with the model's own head, to write drafts.
     """
 
     sizes: ModelSizes
@@ -92,6 +111,7 @@ class ResidencyPlan:
     host_ring_buffers: int = 0
     host_footprint_bytes: int = 0
     parallel: int = 1
+    copy: ModelSizes | None = None
 
     @property
     def streams(self) -> bool:
@@ -105,7 +125,12 @@ class ResidencyPlan:
     def peak_bytes(self) -> int:
         """The most that the plan lets the device hold at once; never above the budget."""
         fixed = self.footprint_bytes + self.kv_cache_bytes + self.workspace_bytes + self.sizes.small_bytes
-        return fixed + self.ring_bytes + self.bytes_on("device")
+        return fixed + self.ring_bytes + self.copy_bytes + self.bytes_on("device")
+
+    @property
+    def copy_bytes(self) -> int:
+        """What the copy takes beside the head, which is the model's."""
+        return 0 if self.copy is None else sum(self.copy.block_bytes) + self.copy.small_bytes
 
     @property
     def host_peak_bytes(self) -> int:
@@ -121,11 +146,19 @@ class ResidencyPlan:
             "disk": self.bytes_on("disk"),
         }
         where = ", ".join(f"{gib(n_bytes)} in {name}" for name, n_bytes in by_home.items() if n_bytes)
+        each, copy = "token", ""
+        if self.copy is not None:
+            each, copy = "pass", f", {BITS_NAMES[self.copy.bits]} copy that drafts: {gib(self.copy_bytes)}"
         return (
             f"{BITS_NAMES[sizes.bits]}, {sizes.config.n_layer} blocks, {self.context} tokens; weights: "
-            f"{where.replace('in disk', 'read from disk for every token')}; at most {gib(self.peak_bytes)} of "
+            f"{where.replace('in disk', f'read from disk for every {each}')}{copy}; at most {gib(self.peak_bytes)} of "
             f"{gib(self.budget_bytes)} {device}"
         )
+
+    @property
+    def copy_bytes_per_pass(self) -> int:
+        """Bytes that the operators read for a token that the copy writes."""
+        return self.copy_bytes + (self.sizes.head_bytes if self.copy is not None else 0)
 
     def bytes_on(self, tier: Tier) -> int:
         return sum(unit.n_bytes for unit in self.units if unit.tier == tier)
@@ -176,6 +209,7 @@ def plan(
     pass_tokens: int = PASS_TOKENS,
     footprint_bytes: int = FOOTPRINT_BYTES,
     parallel: int = 1,
+    copy: "Copy | None" = None,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
@@ -187,14 +221,17 @@ def plan(
         pass_tokens: the most new tokens that one pass takes.
         footprint_bytes: what the process holds without weights, cache and workspace.
         parallel: for so many sequences of that length the cache has room.
+        copy: writes drafts, and must be resident.
 
     Raises:
         MossError: the budget is below the smallest that works; the message names that one.
     """
     tokens = min(pass_tokens, context * parallel)
     workspace = needs.workspace_bytes(tokens, context, threads, parallel)
+    if copy is not None:
+        workspace += copy.needs.workspace_bytes(min(tokens, DRAFT_ROWS), context, threads, parallel)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace, parallel)
-    return _choose_resident(empty, "--memory")
+    return _choose_resident(_with_copy(empty, None if copy is None else copy.sizes), "--memory")
 
 
 def smallest_bytes(sizes: ModelSizes, needs: CpuWorkspace, context: int, threads: int) -> int:
@@ -216,6 +253,7 @@ def plan_gpu(
     footprint_bytes: int = GPU_FOOTPRINT_BYTES,
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
     parallel: int = 1,
+    copy: "Copy | None" = None,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
@@ -224,6 +262,7 @@ def plan_gpu(
         footprint_bytes: what CUDA and its libraries hold on the card.
         host_footprint_bytes: what the process holds on the host without weights.
         parallel: for so many sequences of ``context`` tokens the cache has room.
+        copy: writes drafts, and must be on the card.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
@@ -231,12 +270,17 @@ def plan_gpu(
     tokens = min(pass_tokens, context * parallel)
     units = len(sizes.block_bytes) + len(sizes.head_slabs())
     results = needs.workspace_bytes(tokens) + needs.short_pass_bytes(tokens, context)
+    if copy is not None:
+        rows = min(tokens, DRAFT_ROWS)
+        units += len(copy.sizes.block_bytes)
+        results += copy.needs.workspace_bytes(rows) + copy.needs.short_pass_bytes(rows, context)
     workspace = results + GPU_POOLS_BYTES + units * GPU_GRANULE_BYTES
     empty = _without_residents(
         sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace, parallel
     )
     empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
-    return _choose_on_host(_choose_resident(empty, "--gpu-memory"))
+    with_copy = _with_copy(empty, None if copy is None else copy.sizes)
+    return _choose_on_host(_choose_resident(with_copy, "--gpu-memory"))
 
 
 def _without_residents(
@@ -277,16 +321,25 @@ def _without_residents(
     )
 
 
+def _with_copy(empty: ResidencyPlan, copy: ModelSizes | None) -> ResidencyPlan:
+    """The plan with a copy on the device, and the head, which both have."""
+    if copy is None:
+        return empty
+    units = tuple(replace(unit, tier="device") if unit.kind == "head" else unit for unit in empty.units)
+    return replace(empty, units=units, copy=copy)
+
+
 def _choose_resident(empty: ResidencyPlan, flag: str) -> ResidencyPlan:
     """Make resident what fits: everything, without a ring, or else the spread that streams the fewest bytes."""
     everything = _all_resident(empty)
     if everything.peak_bytes <= empty.budget_bytes:
         return everything
     if empty.peak_bytes > empty.budget_bytes:
-        raise MossError(_too_little(empty, min(empty.peak_bytes, everything.peak_bytes), flag))
-    total = len(empty.units)
+        raise _too_little(empty, min(empty.peak_bytes, everything.peak_bytes), flag)
+    streamed = [number for number, unit in enumerate(empty.units) if not unit.resident]
     plans = (
-        replace(empty, units=_on_device(empty.units, spread(count, total))) for count in range(1, total + 1)
+        replace(empty, units=_on_device(empty.units, {streamed[i] for i in spread(count, len(streamed))}))
+        for count in range(1, len(streamed) + 1)
     )
     fitting = [plan for plan in plans if plan.peak_bytes <= empty.budget_bytes]
     return max(fitting, key=lambda plan: plan.bytes_on("device"))
@@ -324,18 +377,23 @@ def _choose_on_host(plan: ResidencyPlan) -> ResidencyPlan:
     )
 
 
-def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> str:
+def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleError:
     """What the budget was, what is needed and for what, and which two ways out there are."""
     per_token = empty.sizes.kv_cache_bytes(1) * empty.parallel
     fits = empty.context - -(-(smallest - empty.budget_bytes) // per_token)
     fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is pages
-    context = f" or lower --context ({fits} tokens would fit)" if fits >= 64 else ""
+    fits = fits if fits >= 64 else 0
+    copy = "" if empty.copy is None else f"{gib(empty.copy_bytes_per_pass)} for the copy that drafts, "
+    context = f" or lower --context ({fits} tokens would fit)" if fits else ""
     bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
-    return (
+    if empty.copy is not None:
+        bits = ", or go without the copy that drafts (--draft-model off)"
+    return TooLittleError(
         f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
         f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
         f"key/value cache of {cache_text(empty)}, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
-        f"workspace, and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}."
+        f"workspace, {copy}and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}.",
+        fits,
     )
 
 
@@ -345,12 +403,14 @@ def cache_text(plan: ResidencyPlan) -> str:
 
 
 def gib(n_bytes: int) -> str:
-    """As people read it: GiB, or MiB where that would be nearly nothing."""
-    if n_bytes < GIB // 10:
-        return f"{n_bytes / MIB:.1f} MiB" if n_bytes else "nothing"
-    return f"{n_bytes / GIB:.2f} GiB"
+    """As people read it: GiB, below one MiB, and KiB where that would be nearly nothing."""
+    if n_bytes >= GIB:
+        return f"{n_bytes / GIB:.2f} GiB"
+    if n_bytes >= MIB:
+        return f"{n_bytes / MIB:.{0 if n_bytes >= 100 * MIB else 1}f} MiB"
+    return f"{n_bytes / 1024:.1f} KiB" if n_bytes else "nothing"
 
 
 def gib_up(n_bytes: int) -> str:
     """Rounded up: a limit typed back as shown must not be too small."""
-    return f"{-(-n_bytes * 100 // GIB) / 100:.2f} GiB"
+    return f"{-(-n_bytes * 100 // GIB) / 100:.2f} GiB" if n_bytes >= GIB else f"{-(-n_bytes // MIB)} MiB"

@@ -8,13 +8,15 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moss_jt.errors import ReasonedError
+
 MAX_BITS = 4_096  # of a whole number, about 1233 decimal digits
 MANY = 400  # arguments of max and its like
 
 Number = int | float
 
 
-class CalculationError(ValueError):
+class CalculationError(ReasonedError):
     """The expression is no arithmetic, or too large."""
 
 

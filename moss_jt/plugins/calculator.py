@@ -6,7 +6,7 @@ Nothing is compiled or executed, and every number is bounded (moss_jt.plugins.ar
 from moss_jt.plugins.arithmetic import CalculationError, Number
 from moss_jt.plugins.expressions import Evaluator, one_part, parse
 from moss_jt.plugins.interface import Outcome, Style
-from moss_jt.plugins.notation import Token, parted, read, split
+from moss_jt.plugins.notation import NotationError, Token, parted, read, split
 
 MAX_CHARACTERS = 1_000
 
@@ -22,7 +22,7 @@ class _Variables(Evaluator):
 
     def call(self, function: str, arguments: list[Number]) -> Number:
         if function in self.names:
-            raise CalculationError(f"{function} is a variable")
+            raise CalculationError("{name} is a variable", name=function)
         value: Number = super().call(function, arguments)
         return value
 
@@ -44,8 +44,14 @@ def calculate(expression: str) -> str:
         return str(_last_value(split(tokens, (";", "\n"))))
     except CalculationError:
         raise
-    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
-        raise CalculationError(str(error)) from error
+    except NotationError as error:
+        raise CalculationError(error.reason) from error
+    except ZeroDivisionError as error:
+        raise CalculationError("division by zero") from error
+    except (ArithmeticError, MemoryError) as error:
+        raise CalculationError("the number is too large") from error
+    except (ValueError, TypeError) as error:
+        raise CalculationError("a function has no value for such a number") from error
 
 
 def _check_exponents(tokens: list[Token]) -> None:

@@ -73,7 +73,7 @@ def parse(tokens: Sequence[Token]) -> Tree:
         NotationError: it is none, can be read in two ways, or is nested too deeply.
     """
     if sum(token.text == "|" for token in tokens) > MAX_BARS:
-        raise NotationError(f"more than {MAX_BARS // 2} absolute values")
+        raise NotationError("more than {limit} absolute values", limit=MAX_BARS // 2)
     return _Parser(tokens, 0).complete()
 
 
@@ -173,7 +173,7 @@ class _Parser:
         self.opening, self.at, self.depth = opening, 0, self.outer
         tree = self.sum()
         if self.at < len(self.tokens):
-            raise NotationError(f"{self.tokens[self.at].text!r} does not belong there")
+            raise NotationError("{text!r} does not belong there", text=self.tokens[self.at].text)
         return tree
 
     def sum(self) -> Tree:
@@ -248,7 +248,7 @@ class _Parser:
             return self.absolute()
         if token.text == "√":
             return self.root()
-        raise NotationError(f"{token.text!r} stands where a number is needed")
+        raise NotationError("{text!r} stands where a number is needed", text=token.text)
 
     def named(self, name: str) -> Tree:
         if self.sign != "(":
@@ -259,7 +259,7 @@ class _Parser:
             arguments = self.bracket(lambda parts: least <= len(parts) <= most and are_arguments(parts))
             return Call(name, tuple(arguments))
         if name == "f" or (len(name) > 1 and name[-1].isalpha() and name not in CONSTANTS):
-            raise NotationError(f"the function {name} is unknown")  # f(2)=4 is no product
+            raise NotationError("the function {name} is unknown", name=name)  # f(2)=4 is no product
         return Name(name)
 
     def bracket(self, possible: Callable[[Parts], bool]) -> list[Tree]:
@@ -330,7 +330,7 @@ class Evaluator:
     def name(self, name: str) -> Any:
         if name in CONSTANTS:
             return CONSTANTS[name]
-        raise CalculationError(f"{name} is unknown")
+        raise CalculationError("{name} is unknown", name=name)
 
     def operation(self, sign: str, left: Any, right: Any) -> Any:
         return bounded(OPERATIONS[sign](left, right))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason
 from moss_jt.plugins.interface import Item, Source
 from moss_jt.plugins.text_files import State, read_text, shown_path, text_files
 from moss_jt.user_folders import own_folder
@@ -86,16 +86,19 @@ class FolderSearch:
         notice: Notice | None = None,
     ) -> None:
         if not folder.is_dir():
-            raise MossError(f"--search-folder {folder} is no folder.")
+            raise MossError(Reason("--search-folder {folder} is not a folder.", folder=folder))
         self.folder = folder.resolve()
         self._lock = threading.Lock()
         try:
             self._open(index_folder or cache_folder())
             left_out = self.refresh(progress=progress)
         except (sqlite3.Error, OSError) as error:
-            raise MossError(f"the index of {folder} cannot be written: {error}.") from error
+            raise MossError(
+                Reason("the index of {folder} cannot be written: {error}.", folder=folder, error=error)
+            ) from error
         if left_out and notice is not None:
-            notice(f"Not all of {shown_path(os.fsencode(folder))} is searched: {left_out}.")
+            shown = shown_path(os.fsencode(folder))
+            notice(Reason("Not all of {folder} is searched: {left_out}.", folder=shown, left_out=left_out))
 
     def _open(self, index_folder: Path) -> None:
         index_folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the user's files

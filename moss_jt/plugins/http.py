@@ -7,7 +7,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason, ReasonedError
 
 TIMEOUT_S = 15.0
 MAX_JSON_BYTES = 4 << 20
@@ -72,7 +72,13 @@ def check_address(address: str, option: str) -> str:
     except ValueError:
         sound = False
     if not sound or not address.isascii() or not address.isprintable() or " " in address:
-        raise MossError(f"{option} {address!r:.200} is no address; write it as http://host:port")
+        raise MossError(
+            Reason(
+                "{option} {address} is not an address; write it as http://host:port",
+                option=option,
+                address=f"{address!r:.200}",
+            )
+        )
     return address.rstrip("/")
 
 
@@ -97,7 +103,7 @@ def fetch(
         **(headers or {}),
     }
     if urllib.parse.urlsplit(url).scheme not in SCHEMES:
-        raise ValueError("the address is neither http nor https")
+        raise ReasonedError("the address is neither http nor https")
     request = urllib.request.Request(url, data=data, headers=all_headers)
     deadline = time.monotonic() + timeout_s
     content = bytearray()
@@ -106,9 +112,9 @@ def fetch(
         while chunk := answer.read1(CHUNK_BYTES):
             content += chunk
             if len(content) > max_bytes:
-                raise ValueError(f"the answer has more than {max_bytes} bytes")
+                raise ReasonedError("the answer has more than {limit} bytes", limit=max_bytes)
             if time.monotonic() > deadline:
-                raise TimeoutError("the answer takes too long")
+                raise TimeoutError(Reason("the answer takes too long"))
     return bytes(content)
 
 

@@ -9,7 +9,7 @@ import urllib.error
 from pathlib import Path
 from typing import Any
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason, ReasonedError
 from moss_jt.plugins.http import check_address, fetch, fetch_json
 from moss_jt.plugins.interface import Outcome, Style
 
@@ -17,6 +17,7 @@ from moss_jt.plugins.interface import Outcome, Style
 DONE = "Image generated successfully."
 MAX_PICTURE_BYTES = 32 << 20
 MAX_DESCRIPTION_CHARACTERS = 1_000
+NO_PICTURE = Reason("there is no picture in the server's answer")
 SIZE = 512
 STEPS = 25
 DRAWING_S = 280.0  # a server without a GPU draws for minutes, and sends nothing before it is done
@@ -47,7 +48,10 @@ class ImagePlugin:
     def __init__(self, address: str | None, folder: Path | None = None) -> None:
         if address is None:
             raise MossError(
-                "text-to-image needs a server that draws: give --image-url an Automatic1111 or OpenAI-compatible address."
+                Reason(
+                    "text-to-image needs a server that draws: start with --image-url and the address of an Automatic1111 or "
+                    "OpenAI-compatible server."
+                )
             )
         self.address = check_address(address, "--image-url")
         self.folder = folder or Path.cwd()
@@ -57,7 +61,7 @@ class ImagePlugin:
         data = self._draw(description)
         suffix = next((suffix for magic, suffix in MAGIC.items() if data.startswith(magic)), None)
         if suffix is None:
-            raise ValueError("the server sent neither a PNG nor a JPEG picture")
+            raise ReasonedError("the server sent neither a PNG nor a JPEG picture")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{file_stem(description)}-{time.time_ns() // 1_000_000 % 10**9:09d}{suffix}"
         path.write_bytes(data)
@@ -73,7 +77,7 @@ class ImagePlugin:
                 max_bytes=2 * MAX_PICTURE_BYTES,
                 timeout_s=DRAWING_S,
             )
-            return decoded(answer["images"][0])
+            return decoded(picture_in(answer, "images"))
         except urllib.error.HTTPError as error:
             if error.code not in (404, 405):
                 raise
@@ -94,10 +98,24 @@ class ImagePlugin:
             max_bytes=2 * MAX_PICTURE_BYTES,
             timeout_s=DRAWING_S,
         )
-        entry = answer["data"][0]
-        if entry.get("b64_json"):
+        entry = picture_in(answer, "data")
+        if isinstance(entry, dict) and entry.get("b64_json"):
             return decoded(entry["b64_json"])
+        if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
+            raise ReasonedError(NO_PICTURE)
         return fetch(entry["url"], max_bytes=MAX_PICTURE_BYTES)
+
+
+def picture_in(answer: Any, key: str) -> Any:
+    """The first entry of the list under ``key``, whatever the server sent.
+
+    Raises:
+        ReasonedError: there is none.
+    """
+    entries = answer.get(key) if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ReasonedError(NO_PICTURE)
+    return entries[0]
 
 
 def decoded(text: Any) -> bytes:
@@ -105,7 +123,7 @@ def decoded(text: Any) -> bytes:
     try:
         return base64.b64decode(str(text).split(",")[-1], validate=True)
     except binascii.Error as error:
-        raise ValueError("the picture is no base64") from error
+        raise ReasonedError("the picture is not valid base64") from error
 
 
 def file_stem(description: str) -> str:

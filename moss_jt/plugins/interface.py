@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
+from moss_jt.errors import Reason
+
 NO_RESULT = "No result."
 
 # How an answer stands in the Results field:
@@ -39,7 +41,8 @@ class Outcome:
     text      for the styles value, lines and picture
     items     for the style items, best first
     picture   the file that was drawn
-    failure   why there is no answer, for the user; the model reads ``No result.``
+    failure   why there is no answer, for the user; a moss_jt.errors.Reason can be told in Chinese, too. The model reads
+              ``No result.``
     """
 
     text: str = ""
@@ -71,44 +74,52 @@ class Plugin(Protocol):
         ...
 
 
-def plugin_fault(plugin: object) -> str:
-    """What is wrong with a plugin that others wrote, such as ``timeout_s is missing``; empty where it can be called."""
+def plugin_fault(plugin: object) -> Reason | None:
+    """What is wrong with a plugin that others wrote, such as ``timeout_s is missing``; None where it can be called."""
     attributes: dict[str, object] = {}
     for name in ("name", "label", "function", "argument", "style", "timeout_s", "call"):
         try:
             attributes[name] = getattr(plugin, name)
         except Exception as error:  # noqa: BLE001  a property may do anything
-            return f"{name} is missing" if isinstance(error, AttributeError) else f"{name} cannot be read"
+            if isinstance(error, AttributeError):
+                return Reason("{name} is missing", name=name)
+            return Reason("{name} cannot be read", name=name)
     for name in ("name", "label", "function", "argument"):
         if not isinstance(attributes[name], str) or not attributes[name]:
-            return f"{name} is {a(attributes[name])}, not a text"
+            return Reason("{name} is {type}, and must be text", name=name, type=type_of(attributes[name]))
     seconds = attributes["timeout_s"]
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
-        return f"timeout_s is {a(seconds)}, not a number of seconds above 0"
+        return Reason("timeout_s is {type}, and must be a number of seconds above 0", type=type_of(seconds))
     if attributes["style"] not in get_args(Style):
-        return f"style is none of {', '.join(get_args(Style))}"
-    return "" if callable(attributes["call"]) else "call is no method"
+        return Reason("style is not one of {styles}", styles=get_args(Style))
+    return None if callable(attributes["call"]) else Reason("call is not a method")
 
 
-def outcome_fault(outcome: object) -> str:
-    """What is wrong with what a plugin answered, such as ``its text is int``; empty where it can be written down."""
+def outcome_fault(outcome: object) -> Reason | None:
+    """What is wrong with what a plugin answered, such as ``its text is int``; None where it can be written down."""
     if not isinstance(outcome, Outcome):
-        return f"it answered with {a(outcome)}"
-    if not isinstance(outcome.text, str) or not isinstance(outcome.failure, str):
-        return f"its text is {a(outcome.text)}, its failure {a(outcome.failure)}"
-    if not isinstance(outcome.items, tuple | list):
-        return f"its items are {a(outcome.items)}"
-    if outcome.picture is not None and not isinstance(outcome.picture, Path):
-        return f"its picture is {a(outcome.picture)}, not a Path"
+        return Reason(
+            "the plugin answered with {type}, and must answer with an Outcome", type=type_of(outcome)
+        )
+    wanted: dict[str, tuple[type, ...]] = {
+        "text": (str,),
+        "failure": (str,),
+        "items": (tuple, list),
+        "picture": (Path, type(None)),
+    }
+    for name, types in wanted.items():
+        value = getattr(outcome, name)
+        if not isinstance(value, types):
+            return Reason("in the plugin's Outcome, {name} is {type}", name=name, type=type_of(value))
     for item in outcome.items:
         if not isinstance(item, Item) or not isinstance(item.source, Source):
-            return f"one of its items is {a(item)}, or has no Source"
+            return Reason("in the plugin's Outcome, an item is {type}, or has no Source", type=type_of(item))
         texts = (item.text, item.label, item.source.title, item.source.location)
         if not all(isinstance(text, str) for text in texts):
-            return "one of its items has something else than text in it"
-    return ""
+            return Reason("in the plugin's Outcome, an item holds something other than text")
+    return None
 
 
-def a(value: object) -> str:
-    """What a value is, for a message: ``None`` or ``a list``."""
-    return "None" if value is None else f"a {type(value).__name__}"
+def type_of(value: object) -> str:
+    """What a value is, for a message: ``None`` or ``list``."""
+    return "None" if value is None else type(value).__name__

@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
+from moss_jt.errors import ReasonedError
+
 MAX_DOUBTFUL_COMMAS = 8
 MAX_TOKENS = 400
 
 
-class NotationError(ValueError):
+class NotationError(ReasonedError):
     """The text is no arithmetic, or can be read in more than one way."""
 
 
@@ -125,7 +127,9 @@ def _check_reach(sign: Token, number: Token) -> None:
     """``6/2 1/2`` and ``x^2 500`` could end before the space."""
     is_fraction = "/" in number.text or number.text[-1] in FRACTIONS
     if sign.text in ("^", "**") or (is_fraction and sign.text in ("/", "//")):
-        raise NotationError(f"how far {sign.text!r} reaches is not clear before {number.text!r}")
+        raise NotationError(
+            "how far {sign!r} reaches is not clear before {number!r}", sign=sign.text, number=number.text
+        )
 
 
 def _checked_name(token: Token, before: Token | None) -> Token:
@@ -133,7 +137,7 @@ def _checked_name(token: Token, before: Token | None) -> Token:
         unicodedata.category(sign) in ("Lm", "No", "Nl") or sign in "ªº"
         for sign in token.text.translate(_TO_SUBSCRIBED)
     ):
-        raise NotationError(f"{token.text!r} is no name")
+        raise NotationError("{text!r} is no name", text=token.text)
     number = (
         before.text if before is not None and before.kind == "number" and before.end == token.start else ""
     )
@@ -141,7 +145,7 @@ def _checked_name(token: Token, before: Token | None) -> Token:
     # 2e-65x may begin with twice e.
     signed = SCIENTIFIC.fullmatch(number) and ("-" in number or "+" in number or token.text[0] in "eE")
     if CHINESE_NUMERAL.fullmatch(token.text) or (number and (goes_on or signed)):
-        raise NotationError(f"{token.text!r} is part of a number")
+        raise NotationError("{text!r} is part of a number", text=token.text)
     return Token("name", token.text.translate(_TO_SUBSCRIBED), token.start, token.end)
 
 
@@ -164,16 +168,16 @@ def number_value(text: str) -> int | float:
     plain = re.sub(r"[,'’ ]", "", digits)
     if re.fullmatch(_DIGITS, plain):
         if len(plain) > 1 and plain.startswith("0"):
-            raise NotationError(f"{text!r} begins with a zero")
+            raise NotationError("{text!r} begins with a zero", text=text)
         value: int | float = int(plain)
     else:
         value = float(plain)
     if digits != text:
         value = _times_myriad(plain, text[len(digits) :])
     if value == float("inf"):
-        raise NotationError(f"{text!r} is too large")
+        raise NotationError("{text!r} is too large", text=text)
     if value == 0 and re.search("[1-9]", plain.lower().partition("e")[0]):
-        raise NotationError(f"{text!r} is too small")
+        raise NotationError("{text!r} is too small", text=text)
     return value
 
 
@@ -186,13 +190,13 @@ def _check_mixed(integer: str, above: str, below: str) -> None:
         or int(above) >= int(below)
         or grouped
     ):
-        raise NotationError(f"'{integer} {above}/{below}' can be read in two ways")
+        raise NotationError("{text!r} can be read in two ways", text=f"{integer} {above}/{below}")
 
 
 def _times_myriad(digits: str, unit: str) -> int | float:
     """``1.5万`` is 15000: the point is moved in the text, so nothing is rounded."""
     if unit not in MYRIADS:
-        raise NotationError(f"{unit!r} has more than one meaning")
+        raise NotationError("{unit!r} has more than one meaning", unit=unit)
     integer, _, fraction = digits.replace("_", "").partition(".")
     shift = MYRIADS[unit]
     moved, rest = integer + fraction[:shift].ljust(shift, "0"), fraction[shift:].rstrip("0")
@@ -258,9 +262,9 @@ def parted(tokens: Sequence[Token], possible: Callable[[Parts], bool]) -> Parts:
             ):
                 readings.append(parts)
     if len(readings) != 1:
-        raise NotationError(
-            "its commas can be read in two ways" if readings else "a comma does not belong there"
-        )
+        if readings:
+            raise NotationError("its commas can be read in two ways")
+        raise NotationError("a comma does not belong there")
     return readings[0]
 
 

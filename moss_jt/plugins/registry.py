@@ -2,6 +2,7 @@
 file of the user's own: ``./my_plugin.py:Glossary``.
 """
 
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -11,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason, ReasonedError
 from moss_jt.plugins.interface import Plugin, plugin_fault
 
 GROUP = "moss_jt.plugins"
@@ -25,18 +26,32 @@ class UnknownPluginError(MossError):
     """No plugin has that name."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.known = name, ", ".join(plugin_names())
-        super().__init__(
-            f"there is no plugin {name!r}; there are {self.known}. One of your own: ./FILE.py:CLASS."
-        )
+        names = plugin_names()
+        known = tuple(names)
+        if meant := difflib.get_close_matches(name.lower(), names, 1):
+            super().__init__(
+                Reason(
+                    "there is no plugin {name!r}; did you mean {meant}? There are {known}.",
+                    name=name,
+                    meant=meant[0],
+                    known=known,
+                )
+            )
+        else:
+            super().__init__(
+                Reason(
+                    "there is no plugin {name!r}; there are {known}. One of your own: ./FILE.py:CLASS.",
+                    name=name,
+                    known=known,
+                )
+            )
 
 
 class PluginLoadError(MossError):
     """A plugin of others cannot be imported or made; ``reason`` is what its code raised."""
 
     def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
-        super().__init__(f"the plugin {name} cannot be loaded: {reason}")
+        super().__init__(Reason("the plugin {name} cannot be loaded: {reason}", name=name, reason=reason))
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,11 @@ def make_plugins(names: Iterable[str | Plugin], settings: PluginSettings | None 
     made = [_make(name, settings) if isinstance(name, str) else name for name in names]
     for plugin in made:
         if fault := plugin_fault(plugin):
-            raise MossError(f"the plugin {type(plugin).__name__} cannot be called: {fault}.")
+            raise MossError(
+                Reason(
+                    "the plugin {name} cannot be called: {fault}.", name=type(plugin).__name__, fault=fault
+                )
+            )
     order = {name: index for index, name in enumerate(BUILT_IN)}
     unique = {plugin.name: plugin for plugin in made}
     return sorted(unique.values(), key=lambda plugin: order.get(plugin.name, len(order)))
@@ -127,7 +146,7 @@ def _make(name: str, settings: PluginSettings) -> Plugin:
     if separator and path.endswith(".py"):
         return _loaded(name, lambda: _class_of(Path(path).expanduser(), class_name))
     if name.endswith(".py"):
-        raise PluginLoadError(name, f"name the class in it, too: {name}:CLASS")
+        raise PluginLoadError(name, Reason("name the class in it, too: {name}:CLASS", name=name))
     raise UnknownPluginError(name)
 
 
@@ -139,6 +158,8 @@ def _loaded(name: str, load: Callable[[], Any]) -> Plugin:
     """
     try:
         plugin: Plugin = load()()
+    except ReasonedError as error:
+        raise PluginLoadError(name, error.reason) from error
     except (Exception, SystemExit) as error:  # noqa: BLE001  others' code may raise anything
         reason = traceback.format_exception_only(error)[-1].strip()[:MAX_REASON_CHARACTERS]
         raise PluginLoadError(name, reason) from error
@@ -148,10 +169,12 @@ def _loaded(name: str, load: Callable[[], Any]) -> Plugin:
 def _class_of(path: Path, class_name: str) -> Any:
     """A class of a file that the user named: it runs, as any program does that a user starts."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise ReasonedError("there is no file {path}", path=path)
     spec = importlib.util.spec_from_file_location(f"moss_jt_own_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
+    if not hasattr(module, class_name):
+        raise ReasonedError("{path} has no class {name}", path=path, name=class_name)
     return getattr(module, class_name)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moss_jt.errors import Reason
 from moss_jt.plugins.calls import Call, parse_commands
+from moss_jt.plugins.failures import failure_of
 from moss_jt.plugins.interface import (
     NO_RESULT,
     Item,
@@ -23,7 +25,6 @@ MAX_CALLS = 10
 # A search result is cut here, quotation mark and escapes included, as in the recorded dialogues.
 MAX_ITEM_CHARACTERS = 400
 MAX_LINES_CHARACTERS = 2_000
-MAX_REASON_CHARACTERS = 200
 # No call is begun later than this after the first.
 TURN_S = 600.0
 # The recorded services answered in this order, whatever the order of the commands.
@@ -62,9 +63,9 @@ class _Unusable:
     timeout_s = 1.0
     style: Style = "lines"
 
-    def __init__(self, plugin: object, fault: str) -> None:
+    def __init__(self, plugin: object, fault: Reason) -> None:
         self.name, self.function = (_text_of(plugin, name) for name in ("name", "function"))
-        self.failure = f"the plugin cannot be called: {fault}"
+        self.failure = Reason("the plugin cannot be called: {fault}", fault=fault)
 
     def call(self, argument: str, wanted: int) -> Outcome:
         return Outcome(failure=self.failure)
@@ -104,12 +105,12 @@ def iterate_results(calls: Sequence[Call], plugins: Sequence[Plugin]) -> Iterato
         if time.monotonic() < end:
             outcome = call_with_limit(plugin, call.argument, items_per_search(searches))
         else:
-            outcome = Outcome(failure="the turn's time is over")
+            outcome = Outcome(failure=Reason("the time for this turn is over"))
         result = written(call, plugin, outcome, number)
         number += len(result.numbers)
         yield result
     for call in calls if not known else ():
-        reason = f"there is no function {call.function}, or it is switched off"
+        reason = Reason("there is no function {name}, or it is switched off", name=call.function)
         yield CallResult(call, "", f"{call.text} =>\n{NO_RESULT}", found=False, failure=reason)
 
 
@@ -122,7 +123,7 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
     """The plugin's answer, or an empty one when it fails or takes too long (its thread is then left behind)."""
     _left_behind[:] = [thread for thread in _left_behind if thread.is_alive()]
     if len(_left_behind) >= MAX_LEFT_BEHIND:
-        return Outcome(failure="too many earlier calls have not ended yet")
+        return Outcome(failure=Reason("too many earlier calls have not ended yet"))
     outcomes: list[Outcome] = []
 
     def work() -> None:
@@ -131,7 +132,7 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
             fault = outcome_fault(outcome)
             outcomes.append(Outcome(failure=fault) if fault else outcome)
         except BaseException as error:  # noqa: BLE001  whatever a plugin does, SystemExit too, the chat goes on
-            outcomes.append(Outcome(failure=_reason(error)))
+            outcomes.append(Outcome(failure=failure_of(error)))
 
     thread = threading.Thread(target=work, daemon=True, name=f"plugin {plugin.name}")
     thread.start()
@@ -139,19 +140,7 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
     if outcomes:
         return outcomes[0]
     _left_behind.append(thread)
-    return Outcome(failure=f"it took longer than {plugin.timeout_s:g} s")
-
-
-def _reason(error: BaseException) -> str:
-    try:
-        return one_line(f"{type(error).__name__}: {error}")
-    except Exception:  # noqa: BLE001  an exception of others may fail to say what it is
-        return type(error).__name__
-
-
-def one_line(text: str) -> str:
-    """A reason, short and on one line."""
-    return " ".join(text.split())[:MAX_REASON_CHARACTERS]
+    return Outcome(failure=Reason("it took longer than {seconds:g} s", seconds=plugin.timeout_s))
 
 
 def written(call: Call, plugin: Plugin, outcome: Outcome, number: int) -> CallResult:
@@ -165,7 +154,7 @@ def written(call: Call, plugin: Plugin, outcome: Outcome, number: int) -> CallRe
         return CallResult(call, plugin.name, outcome.text, True, picture=outcome.picture)
     text = outcome.text[:MAX_LINES_CHARACTERS]
     has_result = bool(text) and plugin.style in ("value", "lines")
-    failure = "" if has_result else outcome.failure or "nothing was found"
+    failure = "" if has_result else outcome.failure or Reason("nothing was found")
     if plugin.style == "value":
         return CallResult(
             call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", has_result, failure=failure

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from moss_jt.errors import MossError
+from moss_jt.errors import MossError, Reason
 from moss_jt.plugins.interface import Item, Outcome, Style
 
 SERPER_KEY = "SERPER_API_KEY"
@@ -64,7 +64,10 @@ def make_search(
         return Search(Serper(key))
     if not ddgs_installed():
         raise MossError(
-            "web search needs the package ddgs (pip install ddgs), a SearXNG server (--search-url), a Serper key "
-            f"({SERPER_KEY}), or your own text files (--search-folder DIR)."
+            Reason(
+                "web search needs the package ddgs: pip install ddgs. Without it, start with --search-folder DIR to search "
+                "your own text files, with --search-url and a SearXNG server's address, or with a Serper key in {key}.",
+                key=SERPER_KEY,
+            )
         )
     return Search(Ddgs())

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 
+from moss_jt.errors import Reason
 from moss_jt.plugins.interface import Outcome, Style
 
+NO_ANSWER = Reason("these equations have no answer within the limits of time and memory")
 START_S = 60.0  # importing sympy on a busy machine
 WORKER = "moss_jt.plugins.solver_worker"
 
@@ -109,4 +111,4 @@ class Solver:
     solve_s = 10.0
 
     def call(self, argument: str, wanted: int) -> Outcome:
-        return Outcome(text=solve(argument, self.solve_s) or "")
+        return Outcome(text=solve(argument, self.solve_s) or "", failure=NO_ANSWER)

@@ -7,6 +7,8 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moss_jt.errors import Reason
+
 SUFFIXES = frozenset(
     ".txt .md .markdown .rst .org .tex .html .htm .xml .csv .tsv .json .jsonl .yaml .yml .toml .ini .log .srt "
     ".py .js .ts .c .h .cc .cpp .java .go .rs .sh .sql".split()
@@ -46,11 +48,18 @@ class TextFiles:
         """What is not searched, for the user; empty where all is."""
         reasons = []
         if self.too_large:
-            files = "file has" if self.too_large == 1 else "files have"
-            reasons.append(f"{self.too_large} {files} more than {MAX_FILE_BYTES >> 20} MiB")
+            limit = MAX_FILE_BYTES >> 20
+            reasons.append(
+                Reason("files of more than {limit} MiB: {count}", limit=limit, count=self.too_large)
+            )
         if self.more:
-            reasons.append(f"beyond {len(self.states):,} files or {MAX_TOTAL_BYTES >> 20} MiB there are more")
-        return "; ".join(reasons)
+            limit = MAX_TOTAL_BYTES >> 20
+            reasons.append(
+                Reason("nothing beyond {count:,} files or {limit} MiB", count=len(self.states), limit=limit)
+            )
+        if len(reasons) > 1:
+            return Reason("{first}; {second}", first=reasons[0], second=reasons[1])
+        return reasons[0] if reasons else ""
 
 
 def text_files(folder: Path) -> TextFiles:

@@ -6,6 +6,7 @@ import re
 import urllib.parse
 from typing import Any
 
+from moss_jt.errors import ReasonedError
 from moss_jt.plugins.http import check_address, fetch_json
 from moss_jt.plugins.interface import Item, Source
 
@@ -66,8 +67,12 @@ class Ddgs:
 
     def search(self, query: str, wanted: int) -> list[Item]:
         from ddgs import DDGS
+        from ddgs.exceptions import DDGSException
 
-        entries = DDGS(timeout=10).text(query, max_results=wanted)
+        try:
+            entries = DDGS(timeout=10).text(query, max_results=wanted)
+        except DDGSException as error:
+            raise ReasonedError("the search engines gave no answer ({error})", error=error) from error
         return [
             item(entry.get("body"), entry.get("title"), entry.get("href"))
             for entry in entries

@@ -9,15 +9,11 @@ from pathlib import Path
 from moss_jt.errors import MossError
 from moss_jt.store.files import read_json, write_json
 from moss_jt.store.manifest import MANIFEST
+from moss_jt.store.published import RECOMMENDED, hub_id_of
 from moss_jt.user_folders import own_folder
 
 TINY = "moss-tiny"
 LAST, MOST_REMEMBERED = "last.json", 100
-# What the authors of MOSS have published.
-PUBLISHED = tuple(
-    f"fnlp/moss-moon-003-{name}"
-    for name in ("base", "sft", "sft-int8", "sft-int4", "sft-plugin", "sft-plugin-int8", "sft-plugin-int4")
-)
 
 
 def model_home() -> Path:
@@ -92,8 +88,8 @@ def resolve_model(model: str | Path | None) -> Path:
         last = last_model() or only_model()
         if last is None:
             raise MossError(
-                "no model has been converted yet. Convert one: moss-jt convert fnlp/moss-moon-003-sft "
-                f"(45 GB of disk), or try the small one that comes with the program: moss-jt chat {TINY}"
+                f"no model has been converted yet. Convert one: moss-jt convert {RECOMMENDED} (22 GB of disk), or try the "
+                f"small one that comes with the program: moss-jt chat {TINY}. moss-jt plan says what suits this machine."
             )
         return last
     if not isinstance(model, str | os.PathLike):
@@ -103,19 +99,19 @@ def resolve_model(model: str | Path | None) -> Path:
     named = models_folder() / Path(str(model)).name
     if os.path.isdir(named):
         return named
-    known = ", ".join(model_names()) or "none"
-    raise MossError(
-        f"there is no model called {str(model)[:200]!r} (converted so far: {known}). "
-        f"Make one with, for example: moss-jt convert {published(str(model)) or 'fnlp/moss-moon-003-sft'}"
-    )
+    raise MossError(f"there is no model called {str(model)[:200]!r}{_instead(str(model))}")
 
 
-def published(name: str) -> str | None:
-    """The hub id that is meant by a name: itself where it has an owner, or a published model of that name, or nearly so."""
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    close = difflib.get_close_matches(name.lower(), [one.partition("/")[2] for one in PUBLISHED], 1, 0.8)
-    return f"fnlp/{close[0]}" if close and "/" not in name else None
+def _instead(name: str) -> str:
+    """What may be meant by a name that no model here has, and how to get a model."""
+    here = model_names()
+    known = ", ".join(here) or "none"
+    meant = hub_id_of(name)
+    if meant is not None and meant.partition("/")[2] not in here:
+        return f" here (converted so far: {known}). To get it: moss-jt convert {meant}"
+    if close := difflib.get_close_matches(name.lower(), [*here, TINY], 1):
+        return f"; did you mean {close[0]}?"
+    return f" (converted so far: {known}). To get one: moss-jt convert {RECOMMENDED}"
 
 
 def tiny_checkpoint() -> Path:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
-from moss_jt.errors import MossError
 from moss_jt.store.architecture import (
     HEAD_WEIGHT,
     block_tensors,
@@ -14,6 +13,7 @@ from moss_jt.store.architecture import (
 )
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.model_folder import Store
+from moss_jt.store.published import bits_of_name
 
 MEMORY_PAGE = 4096
 GIB = 1 << 30
@@ -113,20 +113,12 @@ def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes
 
 
 def geometry_of_name(name: str) -> ModelSizes | None:
-    """Sizes of a published model by its name or hub id, with nothing downloaded; None for any other name.
+    """Sizes of a model of MOSS's by its name or hub id, with nothing downloaded; None for any other name.
 
     ``moss-moon-003``, ``fnlp/moss-moon-003-sft``, ``fnlp/moss-moon-003-sft-plugin-int4`` and so on.
+
+    Raises:
+        MossError: the family has no such model.
     """
-    short = name.rsplit("/", 1)[-1].lower()
-    if not short.startswith("moss-moon-003"):
-        return None
-    rest = short.removeprefix("moss-moon-003").strip("-")
-    words = rest.split("-") if rest else []
-    unknown = [word for word in words if word not in ("base", "sft", "plugin", "pm", "int4", "int8")]
-    if unknown:
-        raise MossError(
-            f"{name} is no published MOSS model: {unknown[0]!r} is unknown. "
-            "There are moss-moon-003, -base, -sft and -sft-plugin, the last two also with -int4 and -int8."
-        )
-    bits = 4 if "int4" in words else 8 if "int8" in words else 16
-    return sizes_of_geometry(MOSS_MOON_003, bits)
+    bits = bits_of_name(name)
+    return None if bits is None else sizes_of_geometry(MOSS_MOON_003, bits)

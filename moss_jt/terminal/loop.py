@@ -1,6 +1,8 @@
 """The chat on a terminal: it reads what the user types, and does it."""
 
+import re
 from collections.abc import Callable, Generator
+from difflib import get_close_matches
 from pathlib import Path
 
 from moss_jt.chat.chat import Chat
@@ -10,9 +12,10 @@ from moss_jt.chat.saved import NameTakenError, name_fault
 from moss_jt.chat.turn import TooLongError
 from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.errors import MossError
-from moss_jt.plugins.registry import PluginLoadError, UnknownPluginError, plugin_names
+from moss_jt.plugins.registry import plugin_names
 from moss_jt.terminal.line_input import LineReader
 from moss_jt.terminal.pictures import Shower
+from moss_jt.terminal.reasons import in_language
 from moss_jt.terminal.saved_chats import chat_lines
 from moss_jt.terminal.screen import Screen, shortened
 from moss_jt.terminal.settings import (
@@ -28,6 +31,20 @@ from moss_jt.terminal.turn_view import NAME, TurnView
 PROMPT = "› "
 MOST_CHATS = 20  # that /chats shows
 LEAVING = ("stop", "/stop", "/exit", "/quit")
+COMMANDS = (
+    "/chats",
+    "/clear",
+    "/exit",
+    "/help",
+    "/plugins",
+    "/quit",
+    "/retry",
+    "/save",
+    "/set",
+    "/stop",
+    "/system",
+    "/thoughts",
+)
 
 
 class Terminal:
@@ -87,12 +104,13 @@ class Terminal:
             "clear": self._clear,
             "/clear": self._clear,
             "/help": lambda: self._say("help"),
-            "/thoughts": self._toggle_thoughts,
             "/retry": self._retry,
             "/chats": self._list_chats,
         }
         if word in commands and not names:
             commands[word]()
+        elif word == "/thoughts" and names in ([], ["on"], ["off"]):
+            self._show_thoughts(names == ["on"] if names else not self._thoughts)
         elif word == "/plugins":
             self._plugins([name for part in names for name in part.split(",") if name])
         elif word == "/set" and len(names) in (0, 2):
@@ -101,11 +119,21 @@ class Terminal:
             self._save(line.removeprefix(word).strip())
         elif word == "/system":
             self._system(line.removeprefix(word).strip())
-        elif word.startswith("/") and not names and "/" not in word[1:]:
-            self._say("unknown", word=word)
+        elif word == "/set":
+            self._warn("set_usage")
+        elif word in COMMANDS:
+            self._warn("takes_nothing", word=word)
+        elif re.fullmatch(r"/\w+", word):
+            self._unknown(word)
         else:
             self._answer(lambda: self._chat.send(line))
         self._screen.line()
+
+    def _unknown(self, word: str) -> None:
+        if meant := get_close_matches(word.lower(), COMMANDS, 1):
+            self._warn("unknown_meant", word=word, meant=meant[0])
+        else:
+            self._warn("unknown", word=word)
 
     def _answer(self, begin: Callable[[], Generator[Event]]) -> None:
         """Have an answer written, and show what comes."""
@@ -118,13 +146,15 @@ class Terminal:
             too_long = say("too_long", self._chat.language, tokens=error.tokens, room=error.room)
             self._screen.line(too_long, "warning")
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
 
     def _retry(self) -> None:
         if self._chat.message is None:
             self._warn("nothing_to_retry")
-        else:
-            self._answer(self._chat.retry)
+            return
+        if self._chat.params.temperature == 0:
+            self._say("retry_greedy")
+        self._answer(self._chat.retry)
 
     def _save(self, name: str) -> None:
         """Keep the conversation under a name."""
@@ -138,7 +168,7 @@ class Terminal:
             except NameTakenError:
                 self._warn("name_taken", name=name)
             except MossError as error:
-                self._screen.error(error)
+                self._fail(error)
             else:
                 self._say("saved", name=name)
 
@@ -168,7 +198,10 @@ class Terminal:
         if self._chat.history:
             self._resumed()
         if self._chat.plugins:
-            self._say("plugins_on", names=", ".join(plugin.name for plugin in self._chat.plugins))
+            self._say(
+                "plugins_on",
+                names=say("comma", self._chat.language).join(plugin.name for plugin in self._chat.plugins),
+            )
         else:
             self._say("plugins_hint")
         self._screen.line()
@@ -179,9 +212,9 @@ class Terminal:
             self._screen.raw("\x1b[2J\x1b[H")
         self._say("cleared")
 
-    def _toggle_thoughts(self) -> None:
-        self._thoughts = not self._thoughts
-        self._say("thoughts_on" if self._thoughts else "thoughts_off")
+    def _show_thoughts(self, shown: bool) -> None:
+        self._thoughts = shown
+        self._say("thoughts_on" if shown else "thoughts_off")
 
     def _set(self, name: str = "", value: str = "") -> None:
         """Change a setting of the answers to come, or list them all."""
@@ -190,7 +223,8 @@ class Terminal:
             lines = "\n".join(f"  {key} {shown}" for key, shown in settings.items())
             self._say("settings", lines=lines, penalty=str(REPETITION_PENALTY))
         elif name not in settings:
-            self._warn("no_setting", name=name)
+            meant = get_close_matches(name.lower(), settings, 1)
+            self._warn("no_setting_meant" if meant else "no_setting", name=name, meant="".join(meant))
         elif change_setting(self._chat, name, value):
             self._say("set", name=name, value=settings_of(self._chat)[name])
         else:
@@ -207,7 +241,7 @@ class Terminal:
         try:
             self._dropped(self._chat.instruct(text))
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
         else:
             self._say("system_set" if path else "system_own", path=path)
 
@@ -218,14 +252,8 @@ class Terminal:
         try:
             if names:
                 self._dropped(self._chat.switch([*wanted, *(name for name in names if name not in on)]))
-        except UnknownPluginError as error:
-            self._warn("no_plugin", name=error.name, known=error.known)
-            return
-        except PluginLoadError as error:
-            self._warn("plugin_broken", name=error.name, reason=error.reason)
-            return
         except MossError as error:
-            self._screen.error(error)
+            self._fail(error)
             return
         on_now = {plugin.name for plugin in self._chat.plugins}
         known = [*plugin_names(), *sorted(on_now - set(plugin_names()))]
@@ -238,8 +266,16 @@ class Terminal:
             notice = Notice("dropped", {"turns": turns})
             self._screen.line(notice_text(notice, self._chat.language), "warning")
 
+    def _fail(self, error: MossError) -> None:
+        self._screen.error(MossError(sentence(in_language(error, self._chat.language))))
+
     def _say(self, code: str, **values: str) -> None:
         self._screen.line(say(code, self._chat.language, **values), "dim")
 
     def _warn(self, code: str, **values: str) -> None:
         self._screen.line(say(code, self._chat.language, **values), "warning")
+
+
+def sentence(text: str) -> str:
+    """What an error says after ``moss-jt: error:``, as a sentence of its own; a name at its beginning stays as it is."""
+    return text[:1].upper() + text[1:] if text.split(" ")[0].isalpha() else text

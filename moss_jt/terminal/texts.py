@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  /set [NAME VALUE]  list the settings, or change one: /set temperature 0.3\n"
         "  /system [FILE]     a meta instruction of your own, from a text file; without FILE, MOSS's again\n"
         "  /plugins [NAMES]   list plugins, or switch some on or off\n"
-        "  /thoughts          show inner thoughts, or hide them\n"
+        "  /thoughts [on|off] show inner thoughts, or hide them\n"
         "  /save NAME         keep the conversation under a name: moss-jt chat --resume NAME goes on with it\n"
         "  /chats             list the conversations that are kept\n"
         "  /help              this list\n"
@@ -36,7 +36,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  /set [名称 值]     列出设置，或修改其中一项：/set temperature 0.3\n"
         "  /system [文件]     用文本文件的内容作元指令；不写文件则恢复 MOSS 自己的\n"
         "  /plugins [名称]    列出插件，或开关其中几个\n"
-        "  /thoughts          显示或隐藏内心想法\n"
+        "  /thoughts [on|off] 显示或隐藏内心想法\n"
         "  /save 名称         以此名称保存对话，之后可用 moss-jt chat --resume 名称 继续\n"
         "  /chats             列出已保存的对话\n"
         "  /help              本说明\n"
@@ -49,6 +49,18 @@ TEXTS: dict[str, tuple[str, str]] = {
     "unknown": (
         "There is no command {word}; /help lists them.",
         "没有 {word} 这个命令，输入 /help 查看全部命令。",
+    ),
+    "unknown_meant": (
+        "There is no command {word}; did you mean {meant}? /help lists them all.",
+        "没有 {word} 这个命令，是不是想用 {meant}？输入 /help 查看全部命令。",
+    ),
+    "takes_nothing": (
+        "{word} is a command of its own: type nothing after it.",
+        "{word} 是单独的命令，后面不用加任何内容。",
+    ),
+    "set_usage": (
+        "Type /set NAME VALUE to change a setting, or /set to list them.",
+        "修改设置请输入 /set 名称 值，查看设置请输入 /set。",
     ),
     "leave": ("Type stop, or press Ctrl-D, to leave.", "输入 stop 或按 Ctrl-D 退出。"),
     "bye": ("Goodbye!", "再见！"),
@@ -145,9 +157,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "cost": (
         "{read} tokens read and {new} written in {seconds} s",
-        "读入 {read} 个词元，写出 {new} 个，用时 {seconds} 秒",
+        "读入 {read} 个词元，生成 {new} 个，用时 {seconds} 秒",
     ),
-    "speed": ("; written at {speed} tokens/s", "；写出速度 {speed} 词元/秒"),
+    "speed": ("; written at {speed} tokens/s", "；生成速度 {speed} 词元/秒"),
+    "comma": (", ", "、"),
+    "retry_greedy": (
+        "At temperature 0 MOSS gives the same answer again; /set temperature 0.7 lets it vary.",
+        "温度为 0 时回答不会变；可以先用 /set temperature 0.7 让回答有所变化。",
+    ),
     "nothing_to_retry": ("Nothing was asked yet.", "还没有提过问题。"),
     "settings": (
         "{lines}\n/set NAME VALUE changes one. seed may be random, and repetition_penalty default: {penalty}, 1 when greedy.",
@@ -158,6 +175,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "no_setting": (
         "There is no setting {name}; /set lists them.",
         "没有 {name} 这个设置，输入 /set 查看全部设置。",
+    ),
+    "no_setting_meant": (
+        "There is no setting {name}; did you mean {meant}? /set lists them all.",
+        "没有 {name} 这个设置，是不是想用 {meant}？输入 /set 查看全部设置。",
     ),
     "wanted_temperature": ("0 (greedy) or more", "不小于 0 的数（0 为贪心解码）"),
     "wanted_top_k": ("a whole number, 0 (all tokens) or more", "不小于 0 的整数（0 表示不限）"),
@@ -175,11 +196,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "file_unreadable": ("it may not be read, or is none.", "没有读取权限，或者不是普通文件。"),
     "file_no_text": ("it holds something else.", "内容不是 UTF-8 文本。"),
     "file_too_long": ("it is longer than {limit} KiB.", "它超过 {limit} KiB。"),
-    "no_plugin": (
-        "There is no plugin {name}; there are {known}. One of your own: ./FILE.py:CLASS.",
-        "没有 {name} 这个插件；可用的有 {known}。自己写的插件请写成 ./文件.py:类名。",
-    ),
-    "plugin_broken": ("The plugin {name} cannot be loaded: {reason}", "插件 {name} 无法加载：{reason}"),
     "picture": ("picture: {path}", "图片：{path}"),
     "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
     "loaded": (
@@ -189,7 +205,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "这个 MOSS 只有两百万参数：会调用插件，但复述搜索结果很差。",
     ),
     "failed": ("The demonstration failed:", "演示失败："),
-    "your_turn": ("Your turn: the same conversation goes on.", "轮到您了：对话继续。"),
+    "your_turn": ("Your turn: the same conversation goes on.", "轮到你了：接着上面的对话继续聊吧。"),
 }
 
 

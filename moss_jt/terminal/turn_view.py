@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Result, Text, Thought
 from moss_jt.terminal.pictures import Shower
-from moss_jt.terminal.reasons import reason
+from moss_jt.terminal.reasons import in_language
 from moss_jt.terminal.screen import Screen, shortened
 from moss_jt.terminal.texts import notice_text, say
 
@@ -165,7 +165,7 @@ class TurnView:
             return
         lines = shown_lines(event) if event.found else [say("no_result", language)]
         if event.failure:
-            lines = [f"{lines[0]}{say('colon', language)}{reason(event.failure, language)}"]
+            lines = [f"{lines[0]}{say('colon', language)}{in_language(event.failure, language)}"]
         for number, line in enumerate(lines[:MOST_RESULT_LINES]):
             arrow = "→" if number == 0 else " "
             self._screen.line(f"  {arrow} {shortened(line, self._screen.columns - 5)}", "dim")

@@ -18,6 +18,7 @@ from moss_jt.weights.disk_ring import Reader, Ring
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.unit_tensors import UnitTensor, extent_of, map_unit
 from moss_jt.weights.weights import UnitMemory, Weights
 
@@ -25,7 +26,7 @@ from moss_jt.weights.weights import UnitMemory, Weights
 class MappedUnits:
     """Everything resident, over memory maps."""
 
-    streams = False
+    streams: bool = False
     closed_at_exit = True
 
     def __init__(self, store: Store, plan: ResidencyPlan) -> None:
@@ -49,7 +50,7 @@ class MappedUnits:
 
 
 class DiskUnits(MappedUnits):
-    """The plan's residents in memory of their own, the others through a ring that is filled ahead.
+    """The plan's residents in memory of their own, the others, if any, through a ring that is filled ahead.
 
     Args:
         reader: fills both, and is closed with them.
@@ -58,8 +59,6 @@ class DiskUnits(MappedUnits):
     Raises:
         MossError: a file cannot be read.
     """
-
-    streams = True
 
     def __init__(self, store: Store, plan: ResidencyPlan, reader: Reader, cache_bytes: int = 0) -> None:
         units = dict(enumerate(plan.units))
@@ -77,25 +76,33 @@ class DiskUnits(MappedUnits):
         finally:
             progress.close()
         streamed = {number: unit for number, unit in units.items() if not unit.resident}
+        self.streams = bool(streamed)
+        self._ring: Ring | None = None
+        if not streamed:
+            reader.close()
+            return
         kept = _kept(streamed, cache_bytes)
         extents = {number: extent_of(store, unit, number in kept) for number, unit in streamed.items()}
         # It fills while the prompt is prepared.
         self._ring = Ring(extents, plan.ring_buffers, plan.buffer_bytes, reader)
 
     def walk(self, order: Sequence[int]) -> None:
-        self._ring.walk(order)
+        if self._ring is not None:
+            self._ring.walk(order)
 
     def take(self, number: int) -> UnitMemory:
-        if number in self._memories:
+        if self._ring is None or number in self._memories:
             return super().take(number)
         buffer = self._ring.take(number)
         return UnitMemory(("buffer", buffer), self._ring.buffers[buffer])
 
     def end(self) -> None:
-        self._ring.hand_back()
+        if self._ring is not None:
+            self._ring.hand_back()
 
     def close(self) -> None:
-        self._ring.close()
+        if self._ring is not None:
+            self._ring.close()
         super().close()
 
 
@@ -111,6 +118,19 @@ def open_weights(store: Store, plan: ResidencyPlan, home: Path) -> Weights:
     if not plan.streams:
         return Weights(store, plan, MappedUnits(store, plan))
     return Weights(store, plan, DiskUnits(store, plan, reader_for(store, home), page_cache_bytes(plan)))
+
+
+def open_copy_weights(store: Store, plan: ResidencyPlan, home: Path, model: Weights) -> Weights:
+    """The weights of a model's copy, all resident, and the head's the model's own.
+
+    Args:
+        store, plan: the copy's folder, and the model's plan.
+        model: the model's weights, which are closed later.
+
+    Raises:
+        MossError: a file cannot be read.
+    """
+    return copy_weights(store, plan, model, lambda blocks: DiskUnits(store, blocks, reader_for(store, home)))
 
 
 def _kept(streamed: Mapping[int, Unit], cache_bytes: int) -> set[int]:

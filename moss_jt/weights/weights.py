@@ -4,6 +4,7 @@ A unit is a block or some rows of the head; every tensor is a region of its unit
 what stands for them is made once for each memory that a unit may lie in.
 """
 
+import time
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,12 +80,14 @@ class Weights:
     it before** (on the CPU; a GPU's units keep the order of what is queued).
 
     norm_weight, norm_bias: the final layer norm's Vars, (C,) float16.
+    link_s: seconds for which units were waited for.
     """
 
     def __init__(self, store: Store, plan: ResidencyPlan, units: Units) -> None:
         self.store = store
         self.plan = plan
         self.streams = units.streams
+        self.link_s = 0.0
         self._units = units
         self._tensors = [tensors_of(store, unit) for unit in plan.units]
         alike: dict[Hashable, int] = {}  # units whose tensors lie alike share what is made over a memory
@@ -143,6 +146,11 @@ class Weights:
             yield self.plan.units[number], self._weights_of(number)
         self._units.end()
 
+    def head_memories(self) -> list[UnitMemory]:
+        """What holds the head, all of which must be resident, unit after unit."""
+        assert all(self.plan.units[number].resident for number in self._head), "the head streams"
+        return [self._units.take(number) for number in self._head]
+
     def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
         """(T, C) float16, newly allocated.
 
@@ -157,7 +165,9 @@ class Weights:
         self._closing()
 
     def _weights_of(self, number: int) -> Any:
+        begin = time.monotonic()
         key, memory = self._units.take(number)
+        self.link_s += time.monotonic() - begin
         key = key, self._layouts[number]
         if key not in self._made:
             tensors = self._tensors[number]

@@ -16,15 +16,27 @@ import numpy as np
 
 from moss_jt.engine import cached_text, engine, pace
 from moss_jt.engine.causal_model import TokenRun
+from moss_jt.engine.draft_copy import DraftCopy
+from moss_jt.engine.draft_pace import DraftPace
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.job import Job
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
 
 PAGE = 4  # small pages meet every case in short texts
 VOCABULARY = 7
+BEGINNINGS = [1, 2, 3, 4, 5, 6, 0, 1, 2] * 3, [3, 3, 3, 3, 3, 3, 3, 3, 3]
 GREEDY = SamplingParams(temperature=0)
-DICE = SamplingParams(temperature=1.5, top_k=0, top_p=0.9, repetition_penalty=1.1)
+DICE = SamplingParams(
+    temperature=1.5,
+    top_k=0,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias={2: 1.5},
+)
 
 
 class HashedModel:
@@ -33,8 +45,9 @@ class HashedModel:
     def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
         self.pages, self.capacity = pages, capacity
         self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
-        self._cache = np.zeros((pages, PAGE), np.int64)
-        self._tokens = np.full((pages, PAGE), -1)
+        self.link_s = 0.0
+        self._cache = [[0] * PAGE for _ in range(pages)]
+        self._tokens = [[-1] * PAGE for _ in range(pages)]
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
 
     def forward_many(
@@ -55,18 +68,18 @@ class HashedModel:
             if run.whole:
                 assert len(run.token_ids) == PAGE and run.start % PAGE == 0
             for position, token in enumerate(run.token_ids, run.start):
-                at = run.pages[position // PAGE], position % PAGE
-                assert at not in written, "two runs write to one place"
-                written.add(at)
+                page, slot = run.pages[position // PAGE], position % PAGE
+                assert (page, slot) not in written, "two runs write to one place"
+                written.add((page, slot))
                 before = self._at(run.pages, position - 1) if position else 1
-                self._cache[at] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
-                self._tokens[at] = token
+                self._cache[page][slot] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
+                self._tokens[page][slot] = token
         for index in order:
             actual[index] = self._logits(runs[index])
         return actual
 
     def _at(self, pages: Sequence[int], position: int) -> int:
-        return int(self._cache[pages[position // PAGE], position % PAGE])
+        return self._cache[pages[position // PAGE]][position % PAGE]
 
     def _logits(self, run: TokenRun) -> np.ndarray:
         count = len(run.token_ids)
@@ -74,20 +87,20 @@ class HashedModel:
         if first == count:
             return np.empty((0, VOCABULARY), np.float32)
         # Everything that the tokens see, as attention does.
-        past = self._cache[list(run.pages)].reshape(-1)
-        tokens = self._tokens[list(run.pages)].reshape(-1)
+        past = [value for page in run.pages for value in self._cache[page]]
+        tokens = [token for page in run.pages for token in self._tokens[page]]
         rows = []
         for offset in range(first, count):
             end = run.start + offset + 1
-            seed = hash((tuple(past[:end].tolist()), tuple(tokens[:end].tolist()))) & 0xFFFFFFFF
+            seed = hash((tuple(past[:end]), tuple(tokens[:end]))) & 0xFFFFFFFF
             rows.append([((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)])
         return np.array(rows, np.float32)
 
     def read_page(self, page: int) -> np.ndarray:
-        return np.stack([self._cache[page], self._tokens[page]])
+        return np.array([self._cache[page], self._tokens[page]])
 
     def write_page(self, page: int, data: np.ndarray) -> None:
-        self._cache[page], self._tokens[page] = data
+        self._cache[page], self._tokens[page] = data.tolist()
 
 
 class SteppedEngine(Engine):
@@ -103,11 +116,47 @@ class SteppedEngine(Engine):
         return flight is not None
 
 
+class HashedCopy:
+    """A copy that drafts over a HashedModel's cache: its logits are the model's, now and then, and its keys and values never."""
+
+    def __init__(self, model: HashedModel, dice: random.Random) -> None:
+        self._model, self._dice = model, dice
+        self.agreement = dice.choice([0.0, 0.6, 0.95])
+
+    def forward_many(
+        self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
+    ) -> list[np.ndarray]:
+        self._model.between()
+        nothing = np.empty((0, VOCABULARY), np.float32)
+        return [self._logits(run) if wanted(index) else nothing for index, run in enumerate(runs)]
+
+    def _logits(self, run: TokenRun) -> np.ndarray:
+        cache, tokens = self._model._cache, self._model._tokens
+        slots = [(run.pages[n // PAGE], n % PAGE) for n in range(run.start, run.start + len(run.token_ids))]
+        for (page, slot), token, position in zip(
+            slots, run.token_ids, range(run.start, 1 << 20), strict=False
+        ):
+            # What the model would write, so that a draft may come true.
+            before = self._model._at(run.pages, position - 1) if position else 1
+            cache[page][slot] = hash((before, token, False)) & 0xFFFFFFFFFF
+            tokens[page][slot] = token
+        logits = self._model._logits(run)
+        if self._dice.random() > self.agreement:
+            logits = logits[:, ::-1] if self._dice.random() < 0.9 else np.full_like(logits, np.nan)
+            for page, slot in slots:
+                cache[page][slot] = self._dice.randrange(99)
+        return logits
+
+    def close(self) -> None:
+        pass
+
+
 class Guesses:
     """Drafts of all lengths, right and wrong."""
 
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice
+        self.promise = dice.random()
 
     def propose(self, token_ids: Sequence[int], most: int) -> list[int]:
         return [self._dice.randrange(VOCABULARY) for _ in range(self._dice.randint(0, most))]
@@ -125,7 +174,7 @@ class Client:
 
     def __init__(self, dice: random.Random, capacity: int) -> None:
         self.turns: list[dict[str, Any]] = []
-        beginning = [[1, 2, 3, 4, 5, 6, 0, 1, 2] * 3, [3, 3, 3, 3, 3, 3, 3, 3, 3]][dice.random() < 0.3]
+        beginning = BEGINNINGS[dice.random() < 0.3]
         for number in range(dice.randint(1, 3)):
             shared = beginning[: dice.randint(0, len(beginning))] if number == 0 else []
             self.turns.append(
@@ -191,6 +240,54 @@ class Client:
             self.text.truncate(int(cut * self.text.position))
 
 
+class Reader:
+    """Somebody who wants the logits of a whole text, as moss-jt eval does, and they are compared with those of the text alone; or
+    only that it is read ahead."""
+
+    def __init__(self, dice: random.Random, capacity: int) -> None:
+        self.scored = dice.random() < 0.6
+        count = dice.randint(1, capacity)
+        self.token_ids = [dice.randrange(VOCABULARY) for _ in range(count)]
+        if not self.scored:
+            self.token_ids = (BEGINNINGS[0] * 2)[: max(2, min(count, capacity))]
+        self.background = dice.random() < 0.5
+        self.rows: list[list[float]] = []
+        self.done = False
+        self._job: Job | None = None
+        self._text: Text | None = None
+
+    def act(self, engine: Engine) -> None:
+        """Ask for them, or take what is there."""
+        if self._job is None or self._text is None:
+            self._text = Text(engine, background=self.background)
+            self._text.extend(self.token_ids)
+            self._job = self._text._new_job(len(self.token_ids) - (not self.scored))
+            self._job.scored, self._job.ahead = self.scored, 1
+            self._text._do(self._job)
+        with suppress(FailingError):
+            while self._job.out:
+                taken = engine.take(self._job)
+                assert taken is not None and taken[0] == len(self.rows)
+                self.rows += taken[1].tolist()
+            if self._job.done:
+                assert engine.take(self._job) is None
+                assert len(self.rows) == len(self.token_ids) * self.scored
+        if self._job.done:
+            self._text._end(self._job)
+            self._text, self.done = None, True
+
+    def alone(self, capacity: int, pass_tokens: int) -> list[list[float]]:
+        """What an engine of its own would have said."""
+        most = 64 if pass_tokens >= PAGE else pass_tokens
+        own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
+        again = Reader(random.Random(0), capacity)
+        again.token_ids, again.scored = self.token_ids, self.scored
+        while not again.done:
+            again.act(own)
+            own.step()
+        return again.rows
+
+
 def play_alone(client: Client, capacity: int, pass_tokens: int) -> list[list[int]]:
     """What the same client is told by an engine of its own, without drafts, in passes as long as they may be."""
     most = 64 if pass_tokens >= PAGE else pass_tokens
@@ -243,10 +340,15 @@ def run_schedule(seed: int) -> None:
     pages = -(-capacity // PAGE) + dice.randint(0, 10)
     pass_tokens, logit_rows = dice.choice([1, 3, 4, 5, 9, 40]), dice.randint(1, 6)
     model = HashedModel(pages, capacity, pass_tokens, logit_rows)
-    own = SteppedEngine(model)
+    copy = None
+    if dice.random() < 0.4:
+        pace = DraftPace(dice.choice([0.0001, 1.0]), 0.0, dice.choice([0.00001, 0.01]))
+        copy = DraftCopy(HashedCopy(model, dice), pace, dice.randint(1, 6), dice.random() < 0.5)
+    own = SteppedEngine(model, copy=copy)
     disk = Disk(dice) if dice.random() < 0.7 else None
     own._file = disk  # type: ignore[assignment]
     clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
+    readers = [Reader(dice, capacity) for _ in range(dice.choice([0, 0, 0, 1, 2]))]
     drafter = Guesses(dice) if dice.random() < 0.6 else None
     failures = planned = dice.choice([0, 0, 0, 2])
     busy = dice.choice([0.2, 0.6, 1.0])  # how often a client does something between two passes
@@ -260,6 +362,10 @@ def run_schedule(seed: int) -> None:
                 client.begin(own, drafter)
             elif client.answer is not None:
                 client.take(client.turns[client.turn - 1]["cancel"])
+
+        for reader in readers:
+            if not reader.done and dice.random() < busy:
+                reader.act(own)
 
     def between() -> None:
         nonlocal failures
@@ -280,9 +386,12 @@ def run_schedule(seed: int) -> None:
         for client in clients:
             if client.done and dice.random() < 0.3:
                 client.text = None  # its sequence is gone
-        if all(client.done for client in clients):
+        if all(one.done for one in [*clients, *readers]):
             break
-    assert all(client.done for client in clients), "somebody starves"
+    assert all(one.done for one in [*clients, *readers]), "somebody starves"
+    for reader in readers:
+        alone = reader.alone(capacity, pass_tokens)
+        assert reader.rows == alone[: len(reader.rows)], "a text's logits depend on others"
     for client in clients:
         assert client.said == play_alone(client, capacity, pass_tokens), "an answer depends on the others"
         client.text = None
@@ -296,6 +405,8 @@ def run_schedule(seed: int) -> None:
 def run_schedules(seeds: Iterable[int]) -> None:
     """Schedules one after another; the seed of one that breaks a promise is told."""
     with ExitStack() as stack:
+        gc.freeze()  # what was there before need not be looked at by every collection
+        stack.callback(gc.unfreeze)
         for module in (engine, cached_text, pace):
             stack.enter_context(mock.patch.object(module, "PAGE", PAGE))
         for seed in seeds:

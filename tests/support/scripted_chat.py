@@ -33,6 +33,7 @@ class ScriptedModel:
         self.pages = -(-capacity // PAGE)
         self.pass_tokens = PAGE
         self.logit_rows = self.score_rows = 1
+        self.link_s = 0.0
         self.watcher: Watcher | None = None
         self.read: list[int] = []
         self._tokenizer = tokenizer

@@ -48,6 +48,7 @@ class ScriptedModel:
         self.pass_tokens = pass_tokens
         self.logit_rows = logit_rows
         self.score_rows = PAGE
+        self.link_s = 0.0
         self.passes: list[tuple[int, list[int], Rows]] = []
         self._follow = follow
         self._cache = np.full((self.pages, PAGE), NOTHING)

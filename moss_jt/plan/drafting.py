@@ -1,0 +1,62 @@
+"""What a copy that drafts brings, from sizes and speeds alone: tokens per pass, and seconds per token.
+
+A pass of the model costs its link's time whether it verifies one token or twenty-three; the copy, which is resident, writes the
+tokens that it verifies. Where each is right with chance a, drafts of n tokens bring 1 + a + a^2 + .. + a^n tokens per pass.
+"""
+
+from dataclasses import dataclass
+
+from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
+
+# How often an int4 copy's token is the model's, where it has not been seen yet.
+AGREEMENT = 0.93
+# Tokens of a draft, at most: moss_jt.kernels.needs.FEW_TOKENS with the one before it.
+LONGEST = 22
+# What one more token adds to a pass over weights in memory, as a share of it: of float16 weights on two cores with AVX-512.
+CPU_TOKEN_SHARE, GPU_TOKEN_SHARE = 0.25, 0.02
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """With drafts of ``drafted`` tokens, the best length: tokens of a pass, seconds of writing the draft and of verifying it."""
+
+    drafted: int
+    tokens: float
+    drafting_s: float
+    pass_s: float
+
+    @property
+    def seconds_per_token(self) -> float:
+        return (self.drafting_s + self.pass_s) / self.tokens
+
+
+def tokens_per_pass(agreement: float, drafted: int) -> float:
+    """Tokens that a pass brings with drafts of this length, each token of which is right with this chance."""
+    return float(drafted + 1) if agreement == 1 else (1 - agreement ** (drafted + 1)) / (1 - agreement)
+
+
+def outlook(
+    plan: ResidencyPlan,
+    disk_bytes_per_s: float,
+    memory_bytes_per_s: float,
+    link_bytes_per_s: float | None = None,
+    agreement: float = AGREEMENT,
+) -> Outlook:
+    """What the plan promises for an answer, with the length of drafts that is best for it; 0 without a copy."""
+    speeds = disk_bytes_per_s, memory_bytes_per_s, link_bytes_per_s
+    link_s = seconds_per_pass(plan, *speeds)
+    if plan.copy is None:
+        return Outlook(0, 1.0, 0.0, link_s)
+    share = CPU_TOKEN_SHARE if link_bytes_per_s is None else GPU_TOKEN_SHARE
+    read_s = plan.weight_bytes_per_pass / memory_bytes_per_s
+    step_s = plan.copy_bytes_per_pass / memory_bytes_per_s
+    outlooks = [
+        Outlook(
+            drafted,
+            tokens_per_pass(agreement, drafted),
+            drafted * step_s,
+            max(link_s, read_s * (1 + share * drafted)),
+        )
+        for drafted in range(LONGEST + 1)
+    ]
+    return min(outlooks, key=lambda one: one.seconds_per_token)

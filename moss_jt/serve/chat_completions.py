@@ -1,0 +1,232 @@
+"""POST /v1/chat/completions."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from moss_jt.chat.field_reader import MARKERS
+from moss_jt.chat.messages import Conversation, Message, conversation_of, turn_pieces
+from moss_jt.chat.prompt import MOSS, PromptEncoder, no_plugins, opening, question
+from moss_jt.errors import MossError
+from moss_jt.plugins.interface import Plugin
+from moss_jt.serve.answering import Answering
+from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.events import Extra, Finished, Thinking, Token, Usage, Words
+from moss_jt.serve.plain import Wanted, write_plain
+from moss_jt.serve.replay import respond
+from moss_jt.serve.schemas import ChatRequest
+from moss_jt.serve.service import Service
+from moss_jt.serve.streams import DONE, data_event
+from moss_jt.serve.turns import WantedTurn, write_turn
+from moss_jt.store.tokenizer import Tokenizer
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["OpenAI"])
+
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        service.model(asked.model)
+        parts = await service.aside(prepared, service, asked)
+        form = ChatForm(service, asked)
+        return respond(service, request, parts, form, bool(asked.stream), "chat")
+
+    for path in ("/v1/chat/completions", "/chat/completions"):
+        routes.add_api_route(
+            path, chat_completions, methods=["POST"], include_in_schema=path.startswith("/v1")
+        )
+    return routes
+
+
+def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering], None]]:
+    """What writes the choices. Whatever is wrong with the request is said here.
+
+    Raises:
+        ApiError: something is.
+    """
+    moss = service.model(asked.model)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
+    try:
+        messages = [Message(message.role, message.text) for message in asked.messages]
+        conversation = conversation_of(messages)
+        encoder = PromptEncoder(moss.tokenizer, service.name)
+    except MossError as error:
+        raise bad_value(error, "messages") from error
+    plugins = service.plugins(asked.plugins)
+    if plugins and asked.logprobs:
+        if asked.plugins is not None:
+            raise ApiError(
+                400, "logprobs are not done where plugins are on.", "logprobs", "unsupported_parameter"
+            )
+        plugins = []  # nobody asked for them
+    system = service.settings.system
+    token_ids = prompt_tokens(encoder, conversation, plugins, system)
+    free = service.check_length(len(token_ids))
+    params = service.params(asked)
+    most = min(asked.max_completion_tokens or asked.max_tokens or free, free)
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    choices = range(asked.n or 1)
+    if plugins:
+        turn = WantedTurn(conversation, plugins, params, most, stops, system)
+        return [partial(write_turn, moss, turn, choice) for choice in choices]
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    stop_ids = encoder.special | moss.stop_ids
+    wanted = Wanted(token_ids, params, most, stop_ids, [*stops, *MARKERS], None, logprobs, lead=True)
+    return [partial(write_plain, moss, wanted, choice) for choice in choices]
+
+
+def prompt_tokens(
+    encoder: PromptEncoder, conversation: Conversation, plugins: Sequence[Plugin], system: str | None
+) -> list[int]:
+    """The conversation up to where MOSS begins to answer without plugins."""
+    pieces = conversation.instruction(plugins, system)
+    for message, answer in conversation.turns:
+        pieces += turn_pieces(message, answer)
+    return encoder.encode([*pieces, *question(conversation.message), *no_plugins(), *opening(MOSS)])
+
+
+@dataclass
+class Choice:
+    """What has come of one choice."""
+
+    text: str = ""
+    thoughts: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    extras: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = "stop"
+
+
+class ChatForm:
+    """What an answer looks like: as events, and whole."""
+
+    def __init__(self, service: Service, asked: ChatRequest) -> None:
+        self._service = service
+        self._choices = asked.n or 1
+        self._logprobs = bool(asked.logprobs)
+        self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        self._progress = bool(asked.return_progress)
+        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def first(self) -> Iterator[str]:
+        for index in range(self._choices):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def event(self, event: Any) -> Iterator[str]:
+        if isinstance(event, Words):
+            tokens = {
+                "content": [token_fields(self._service.model().tokenizer, token) for token in event.tokens]
+            }
+            yield self._chunk(
+                event.choice,
+                {"content": event.text},
+                {"logprobs": {**tokens, "refusal": None}} if self._logprobs else {},
+            )
+        elif isinstance(event, Thinking):
+            yield self._chunk(event.choice, {"reasoning_content": event.text})
+        elif isinstance(event, Extra):
+            yield self._chunk(event.choice, {}, {}, {"moss": event.fields})
+        elif isinstance(event, Finished):
+            yield self._chunk(event.choice, {}, {"finish_reason": event.reason})
+
+    def status(self, status: dict[str, Any]) -> str | None:
+        return self._chunk(0, {}, {}, {"moss": status}) if self._progress else None
+
+    def last(self, usage: Usage) -> Iterator[str]:
+        if self._usage:
+            yield data_event(
+                {**self._head("chat.completion.chunk"), "choices": [], "usage": usage_fields(usage)}
+            )
+        yield DONE
+
+    def failed(self, error: ApiError) -> Iterator[str]:
+        yield data_event(error.body)
+        yield DONE
+
+    def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
+        choices = [Choice() for _ in range(self._choices)]
+        for event in events:
+            choice = choices[event.choice]
+            if isinstance(event, Words):
+                choice.text += event.text
+                choice.tokens += event.tokens
+            elif isinstance(event, Thinking):
+                choice.thoughts += event.text
+            elif isinstance(event, Extra):
+                choice.extras.append(event.fields)
+            elif isinstance(event, Finished):
+                choice.reason = event.reason
+        return {
+            **self._head("chat.completion"),
+            "choices": [self._complete_choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": usage_fields(usage),
+        }
+
+    def _complete_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.thoughts:
+            message["reasoning_content"] = choice.thoughts
+        if choice.extras:
+            message["moss"] = choice.extras
+        logprobs = None
+        if self._logprobs:
+            tokenizer = self._service.model().tokenizer
+            logprobs = {
+                "content": [token_fields(tokenizer, token) for token in choice.tokens],
+                "refusal": None,
+            }
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.name,
+            "system_fingerprint": self._service.fingerprint,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        choice: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> str:
+        fields = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(choice or {})}
+        usage = {"usage": None} if self._usage else {}
+        return data_event(
+            {**self._head("chat.completion.chunk"), "choices": [fields], **usage, **(more or {})}
+        )
+
+
+def token_fields(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
+    """A token and the likeliest in its place, in OpenAI's form."""
+    assert token.logprob is not None
+    return {
+        "token": token.text,
+        "logprob": token.logprob.logprob,
+        "bytes": [*token.bytes],
+        "top_logprobs": [
+            {
+                "token": (raw := tokenizer.token_bytes(one)).decode("utf-8", "replace"),
+                "logprob": logprob,
+                "bytes": [*raw],
+            }
+            for one, logprob in token.logprob.top
+        ],
+    }
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.new,
+        "total_tokens": usage.prompt + usage.new,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }

@@ -1,0 +1,171 @@
+"""POST /v1/completions: any text goes on, as it is. Special tokens that are written in it count as such."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from moss_jt.serve.answering import Answering
+from moss_jt.serve.chat_completions import usage_fields
+from moss_jt.serve.errors import ApiError
+from moss_jt.serve.events import Finished, Token, Usage, Words
+from moss_jt.serve.plain import Wanted, write_plain
+from moss_jt.serve.replay import respond
+from moss_jt.serve.schemas import CompletionRequest
+from moss_jt.serve.service import Service
+from moss_jt.serve.streams import DONE, data_event
+from moss_jt.store.tokenizer import BYTE_ORDER_MARK, Tokenizer
+
+DEFAULT_TOKENS = 16
+MOST_CHOICES = 128
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["OpenAI"])
+
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        service.model(asked.model)
+        parts = await service.aside(prepared, service, asked)
+        form = CompletionForm(service, asked, len(parts))
+        return respond(service, request, parts, form, bool(asked.stream), "completion")
+
+    for path in ("/v1/completions", "/completions"):
+        routes.add_api_route(path, completions, methods=["POST"], include_in_schema=path.startswith("/v1"))
+    return routes
+
+
+def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answering], None]]:
+    """What writes the choices: n of each prompt.
+
+    Raises:
+        ApiError: something is wrong with the request.
+    """
+    moss = service.model(asked.model)
+    params = service.params(asked)
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    parts: list[Callable[[Answering], None]] = []
+    for token_ids in prompts_of(asked.prompt, moss.tokenizer):
+        if max(token_ids) >= moss.config.vocab_size:
+            message = f"prompt: ids of tokens are 0 to {moss.config.vocab_size - 1}."
+            raise ApiError(400, message, "prompt", "invalid_value")
+        most = DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
+        most = min(most, service.check_length(len(token_ids)))
+        limits = most, moss.stop_ids, stops, None, asked.logprobs, bool(asked.echo)
+        wanted = Wanted(token_ids, params, *limits)
+        for _ in range(asked.n or 1):
+            parts.append(partial(write_plain, moss, wanted, len(parts)))
+    if len(parts) > MOST_CHOICES:
+        raise ApiError(
+            400, f"n times the prompts are {len(parts)}; {MOST_CHOICES} are possible.", "n", "invalid_value"
+        )
+    return parts
+
+
+def prompts_of(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each prompt, in whichever of OpenAI's four forms they came."""
+    several = prompt if isinstance(prompt, list) and isinstance(prompt[0], str | list) else [prompt]
+    prompts = [
+        tokenizer.encode(one.removeprefix(BYTE_ORDER_MARK)) if isinstance(one, str) else [*one]
+        for one in several
+    ]
+    if not all(prompts):
+        raise ApiError(400, "prompt: there is no text to continue.", "prompt", "invalid_value")
+    return prompts
+
+
+class CompletionForm:
+    """What an answer looks like: as events, and whole."""
+
+    def __init__(self, service: Service, asked: CompletionRequest, choices: int) -> None:
+        self._service = service
+        self._choices = choices
+        self._logprobs = asked.logprobs
+        self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        self._progress = bool(asked.return_progress)
+        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def first(self) -> Iterator[str]:
+        yield self._chunk(0, "")
+
+    def event(self, event: Any) -> Iterator[str]:
+        if isinstance(event, Words):
+            yield self._chunk(event.choice, event.text, event.tokens)
+        elif isinstance(event, Finished):
+            yield self._chunk(event.choice, "", (), event.reason)
+
+    def status(self, status: dict[str, Any]) -> str | None:
+        return (
+            data_event({**self._head(), "choices": [self._choice(0, "", ())], "moss": status})
+            if self._progress
+            else None
+        )
+
+    def last(self, usage: Usage) -> Iterator[str]:
+        if self._usage:
+            yield data_event({**self._head(), "choices": [], "usage": usage_fields(usage)})
+        yield DONE
+
+    def failed(self, error: ApiError) -> Iterator[str]:
+        yield data_event(error.body)
+        yield DONE
+
+    def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
+        texts = [""] * self._choices
+        tokens: list[list[Token]] = [[] for _ in texts]
+        reasons = ["stop"] * self._choices
+        for event in events:
+            if isinstance(event, Words):
+                texts[event.choice] += event.text
+                tokens[event.choice] += event.tokens
+            elif isinstance(event, Finished):
+                reasons[event.choice] = event.reason
+        choices = [
+            self._choice(index, texts[index], tokens[index], reasons[index]) for index in range(len(texts))
+        ]
+        return {**self._head(), "choices": choices, "usage": usage_fields(usage)}
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._service.name,
+            "system_fingerprint": self._service.fingerprint,
+        }
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[Token], reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = legacy_logprobs(self._service.model().tokenizer, tokens)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _chunk(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
+        usage = {"usage": None} if self._usage else {}
+        return data_event({**self._head(), "choices": [self._choice(index, text, tokens, reason)], **usage})
+
+
+def legacy_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:
+    """OpenAI's old form. A text's first token follows nothing, and its schema wants a number there: 0."""
+    tops: list[dict[str, float]] = []
+    for token in tokens:
+        if token.logprob is None:
+            tops.append({})
+            continue
+        top: dict[str, float] = {}
+        for one, logprob in token.logprob.top:
+            # Tokens that are parts of characters may read the same: the likeliest of them stays.
+            top.setdefault(tokenizer.token_bytes(one).decode("utf-8", "replace"), logprob)
+        top.setdefault(token.bytes.decode("utf-8", "replace"), token.logprob.logprob)
+        tops.append(top)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [0.0 if token.logprob is None else token.logprob.logprob for token in tokens],
+        "top_logprobs": tops,
+        "text_offset": [token.offset for token in tokens],
+    }

@@ -1,0 +1,128 @@
+"""What the server runs and how it is: models, health, properties, slots, metrics, and text to tokens and back."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from moss_jt.chat.messages import Message, conversation_of
+from moss_jt.chat.prompt import PromptEncoder
+from moss_jt.errors import MossError
+from moss_jt.serve.chat_completions import prompt_tokens
+from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.metrics import CONTENT_TYPE
+from moss_jt.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from moss_jt.serve.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    async def health() -> dict[str, str]:
+        """200 once the model is loaded; 503 before."""
+        service.model()
+        return {"status": "ok"}
+
+    async def models() -> dict[str, Any]:
+        """Also while the model is loaded."""
+        return {"object": "list", "data": [model_fields(service)]}
+
+    async def model(model_id: str) -> dict[str, Any]:
+        if model_id != service.name:
+            message = f"There is no model {model_id[:100]!r} here, only {service.name!r}."
+            raise ApiError(404, message, "model", "model_not_found")
+        return model_fields(service)
+
+    for prefix in ("/v1", ""):
+        for path, endpoint, tag in (
+            ("health", health, "llama.cpp"),
+            ("models", models, "OpenAI"),
+            ("models/{model_id:path}", model, "OpenAI"),
+        ):
+            routes.add_api_route(
+                f"{prefix}/{path}", endpoint, methods=["GET"], tags=[tag], include_in_schema=bool(prefix)
+            )
+
+    @routes.post("/v1/embeddings", tags=["OpenAI"])
+    async def embeddings() -> Response:
+        raise ApiError(501, "MOSS makes no embeddings.", code="not_supported")
+
+    @routes.post("/tokenize", tags=["llama.cpp"])
+    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+        tokenizer = service.model().tokenizer
+        encode = tokenizer.encode if asked.parse_special else tokenizer.encode_plain
+        token_ids: list[int] = await service.aside(encode, asked.content)
+        if not asked.with_pieces:
+            return {"tokens": token_ids}
+        return {
+            "tokens": [{"id": token, "piece": _piece(tokenizer.token_bytes(token))} for token in token_ids]
+        }
+
+    @routes.post("/detokenize", tags=["llama.cpp"])
+    async def detokenize(asked: DetokenizeRequest) -> dict[str, str]:
+        moss = service.model()
+        if max(asked.tokens, default=0) >= moss.config.vocab_size:
+            message = f"tokens: ids of tokens are 0 to {moss.config.vocab_size - 1}."
+            raise ApiError(400, message, "tokens", "invalid_value")
+        return {"content": await service.aside(moss.tokenizer.decode, asked.tokens)}
+
+    @routes.post("/apply-template", tags=["llama.cpp"])
+    async def apply_template(asked: ChatRequest) -> dict[str, str]:
+        """The text that the model would read for a chat without plugins."""
+        moss = service.model()
+        try:
+            conversation = conversation_of([Message(one.role, one.text) for one in asked.messages])
+            encoder = PromptEncoder(moss.tokenizer, service.name)
+        except MossError as error:
+            raise bad_value(error, "messages") from error
+        token_ids = await service.aside(prompt_tokens, encoder, conversation, [], service.settings.system)
+        return {"prompt": await service.aside(moss.tokenizer.decode, token_ids)}
+
+    @routes.get("/props", tags=["llama.cpp"])
+    async def props() -> dict[str, Any]:
+        moss = service.model()
+        return {
+            "model_alias": service.name,
+            "default_generation_settings": {"n_ctx": moss.model.capacity, "params": _params(service)},
+            "total_slots": moss.plan.parallel,
+            "plugins": [plugin.name for plugin in service.settings.plugins],
+            "build_info": service.fingerprint,
+        }
+
+    @routes.get("/slots", tags=["llama.cpp"])
+    async def slots(fail_on_no_slot: bool = False) -> list[dict[str, Any]]:
+        """One for each conversation of full length that the cache has room for. There may be more answers: shorter ones."""
+        moss = service.model()
+        running = service.answers.running
+        if fail_on_no_slot and running >= moss.plan.parallel:
+            raise ApiError(503, "No slot is free.", code="no_slot", retry_after_s=5)
+        return [
+            {"id": number, "n_ctx": moss.model.capacity, "is_processing": number < running}
+            for number in range(moss.plan.parallel)
+        ]
+
+    @routes.get("/metrics", tags=["llama.cpp"], response_class=Response)
+    async def metrics() -> Response:
+        if not service.settings.metrics:
+            raise ApiError(501, "The server was started with --no-metrics.", code="not_supported")
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    return routes
+
+
+def model_fields(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "moss-jt"}
+
+
+def _piece(raw: bytes) -> Any:
+    """A token's text, or its bytes where these are no whole characters; as in llama.cpp's server."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return [*raw]
+
+
+def _params(service: Service) -> dict[str, Any]:
+    params = service.settings.params
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return {name: getattr(params, name) for name in names}

@@ -1,0 +1,234 @@
+"""A copy in fewer bits writes ahead: what the model says is the same to the bit, in fewer passes, whatever the copy is worth."""
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt import Moss
+from moss_jt.backend.threads import compute_threads
+from moss_jt.convert.folder_source import folder_recipe
+from moss_jt.convert.pipeline import convert
+from moss_jt.convert.quantize import QuantSettings, quantized_recipe
+from moss_jt.engine.sampling import Sampler
+from moss_jt.errors import MossError
+from moss_jt.kernels.needs import CpuNeeds
+from moss_jt.plan import placement
+from moss_jt.plan.placement import LATER_BYTES
+from moss_jt.plan.residency import Copy
+from moss_jt.store.files import read_json, write_json
+from moss_jt.store.manifest import MANIFEST, sealed
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import sizes_of_store
+from tests.support.models import tiny_model_folder
+from tests.support.plans import plan
+
+CONTEXT = 320
+QUESTIONS = ["What is 37 times 48?", "你好", "Tell me about the sea.", "Solve x + 3 = 5.", "Draw a cat."]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """moss-tiny as float16 and int8, and its int4 copy; and a copy of garbage, whose scales are no numbers."""
+    home = tmp_path_factory.mktemp("models")
+    shutil.copytree(tiny_model_folder(), home / "tiny")
+    source, recipe = folder_recipe(home / "tiny")
+    for bits in (8, 4):
+        settings = QuantSettings(bits, 96, "rtn")
+        out = home / f"tiny-int{bits}"
+        convert(source, quantized_recipe(recipe, source.config, settings, out, None), out)
+    make_garbage(home / "tiny-int4", home / "garbage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSS_JT_HOME", str(home / "home"))
+        yield home
+
+
+def make_garbage(copy: Path, folder: Path) -> None:
+    """The same with scales of the last block that are no numbers, and those of the first that are any: as a manifest vouches."""
+    shutil.copytree(copy, folder)
+    dice = np.random.default_rng(0)
+    fields = read_json(folder / MANIFEST)
+    for name in sorted(path.name for path in folder.glob("block-*")):
+        file = open_store(copy).blocks[int(name[6:8])]
+        data = bytearray((folder / name).read_bytes())
+        for local, spec in file.tensors.items():
+            if local.endswith(".scales"):
+                scales = dice.standard_normal(spec.shape).astype(np.float16)
+                scales[: len(scales) // 2] = np.nan if name == "block-03.safetensors" else 1
+                data[spec.offset : spec.offset + spec.nbytes] = scales.tobytes()
+                full = (
+                    spec.name
+                    if spec.name in fields["files"][name]["tensors"]
+                    else f"transformer.h.{int(name[6:8])}.{local}"
+                )
+                fields["files"][name]["tensors"][full]["sha256"] = hashlib.sha256(
+                    scales.tobytes()
+                ).hexdigest()
+        (folder / name).unlink()
+        (folder / name).write_bytes(data)
+    write_json(folder / MANIFEST, sealed(fields))
+
+
+def load(
+    folder: Path, share: float | None = None, copy: Path | None = None, parallel: int = 1, **more: Any
+) -> Moss:
+    """share: of the blocks that is resident, or None for everything. The process counts as empty, so that its size today decides
+    nothing; drafts are as long as they may be, for so small a model that they do not pay."""
+    sizes, copied, budget = sizes_of_store(open_store(folder)), None, 4 << 30
+    if copy is not None:
+        other = open_store(copy)
+        copied = Copy(sizes_of_store(other), CpuNeeds(other.config, other.bits))
+    if share is not None:
+        full = plan(sizes, CONTEXT, 1 << 40, threads=compute_threads(), parallel=parallel, copy=copied)
+        budget = full.peak_bytes - full.footprint_bytes + LATER_BYTES + 2 * max(sizes.block_bytes)
+        budget -= int((1 - share) * sum(sizes.block_bytes)) + (sizes.head_bytes if copy is None else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+        moss = Moss.load(
+            folder,
+            memory=budget,
+            context=CONTEXT,
+            parallel=parallel,
+            draft_model="off" if copy is None else copy,
+            **more,
+        )
+    assert moss.plan.streams == (share is not None) and (moss.copy is None) == (copy is None)
+    if moss.copy is not None:
+        moss.copy.adaptive = False
+    return moss
+
+
+class Digests:
+    """Of all logits that tokens were chosen from, by the answer's seed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.digests: dict[int | None, list[str]] = {}
+        choose = Sampler.choose
+
+        def noted(sampler: Sampler, logits: np.ndarray) -> int:
+            digest = hashlib.sha256(logits.tobytes()).hexdigest()
+            self.digests.setdefault(sampler.params.seed, []).append(digest)
+            return choose(sampler, logits)
+
+        monkeypatch.setattr(Sampler, "choose", noted)
+
+    def take(self) -> dict[int | None, list[str]]:
+        digests, self.digests = self.digests, {}
+        return digests
+
+
+def ask_all(moss: Moss, temperature: float) -> list[tuple[list[int], str | None]]:
+    """Each question in a thread of its own, with a seed of its own."""
+    answers: list[tuple[list[int], str | None]] = [([], None)] * len(QUESTIONS)
+
+    def ask(number: int) -> None:
+        prompt = f"<|Human|>: {QUESTIONS[number]}<eoh>\n<|Inner Thoughts|>: None<eot>\n<|MOSS|>:"
+        generation = moss.generate(prompt, max_new_tokens=24, temperature=temperature, seed=number).finish()
+        answers[number] = generation.token_ids, generation.stats.stop_reason
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(QUESTIONS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return answers
+
+
+@pytest.mark.parametrize("bits", ["", "-int8"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_text_is_the_model_s_own_to_the_bit(
+    models: Path, bits: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many at once, streamed and resident, with the model's copy and one of garbage."""
+    digests = Digests(monkeypatch)
+    folder = models / f"tiny{bits}"
+    with load(folder, draft="off") as moss:
+        expected = ask_all(moss, temperature)
+        logits = digests.take()
+        plain = moss.engine.passes
+    for share, copy, parallel in ((None, "tiny-int4", 1), (0.4, "tiny-int4", 3), (0.0, "garbage", 1)):
+        with load(folder, share, models / copy, parallel) as moss:
+            assert ask_all(moss, temperature) == expected
+            assert digests.take() == logits
+            if copy != "garbage" and parallel == 3:
+                assert moss.engine.passes < plain / 2
+
+
+def test_conversations_are_the_same_across_turns_cuts_and_stops(models: Path) -> None:
+    """After an answer that was left in its midst, a text that was cut, and up to the context's very end."""
+
+    def talk(moss: Moss) -> list[list[int]]:
+        said = []
+        text = moss.session()
+        text.extend(moss.tokenizer.encode("<|Human|>: What is 12 times 12?<eoh>\n<|Inner Thoughts|>:"))
+        params = {"temperature": 0.8, "seed": 3}
+        for cut, new in ((5, 40), (None, 30), (90, 25)):
+            answer = text.decode(make_params(**params), new)
+            for number, _ in enumerate(answer, 1):
+                if number == cut:
+                    break
+            answer.close()
+            said.append(list(text.token_ids))
+            if cut == 90:
+                text.truncate(text.position - 31)
+            text.extend(moss.tokenizer.encode("\n<|Human|>: 你好 again<eoh>\n"))
+        list(text.decode(make_params(temperature=0), 1000))
+        assert text.stop_reason == "context" and text.position == moss.model.capacity
+        return [*said, list(text.token_ids)]
+
+    with load(models / "tiny", draft="off") as moss:
+        expected = talk(moss)
+    with load(models / "tiny", 0.4, models / "tiny-int4") as moss:
+        assert talk(moss) == expected
+        assert moss.engine.pool.free + len(pages_in_use(moss)) == moss.engine.pool.count
+
+
+def make_params(**options: Any) -> Any:
+    from moss_jt.engine.sampling import SamplingParams
+
+    return SamplingParams(**options)
+
+
+def pages_in_use(moss: Moss) -> set[int]:
+    return {page for page in range(moss.engine.pool.count) if moss.engine.pool.users(page)}
+
+
+def test_what_was_drafted_and_what_it_cost_is_told(models: Path) -> None:
+    prompt = "<|Human|>: Hello<eoh>\n<|Inner Thoughts|>: None<eot>\n<|MOSS|>:"
+    with load(models / "tiny", 0.4, models / "tiny-int4") as moss:
+        stats = moss.generate(prompt, max_new_tokens=20, temperature=0).finish().stats
+    assert 0 < stats.accepted <= stats.drafted
+    assert stats.passes <= stats.new_tokens - stats.accepted
+    assert stats.seconds["drafting"] > 0 and stats.seconds["computing"] > 0
+
+
+def test_the_head_is_in_memory_once(models: Path) -> None:
+    with load(models / "tiny", 0.4, models / "tiny-int4") as moss:
+        heads = [unit for unit in moss.plan.units if unit.kind == "head"]
+        assert heads and all(unit.resident for unit in heads)
+        assert moss.copy is not None
+        ours = [slab.weight.data.ctypes.data for slab in moss.model.weights.head_slabs()]
+        theirs = [slab.weight.data.ctypes.data for slab in moss.copy.model.weights.head_slabs()]  # type: ignore[attr-defined]
+        assert ours == theirs
+
+
+def test_a_copy_is_found_where_weights_stream_and_pays(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(**options: Any) -> str | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+            with Moss.load(models / "tiny", context=CONTEXT, **options) as moss:
+                return None if moss.copy is None else moss.copy.model.weights.store.path.name  # type: ignore[attr-defined]
+
+    assert loaded(memory="2GiB") is None, "everything is resident"
+    assert loaded(memory="2GiB", draft_model=models / "tiny-int8") == "tiny-int8"
+    with pytest.raises(MossError, match="has 16 bits, and .* has 16"):
+        loaded(memory="2GiB", draft_model=models / "tiny")
+    with pytest.raises(MossError, match="there is no model called 'nothing'"):
+        loaded(memory="2GiB", draft_model="nothing")

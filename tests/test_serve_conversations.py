@@ -1,0 +1,308 @@
+"""Conversations that the server keeps, as the page asks for them."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from moss_jt.plugins.interface import Outcome
+from moss_jt.plugins.registry import PluginSettings, make_plugins
+from moss_jt.serve.server import Server
+from tests.support.serving import client, served, shared_moss, shared_server
+
+SUM = "What is 37 times 48?"
+ANSWER = "37 times 48 equals 1776[1]."
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return shared_server()
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with client(server) as found:
+        yield found
+
+
+def begin(http: httpx.Client, **members: Any) -> str:
+    answer = http.post("/api/conversations", json=members)
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])
+
+
+def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found = []
+    for text in answer.text.removesuffix("\n\n").split("\n\n"):
+        if not text.startswith(":"):
+            name, data = text.split("\n")
+            fields = json.loads(data.removeprefix("data: "))
+            assert name == f"event: {fields['type']}"
+            found.append(fields)
+    return found
+
+
+def say(http: httpx.Client, name: str, message: str) -> list[dict[str, Any]]:
+    return events_of(http.post(f"/api/conversations/{name}/turns", json={"message": message}))
+
+
+def text_of(events: list[dict[str, Any]], kind: str = "text") -> str:
+    return "".join(event["text"] for event in events if event["type"] == kind)
+
+
+def test_a_turn_tells_what_happens_as_it_happens(http: httpx.Client) -> None:
+    name = begin(http)
+    events = say(http, name, SUM)
+    assert [event["n"] for event in events] == [*range(len(events))]
+    assert events[0] == {"n": 0, "type": "start", "turn": 0, "message": SUM}
+    assert text_of(events) == ANSWER
+    assert text_of(events, "thought") == "This is arithmetic, so I need the calculator."
+    assert text_of(events, "command") == 'Calculate("37*48")'
+    result = next(event for event in events if event["type"] == "result")
+    assert result["text"] == "1776" and result["found"] and result["picture"] is None
+    sources, timing, end = events[-3:]
+    assert sources["sources"][0]["number"] == 1 and timing["new_tokens"] > 20
+    assert end["kept"] and end["turns"] == 1 and end["title"] == SUM
+
+
+def test_what_was_said_is_kept_and_goes_on(http: httpx.Client, server: Server) -> None:
+    name = begin(http, plugins=["calculator"])
+    for message in (SUM, "你好"):
+        say(http, name, message)
+    held = http.get(f"/api/conversations/{name}").json()
+    assert [turn["message"] for turn in held["turns"]] == [SUM, "你好"] and held["plugins"] == ["calculator"]
+    first = held["turns"][0]
+    assert [event["type"] for event in first["events"]] == ["thought", "command", "result", "text"]
+    assert first["events"][-1]["text"] == ANSWER and first["stats"]["new_tokens"] > 20
+    listed = http.get("/api/conversations").json()["conversations"]
+    assert listed[0]["id"] == name and listed[0]["turns"] == 2 and listed[0]["title"] == SUM
+
+
+def test_retry_and_edit_replace_what_was_said(http: httpx.Client) -> None:
+    name = begin(http)
+    for message in ("Hello", SUM, "你好"):
+        say(http, name, message)
+    again = events_of(http.post(f"/api/conversations/{name}/retry"))
+    assert again[0]["turn"] == 2 and again[0]["message"] == "你好" and again[-1]["turns"] == 3
+    edited = events_of(http.put(f"/api/conversations/{name}/turns/1", json={"message": "Calculate 3+4"}))
+    assert edited[0]["turn"] == 1 and edited[-1]["turns"] == 2
+    turns = http.get(f"/api/conversations/{name}").json()["turns"]
+    assert [turn["message"] for turn in turns] == ["Hello", "Calculate 3+4"]
+    # It is what a conversation says that was never anything else.
+    other = begin(http)
+    say(http, other, "Hello")
+    assert text_of(say(http, other, "Calculate 3+4")) == text_of(edited)
+    assert http.put(f"/api/conversations/{name}/turns/7", json={"message": "x"}).status_code == 404
+    empty = begin(http)
+    assert http.post(f"/api/conversations/{empty}/retry").status_code == 400
+
+
+def test_settings_change_and_are_kept(http: httpx.Client) -> None:
+    name = begin(http, title="Sums", sampling={"temperature": 0.5, "seed": 3, "max_new_tokens": 1})
+    say(http, name, "Hello")
+    changed = http.patch(
+        f"/api/conversations/{name}",
+        json={
+            "title": "Other",
+            "plugins": [],
+            "system": "Be brief.",
+            "sampling": {"temperature": None, "top_p": 0.9},
+        },
+    ).json()
+    assert changed["title"] == "Other" and changed["plugins"] == [] and changed["system"] == "Be brief."
+    assert changed["sampling"] == {
+        "temperature": 0, "top_k": 40, "top_p": 0.9, "repetition_penalty": None, "seed": 3, "max_new_tokens": 1,
+    }  # fmt: skip
+    assert http.get(f"/api/conversations/{name}").json() == {**changed}
+    events = say(http, name, SUM)
+    notices = [event for event in events if event["type"] == "notice"]
+    assert not text_of(events, "command")
+    assert notices[0]["code"] == "cut" and notices[0]["tokens"] == 1
+    own = http.patch(f"/api/conversations/{name}", json={"system": ""}).json()
+    assert own["system"] is None
+    for wrong in (
+        {"plugins": ["search"]},
+        {"sampling": {"top_p": 0}},
+        {"sampling": {"seed": -1}},
+        {"title": 5},
+    ):
+        assert http.patch(f"/api/conversations/{name}", json=wrong).status_code == 400
+    assert http.post(f"/api/conversations/{name}/turns", json={"message": " \n "}).status_code == 400
+
+
+def test_a_lost_stream_is_taken_up_where_it_was_lost(http: httpx.Client) -> None:
+    name = begin(http)
+    whole = say(http, name, SUM)
+    other = begin(http)
+    received = []
+    with http.stream("POST", f"/api/conversations/{other}/turns", json={"message": SUM}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                received.append(json.loads(line.removeprefix("data: ")))
+            if len(received) == 5:
+                break  # and the connection is closed
+    rest = events_of(http.get(f"/api/conversations/{other}/answer", params={"from": received[-1]["n"] + 1}))
+
+    def same(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [event for event in events if event["type"] not in ("timing", "queue", "progress")]
+
+    assert same([*received, *rest]) == same(whole)
+    assert len(http.get(f"/api/conversations/{other}").json()["turns"]) == 1
+    assert http.get(f"/api/conversations/{begin(http)}/answer").status_code == 404
+
+
+class Waiting:
+    """A calculator that answers when it is let."""
+
+    name, label, function, argument, style, timeout_s = (
+        "waiting",
+        "Calculator",
+        "Calculate",
+        "expression",
+        "value",
+        30.0,
+    )
+
+    def __init__(self) -> None:
+        self.asked, self.gate = threading.Event(), threading.Event()
+
+    def call(self, argument: str, wanted: int) -> Outcome:
+        self.asked.set()
+        self.gate.wait(20)
+        return Outcome("1776")
+
+
+def test_while_an_answer_is_written_it_can_be_stopped_and_nothing_else_changes(tmp_path: Path) -> None:
+    plugin = Waiting()
+    options: dict[str, Any] = {"plugins": [plugin], "default_plugins": ["waiting"]}
+    with served(shared_moss(), tmp_path, **options) as server, client(server) as http:
+        name = begin(http)
+        found: list[dict[str, Any]] = []
+        asking = threading.Thread(target=lambda: found.extend(say(http, name, SUM)))
+        asking.start()
+        assert plugin.asked.wait(20)
+        for refused in (
+            http.post(f"/api/conversations/{name}/turns", json={"message": "x"}),
+            http.post(f"/api/conversations/{name}/retry"),
+            http.patch(f"/api/conversations/{name}", json={"title": "x"}),
+        ):
+            assert refused.status_code == 409
+        assert http.get(f"/api/conversations/{name}").json()["answering"]
+        assert http.get("/api/conversations").json()["conversations"][0]["answering"]
+        assert http.post(f"/api/conversations/{name}/stop").status_code == 204
+        plugin.gate.set()
+        asking.join(20)
+        codes = [event["code"] for event in found if event["type"] == "notice"]
+        assert codes == ["stopped"] and not found[-1]["kept"], "there was no answer yet"
+        assert http.get(f"/api/conversations/{name}").json()["turns"] == []
+        plugin.gate.set()
+        assert text_of(say(http, name, SUM)) == ANSWER
+
+
+def test_conversations_outlive_the_server(tmp_path: Path) -> None:
+    with served(shared_moss(), tmp_path) as server, client(server) as http:
+        name = begin(http, title="Kept")
+        say(http, name, SUM)
+        before = http.get(f"/api/conversations/{name}").json()
+    with served(shared_moss(), tmp_path) as server, client(server) as http:
+        after = http.get(f"/api/conversations/{name}").json()
+        assert {**after, "updated": 0} == {**before, "updated": 0}
+        assert events_of(http.post(f"/api/conversations/{name}/retry"))[-1]["turns"] == 1
+        assert http.delete(f"/api/conversations/{name}").status_code == 204
+        assert http.get(f"/api/conversations/{name}").status_code == 404
+    assert not list(tmp_path.glob("page/*.jsonl"))
+
+
+def test_damage_costs_the_damaged_turn_alone(tmp_path: Path) -> None:
+    with served(shared_moss(), tmp_path) as server, client(server) as http:
+        names = [begin(http) for _ in range(3)]
+        for name in names:
+            say(http, name, "Hello")
+            say(http, name, SUM)
+    files = {name: tmp_path / "page" / f"{name}.jsonl" for name in names}
+    lines = files[names[0]].read_bytes().splitlines(keepends=True)
+    files[names[0]].write_bytes(b"".join([lines[0], b"{garbage\n", lines[2]]))
+    files[names[1]].write_bytes(b"\xff" * 100)
+    with served(shared_moss(), tmp_path) as server, client(server) as http:
+        held = http.get(f"/api/conversations/{names[0]}").json()
+        assert held["damaged"] == 1 and [turn["message"] for turn in held["turns"]] == [SUM]
+        assert http.get(f"/api/conversations/{names[1]}").json()["turns"] == []
+        assert len(http.get(f"/api/conversations/{names[2]}").json()["turns"]) == 2
+        assert text_of(say(http, names[0], SUM)) == ANSWER
+        assert len(http.get("/api/conversations").json()["conversations"]) == 3
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "nothing", "%00", "a" * 500, ".hidden"])
+def test_no_name_leads_out_of_the_folder(http: httpx.Client, name: str) -> None:
+    for answer in (
+        http.get(f"/api/conversations/{name}"),
+        http.delete(f"/api/conversations/{name}"),
+        http.get(f"/api/pictures/{name}"),
+    ):
+        assert answer.status_code == 404 and "/" not in answer.json()["error"]["message"].replace(
+            answer.url.path, ""
+        )
+
+
+def test_pictures_are_those_of_the_folder_alone(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a-rock.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "secret.png").write_text("secret")
+    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
+    (pictures / "page.html").write_text("<script>")
+    settings = PluginSettings(picture_folder=pictures)
+    with served(None, tmp_path, plugin_settings=settings) as server, client(server) as http:
+        found = http.get("/api/pictures/a-rock.png")
+        assert found.status_code == 200 and found.headers["content-type"] == "image/png"
+        assert (
+            found.headers["x-content-type-options"] == "nosniff"
+            and "sandbox" in found.headers["content-security-policy"]
+        )
+        for name in ("link.png", "page.html", "..%2fsecret.png", "none.png"):
+            assert http.get(f"/api/pictures/{name}").status_code == 404
+
+
+def test_few_conversations_are_in_the_cache_and_all_go_on(tmp_path: Path) -> None:
+    from tests.support.serving import Limits
+
+    with served(shared_moss(), tmp_path, limits=Limits(live=2)) as server, client(server) as http:
+        names = [begin(http) for _ in range(5)]
+        for _ in range(2):
+            for name in names:
+                assert text_of(say(http, name, SUM)) == ANSWER
+        assert len(server.shelves.page._live) == 2
+        assert [len(http.get(f"/api/conversations/{name}").json()["turns"]) for name in names] == [2] * 5
+
+
+def test_the_number_of_conversations_is_bounded(tmp_path: Path) -> None:
+    from tests.support.serving import Limits
+
+    with (
+        served(shared_moss(), tmp_path, limits=Limits(conversations=3, live=1)) as server,
+        client(server) as http,
+    ):
+        names = []
+        for _ in range(6):
+            names.append(begin(http))
+            time.sleep(0.01)
+        kept = [one["id"] for one in http.get("/api/conversations").json()["conversations"]]
+        assert len(kept) <= 4 and names[-1] in kept and names[0] not in kept
+
+
+def test_what_a_page_must_know(http: httpx.Client, tmp_path: Path) -> None:
+    found = http.get("/api/server").json()
+    assert found["ready"] and found["context"] == 1024
+    assert [plugin["name"] for plugin in found["plugins"]] == ["calculator", "solver"]
+    with served(None, tmp_path, plugins=make_plugins(["solver"])) as server, client(server) as loading:
+        assert not loading.get("/api/server").json()["ready"]
+        assert loading.get("/api/conversations").json() == {"conversations": []}
+        waiting = loading.post("/api/conversations", json={})
+        assert waiting.status_code == 503 and int(waiting.headers["retry-after"]) > 0
