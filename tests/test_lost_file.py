@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moss_jt.backend.build import build_folder, is_built
+from moss_jt.backend.device import SWAP_SWITCH
 from moss_jt.store.manifest import MANIFEST
 from tests.support.cut_files import last_line
 from tests.support.models import random_checkpoint, tiny_model_folder
@@ -63,7 +64,14 @@ def test_weights_that_shrink_while_jittor_takes_them_over_to_swap(tmp_path: Path
         pytest.skip("Jittor is not built for swapping here; MOSS_JT_TEST_SWAP=1 builds it (1 to 3 minutes)")
     folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
     options = generate(folder, "--offload", "swap", "--memory", "2GiB")
-    told = last_line("moss_jt.engine.load.SwappedTensors", folder, "block-02*", *options)
+    environment = {key: value for key, value in os.environ.items() if key != "cache_name"}
+    told = last_line(
+        "moss_jt.engine.load.SwappedTensors",
+        folder,
+        "block-02*",
+        *options,
+        environment={**environment, SWAP_SWITCH: "1"},
+    )
     assert "block-02.safetensors ends early" in told
 
 

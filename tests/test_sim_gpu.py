@@ -22,6 +22,7 @@ import pytest
 
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
+from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
@@ -358,12 +359,13 @@ def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str])
 
 @with_jittor
 @pytest.mark.parametrize(
-    "offload",
+    ("offload", "switches"),
     [
-        "stream",
-        "unified",
+        ("stream", {}),
+        ("unified", {MANAGED_SWITCH: "1"}),
         pytest.param(
             "swap",
+            {SWAP_SWITCH: "1"},
             marks=pytest.mark.skipif(
                 os.environ.get("MOSS_JT_TEST_SWAP") != "1",
                 reason="MOSS_JT_TEST_SWAP=1 builds Jittor for swapping",
@@ -372,7 +374,7 @@ def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str])
     ],
 )
 def test_weights_that_shrink_while_the_card_takes_them_are_told(
-    resident: Run, environment: dict[str, str], offload: str, tmp_path: Path
+    resident: Run, environment: dict[str, str], offload: str, switches: dict[str, str], tmp_path: Path
 ) -> None:
     """No operator of the CPU's is there to catch a bus error."""
     folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
@@ -384,7 +386,7 @@ def test_weights_that_shrink_while_the_card_takes_them_are_told(
         "generate",
         folder,
         *options,
-        environment=environment_with(environment),
+        environment={**environment_with(environment), DEVICE_SWITCH: "gpu", **switches},
     )
     assert "block-01.safetensors ends early" in told
 

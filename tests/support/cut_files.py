@@ -45,20 +45,21 @@ def last_line(
 ) -> str:
     """What the command says last, where ``files`` in ``folder`` are cut to ``size`` bytes when the function ``where`` is
     called for the ``calls``-th time.
+
+    ``environment`` decides for what Jittor starts, which it does before the command says so. None: as for the CPU.
     """
     asked = json.dumps([where, calls, str(folder), files, size, [str(argument) for argument in arguments]])
-    given = os.environ if environment is None else environment
-    kept = {key: value for key, value in given.items() if key not in ("cache_name", SWAP_SWITCH)}
+    decided = ("cache_name", SWAP_SWITCH)
+    on_cpu = {key: value for key, value in os.environ.items() if key not in decided}
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROGRAM, asked],
         capture_output=True,
         text=True,
         check=False,
         timeout=1200,
-        env=kept,
+        env=on_cpu if environment is None else environment,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done
     lines = done.stderr.splitlines()
-    assert "cut" in lines
-    assert lines[-1].startswith("moss-jt: error: ")
+    assert "cut" in lines and lines[-1].startswith("moss-jt: error: "), done
     return lines[-1]
