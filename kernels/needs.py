@@ -57,21 +57,20 @@ class CpuNeeds:
     config: MossConfig
     bits: int
 
-    def block_floats(
-        self, tokens: int, positions: int, *, ordered: bool, onednn: bool, few: int | None = None
-    ) -> int:
+    def block_floats(self, tokens: int, positions: int, *, onednn: bool, few: int | None = None) -> int:
         """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
 
         Args:
             positions: of the cache.
-            ordered: some matrix has an input_order. Its inputs are there once more, in that order; and those of few tokens,
-                which without oneDNN all are, in the form that packed matrices are quicker with.
-            few: of the tokens, so many are in no whole page; None for all.
+            few: of the tokens, so many are in no whole page; None for all, as all are without oneDNN.
+
+        The inputs of packed matrices are there once more, in the order and the form that these are quicker with.
         """
         c = self.config
         few = tokens if few is None or not onednn else few
-        rearranged = ordered or (self.bits < 16 and few > 0)
-        columns = (3 * c.n_embd + c.n_inner) * (2 if rearranged else 1)
+        columns = 3 * c.n_embd + c.n_inner
+        if self.bits < 16:
+            columns += 3 * _input_floats(c.n_embd) + _input_floats(c.n_inner)
         partial = c.n_head * -(-positions // PAGE) * (c.head_dim + 2)
         return ALIGNMENT + tokens * columns + min(few, FEW_TOKENS) * partial
 
@@ -104,7 +103,7 @@ class CpuNeeds:
         pass, too, twice. Then what each of the threads has of its own.
         """
         c = self.config
-        block = self.block_floats(tokens, context, ordered=True, onednn=False)
+        block = self.block_floats(tokens, context, onednn=False)
         few = min(tokens, logit_rows(parallel)) * 2 * c.vocab_size
         own = threads * self.thread_floats(tokens, context)
         return (block + tokens * 6 * c.n_embd + few + own) * FLOAT32
@@ -120,6 +119,11 @@ class CpuNeeds:
             (c.vocab_size, c.n_embd * FLOAT16),
         )
         return max(_most_rows(rows, row_bytes) for rows, row_bytes in products)
+
+
+def _input_floats(inputs: int) -> int:
+    """Of one token, as input_floats() in digits.h counts them."""
+    return inputs + -(-inputs // 1024) * 16
 
 
 def _most_rows(rows: int, row_bytes: int) -> int:

@@ -24,7 +24,7 @@ from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
-from moss_jt.engine.logprobs import Logprob, logprobs_of
+from moss_jt.engine.logprobs import Logprob, check_top, logprobs_of
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -204,6 +204,7 @@ class Moss:
         Raises:
             MossError: as :meth:`logits`.
         """
+        check_top(top)
         token_ids = self._checked(token_ids)
         text = self.session()
         text.extend(token_ids)

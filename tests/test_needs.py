@@ -14,15 +14,15 @@ from moss_jt.backend.home import onednn_folder
 from moss_jt.backend.threads import compute_threads
 from moss_jt.kernels import needs
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
+from moss_jt.kernels.cpu.simd import definitions as simd_definitions
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import DEFINITIONS, FEW_TOKENS, HEAD_ROWS, CpuNeeds
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.sizes import MIB
 from tests.support.block_oracle import geometry
+from tests.support.native_flags import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
-# The flags of x86-64 processors that have a width of vectors; other processors compile plain C++.
-FLAGS = {512: ["-march=x86-64-v4", "-mavx512vnni"], 256: ["-march=x86-64-v3"], 0: []}
 BITS = (16, 8, 4)
 THREADS = 3
 TOKENS = (1, FEW_TOKENS, FEW_TOKENS + 1, PAGE - 1, PAGE, 2 * PAGE)  # multiples of a page are whole
@@ -34,12 +34,12 @@ MOSS_HEADS = replace(
 NARROW = geometry(64, 4, 8, n_positions=512, n_inner=2048)  # rows of few bytes: many are taken at once
 
 
-def compiled(folder: Path, simd: int, onednn: bool, *flags: str) -> Path:
+def compiled(folder: Path, simd: str, onednn: bool, *flags: str) -> Path:
     """tests/native/needs.cc over the kernels' headers, as source.py compiles them, or with a sanitizer."""
     program = folder / f"needs-{simd}-{onednn}-{len(flags)}"
     definitions = {
         **DEFINITIONS,
-        "MOSS_SIMD": simd,
+        **simd_definitions(simd),
         "MOSS_HEAD_ROWS": HEAD_ROWS,
         "MOSS_ALIGNMENT": needs.ALIGNMENT,
         **({"MOSS_ONEDNN": 1} if onednn else {}),
@@ -80,8 +80,8 @@ def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> lis
     return [(taken, held) for taken, held in actual]
 
 
-@pytest.mark.parametrize("simd", sorted({chosen_simd(), 0}))
-def test_without_onednn_nothing_is_written_beyond_its_end(simd: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("simd", sorted({chosen_simd(), "256", "0"} & set(available_simd())))
+def test_without_onednn_nothing_is_written_beyond_its_end(simd: str, tmp_path: Path) -> None:
     """int4 and int8 wrote a second set of inputs past the workspace, from 64 tokens on."""
     program = compiled(tmp_path, simd, False, "-O0", "-fsanitize=address")
     passes = [
@@ -90,9 +90,7 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: int, tmp_path: P
             tokens,
             group_size,
             ordered,
-            CpuNeeds(SMALL, bits).block_floats(
-                tokens, SMALL.n_positions, ordered=bool(ordered), onednn=False
-            ),
+            CpuNeeds(SMALL, bits).block_floats(tokens, SMALL.n_positions, onednn=False),
         )
         for bits, group_size, ordered in ((16, 0, 0), (8, 128, 0), (8, 32, 1), (4, 128, 0), (4, 32, 1))
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
@@ -121,7 +119,6 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
                     own.block_floats(
                         tokens,
                         config.n_positions,
-                        ordered=False,
                         onednn=onednn,
                         few=0 if tokens % PAGE == 0 else tokens,
                     ),

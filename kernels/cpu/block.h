@@ -45,23 +45,18 @@ struct Workspace {
         attended = take(width);
         inner = take(inner_width);
         auto inputs = [&](const M& m, float* plain) {
-            const bool whole = pass.whole && rearranged(m, false);
-            const bool few = pass.whole < pass.tokens && rearranged(m, true);
-            float* other = whole || few ? take(m.k) : plain;
-            return Inputs{whole ? other : plain, few ? other : plain, rows_of_gemm(m.k, pass)};
+            const bool whole = pass.whole && (m.order || M::kInWords);
+            const bool few = pass.whole < pass.tokens && (m.order || m.arranged());
+            const InputRows same{plain, m.k};
+            const InputRows other = whole || few ? InputRows{take(input_floats(m.k)), input_floats(m.k)} : same;
+            return Inputs{whole ? other : same, few ? other : same, rows_of_gemm<M>(m.k, pass)};
         };
         qkv_x = inputs(b.qkv, normed);
-        const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.arranged() == b.fc_in.arranged();
+        const bool as_qkv = !b.qkv.order && !b.fc_in.order && b.qkv.group_size() == b.fc_in.group_size();
         fc_in_x = as_qkv ? qkv_x : inputs(b.fc_in, normed);
         out_x = inputs(b.out_proj, attended);
         fc_out_x = inputs(b.fc_out, inner);
         partial = free;
-    }
-
-    // Token t's inputs of a matrix from its row of `plain`, where it takes them in another form.
-    void arrange(const M& m, const Inputs& x, int64_t t, const float* plain) const {
-        float* own = pass.few(t) ? x.few : x.whole;
-        if (own != plain) rearrange(m, pass.few(t), plain + t * m.k, own + t * m.k);
     }
 };
 
@@ -147,19 +142,19 @@ inline void run_block(const Block<M>& b) {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
             layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, w.normed + t * width);
-            w.arrange(b.qkv, w.qkv_x, t, w.normed);
-            const bool shared = w.fc_in_x.whole == w.qkv_x.whole && w.fc_in_x.few == w.qkv_x.few;
-            if (!shared) w.arrange(b.fc_in, w.fc_in_x, t, w.normed);
+            arrange(b.qkv, w.qkv_x, w.pass, t, w.normed);
+            const bool shared = w.fc_in_x.whole.x == w.qkv_x.whole.x && w.fc_in_x.few.x == w.qkv_x.few.x;
+            if (!shared) arrange(b.fc_in, w.fc_in_x, w.pass, t, w.normed);
         }
         block_input(b, w, queues);
         if (w.fc_out_x.apart(w.inner)) {
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < tokens; t++) w.arrange(b.fc_out, w.fc_out_x, t, w.inner);
+            for (int64_t t = 0; t < tokens; t++) arrange(b.fc_out, w.fc_out_x, w.pass, t, w.inner);
         }
         attend(attention);
         if (w.out_x.apart(w.attended)) {
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; t++) w.arrange(b.out_proj, w.out_x, t, w.attended);
+            for (int64_t t = 0; t < tokens; t++) arrange(b.out_proj, w.out_x, w.pass, t, w.attended);
         }
         block_output(b, w, queues);
     }

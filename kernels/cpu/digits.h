@@ -1,111 +1,250 @@
-// Packed matrices times inputs written as three digits of eight bits: integer products, exact within each span of inputs.
+// Packed matrices times a few tokens' inputs in digits: integer products, exact within each span of inputs.
 //
 // A span of 128 inputs shares a power of two 2^-k, and an input is X * 2^-k with an integer X of 24 bits: the largest
 // input of the span keeps its float32 precision, and each other one is rounded to a part in 2^24 of that largest, which
-// is what adding it to a float32 sum does as well. X = (d2 * 256 + d1) * 256 + d0 with signed bytes, and a row's fields q
-// are multiplied with each of the three by vpdpbusd: sum q * X is exact, and takes half of the instructions that widening
-// each field to a float does. Then
+// is what adding it to a float32 sum does as well. X is written in digits that the processor multiplies with fields:
+// three signed bytes (vpdpbusd, or vpmaddubsw for fields of 4 bits), or two words of 12 bits (vpmaddwd). sum q * X is
+// exact, and takes half of the instructions that widening each field to a float does. Then
 //   sum s * (q - z) * x  =  s * 2^-k * (sum q * X)  -  s * z * (sum x)   for each span,
 // where sum x is taken of the X * 2^-k, so that both terms round the inputs alike.
 #pragma once
+
+#include <cfloat>
 
 #include "matrix.h"
 
 namespace moss {
 
-constexpr int kSpan = 128, kDigits = 3;
+constexpr int kSpan = 128;
 
-// One token's inputs, in the memory of k floats: the spans' digits, then 2^-k of each span, then the sum of each span.
+// Floats of the memory that one token's inputs have: as many as inputs, and two for each span, in whole cache lines.
+inline int64_t input_floats(int64_t k) { return k + (k + 1023) / 1024 * 16; }
+
+// One token's inputs: the spans' digits, then 2^-k of each span, then the sum of each span.
+template <class Digits>
 struct DigitInputs {
-    int8_t* digits;  // (spans, 3, 128), the highest digit first
+    static constexpr int kSpanBytes = Digits::kInputBytes * kSpan;
+    uint8_t* digits;
     float *scales, *sums;
 
     DigitInputs(const float* x, int64_t k)
-        : digits((int8_t*)x), scales((float*)(digits + kDigits * k)), sums(scales + k / kSpan) {}
+        : digits((uint8_t*)x), scales((float*)(digits + k * Digits::kInputBytes)), sums(scales + k / kSpan) {}
 };
 
-#if MOSS_SIMD == 512
-
-// x in 16 lanes, of which those beyond are read at the last input: only a damaged model folder has such an order.
-inline F input_lanes(const float* x, const int32_t* order, int64_t at, int64_t k) {
-    if (!order) return Simd::load(x + at);
-    const __m512i last = _mm512_set1_epi32((int)(k - 1));
-    return _mm512_i32gather_ps(_mm512_min_epu32(_mm512_loadu_si512(order + at), last), x, sizeof(float));
+// The largest of the inputs, or NaN where one is not finite.
+inline float largest_input(const float* x, int64_t count) {
+    F most = Simd::zero(), unknown = Simd::zero();
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const F value = Simd::load(x + i);
+        most = Simd::max(most, Simd::max(value, Simd::sub(Simd::zero(), value)));
+        unknown = Simd::fma(value, Simd::zero(), unknown);
+    }
+    return Simd::largest(most) + Simd::sum(unknown);
 }
 
-// The digits of one span, its 2^-k, and the sum of its inputs. Inputs that are not finite make both numbers NaN.
-inline void write_span(const F* x, int8_t* digits, float& scale, float& sum) {
-    constexpr int kInfinity = 0x7f800000, kLeastExponent = -120;
-    constexpr float kMost = 8355000.0f;  // less than 127 * 2^16 + 127 * 2^8 + 127
-    __m512i most = _mm512_setzero_si512(), total = _mm512_setzero_si512();
-    MOSS_UNROLL
-    for (int v = 0; v < kSpan / kLanes; v++)
-        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[v]), _mm512_set1_epi32(0x7fffffff)));
-    const int bits = _mm512_reduce_max_epi32(most);  // as integers, NaN is greater than infinity
-    float largest;
-    std::memcpy(&largest, &bits, sizeof bits);
-    const int exponent = largest * 0x1p120f < kMost ? -kLeastExponent : std::ilogb(kMost / largest);
-    const F power = Simd::set1((float)exponent);
-    MOSS_UNROLL
-    for (int v = 0; v < kSpan / kLanes; v++) {
-        __m512i rest = _mm512_cvtps_epi32(Simd::scale2(x[v], power));
-        total = _mm512_add_epi32(total, rest);
-        MOSS_UNROLL
-        for (int d = kDigits - 1; d >= 0; d--) {  // the lowest byte, signed, and what it leaves of the rest
-            _mm_storeu_si128((__m128i*)(digits + d * kSpan + v * kLanes), _mm512_cvtepi32_epi8(rest));
-            rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+#if MOSS_SIMD > 0
+
+// X = (d2 * 256 + d1) * 256 + d0, signed bytes, the highest digit first.
+struct ByteDigits {
+    static constexpr int kInputBytes = 3;
+    static constexpr float kMost = 8355000.0f;  // less than 127 * 2^16 + 127 * 2^8 + 127
+    static void write(int32_t* ints, uint8_t* digits) {
+        for (int d = kInputBytes - 1; d >= 0; d--)
+            for (int i = 0; i < kSpan; i++) {
+                digits[d * kSpan + i] = (uint8_t)ints[i];
+                ints[i] = (ints[i] + 128) >> 8;  // the low byte is a signed one
+            }
+    }
+};
+
+// X = w1 * 4096 + w0, signed words, the high ones first; of each vector's bytes the even ones, then the odd ones.
+struct WordDigits {
+    static constexpr int kInputBytes = 4, kVector = sizeof(Simd::I);
+    static constexpr float kMost = 8386000.0f;  // less than 2047 * 4096 + 2047
+    static void write(int32_t* ints, uint8_t* digits) {
+        int16_t *high = (int16_t*)digits, *low = high + kSpan;
+        for (int i = 0; i < kSpan; i++) {
+            const int at = i / kVector * kVector + i % 2 * (kVector / 2) + i % kVector / 2;
+            high[at] = (int16_t)((ints[i] + 2048) >> 12);
+            low[at] = (int16_t)(ints[i] - high[at] * 4096);
         }
     }
-    scale = bits < kInfinity ? std::ldexp(1.0f, -exponent) : NAN;
-    sum = scale * (float)_mm512_reduce_add_epi32(total);
+};
+
+// The digits of one span, its 2^-k, and the sum of its inputs. Inputs that are not finite make both numbers NaN.
+template <class Digits>
+inline void write_span(const float* x, uint8_t* digits, float& scale, float& sum) {
+    constexpr int kMostExponent = 120;
+    const float largest = largest_input(x, kSpan);
+    // Not as `largest < small`: that is false for NaN, and its exponent is no number.
+    const int exponent = largest * 0x1p120f >= Digits::kMost ? std::ilogb(Digits::kMost / largest) : kMostExponent;
+    const F power = Simd::set1((float)exponent);
+    Simd::I total = Simd::zero_ints();
+    int32_t ints[kSpan];
+    for (int i = 0; i < kSpan; i += kLanes) {
+        const Simd::I rounded = Simd::round_to_ints(Simd::scale2(Simd::load(x + i), power));
+        total = Simd::add_ints(total, rounded);
+        Simd::store_ints(ints + i, rounded);
+    }
+    int32_t lanes[kLanes], all = 0;
+    Simd::store_ints(lanes, total);
+    for (int lane : lanes) all += lane;
+    Digits::write(ints, digits);
+    const bool finite = largest <= FLT_MAX;
+    scale = finite ? std::ldexp(1.0f, -exponent) : NAN;
+    sum = scale * (float)all;
 }
 
-// Readers of fields: kSpan of them as bytes, in two vectors, in the order of the inputs' digits.
-//   sum(x)   of the products with one token's span, in each lane, as floats
+// Readers of fields, kSpan of them: step() takes them apart, and sum(x) gives their products with one token's digits, in each
+// lane, as floats. input(i) is the input that belongs to number i, a multiple of 16, of the digits.
+
+constexpr int kVectorBytes = sizeof(Simd::I), kFieldVectors = kSpan / kVectorBytes;
+
+// The digits of one span as sum() reads them. Where registers are many they stay there for all rows.
+template <int kVectors, bool kStay>
+struct SpanDigits {
+    Simd::I vectors[kStay ? kVectors : 1];
+    const uint8_t* p;
+
+    void read(const uint8_t* digits) {
+        p = digits;
+        if constexpr (kStay)
+            MOSS_UNROLL
+            for (int v = 0; v < kVectors; v++) {
+                vectors[v] = Simd::load_ints(p + v * kVectorBytes);
+                Simd::in_register(vectors[v]);
+            }
+    }
+    // For one more row: what is read again has no register meanwhile.
+    void next_row() {
+        if constexpr (!kStay) asm("" : "+r"(p));
+    }
+    Simd::I operator[](int v) const {
+        if constexpr (kStay) return vectors[v];
+        else return Simd::load_ints(p + v * kVectorBytes);
+    }
+};
+
+#if MOSS_VNNI
+
+// sum + the fields' products with one of the three bytes of their inputs, whose vectors begin at x[first].
+template <class X>
+inline Simd::I add_digit(Simd::I sum, const Simd::I* fields, const X& x, int first) {
+    MOSS_UNROLL
+    for (int v = 0; v < kFieldVectors; v++) sum = Simd::add_dot_bytes(sum, fields[v], x[first + v]);
+    return sum;
+}
+
+#else
+
+// The products of fields of 4 bits with one of the three bytes, in words: up to four times 2 * 15 * 128.
+template <class X>
+inline Simd::I digit_words(const Simd::I* fields, const X& x, int first) {
+    Simd::I products[kFieldVectors];
+    MOSS_UNROLL
+    for (int v = 0; v < kFieldVectors; v++) products[v] = Simd::dot_bytes(fields[v], x[first + v]);
+    MOSS_UNROLL
+    for (int v = 1; v < kFieldVectors; v++) products[0] = Simd::add_words(products[0], products[v]);
+    return products[0];
+}
+
+#endif
+
+// 16 bytes hold 16 inputs in their low nibbles and the next 16 in the high ones.
+struct NibbleFields {
+    using Digits = ByteDigits;
+    static constexpr int kBits = 4, kInputVectors = 3 * kFieldVectors;
+    Simd::I fields[kFieldVectors];
+    void step(const uint8_t* p) {
+        prefetch(p);
+        const Simd::I low = Simd::set1_words(0x0f0f);
+        MOSS_UNROLL
+        for (int v = 0; v < kFieldVectors; v += 2) {
+            const Simd::I pairs = Simd::load_ints(p + v / 2 * kVectorBytes);
+            fields[v] = Simd::bits(pairs, low);
+            fields[v + 1] = Simd::bits(Simd::shift_words<4>(pairs), low);
+        }
+    }
+    static constexpr int input(int i) {
+        const int vector = i / kVectorBytes;
+        return (vector / 2 * kVectorBytes + i % kVectorBytes) * 2 + vector % 2 * 16;
+    }
+    template <class X>
+    F sum(const X& x) const {  // within 31 bits
+#if MOSS_VNNI
+        Simd::I sum = add_digit(Simd::zero_ints(), fields, x, 0);
+        sum = add_digit(Simd::times_256(sum), fields, x, kFieldVectors);
+        return Simd::to_floats(add_digit(Simd::times_256(sum), fields, x, 2 * kFieldVectors));
+#else
+        const Simd::I high = Simd::dot_words(digit_words(fields, x, 0), Simd::set1_words(256));
+        const Simd::I middle = Simd::dot_words(digit_words(fields, x, kFieldVectors), Simd::set1_words(1));
+        const Simd::I low = Simd::dot_words(digit_words(fields, x, 2 * kFieldVectors), Simd::set1_words(1));
+        return Simd::to_floats(Simd::add_ints(Simd::times_256(Simd::add_ints(high, middle)), low));
+#endif
+    }
+};
+
+#if MOSS_VNNI
 
 struct ByteFields {
-    static constexpr int kBits = 8;
-    __m512i low, high;
+    using Digits = ByteDigits;
+    static constexpr int kBits = 8, kInputVectors = 3 * kFieldVectors;
+    Simd::I fields[kFieldVectors];
     void step(const uint8_t* p) {
         prefetch(p);
         prefetch(p + 64);
-        low = _mm512_loadu_si512(p);
-        high = _mm512_loadu_si512(p + 64);
+        MOSS_UNROLL
+        for (int v = 0; v < kFieldVectors; v++) fields[v] = Simd::load_ints(p + v * kVectorBytes);
     }
-    static constexpr int input(int v) { return v * kLanes; }
-    __m512i digit(const __m512i* x) const {
-        return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low, x[0]), high, x[1]);
-    }
-    __m512i two_digits(const __m512i* x) const {
-        return _mm512_add_epi32(_mm512_slli_epi32(digit(x), 8), digit(x + 2));
-    }
-    // A lane's eight products take 34 bits: the lowest digit's are added as floats.
-    F sum(const __m512i* x) const {
-        return Simd::fma(_mm512_cvtepi32_ps(two_digits(x)), Simd::set1(256.0f), _mm512_cvtepi32_ps(digit(x + 4)));
+    static constexpr int input(int i) { return i; }
+    // A lane's products take 34 bits and more: the lowest digit's are added as floats.
+    template <class X>
+    F sum(const X& x) const {
+        Simd::I upper = add_digit(Simd::zero_ints(), fields, x, 0);
+        upper = add_digit(Simd::times_256(upper), fields, x, kFieldVectors);
+        const F lower = Simd::to_floats(add_digit(Simd::zero_ints(), fields, x, 2 * kFieldVectors));
+        return Simd::fma(Simd::to_floats(upper), Simd::set1(256.0f), lower);
     }
 };
 
-struct NibbleFields {
-    static constexpr int kBits = 4;
-    ByteFields bytes;
+#else
+
+// As words, the even bytes of a vector and then the odd ones: a sum of two products of bytes is no word.
+struct ByteFields {
+    using Digits = WordDigits;
+    static constexpr int kBits = 8, kWordVectors = 2 * kFieldVectors, kInputVectors = 2 * kWordVectors;
+    Simd::I fields[kWordVectors];
     void step(const uint8_t* p) {
         prefetch(p);
-        const __m512i pairs = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
-        bytes.low = _mm512_and_si512(pairs, mask);
-        bytes.high = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), mask);
+        prefetch(p + 64);
+        MOSS_UNROLL
+        for (int v = 0; v < kFieldVectors; v++) {
+            const Simd::I bytes = Simd::load_ints(p + v * kVectorBytes);
+            fields[2 * v] = Simd::bits(bytes, Simd::set1_words(255));
+            fields[2 * v + 1] = Simd::shift_words<8>(bytes);
+        }
     }
-    // Where the inputs of vector v begin: 16 bytes hold 16 inputs in their low nibbles and the next 16 in the high ones.
-    static constexpr int input(int v) { return v % 4 * 32 + v / 4 * 16; }
-    F sum(const __m512i* x) const {  // within 30 bits
-        const __m512i upper = _mm512_slli_epi32(bytes.two_digits(x), 8);
-        return _mm512_cvtepi32_ps(_mm512_add_epi32(upper, bytes.digit(x + 4)));
+    static constexpr int input(int i) { return i; }
+    template <class X>
+    F sum(const X& x) const {
+        Simd::I high = Simd::dot_words(fields[0], x[0]), low = Simd::dot_words(fields[0], x[kWordVectors]);
+        MOSS_UNROLL
+        for (int v = 1; v < kWordVectors; v++) {
+            high = Simd::add_dot_words(high, fields[v], x[v]);
+            low = Simd::add_dot_words(low, fields[v], x[kWordVectors + v]);
+        }
+        return Simd::fma(Simd::to_floats(high), Simd::set1(4096.0f), Simd::to_floats(low));
     }
 };
+
+#endif
 
 template <class Fields>
 struct DigitRow {
     static constexpr bool kInDigits = true;
-    static constexpr int kBits = Fields::kBits, kStep = kSpan, kStreams = 2;
+    static constexpr int kBits = Fields::kBits, kStep = kSpan;
+    static constexpr int kStreams = Simd::kRegisters >= 32 ? 2 : 4;
+    using Inputs = DigitInputs<typename Fields::Digits>;
     const uint8_t *p, *zeros;
     const uint16_t* scales;
     int64_t per_group;  // spans
@@ -113,12 +252,13 @@ struct DigitRow {
 
     template <class M>
     static void arrange(const M& m, const float* x, float* result) {
-        const DigitInputs to(result, m.k);
+        const Inputs to(result, m.k);
         for (int64_t span = 0; span < m.k / kSpan; span++) {
-            F inputs[kSpan / kLanes];
-            for (int v = 0; v < kSpan / kLanes; v++)
-                inputs[v] = input_lanes(x, m.order, span * kSpan + Fields::input(v), m.k);
-            write_span(inputs, to.digits + span * kDigits * kSpan, to.scales[span], to.sums[span]);
+            float inputs[kSpan];
+            for (int i = 0; i < kSpan; i += 16)
+                copy_inputs(m, x, span * kSpan + Fields::input(i), 16, inputs + i);
+            write_span<typename Fields::Digits>(inputs, to.digits + span * Inputs::kSpanBytes, to.scales[span],
+                                                to.sums[span]);
         }
     }
 
@@ -155,7 +295,9 @@ struct DigitRow {
 template <class Row, class M, int kRows, int kTokens>
 inline void digit_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t gap,
                         bool add) {
-    constexpr int kVectors = kDigits * kSpan / (int)sizeof(Simd::I);
+    using Inputs = typename Row::Inputs;
+    // Two tokens' digits and four rows' sums: more do not fit.
+    using Digits = SpanDigits<decltype(Row::fields)::kInputVectors, Simd::kRegisters >= 32 && (kTokens < 3)>;
     Row row[kRows];
     F sum[kRows][kTokens];
     MOSS_UNROLL
@@ -174,28 +316,24 @@ inline void digit_block(const M& m, const int64_t* rows, const float* x, int64_t
             row[r].prepare(begin, count, scale, zero);
             MOSS_UNROLL
             for (int t = 0; t < kTokens; t++) {
-                const DigitInputs in(x + t * ldx, m.k);
+                const Inputs in(x + t * ldx, m.k);
                 Simd::store(factors[r][t], Simd::mul(scale, load_n(in.scales + begin, count)));
                 sum[r][t] = Simd::sub(sum[r][t], Simd::mul(zero, load_n(in.sums + begin, count)));
             }
         }
         for (int i = 0; i < count; i++) {
-            Simd::I inputs[kTokens][kVectors];
+            Digits inputs[kTokens];
             MOSS_UNROLL
-            for (int t = 0; t < kTokens; t++) {
-                const int8_t* digits = DigitInputs(x + t * ldx, m.k).digits + (begin + i) * kDigits * kSpan;
-                MOSS_UNROLL
-                for (int v = 0; v < kVectors; v++) {
-                    inputs[t][v] = _mm512_loadu_si512(digits + v * sizeof(Simd::I));
-                    if (kTokens < 3) Simd::in_register(inputs[t][v]);  // more do not fit
-                }
-            }
+            for (int t = 0; t < kTokens; t++)
+                inputs[t].read(Inputs(x + t * ldx, m.k).digits + (begin + i) * Inputs::kSpanBytes);
             MOSS_UNROLL
             for (int r = 0; r < kRows; r++) {
                 row[r].step(begin + i);
                 MOSS_UNROLL
-                for (int t = 0; t < kTokens; t++)
+                for (int t = 0; t < kTokens; t++) {
+                    inputs[t].next_row();
                     sum[r][t] = Simd::fma(row[r].fields.sum(inputs[t]), Simd::set1(factors[r][t][i]), sum[r][t]);
+                }
             }
         }
     }

@@ -14,6 +14,7 @@
 
 #include "linear.h"
 #include "queue.h"
+#include "words.h"
 
 #ifdef MOSS_ONEDNN
 extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
@@ -22,7 +23,6 @@ extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_
 
 namespace moss {
 
-constexpr int64_t kPage = MOSS_PAGE;  // tokens of a page, for which sgemm is ahead
 constexpr int64_t kTileRows = MOSS_TILE_ROWS, kTileInputs = MOSS_TILE_INPUTS;
 
 // What a thread has scratch memory for: the rows that it works on, and beside them keys, values and scores, or a tile.
@@ -60,6 +60,10 @@ inline float* scratch(size_t count) {
     static thread_local Growing memory;
     return memory.floats(count);
 }
+
+#if MOSS_SIMD > 0
+inline WordScratch& word_scratch() { return *(WordScratch*)scratch<Widened>(sizeof(WordScratch) / sizeof(float)); }
+#endif
 
 // The next multiple of 64 bytes: inputs that straddle cache lines halve the speed of products with several tokens.
 inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
@@ -177,13 +181,50 @@ struct Pass {
     bool few(int64_t t) const { return t >= whole; }
 };
 
-// One matrix's inputs, (tokens, k): where the whole rows lie, and where the few ones.
+// Inputs of a matrix: a row of ld floats for each token of the pass.
+struct InputRows {
+    float* x;
+    int64_t ld;
+};
+
+// One matrix's inputs: where the whole rows lie, and where the few ones.
 struct Inputs {
-    float *whole, *few;
+    InputRows whole, few;
     int64_t at_once;  // whole rows that go into one sgemm
 
-    bool apart(const float* plain) const { return whole != plain || few != plain; }
+    bool apart(const float* plain) const { return whole.x != plain || few.x != plain; }
 };
+
+// Token t's inputs of a matrix from its row of `plain`, where it takes them in another form.
+template <class M>
+inline void arrange(const M& m, const Inputs& x, const Pass& pass, int64_t t, const float* plain) {
+    const InputRows& rows = pass.few(t) ? x.few : x.whole;
+    if (rows.x == plain) return;
+    const float* from = plain + t * m.k;
+#if MOSS_SIMD > 0
+    if constexpr (M::kInWords)
+        if (!pass.few(t)) return write_words(m, from, t % kPage, WordPage(m, span_of(m), rows.x + t / kPage * kPage * rows.ld));
+#endif
+    float* to = rows.x + t * rows.ld;
+    if constexpr (M::kArranges)
+        if (pass.few(t) && m.arranged()) return M::FewRow::arrange(m, from, to);
+    copy_inputs(m, from, 0, m.k, to);
+}
+
+#ifdef MOSS_ONEDNN
+
+template <class M>
+inline void product_whole(const M& m, int64_t first, int64_t end, const Inputs& x, int64_t tokens, float* y, int64_t ldy,
+                          bool add) {
+#if MOSS_SIMD > 0
+    if constexpr (M::kInWords)
+        return product_words(m, first, end, x.whole.x, x.whole.ld, tokens, y, ldy, add, word_scratch());
+    else
+#endif
+        product_tiled(m, first, end, x.whole.x, x.whole.ld, tokens, x.at_once, y, ldy, add);
+}
+
+#endif
 
 // y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end.
 template <class M>
@@ -191,10 +232,10 @@ inline void product(const M& m, int64_t first, int64_t end, const Inputs& x, con
                     bool add) {
     const int64_t whole = pass.whole;
 #ifdef MOSS_ONEDNN
-    if (whole) product_tiled(m, first, end, x.whole, m.k, whole, x.at_once, y, ldy, add);
+    if (whole) product_whole(m, first, end, x, whole, y, ldy, add);
 #endif
     if (whole < pass.tokens)
-        product_few(m, first, end, x.few + whole * m.k, m.k, pass.tokens - whole, y + whole * ldy, ldy, add);
+        product_few(m, first, end, x.few.x + whole * x.few.ld, x.few.ld, pass.tokens - whole, y + whole * ldy, ldy, add);
 }
 
 // Work for all threads: rows of a product with this many bytes in each, in chunks that suit the pass.
@@ -203,12 +244,12 @@ inline RowQueue row_queue(int64_t rows, int64_t row_bytes, const Pass& pass) {
     return RowQueue(rows, row_bytes, MOSS_LEAST_TAKEN, MOSS_MOST_TAKEN);
 }
 
+template <class M>
 inline int64_t rows_of_gemm(int64_t k, const Pass& pass) {
 #ifdef MOSS_ONEDNN
-    return rows_at_once(k, pass.whole);
-#else
-    return kPage;
+    if constexpr (!M::kInWords) return rows_at_once(k, pass.whole);
 #endif
+    return kPage;
 }
 
 }  // namespace moss

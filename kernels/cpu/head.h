@@ -19,7 +19,7 @@ inline void run_head(const Head& a) {
     const int64_t width = a.weight.k, vocab = a.weight.n;
     float* normed = aligned(a.workspace);
     const Pass pass(a.rows, a.whole);
-    const Inputs x{normed, normed, rows_of_gemm(width, pass)};
+    const Inputs x{{normed, width}, {normed, width}, rows_of_gemm<Dense>(width, pass)};
     RowQueue queue = row_queue(vocab, a.weight.row_bytes(), pass);
     const int64_t ld = queue.most_rows();
 #pragma omp parallel

@@ -70,7 +70,7 @@ inline void float_block(const M& m, const int64_t* rows, const float* x, int64_t
 template <class Row, class M, int kRows, int kTokens>
 inline void product_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy,
                           int64_t gap, bool add) {
-#if MOSS_SIMD == 512
+#if MOSS_SIMD > 0
     if constexpr (Row::kInDigits) digit_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
     else
 #endif
@@ -120,7 +120,7 @@ inline void product_rows(const M& m, int64_t first, int64_t end, const float* x,
     product_streams<Row, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
 }
 
-// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end; x as rearrange() leaves it for few tokens.
+// y[t * ldy + (n - first)] (+)= row n . x[t] for the rows first <= n < end; x as arrange() (gemm.h) leaves it.
 template <class M>
 inline void product_few(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens, float* y,
                         int64_t ldy, bool add) {

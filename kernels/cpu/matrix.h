@@ -9,7 +9,8 @@
 //   Row::kPartial   whether a group may end within a step; then partial(k, count) gives one short vector
 //   Row::kStreams   rows to read at once for a single token
 //   M::FewRow  for passes over few tokens, if arranged(): the same, or a row in digits (see digits.h); its inputs are
-//              what FewRow::arrange(matrix, x, result) makes of a token's, in the same memory of k floats
+//              what FewRow::arrange(matrix, x, result) makes of a token's
+//   M::kInWords   whether whole pages are multiplied as integers (see words.h)
 #pragma once
 
 #include <algorithm>
@@ -35,7 +36,7 @@ struct Dense {
 
     int64_t group_size() const { return k; }
     int64_t row_bytes() const { return k * 2; }
-    static constexpr bool kArranges = false;
+    static constexpr bool kArranges = false, kInWords = false;
     static constexpr bool arranged() { return false; }
     void prefetch_scales(int64_t, int64_t) const {}
 
@@ -64,18 +65,12 @@ inline float input_of(const M& m, const float* x, int64_t column) {
     return x[m.order ? std::min<uint32_t>((uint32_t)m.order[column], (uint32_t)m.k - 1) : column];
 }
 
-// Whether a pass must copy the inputs of a matrix into another form or order.
+// The inputs of `count` columns from `first` on.
 template <class M>
-inline bool rearranged(const M& m, bool few) {
-    return m.order || (few && m.arranged());
-}
-
-// One token's inputs in the matrix's own form, or only in its order.
-template <class M>
-inline void rearrange(const M& m, bool few, const float* x, float* result) {
-    if constexpr (M::kArranges)
-        if (few && m.arranged()) return M::FewRow::arrange(m, x, result);
-    for (int64_t i = 0; i < m.k; i++) result[i] = input_of(m, x, i);
+inline void copy_inputs(const M& m, const float* x, int64_t first, int64_t count, float* result) {
+    if (!m.order) std::memcpy(result, x + first, count * sizeof(float));
+    else
+        for (int64_t i = 0; i < count; i++) result[i] = input_of(m, x, first + i);
 }
 
 }  // namespace moss

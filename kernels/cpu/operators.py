@@ -97,7 +97,6 @@ class CheckedBlock:
     bits: int
     vectors: list[Var]
     matrices: list[Var]
-    ordered: bool  # some matrix has an input_order
 
 
 class CpuOperators:
@@ -107,19 +106,20 @@ class CpuOperators:
 
     Args:
         config: the model's geometry.
-        simd: 512 (AVX-512), 256 (AVX2) or 0 (plain C++); by default the widest, or what MOSS_JT_SIMD says.
+        simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
+            or what MOSS_JT_SIMD says.
 
     Raises:
         ValueError: head_dim is odd, or this machine does not have ``simd``.
     """
 
-    def __init__(self, config: MossConfig, simd: int | None = None) -> None:
+    def __init__(self, config: MossConfig, simd: str | None = None) -> None:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
         self.config = config
         self.simd = chosen_simd() if simd is None else simd
         if self.simd not in available_simd():
-            raise ValueError(f"simd {simd} is not among {available_simd()}")
+            raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
@@ -159,7 +159,7 @@ class CpuOperators:
     def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
         needs = CpuNeeds(self.config, checked.bits)
         onednn = onednn_folder() is not None
-        return needs.block_floats(tokens, positions, few=few, ordered=checked.ordered, onednn=onednn)
+        return needs.block_floats(tokens, positions, few=few, onednn=onednn)
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)
@@ -171,7 +171,7 @@ class CpuOperators:
             raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
         vectors = [field for field in fields if not isinstance(field, (DenseMatrix, PackedMatrix))]
         arrays = [array for matrix in matrices for array in self._arrays(matrix)]
-        return CheckedBlock(bits.pop(), vectors, arrays, any(m.input_order is not None for m in packed))
+        return CheckedBlock(bits.pop(), vectors, arrays)
 
     def _arrays(self, matrix: Matrix) -> list[Var]:
         if isinstance(matrix, DenseMatrix):

@@ -1,7 +1,8 @@
 // Group-quantised matrices: w = scale * (q - zero), which float32 holds exactly (11 bits times 9).
 //
 // Widened in registers, the product with a packed matrix is the product with its dequantised copy, and follows the same
-// rules of order. For few tokens the product is one of integers instead (digits.h), where groups and processor allow it.
+// rules of order. Where the processor allows it the product is one of integers instead: for few tokens (digits.h), if
+// groups are multiples of 128, and for whole pages (words.h).
 #pragma once
 
 #include <type_traits>
@@ -35,7 +36,7 @@ struct Nibbles {
     F weights(int v) const { return Simd::fma(fields[v], scale, offset); }
 };
 
-#if MOSS_SIMD != 512
+#if MOSS_SIMD == 0
 
 // A vector of bytes at a time: as 32-bit lanes, each holds eight fields, and a shift by four bits brings the next
 // field of every lane down. Spreading the bytes over lanes, as Nibbles does, takes more than reading them.
@@ -63,7 +64,8 @@ struct ShuffledNibbles {
 template <class Fields>
 struct FieldRow {
     static constexpr bool kInDigits = false;
-    static constexpr int kBits = Fields::kBits, kStep = Fields::kStep, kVectors = kStep / kLanes, kStreams = 8;
+    static constexpr int kBits = Fields::kBits, kStep = Fields::kStep, kVectors = kStep / kLanes;
+    static constexpr int kStreams = Simd::kRegisters >= 32 ? 8 : 4;
     static constexpr bool kPartial = false;  // groups are multiples of 32
     const uint8_t *p, *row_zeros;
     const uint16_t* row_scales;
@@ -110,7 +112,7 @@ struct Packed {
     const int32_t* order;
     int64_t n, k, groups;
 
-    static constexpr bool kArranges = !std::is_same_v<Row, FewRow>;
+    static constexpr bool kArranges = !std::is_same_v<Row, FewRow>, kInWords = MOSS_SIMD > 0;
     bool arranged() const { return kArranges && group_size() % FewRow::kStep == 0; }
     int64_t group_size() const { return k / groups; }
     int64_t row_bytes() const { return k * Row::kBits / 8; }
@@ -120,7 +122,7 @@ struct Packed {
     }
 };
 
-#if MOSS_SIMD == 512
+#if MOSS_SIMD > 0
 using Int8 = Packed<FieldRow<Bytes>, DigitRow<ByteFields>>;
 using Int4 = Packed<FieldRow<Nibbles>, DigitRow<NibbleFields>>;
 #else

@@ -1,4 +1,5 @@
-// Vectors of floats: one set of operations, three implementations; MOSS_SIMD (512, 256 or 0) says which one is Simd.
+// Vectors of floats: one set of operations, three implementations; MOSS_SIMD (512, 256 or 0) says which one is Simd. The
+// first two also have integers, whose products MOSS_VNNI gives instructions of their own (AVX-512 VNNI, AVX-VNNI).
 //
 // Kernels are written once over Simd. They promise that a token's result does not depend on how many tokens share a
 // pass, so every operation here rounds in one defined way: fused where it says fma, and the compiler is told
@@ -73,6 +74,40 @@ struct Simd {
     static void store_half(uint16_t* p, F x) {
         _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
+    // Integers. Names say what a lane is: ints of 32 bits, words of 16, bytes.
+    static I zero_ints() { return _mm512_setzero_si512(); }
+    static I load_ints(const void* p) { return _mm512_loadu_si512(p); }
+    static void store_ints(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+    static I set1_ints(int32_t x) { return _mm512_set1_epi32(x); }
+    static I set1_words(int16_t x) { return _mm512_set1_epi16(x); }
+    static I round_to_ints(F x) { return _mm512_cvtps_epi32(x); }
+    static F to_floats(I x) { return _mm512_cvtepi32_ps(x); }
+    static I add_ints(I a, I b) { return _mm512_add_epi32(a, b); }
+    static I times_256(I x) { return _mm512_slli_epi32(x, 8); }
+    static I bits(I a, I b) { return _mm512_and_si512(a, b); }
+    template <int kBits>
+    static I shift_words(I x) {
+        return _mm512_srli_epi16(x, kBits);
+    }
+    static I add_words(I a, I b) { return _mm512_add_epi16(a, b); }
+    // Sums of two products in each lane: of words as ints, and of unsigned with signed bytes as words, which must hold them.
+    static I dot_words(I a, I b) { return _mm512_madd_epi16(a, b); }
+    static I dot_bytes(I a, I b) { return _mm512_maddubs_epi16(a, b); }
+#if MOSS_VNNI
+    static I add_dot_words(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+    static I add_dot_bytes(I sum, I a, I b) { return _mm512_dpbusd_epi32(sum, a, b); }  // four products in each int
+#else
+    static I add_dot_words(I sum, I a, I b) {
+        sum = add_ints(sum, dot_words(a, b));
+        in_register(sum);  // sums that the compiler takes in another order do not fit the registers
+        return sum;
+    }
+#endif
+    // x rounded to words, of each four the first, third, second and fourth.
+    static void store_words(int16_t* p, F x) {
+        const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0f0e0b0a0d0c0908, 0x0706030205040100));
+        _mm256_storeu_si256((__m256i*)p, _mm256_shuffle_epi8(_mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)), order));
+    }
 
   private:
     static __mmask16 mask(int n) { return (__mmask16)((1u << n) - 1); }
@@ -83,7 +118,9 @@ struct Simd {
 struct Simd {
     static constexpr int kLanes = 8, kRegisters = 16;
     using F = __m256;
+    using I = __m256i;
     static void in_register(F& x) { asm("" : "+x"(x)); }
+    static void in_register(I& x) { asm("" : "+x"(x)); }
     static F zero() { return _mm256_setzero_ps(); }
     static F set1(float x) { return _mm256_set1_ps(x); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -139,11 +176,40 @@ struct Simd {
         w[2] = widen_bytes(high);
         w[3] = widen_bytes(_mm_srli_si128(high, 8));
     }
-    using I = __m256i;
-    static I load_ints(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-    // The numbers in four bits of each lane.
-    static F nibbles(I lanes, int shift) {
-        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(lanes, shift), _mm256_set1_epi32(15)));
+    static I zero_ints() { return _mm256_setzero_si256(); }
+    static I load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+    static void store_ints(int32_t* p, I x) { _mm256_storeu_si256((__m256i*)p, x); }
+    static I set1_ints(int32_t x) { return _mm256_set1_epi32(x); }
+    static I set1_words(int16_t x) { return _mm256_set1_epi16(x); }
+    static I round_to_ints(F x) { return _mm256_cvtps_epi32(x); }
+    static F to_floats(I x) { return _mm256_cvtepi32_ps(x); }
+    static I add_ints(I a, I b) { return _mm256_add_epi32(a, b); }
+    static I times_256(I x) { return _mm256_slli_epi32(x, 8); }
+    static I bits(I a, I b) { return _mm256_and_si256(a, b); }
+    template <int kBits>
+    static I shift_words(I x) {
+        return _mm256_srli_epi16(x, kBits);
+    }
+    static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+    static I dot_words(I a, I b) { return _mm256_madd_epi16(a, b); }
+    static I dot_bytes(I a, I b) { return _mm256_maddubs_epi16(a, b); }
+#if !MOSS_VNNI
+    static I add_dot_words(I sum, I a, I b) {
+        sum = add_ints(sum, dot_words(a, b));
+        in_register(sum);
+        return sum;
+    }
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    static I add_dot_words(I sum, I a, I b) { return _mm256_dpwssd_epi32(sum, a, b); }
+    static I add_dot_bytes(I sum, I a, I b) { return _mm256_dpbusd_epi32(sum, a, b); }
+#else
+    static I add_dot_words(I sum, I a, I b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+    static I add_dot_bytes(I sum, I a, I b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+#endif
+    static void store_words(int16_t* p, F x) {
+        const __m256i ints = _mm256_cvtps_epi32(x);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+        _mm_storeu_si128((__m128i*)p, _mm_shuffle_epi8(words, _mm_set_epi64x(0x0f0e0b0a0d0c0908, 0x0706030205040100)));
     }
     static void store_half(uint16_t* p, F x) {
         _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -6,6 +6,7 @@ from typing import Any
 
 from moss_jt.backend.home import cache_folder
 from moss_jt.backend.jittor import jt
+from moss_jt.kernels.cpu.simd import definitions
 from moss_jt.kernels.interface import Var
 from moss_jt.kernels.needs import DEFINITIONS
 
@@ -22,12 +23,12 @@ def onednn_folder() -> Path | None:
 
 
 @functools.cache
-def cpu_header(simd: int, include: str) -> str:
+def cpu_header(simd: str, include: str) -> str:
     """Jittor watches included files, but finds them by an absolute path or in a folder given by -I only."""
-    definitions = {"MOSS_SIMD": simd, **DEFINITIONS}
+    macros = {**definitions(simd), **DEFINITIONS}
     if onednn_folder() is not None:
-        definitions["MOSS_ONEDNN"] = 1
-    lines = [f"#define {name} {value}" for name, value in definitions.items()]
+        macros["MOSS_ONEDNN"] = 1
+    lines = [f"#define {name} {value}" for name, value in macros.items()]
     return "\n".join([*lines, f'#include "{FOLDER / include}"', ""])
 
 
@@ -49,7 +50,7 @@ def compile_options() -> dict[str, int]:
 
 
 def run(
-    simd: int,
+    simd: str,
     include: str,
     source: str,
     shapes: list[tuple[int, ...]],

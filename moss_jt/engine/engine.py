@@ -14,6 +14,7 @@ Room in the cache is given by pages. A job is admitted when its text fits; what 
 goes to the disk. Where an answer grows and no page is left, the youngest job makes room and waits again.
 """
 
+import heapq
 import threading
 import time
 import weakref
@@ -214,16 +215,25 @@ class Engine:
             waiting = self._queue_in_order()
             if job not in waiting:
                 return None
-            before = waiting.index(job)
-            needed = sum(self._pages_to_come(one) for one in waiting[: before + 1])
-            free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
-            passes = 0
-            for running in sorted(self._running, key=lambda one: one.left):
-                if free >= needed:
-                    break
-                free, passes = free + len(running.text.pages), running.left
-            pass_s = self._pace.pass_s
-            return Queued(before + 1, None if pass_s is None else passes * pass_s)
+            before, pass_s = waiting.index(job), self._pace.pass_s
+            return Queued(
+                before + 1, None if pass_s is None else pass_s * self._passes_until(waiting[: before + 1])
+            )
+
+    def _passes_until(self, waiting: Sequence[Job]) -> int:
+        """In how many passes at most the last of these has room, if all that have it before write to their ends."""
+        free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
+        ends = [(one.left, pages_of(one.end)) for one in self._running]
+        heapq.heapify(ends)
+        passes = 0
+        for job in waiting:
+            while free < self._pages_to_come(job) and ends:
+                passes, pages = heapq.heappop(ends)
+                free += pages
+            free -= self._pages_to_come(job)
+            reading = -(-(job.end - job.text.cached) // self.model.pass_tokens)
+            heapq.heappush(ends, (passes + reading + job.left, pages_of(job.end)))
+        return passes
 
     @property
     def waiting(self) -> int:

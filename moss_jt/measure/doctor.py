@@ -176,10 +176,16 @@ def onednn() -> Finding:
 def processor() -> Finding:
     from moss_jt.kernels.cpu.simd import available_simd
 
-    names = {512: "AVX-512", 256: "AVX2", 0: "plain C++"}
-    widest = max(available_simd())
-    text = f"{os.cpu_count()} cores, kernels for {names[widest]}"
-    if widest:
+    names = {
+        "512-vnni": "AVX-512 with VNNI",
+        "512": "AVX-512",
+        "256-vnni": "AVX2 with AVX-VNNI",
+        "256": "AVX2",
+        "0": "plain C++",
+    }
+    fastest = available_simd()[0]
+    text = f"{os.cpu_count()} cores, kernels for {names[fastest]}"
+    if fastest != "0":
         return Finding("Processor", "ok", text)
     return Finding(
         "Processor", "note", text, "Without AVX2, FMA and F16C a token takes several times as long."
