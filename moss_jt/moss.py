@@ -63,6 +63,7 @@ class Moss:
     tokenizer  text to ids and back
     plan       where the weights live
     load_s     seconds that loading took
+    notice     a sentence for the user about how it was loaded, or empty
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Moss:
         self.name = name
         self._draft = draft
         self.copy = copy
+        self.notice = ""
         self.engine = Engine(model, folder, copy)
 
     @classmethod
@@ -166,7 +168,9 @@ class Moss:
                 raise
         hold(plan)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
+        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
+        moss.notice = choice.notice
+        return moss
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -23,7 +23,7 @@ from typing import Any
 from moss_jt.chat.finished_turn import FIELDS, FinishedTurn, is_field
 from moss_jt.errors import MissingFileError, MossError
 from moss_jt.plugins.interface import Source
-from moss_jt.store.files import read_small, reading, writing
+from moss_jt.store.files import read_small, reading, rename, writing
 from moss_jt.store.locations import model_home
 
 ENDING = ".jsonl"
@@ -379,12 +379,7 @@ def _create(path: Path, about: About, turns: Sequence[FinishedTurn]) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _write_all(descriptor, b"".join([about_line(path.stem, about), *reversed(lines)]), 0)
-        fresh.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        rename(fresh, path)
     except BaseException:
         os.close(descriptor)
         fresh.unlink(missing_ok=True)

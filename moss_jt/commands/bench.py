@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moss_jt.commands.options import draft_model_option, loaded, memory_options, model_argument, model_folder
+from moss_jt.engine.engine import Engine
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
 from moss_jt.plan.residency import BITS_NAMES
@@ -51,11 +52,11 @@ def command(
         from moss_jt.measure.side_by_side import measure_together, report_together
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
-        together = (
-            measure_together(moss.engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
-            if counts
-            else []
-        )
+        together = []
+        if counts:
+            engine = Engine(moss.model)  # one of its own: what is compared is passes, without drafts
+            together = measure_together(engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
+            engine.close()
         drafts = None
         if moss.copy is not None:
             prompt = prompt_ids(max(lengths), moss.config.vocab_size)

@@ -1,6 +1,7 @@
 """What chat, generate and bench have in common on the command line: the model, where it may live, how it chooses."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import remember_last
+from moss_jt.terminal.screen import Screen
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -141,6 +143,8 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     with Moss.load(folder, device=device, **loading) as moss:
         with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
             remember_last(folder)
+        if moss.notice:
+            Screen(sys.stderr).line(f"moss-jt: {moss.notice}")
         yield moss
 
 

@@ -41,7 +41,7 @@ def first_word(plan: ResidencyPlan, disk_bytes_per_s: float, products: Speed) ->
     tokens = min(PROMPT_TOKENS, plan.context)
     passes = -(-tokens // plan.pass_tokens)
     streamed = passes * plan.disk_bytes_per_pass / disk_bytes_per_s
-    loaded = (plan.weight_bytes_per_pass - plan.disk_bytes_per_pass) / disk_bytes_per_s
+    loaded = (plan.weight_bytes_per_pass - plan.disk_bytes_per_pass + plan.copy_bytes) / disk_bytes_per_s
     computed = floating_point_operations(plan, tokens) / products.bytes_per_s
     return FirstWord(tokens, loaded, max(streamed, computed), products)
 

@@ -22,13 +22,13 @@ from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.pinned_units import PinnedUnits
 from moss_jt.weights.unit_tensors import UnitTensor, extent_of
-from moss_jt.weights.weights import UnitMemory
+from moss_jt.weights.weights import HeldUnits, UnitMemory
 
 STAGING_BYTES = 32 * MIB
 ALIGNMENT = 16  # bytes that the kernels load at once
 
 
-class CardUnits:
+class CardUnits(HeldUnits):
     """What GPU units share: each is one Var, and its tensors are regions of that.
 
     Raises:
@@ -40,6 +40,7 @@ class CardUnits:
     )
 
     def __init__(self, store: Store, plan: ResidencyPlan) -> None:
+        super().__init__()
         for file in store.blocks:
             for spec in file.tensors.values():
                 if (spec.offset - file.data_offset) % ALIGNMENT:
@@ -48,22 +49,9 @@ class CardUnits:
                         "This model runs on the CPU only."
                     )
         self.streams = plan.streams
-        self._memories: dict[int, Var] = {}
-
-    def walk(self, order: Sequence[int]) -> None:
-        pass
-
-    def take(self, number: int) -> UnitMemory:
-        return UnitMemory(number, self._memories[number])
 
     def weight(self, memory: Var, tensor: UnitTensor) -> Region:
         return Region(memory, *tensor)
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._memories.clear()
 
 
 class StreamedUnits(CardUnits):

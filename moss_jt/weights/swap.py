@@ -7,7 +7,7 @@ them; nothing is read ahead, and weights are written again at every eviction alt
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from moss_jt.backend.jittor import jt
@@ -19,12 +19,12 @@ from moss_jt.store.sizes import MIB
 from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.unit_tensors import UnitTensor, extent_of, tensors_of
-from moss_jt.weights.weights import UnitMemory
+from moss_jt.weights.weights import HeldUnits
 
 NO_LIMIT = -1
 
 
-class SwappedTensors:
+class SwappedTensors(HeldUnits):
     """All tensors in Jittor's care, each a Var of its own. One at a time per process: the limit is Jittor's.
 
     See moss_jt.weights.weights.Units.
@@ -43,16 +43,15 @@ class SwappedTensors:
         _check_limit(plan, limit, largest)
         self._folder = swap_folder()
         _check_disk(self._folder, plan)
-        self._vars: dict[tuple[int, UnitTensor], Var] = {}
+        super().__init__()
         # While a weight is taken over it is there twice more: as it was read, and as Jittor's copy.
         jt.flags.cpu_mem_limit = limit - 2 * largest
         reader = FileReader(direct=False, bytes_per_s=0)
         try:
             with swap_errors(self._folder):
                 for number, unit in enumerate(plan.units):
-                    extent = extent_of(store, unit)
-                    for tensor in tensors_of(store, unit).values():
-                        self._vars[number, tensor] = _taken(reader, extent, tensor)
+                    extent, tensors = extent_of(store, unit), tensors_of(store, unit).values()
+                    self._memories[number] = {tensor: _taken(reader, extent, tensor) for tensor in tensors}
         except BaseException:
             self.close()
             raise
@@ -60,21 +59,12 @@ class SwappedTensors:
             reader.close()
         jt.flags.cpu_mem_limit = limit
 
-    def walk(self, order: Sequence[int]) -> None:
-        pass
-
-    def take(self, number: int) -> UnitMemory:
-        return UnitMemory(number, number)
-
-    def weight(self, memory: int, tensor: UnitTensor) -> Var:
-        return self._vars[memory, tensor]
-
-    def end(self) -> None:
-        pass
+    def weight(self, memory: dict[UnitTensor, Var], tensor: UnitTensor) -> Var:
+        return memory[tensor]
 
     def close(self) -> None:
         """Let the weights go. Jittor removes its files with their Vars; what a failed write left is removed here."""
-        self._vars.clear()
+        super().close()
         jt.flags.cpu_mem_limit = NO_LIMIT
         jt.gc()
         for path in self._folder.glob(f"{os.getpid()}-*.bin"):

@@ -63,6 +63,25 @@ class Units(Protocol):
         ...
 
 
+class HeldUnits:
+    """What most Units have in common: units that stay where they are, each in memory of its own, by number."""
+
+    def __init__(self) -> None:
+        self._memories: dict[int, Any] = {}
+
+    def walk(self, order: Sequence[int]) -> None:
+        pass
+
+    def take(self, number: int) -> UnitMemory:
+        return UnitMemory(number, self._memories[number])
+
+    def end(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._memories.clear()
+
+
 @dataclass(frozen=True)
 class HeadSlab:
     """Rows first_row .. last_row - 1 of the head: weight (rows, C) and bias (rows,), float16."""
