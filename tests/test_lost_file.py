@@ -4,6 +4,7 @@ Each case is a command in a process of its own, which finds files cut the moment
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -50,12 +51,15 @@ def test_weights_that_shrink_while_the_model_computes(tmp_path: Path, files: str
     assert told.startswith("moss-jt: error: a file of the model became shorter while it was in use")
 
 
-@pytest.mark.parametrize(("where", "calls"), [("moss_jt.engine.load.warm_up", 1), (FORWARD, 2)])
-def test_weights_that_shrink_while_they_stream(tmp_path: Path, where: str, calls: int) -> None:
+@pytest.mark.parametrize(
+    ("where", "files", "calls"),
+    [("moss_jt.engine.load.warm_up", "block-0[1-9]*", 1), (FORWARD, "block-*", 2)],
+)
+def test_weights_that_shrink_while_they_stream(tmp_path: Path, where: str, files: str, calls: int) -> None:
     folder = shutil.copytree(random_folder(WIDE), tmp_path / "model")
     shutil.copy(tiny_model_folder() / "tokenizer.json", folder)
-    told = last_line(where, folder, "block-07*", *generate(folder, "--memory", "300MiB"), calls=calls)
-    assert "block-07.safetensors ends early" in told
+    told = last_line(where, folder, files, *generate(folder, "--memory", "300MiB"), calls=calls)
+    assert re.search(r"block-\d\d.safetensors ends early", told)
 
 
 def test_weights_that_shrink_while_jittor_takes_them_over_to_swap(tmp_path: Path) -> None:
