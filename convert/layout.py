@@ -115,7 +115,7 @@ def check_names(checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise MossError(
-            f"{checkpoint.source} holds {extra[0]}{more}, which is no tensor of a MOSS or CodeGen model."
+            f"{checkpoint.source} holds {extra[0]}{more}, which is not a tensor of a MOSS or CodeGen model."
         )
 
 
@@ -134,7 +134,7 @@ def check_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         if checkpoint.tensor(name).read().any():
             raise MossError(
-                f"{checkpoint.source} holds {name}, which is no tensor of a MOSS or CodeGen model, and not all zeros."
+                f"{checkpoint.source} holds {name}, which is not a tensor of a MOSS or CodeGen model, and not all zeros."
             )
 
 

@@ -289,7 +289,7 @@ class Moss:
             MossError: a prompt is empty or longer than the context, or an option's value is impossible.
         """
         if isinstance(prompts, str):
-            raise MossError("prompts are several: give a list of texts, or call generate for one.")
+            raise MossError("generate_many takes a list of prompts; for a single one, call generate.")
         params = SamplingParams(**sampling)
         answers: deque[Generation] = deque()
         try:
@@ -347,7 +347,7 @@ class Moss:
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
         if any(token >= self.config.vocab_size for token in params.biases):
             raise MossError(
-                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+                f"logit_bias names a token that does not exist; ids are 0 to {self.config.vocab_size - 1}."
             )
         ahead = IncrementalDecoder(self.tokenizer) if begin and stops else None
         return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs, ahead=ahead)

@@ -184,7 +184,7 @@ def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
     convert(checkpoint, recipe_for(checkpoint), home / "models" / "codegen-tiny")
     monkeypatch.setattr(Moss, "load", None)
     assert run(monkeypatch, "", "codegen-tiny") == 1
-    assert "codegen-tiny is no MOSS chat model" in (message := capsys.readouterr().err)
+    assert "codegen-tiny is not a MOSS chat model" in (message := capsys.readouterr().err)
     assert "moss-jt generate" in message
 
 

@@ -232,7 +232,7 @@ def test_a_wrong_index_is_refused(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": swapped}))
     assert "lm_head.weight, but it does not" in refused(source, tmp_path / "out")
     index.write_text(json.dumps({"weight_map": dict(swapped, x="../../etc/passwd")}))
-    assert "no file beside it" in refused(source, tmp_path / "out2")
+    assert "no such file beside it" in refused(source, tmp_path / "out2")
     index.unlink()
     assert "index" in refused(source, tmp_path / "out3")
 
@@ -412,7 +412,7 @@ def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path: Path) -> None:
     assert "Not a directory" in refused(random_checkpoint(tmp_path / "source"), tmp_path / "file")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letters.txt").write_text("x")
-    assert "no unfinished model folder" in refused(tmp_path / "source", tmp_path / "mine")
+    assert "not an unfinished model folder" in refused(tmp_path / "source", tmp_path / "mine")
 
 
 def test_two_conversions_never_write_into_one_folder(tmp_path: Path) -> None:
@@ -589,7 +589,7 @@ def test_the_command_converts_by_name_and_remembers(home: Path, capsys: pytest.C
     assert resolve_model(None) == home / "models" / "moss-tiny"
     assert resolve_model("moss-tiny") == home / "models" / "moss-tiny"
     assert run_cli("verify") == 0
-    assert "every checksum right" in capsys.readouterr().out
+    assert "every checksum is right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "../nowhere", "no-slash"])

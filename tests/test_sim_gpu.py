@@ -258,7 +258,7 @@ def test_what_our_copies_forget_is_seen(resident: Run, environment: dict[str, st
             faulty = {**environment, **order, "SIM_GPU_FORGET": forgotten}
             run = run_on_gpu(tiny_model_folder(), [case], PROMPTS, faulty)[0]
         except AssertionError as error:
-            assert "is no number" in str(error) or "simulated GPU: " in str(error)
+            assert "is not a number" in str(error) or "simulated GPU: " in str(error)
             return
         if (run.logits != resident.logits).any():
             return

@@ -219,7 +219,7 @@ class Chat:
             MossError: nothing was said yet; and as :meth:`send`.
         """
         if self.message is None:
-            raise MossError("nothing was said yet that could be answered again.")
+            raise MossError("there is no message yet that could be answered again.")
         self._stop_running()
         if self._context.has(self._last):
             self._history.pop(self._last, None)

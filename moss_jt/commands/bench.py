@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument
-@click.option("--contexts", default="32,256", show_default=True, help="Lengths of the text before.")
-@click.option("--new-tokens", type=int, default=24, show_default=True, help="Tokens after each of them.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Medians are over this many runs.")
+@click.option(
+    "--contexts", default="32,256", show_default=True, help="Lengths of the text that is read first."
+)
+@click.option(
+    "--new-tokens", type=int, default=24, show_default=True, help="Tokens to write after each of them."
+)
+@click.option(
+    "--repeats", type=int, default=3, show_default=True, help="How many runs the medians are taken over."
+)
 @click.option(
     "--parallel",
     metavar="NUMBERS",
-    help="Also so many conversations at once, each of the longest of --contexts, as 1,4,16.",
+    help="Also measure so many conversations at once, each as long as the longest of --contexts: 1,4,16.",
 )
 @memory_options
 @draft_model_option
@@ -100,5 +106,5 @@ def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
-        raise MossError(f"{option} {text!r} is no list of numbers. Write it like 32,256.")
+        raise MossError(f"{option} {text!r} is not a list of numbers. Write it like 32,256.")
     return [int(part) for part in parts]

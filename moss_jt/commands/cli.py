@@ -15,7 +15,7 @@ from moss_jt.terminal.output import bounded
 COMMANDS = {
     "convert": ("convert", "Turn a Hugging Face checkpoint into a model folder."),
     "chat": ("chat", "Talk to a model, with plugins."),
-    "ask": ("ask", "Ask one question; the answer alone on standard output."),
+    "ask": ("ask", "Ask one question; standard output gets the answer alone."),
     "generate": ("generate", "Continue a text."),
     "serve": ("serve", "A page to talk to a model, and OpenAI's interface, over HTTP."),
     "batch": ("batch", "Answer many prompts from a file, many at once."),

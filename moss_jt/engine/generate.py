@@ -58,7 +58,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         if not isinstance(stops, Collection) or not all(isinstance(stop, str) for stop in stops):
             raise MossError(
-                f"stop is {stops!r:.80}; it must be a text that ends the answer, or a list of them."
+                f"stop is {stops!r:.80}; it must be text that ends the answer, or a list of them."
             )
         if "" in stops:
             raise MossError(

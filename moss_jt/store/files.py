@@ -28,7 +28,7 @@ def open_regular(path: Path) -> BufferedReader:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    raise MossError(f"{path} is no file, but a folder, a pipe or a device. Put the file itself there.")
+    raise MossError(f"{path} is not a file, but a folder, a pipe or a device. Put the file itself there.")
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def _check_order(file: StoreFile, name: str) -> None:
     order = read_tensor(file, name)
     if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise MossError(
-            f"{file.path}: {file.tensors[name].name} is no order of {len(order)} inputs. {REPAIR}"
+            f"{file.path}: {file.tensors[name].name} is not an order of {len(order)} inputs. {REPAIR}"
         )
 
 
@@ -208,4 +208,4 @@ def _why_no_store(path: Path) -> str:
         return f"{path} is a checkpoint, no model folder. Convert it first: moss-jt convert {path}"
     if (path / "journal.json").exists():
         return f"{path} is not finished: its conversion was interrupted. Run the same moss-jt convert again to go on."
-    return f"{path} is no model folder: {MANIFEST} is missing. Make one with: moss-jt convert CHECKPOINT --out {path}"
+    return f"{path} is not a model folder: {MANIFEST} is missing. Make one with: moss-jt convert CHECKPOINT --out {path}"

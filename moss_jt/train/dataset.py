@@ -152,7 +152,7 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, str]]:
         fields: Any = json.loads(data)
     except (ValueError, RecursionError):
         if "\n" not in data.strip():
-            raise MossError(f"{path} is no JSON.") from None
+            raise MossError(f"{path} is not JSON.") from None
         yield from _lines(path)
         return
     if isinstance(fields, list):
