@@ -193,6 +193,8 @@ cuda = SimpleNamespace(
     device=SimpleNamespace(get_cublas_handle=lambda: emulator.FakeCupy.HANDLE),
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda number: {"name": f"simulated GPU {number}".encode()},
         memGetInfo=_memory_info,
         malloc=_malloc,
         free=lambda pointer: _runtime.cudaFree(ctypes.c_void_p(pointer)),
