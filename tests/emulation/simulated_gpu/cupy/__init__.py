@@ -194,6 +194,7 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
         getDevice=lambda: 0,
+        runtimeGetVersion=lambda: 0,
         getDeviceProperties=lambda number: {"name": f"simulated GPU {number}".encode()},
         memGetInfo=_memory_info,
         malloc=_malloc,
