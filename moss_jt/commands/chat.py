@@ -119,6 +119,8 @@ def command(
             keeping,
             dropped,
         ).run()
+        if keeping is not None and keeping.name is not None:
+            chat.keep_cache()
 
 
 def kept_conversations() -> Conversations | None:

@@ -22,6 +22,8 @@ COMMANDS = {
     "plan": ("plan", "Would a model run here, or elsewhere, and how fast? Downloads nothing."),
     "list": ("list", "Show the models that are here."),
     "rm": ("rm", "Remove a model."),
+    "finetune": ("finetune", "Teach a model from conversations (LoRA)."),
+    "merge": ("merge", "Make an adapter part of its model."),
     "eval": ("eval", "Perplexity on a text, and what quantization costs."),
     "bench": ("bench", "Measure speed beside the machine's own limits."),
     "verify": ("verify", "Check a model folder against its checksums."),

@@ -97,8 +97,26 @@ loading_options = _all_of(
         "off, or the longest guess. Changes the speed, never the text.",
     ),
     draft_model_option,
+    click.option(
+        "--prompt-cache",
+        metavar="AMOUNT",
+        default="2GiB",
+        show_default=True,
+        help="Keep what was read of a chat's beginning beside the model, so that later starts do not read it again: so much at "
+        "most; 0 keeps none. Changes the speed, never the text.",
+    ),
 )
-LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "draft_model", "offload", "parallel")
+LOADING = (
+    "memory",
+    "gpu_memory",
+    "host_memory",
+    "context",
+    "draft",
+    "draft_model",
+    "offload",
+    "parallel",
+    "prompt_cache",
+)
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(

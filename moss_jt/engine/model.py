@@ -88,6 +88,9 @@ class Model:
         self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
+    def page_views(self, page: int) -> list[np.ndarray] | None:
+        return self._cache.page_views(page)
+
     def with_weights(self, weights: Weights) -> "Model":
         """Another model over the same cache, with the same operators; the caller closes both."""
         limits = self.pass_tokens, self.logit_rows, self.capacity

@@ -56,6 +56,19 @@ class ServedSession:
     def truncate(self, position: int) -> None:
         self._sequence.truncate(position)
 
+    @property
+    def ways(self) -> list[bool]:
+        return self._sequence.ways
+
+    def begin_as(self, ways: Sequence[bool]) -> None:
+        self._sequence.begin_as(ways)
+
+    def keep_beginning(self, length: int) -> None:
+        self._sequence.keep_beginning(length)
+
+    def keep(self) -> None:
+        self._sequence.keep()
+
     def serve(self, answering: Answering) -> None:
         """What is decoded from now on is of this answer, and ends when nobody wants it any more."""
         self.answering = answering

@@ -70,7 +70,7 @@ def read_dataset(
     path: Path,
     sampler: Sampler,
     evaluation: Path | None = None,
-    progress: Callable[[int], None] = lambda samples: None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> Dataset:
     """All samples of a file or folder.
 
@@ -96,7 +96,7 @@ def read_dataset(
 
 
 def _samples(
-    path: Path, sampler: Sampler, report: DataReport, progress: Callable[[int], None]
+    path: Path, sampler: Sampler, report: DataReport, progress: Callable[[int], object]
 ) -> Iterator[tuple[bool, TokenSample]]:
     """Samples, and whether each is chosen for evaluation."""
     count = 0

@@ -149,6 +149,26 @@ class Weights:
         for unit, weight in self.walk(self._head, ()):
             yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
 
+    def blocks_there(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+        """As :meth:`blocks`, where head_slabs, head_slabs_back and blocks_back(first) follow: a step of training.
+
+        Raises:
+            MossError: a block cannot be read.
+        """
+        order = [*self._blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
+        for unit, weights in self.walk(self._blocks, order):
+            yield unit.index, weights
+
+    def head_slabs_back(self) -> Iterator[HeadSlab]:
+        """The head's slabs from the last but one to the first: the last one is there when the walk turns."""
+        for unit, weight in self.walk(self._head[-2::-1], ()):
+            yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
+
+    def blocks_back(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+        """The last block to block ``first``."""
+        for unit, weights in self.walk(self._blocks[first:][::-1], ()):
+            yield unit.index, weights
+
     def walk(self, numbers: Sequence[int], ahead: Sequence[int] | None = None) -> Iterator[tuple[Unit, Any]]:
         """These units of the plan, in this order, each with its BlockWeights or its rows of the head.
 
