@@ -100,8 +100,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "对话未能保存到磁盘：{reason}",
     ),
     "keeps_none": (
-        "This conversation is not being saved: --no-keep was given, or there is no folder for it.",
-        "本次对话不会保存：使用了 --no-keep，或没有可用的文件夹。",
+        "This conversation is not being saved: it belongs to the demo, --no-keep was given, or there is no folder for it.",
+        "本次对话不会保存：这是演示，或使用了 --no-keep，或没有可用的文件夹。",
     ),
     "save_what": ("Give it a name: /save NAME", "请给出名称：/save 名称"),
     "no_name": (
