@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from moss_jt.backend.cards import Card
 from moss_jt.commands import plan as plan_command
 from moss_jt.commands.cli import main
 from moss_jt.commands.plan import command
@@ -159,13 +160,15 @@ def test_what_is_measured_and_what_is_assumed(probes: list[str]) -> None:
 
 
 def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Card:
-        name, total_bytes, free_bytes = "a card", 12 << 30, 10 << 30
+    def find_card(number: int) -> Card:
+        return Card("a card", (12 + number) << 30, (10 + number) << 30, (8, 6), (13, 0), number=number)
 
-    monkeypatch.setattr("moss_jt.backend.gpu.find_card", Card)
+    monkeypatch.setattr("moss_jt.backend.gpu.find_card", find_card)
     text = plan("moss-moon-003-sft-int4", "--gpu", "--gpu-memory", "9GiB").output
     assert text.startswith("Runs here.") and "GPU memory            9.00 GiB  the limit" in text
     assert "2.00 GB/s measured" in text, "the disk is this machine's"
+    second = plan("moss-moon-003-sft-int4", "--gpu", "--device", "1").output
+    assert "GPU memory           10.45 GiB  the limit" in second, "11 GiB are free there, less a margin"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,12 @@ def test_what_cannot_be_is_one_line_and_exit_code_1(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--memory", "8GiB", "--gpu-memory", "8GiB"], ["--host-memory", "8GiB"], ["--link-speed", "3"]],
+    [
+        ["--memory", "8GiB", "--gpu-memory", "8GiB"],
+        ["--host-memory", "8GiB"],
+        ["--link-speed", "3"],
+        ["--gpu-memory", "8GiB", "--device", "1"],
+    ],
 )
 def test_options_that_contradict_are_usage_errors(arguments: list[str]) -> None:
     assert plan("moss-moon-003", *arguments).exit_code == 2
