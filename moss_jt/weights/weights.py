@@ -17,7 +17,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var, Weight
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
-from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.model_folder import Store, read_tensor
 from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
 
 
@@ -98,6 +98,7 @@ class Weights:
     **Where ``streams`` is true, a block or slab is gone once the next one has been asked for: sync everything that reads
     it before** (on the CPU; a GPU's units keep the order of what is queued).
 
+    block_bytes: of the largest block.
     norm_weight, norm_bias: the final layer norm's Vars, (C,) float16.
     link_s: seconds for which units were waited for.
     """
@@ -106,6 +107,7 @@ class Weights:
         self.store = store
         self.plan = plan
         self.streams = units.streams
+        self.block_bytes = max(plan.sizes.block_bytes)
         self.link_s = 0.0
         self._units = units
         self._tensors = [tensors_of(store, unit) for unit in plan.units]
@@ -115,9 +117,9 @@ class Weights:
         self._head = [number for number, unit in enumerate(plan.units) if unit.kind == "head"]
         self._made: dict[Hashable, BlockWeights | Weight] = {}  # by memory and layout
         try:
-            self.norm_weight = _small(map_tensor(store.head, "ln_f.weight"))
-            self.norm_bias = _small(map_tensor(store.head, "ln_f.bias"))
-            bias = np.array(map_tensor(store.head, "lm_head.bias"))
+            self.norm_weight = _small(read_tensor(store.head, "ln_f.weight"))
+            self.norm_bias = _small(read_tensor(store.head, "ln_f.bias"))
+            bias = read_tensor(store.head, "lm_head.bias")
             heads = [plan.units[number] for number in self._head]
             self._head_bias = {unit.index: _small(bias[unit.first_row : unit.last_row]) for unit in heads}
             self._rows = RowReader(store.embedding, "wte.weight")
