@@ -42,14 +42,15 @@ def write_model(path: Path, shape: dict[str, int], quantized: bool) -> None:
     writer.add_token_merges(["t 1"])
     writer.add_eos_token_id(0)
     drawn = (np.random.default_rng(0).standard_normal(DRAWN) * 0.02).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    packed = gguf.quants.quantize(drawn.reshape(1, -1), kind).reshape(-1)
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        values = np.resize(drawn, rows * columns).reshape(rows, columns)
         if quantized:
-            kind = gguf.GGMLQuantizationType.Q4_0
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            row_bytes = columns * packed.size // DRAWN
+            writer.add_tensor(name, np.resize(packed, (rows, row_bytes)), raw_dtype=kind)
         else:
-            writer.add_tensor(name, values.astype(np.float16))
+            writer.add_tensor(name, np.resize(drawn, (rows, columns)).astype(np.float16))
 
     def vector(name: str, length: int, value: float = 0.0) -> None:
         writer.add_tensor(name, np.full(length, value, np.float32))

@@ -182,12 +182,12 @@ def read_weight_map(index: Path, shards: Iterable[str]) -> dict[str, str]:
     """The index's map from tensor to shard, every shard checked to be a plain name among ``shards``."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MossError(f"{index}: weight_map is missing; this is no index of a checkpoint.")
+        raise MossError(f"{index}: weight_map is missing; this is not the index of a checkpoint.")
     there = set(shards)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or "/" in shard or "\\" in shard:
             raise MossError(
-                f"{index}: the shard of {name[:200]!r} is {str(shard)[:200]!r}, which is no file beside it."
+                f"{index}: the shard of {name[:200]!r} is {str(shard)[:200]!r}, and there is no such file beside it."
             )
         if shard not in there:
             raise MossError(f"{index} lists {shard[:200]!r}, which is missing. Download it.")
@@ -201,7 +201,7 @@ def open_local(folder: Path) -> Checkpoint:
         MossError: it is no checkpoint of a MOSS or CodeGen model, or files are missing.
     """
     if not (folder / "config.json").exists():
-        raise MossError(f"{folder} is no checkpoint: {_why_no_checkpoint(folder)}.")
+        raise MossError(f"{folder} is not a checkpoint: {_why_no_checkpoint(folder)}.")
     names = [path.name for path in folder.iterdir()]
     fields = read_json(folder / "config.json")
     config = checkpoint_config(fields, str(folder / "config.json"))

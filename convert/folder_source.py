@@ -33,7 +33,7 @@ class ModelFolder:
         try:
             return read_small(self.store.tokenizer_path).decode("utf-8")
         except ValueError as error:
-            raise MossError(f"{self.store.tokenizer_path} is no text. {REPAIR}") from error
+            raise MossError(f"{self.store.tokenizer_path} is not text. {REPAIR}") from error
 
     @property
     def download(self) -> None:
@@ -64,7 +64,9 @@ def folder_recipe(path: Path) -> tuple[ModelFolder, Recipe]:
     manifest = read_manifest(path)
     files = [_plan(file, manifest) for file in store.files]
     total = weight_bytes(store.config, 16, 0)
-    return ModelFolder(store), Recipe(identity, str(path), 16, 0, files, total)
+    # What the float16 model was converted from: what it was trained for is known by that, wherever the folder lies now.
+    origin = str(manifest.fields.get("source") or path)
+    return ModelFolder(store), Recipe(identity, origin, 16, 0, files, total)
 
 
 def _plan(file: StoreFile, manifest: Manifest) -> FilePlan:

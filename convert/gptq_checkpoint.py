@@ -24,13 +24,13 @@ from moss_jt.convert.layout import (
     checked,
     dense_target,
     expected_names,
-    head_runs,
     zero_biases,
 )
 from moss_jt.convert.tensors import FLOATS, SourceTensor, to_float16
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import block_tensors, embedding_tensors, head_tensors, matrix_shape
 from moss_jt.store.config import MossConfig
+from moss_jt.store.qkv_order import head_runs
 from moss_jt.store.quant import BITS, pack, row_slabs, working_group_sizes
 
 Runs = list[tuple[int, int]]

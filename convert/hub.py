@@ -43,7 +43,7 @@ def open_hub(
     try:
         from huggingface_hub import HfApi, hf_hub_download
     except ValueError as error:  # it takes the address apart when it is imported
-        raise MossError(f"HF_ENDPOINT is no address ({error}): write it as https://host.") from error
+        raise MossError(f"HF_ENDPOINT is not an address ({error}): write it as https://host.") from error
 
     with hub_errors(repo):
         info = HfApi().model_info(repo, files_metadata=True)
@@ -110,7 +110,7 @@ def hub_errors(repo: str) -> Iterator[None]:
             f"the hub's Xet storage, where {repo} lies, cannot be read: {_first_line(error)} Set HF_HUB_DISABLE_XET=1 to go "
             "without it; what is downloaded already is kept."
         ) from error
-    # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is no JSON.
+    # ValueError: an address in HF_ENDPOINT or of a proxy that is none, an answer that is not JSON.
     except (
         errors.HfHubHTTPError,
         errors.OfflineModeIsEnabled,

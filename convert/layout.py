@@ -14,9 +14,8 @@ from moss_jt.errors import MossError
 from moss_jt.store.architecture import MATRICES, block_tensors, embedding_tensors, full_name, head_tensors
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import EMBEDDING, HEAD, block_file_name
+from moss_jt.store.qkv_order import head_runs
 
-# The checkpoint's qkv rows come in four chunks (one per TPU core that trained CodeGen), each query, value, key.
-MP_NUM = 4
 QKV = "attn.qkv_proj"
 QUANTISED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -57,18 +56,6 @@ class Twin:
     path: Path
     entry: dict[str, Any]
     verify: Callable[[Callable[[int], object]], None]
-
-
-def head_runs(config: MossConfig) -> list[tuple[int, int]]:
-    """(first, count) of the checkpoint's qkv rows in our order: all heads' queries, all keys, all values."""
-    if config.n_head % MP_NUM:
-        raise MossError(
-            f"the model has {config.n_head} heads; MOSS and CodeGen store them in {MP_NUM} equal parts, so their number must "
-            f"be a multiple of {MP_NUM}."
-        )
-    part = config.n_embd // MP_NUM
-    query, value, key = 0, 1, 2
-    return [((3 * chunk + which) * part, part) for which in (query, key, value) for chunk in range(MP_NUM)]
 
 
 def dense_target(source: SourceTensor, name: str, runs: list[tuple[int, int]]) -> Target:
@@ -115,7 +102,7 @@ def check_names(checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise MossError(
-            f"{checkpoint.source} holds {extra[0]}{more}, which is no tensor of a MOSS or CodeGen model."
+            f"{checkpoint.source} holds {extra[0]}{more}, which is not a tensor of a MOSS or CodeGen model."
         )
 
 
@@ -134,7 +121,7 @@ def check_zeros(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         if checkpoint.tensor(name).read().any():
             raise MossError(
-                f"{checkpoint.source} holds {name}, which is no tensor of a MOSS or CodeGen model, and not all zeros."
+                f"{checkpoint.source} holds {name}, which is not a tensor of a MOSS or CodeGen model, and not all zeros."
             )
 
 

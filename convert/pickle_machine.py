@@ -132,12 +132,12 @@ class _Machine:
 
     def name(self, module: Any, attribute: Any) -> _Name:
         if not isinstance(module, str) or not isinstance(attribute, str):
-            raise _Refused("a name that is no text")
+            raise _Refused("a name that is not text")
         full = f"{module}.{attribute}"
         if full in _CALLS or (module in ("torch", "torch.storage") and attribute in STORAGES):
             return _Name(full)
         raise MossError(
-            f"mentions {full[:200]!r}, which is no tensor. A checkpoint that wants to run code is not read: "
+            f"mentions {full[:200]!r}, which is not a tensor. A checkpoint that wants to run code is not read: "
             "get the model from a source you trust."
         )
 
@@ -171,29 +171,29 @@ class _Machine:
     def persistent(self) -> None:
         kind, storage, key, _location, _elements = self.stack.pop()
         if kind != "storage" or not isinstance(storage, _Name) or not isinstance(key, str):
-            raise _Refused("a reference that is no storage")
+            raise _Refused("a reference that is not a storage")
         self.stack.append(Storage(STORAGES[storage.text.rsplit(".", 1)[1]], key))
 
     def reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         call = _CALLS.get(function.text) if isinstance(function, _Name) else None
         if call is None or not isinstance(arguments, tuple):
-            raise _Refused("a call of something that is no tensor")
+            raise _Refused("a call of something that is not a tensor")
         self.stack.append(call(arguments))
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise _Refused("an item for something that is no dict")
+            raise _Refused("an item for something that is not a dict")
         if not all(isinstance(key, str | int) for key in pairs[::2]):
             raise _Refused("a key that is neither text nor number")
         if any(isinstance(key, str) and len(key) > MAX_KEY for key in pairs[::2]):
-            raise _Refused("a key that is no name")
+            raise _Refused("a key that is not a name")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def extend(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise _Refused("an element for something that is no list")
+            raise _Refused("an element for something that is not a list")
         self.stack[-1].extend(values)
 
     def pop_items(self, count: int) -> list[Any]:
@@ -256,5 +256,5 @@ def read_pickle(data: bytes, where: str) -> Any:
         raise MossError(f"{where} {error}") from error
     except (_Refused, LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise MossError(
-            f"{where} is no checkpoint of tensors, or it is damaged ({error}). Download it again."
+            f"{where} is not a checkpoint of tensors, or it is damaged ({error}). Download it again."
         ) from error

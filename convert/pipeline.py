@@ -270,7 +270,9 @@ def _check_ours(out: Path) -> None:
     # A kill can leave nothing but the first journal, half written.
     names = [path.name for path in out.iterdir() if not path.name.startswith(JOURNAL)]
     if not all(map(_OURS.fullmatch, names)) or names and not any(map(_WEIGHTS.fullmatch, names)):
-        raise MossError(f"{out} exists and is no unfinished model folder. Name another folder with --out.")
+        raise MossError(
+            f"{out} exists, and is not an unfinished model folder. Name another folder with --out."
+        )
 
 
 def _check_space(source: Source, recipe: Recipe, left: list[FilePlan], out: Path) -> None:

@@ -64,11 +64,11 @@ def _added_tokens(fetch: Callable[[str], Path]) -> tuple[dict[str, int], set[str
     added, special = _read_optional(fetch, "added_tokens.json"), set(SPECIAL_TOKENS)
     listed = _read_optional(fetch, "tokenizer_config.json").get("added_tokens_decoder", {})
     if not isinstance(listed, dict):
-        raise MossError("added_tokens_decoder in tokenizer_config.json is no list of added tokens.")
+        raise MossError("added_tokens_decoder in tokenizer_config.json is not a list of added tokens.")
     for number, entry in listed.items():
         token = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(token, str) or not re.fullmatch("[0-9]{1,9}", number):
-            raise MossError(f"tokenizer_config.json lists {number!r} as an added token, which is none.")
+            raise MossError(f"tokenizer_config.json lists {number!r} as an added token, and it is not one.")
         if added.setdefault(token, int(number)) != int(number):
             raise MossError(
                 f"{token!r} has the id {added[token]} in added_tokens.json, and {number} in tokenizer_config.json."
@@ -86,7 +86,7 @@ def _read_optional(fetch: Callable[[str], Path], name: str) -> dict[str, Any]:
 
 def _add(tokenizer: Tokenizer, token: str, wanted: int, special: bool) -> None:
     if not token or token != token.encode("utf-8", "replace").decode():
-        raise MossError(f"the checkpoint adds {token!r}, which is no token.")
+        raise MossError(f"the checkpoint adds {token!r}, which is not a token.")
     entry = AddedToken(token, single_word=False, lstrip=False, rstrip=False, normalized=False)
     if special:
         tokenizer.add_special_tokens([entry])

@@ -108,4 +108,4 @@ def _why_no_zip(path: Path, file: BinaryIO) -> str:
         return f"{path} is in torch's format from before 1.6; save it again with a newer torch."
     if start.startswith(b"vers"):
         return f"{path} is a git-lfs pointer, not the weights. Fetch them with: git lfs pull"
-    return f"{path} is no torch checkpoint (no zip file)."
+    return f"{path} is not a torch checkpoint (it is not a zip file)."

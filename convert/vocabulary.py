@@ -59,13 +59,13 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
         raise MossError(f"{path}: the model's vocab or merges are missing.")
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else _strings(merge)) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
-        raise MossError(f"{path}: merges holds something that is no merge of two tokens.")
+        raise MossError(f"{path}: merges holds something that is not a merge of two tokens.")
     added: dict[str, int] = {}
     special: set[str] = set()
     for entry in _objects(fields.get("added_tokens")):
         token, number = entry.get("content"), entry.get("id")
         if not isinstance(token, str) or type(number) is not int or added.setdefault(token, number) != number:
-            raise MossError(f"{path}: added_tokens holds something that is no token with an id.")
+            raise MossError(f"{path}: added_tokens holds something that is not a token with an id.")
         if entry.get("special") is True:
             special.add(token)
     return Vocabulary(tokens, [(first, second) for first, second in pairs], added, special)
@@ -97,6 +97,6 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         if line.startswith("#version") or not line:
             continue
         if len(parts) != 2:
-            raise MossError(f"{path}: {line[:60]!r} is no merge of two tokens.")
+            raise MossError(f"{path}: {line[:60]!r} is not a merge of two tokens.")
         merges.append((parts[0], parts[1]))
     return merges

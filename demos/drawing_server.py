@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     """Draw until Ctrl-C, in the background until the process is ended: standard input is not read."""
     port = arguments[0] if arguments else "0"
     if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
-        print(f"{port!r} is no port: give a number from 0 (a free one) to 65535.", file=sys.stderr)
+        print(f"{port!r} is not a port: give a number from 0 (a free one) to 65535.", file=sys.stderr)
         return 2
     try:
         with contextlib.suppress(KeyboardInterrupt), drawing_server(int(port)) as address:

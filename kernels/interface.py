@@ -142,6 +142,11 @@ class Operators(Protocol):
     **the caller must sync the last block's result (or the logits made of it) before it starts the next pass.**
     """
 
+    @property
+    def level(self) -> str:
+        """What decides the last bits of a result, beside the sources and the processor."""
+        ...
+
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
         """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.
 

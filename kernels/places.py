@@ -31,30 +31,28 @@ def places_of(
         ValueError: there are no tokens, a token has no page, or what should be whole pages is not.
     """
     slot, position = (np.asarray(numbers, np.int32) for numbers in (slots, positions))
-    table = np.zeros((len(pages), max((len(row) for row in pages), default=0)), np.int32)
-    for row, numbers in zip(table, pages, strict=True):
+    lengths = [len(numbers) for numbers in pages]
+    # Rows and columns for more slots and pages: launches are recorded for each shape of the table, and are to be few.
+    rows, most = 1 << (len(pages) - 1).bit_length(), max(lengths, default=0)
+    padded = np.zeros((rows, -(-most // PAGES_AT_ONCE) * PAGES_AT_ONCE), np.int32)
+    for row, numbers in zip(padded, pages, strict=False):
         row[: len(numbers)] = numbers
+    table = padded[: len(pages), :most]
     if not len(slot) or len(slot) != len(position) or slot.min() < 0 or slot.max() >= len(pages):
         raise ValueError(f"{len(slot)} tokens at {len(position)} positions of {len(pages)} sequences")
-    ends = PAGE * np.array([len(row) for row in pages])
+    ends = PAGE * np.array(lengths)
     if position.min() < 0 or (position >= ends[slot]).any():
-        raise ValueError(f"a token's position is beyond the pages of its sequence, {table.shape[1]} at most")
+        raise ValueError(f"a token's position is beyond the pages of its sequence, {most} at most")
     if table.size and table.min() < 0:
         raise ValueError("a page has a number below 0")
     _check_whole(slot, position, whole)
     tokens = np.stack([slot, position], axis=1)
-    return Places(slot, position, table, whole, jt.array(tokens), jt.array(_padded(table)))
-
-
-def _padded(table: np.ndarray) -> np.ndarray:
-    """The table with rows and columns for more slots and pages: launches are recorded for each shape of it, and are to be few."""
-    rows = 1 << (len(table) - 1).bit_length()
-    padded = np.zeros((rows, -(-table.shape[1] // PAGES_AT_ONCE) * PAGES_AT_ONCE), np.int32)
-    padded[: table.shape[0], : table.shape[1]] = table
-    return padded
+    return Places(slot, position, table, whole, jt.array(tokens), jt.array(padded))
 
 
 def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:
+    if whole == 0:
+        return
     if whole % PAGE or not 0 <= whole <= len(slots):
         raise ValueError(f"{whole} of {len(slots)} tokens are no whole pages of {PAGE}")
     by_page = positions[:whole].reshape(-1, PAGE) - np.arange(PAGE)

@@ -59,6 +59,8 @@ def index(values: np.ndarray) -> Var:
 class PortableOperators:
     """See :class:`moss_jt.kernels.interface.Operators`."""
 
+    level = "portable"
+
     def __init__(self, config: MossConfig) -> None:
         self.config = config
         cosines, sines = spread_rotary_table(config.n_positions, config.head_dim, config.rotary_dim)

@@ -24,7 +24,10 @@ from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
-from moss_jt.engine.logprobs import Logprob, logprobs_of
+from moss_jt.engine.logprobs import Logprob, check_top, logprobs_of
+from moss_jt.engine.prompt_cache import PromptCache
+from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
+from moss_jt.engine.prompt_key import prompt_cache_bytes
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from moss_jt.engine.model import Model
 
 END_TOKEN = "<eom>"
+# What of beginnings is kept beside a model.
+PROMPT_CACHE = "2GiB"
 # Prompts of generate_many that the engine knows of at once.
 MANY = 256
 
@@ -63,6 +68,7 @@ class Moss:
     tokenizer  text to ids and back
     plan       where the weights live
     load_s     seconds that loading took
+    notice     a sentence for the user about how it was loaded, or empty
     """
 
     def __init__(
@@ -75,8 +81,14 @@ class Moss:
         folder: Path | None = None,
         name: str = "MOSS",
         copy: DraftCopy | None = None,
+        prompts: PromptCache | None = None,
     ) -> None:
-        """``folder``: where the cache of what is idle goes when there is no room for it. ``copy`` is closed with the model."""
+        """
+        Args:
+            folder: where the cache of what is idle goes when there is no room for it.
+            copy: writes ahead of the model; closed with it.
+            prompts: where what was read of beginnings is kept for later processes.
+        """
         self.model = model
         self.config = model.config
         self.tokenizer = tokenizer
@@ -85,7 +97,8 @@ class Moss:
         self.name = name
         self._draft = draft
         self.copy = copy
-        self.engine = Engine(model, folder, copy)
+        self.notice = ""
+        self.engine = Engine(model, folder, copy, prompts)
 
     @classmethod
     def load(
@@ -101,6 +114,7 @@ class Moss:
         draft_model: str | Path = "auto",
         offload: str = "auto",
         parallel: int = 1,
+        prompt_cache: str | int = PROMPT_CACHE,
     ) -> Self:
         """Load a model folder.
 
@@ -122,6 +136,8 @@ class Moss:
                 the GPU "unified", CUDA's managed memory.
             parallel: the cache has room for so many conversations of ``context`` tokens. More run at once while they are
                 shorter, and who finds no room waits.
+            prompt_cache: what was read of a chat's beginning is kept beside the model and not read again, in another process
+                neither: so many bytes at most, as "2GiB"; those used longest ago go. 0 keeps none.
 
         Raises:
             MossError: there is no such model, its folder is damaged, the memory is too little for it, or something
@@ -135,6 +151,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
+        keep_bytes = prompt_cache_bytes(prompt_cache)
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         if on_gpu:
@@ -165,8 +182,11 @@ class Moss:
                 loaded.close()
                 raise
         hold(plan)
+        prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        return cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy)
+        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts)
+        moss.notice = choice.notice
+        return moss
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -204,6 +224,7 @@ class Moss:
         Raises:
             MossError: as :meth:`logits`.
         """
+        check_top(top)
         token_ids = self._checked(token_ids)
         text = self.session()
         text.extend(token_ids)
@@ -284,7 +305,7 @@ class Moss:
             MossError: a prompt is empty or longer than the context, or an option's value is impossible.
         """
         if isinstance(prompts, str):
-            raise MossError("prompts are several: give a list of texts, or call generate for one.")
+            raise MossError("generate_many takes a list of prompts; for a single one, call generate.")
         params = SamplingParams(**sampling)
         answers: deque[Generation] = deque()
         try:
@@ -342,7 +363,7 @@ class Moss:
         limits = max_new_tokens, self.stop_ids, stops, self.load_s, max_time
         if any(token >= self.config.vocab_size for token in params.biases):
             raise MossError(
-                f"logit_bias has a token that is none; ids are 0 to {self.config.vocab_size - 1}."
+                f"logit_bias names a token that does not exist; ids are 0 to {self.config.vocab_size - 1}."
             )
         ahead = IncrementalDecoder(self.tokenizer) if begin and stops else None
         return Generation(text, decoder, params, *limits, begin=begin, logprobs=logprobs, ahead=ahead)

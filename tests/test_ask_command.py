@@ -2,15 +2,18 @@
 
 import io
 import json
+import os
+import pty
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moss_jt.chat.saved import About, Conversations
-from moss_jt.commands import ask
+from moss_jt.commands import ask, options
 from moss_jt.commands.ask import question_of
 from moss_jt.commands.cli import main
 from moss_jt.commands.plugin_options import trained_with_plugins
@@ -100,8 +103,9 @@ def test_which_words_are_the_question(monkeypatch: pytest.MonkeyPatch, home: Pat
             return True
 
     monkeypatch.setattr(sys, "stdin", Typed())
-    assert question_of(("moss-tiny",)) == (None, "moss-tiny")
     assert question_of(("a", "b")) == ("a", "b")
+    with pytest.raises(ask.click.UsageError, match='the question is missing: moss-jt ask moss-tiny "What'):
+        question_of(("moss-tiny",))
     for words in ((), ("how", "are", "you")):
         with pytest.raises(ask.click.UsageError):
             question_of(words)
@@ -109,6 +113,24 @@ def test_which_words_are_the_question(monkeypatch: pytest.MonkeyPatch, home: Pat
 
 def test_a_question_that_is_none(run: Any) -> None:
     assert run("ask", "moss-tiny", " ")[0] == 1 and "the question is empty" in run("ask", stdin="\n")[2]
+
+
+def test_whoever_does_not_know_that_standard_input_is_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options, "PATIENCE_S", 0.05)
+    ours, theirs = os.pipe()
+    threading.Timer(0.5, lambda: (os.write(theirs, b"late"), os.close(theirs))).start()
+    with open(ours, "rb") as pipe:
+        assert options.read_text(pipe) == "late"
+    assert "waiting for the text on standard input" in capsys.readouterr().err
+    assert options.read_text(io.BytesIO(b"at once")) == "at once" and capsys.readouterr().err == ""
+    master, slave = pty.openpty()
+    os.write(master, b"typed\n\x04")
+    with open(slave, "rb") as terminal:
+        assert options.read_text(terminal) == "typed\n"
+    os.close(master)
+    assert "Ctrl-D" in capsys.readouterr().err
 
 
 def test_others_point_to_it(run: Any) -> None:
@@ -131,6 +153,13 @@ def test_which_models_were_trained_with_plugins(home: Path, source: str, expecte
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "source": source}))
     assert trained_with_plugins(folder) is expected
+
+
+def test_a_copy_in_fewer_bits_keeps_its_origin(run: Any, home: Path) -> None:
+    folder = (home / "models" / "moss-tiny").rename(home / "models" / "mine")
+    assert run("convert", str(folder), "--bits", "8", "--out", str(home / "copy"))[0] == 0
+    assert json.loads((home / "copy" / MANIFEST).read_text())["source"].endswith("moss-tiny")
+    assert trained_with_plugins(home / "copy")
 
 
 # list and rm.

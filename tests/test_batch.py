@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moss_jt import Moss
-from moss_jt.chat.batch import Defaults, parse_line
-from moss_jt.commands.batch_files import Work
+from moss_jt.chat.batch import IGNORED, LIMITS, SAMPLING, Defaults, parse_line
+from moss_jt.commands.batch_files import BEFORE, Work
 from moss_jt.commands.cli import main
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
@@ -214,7 +214,7 @@ def test_a_file_that_holds_something_else_is_left_alone(
             '{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "a", "seeds": 1}}',
             "did you mean seed",
         ),
-        ('{"custom_id": 5, "body": {}}', "custom_id must be a text"),
+        ('{"custom_id": 5, "body": {}}', "custom_id must be text"),
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "only POST to"),
     ],
 )
@@ -232,6 +232,14 @@ def test_penalties_and_biases_are_understood() -> None:
     line = '{"prompt": "a", "frequency_penalty": 0.5, "logit_bias": {"5": -100}}'
     params = parse_line(line, tiny_tokenizer(), DEFAULTS).params
     assert params.frequency_penalty == 0.5 and params.logit_bias == ((5, -100),)
+
+
+def test_the_document_names_every_option() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "batch.md").read_text(encoding="utf-8")
+    assert [
+        name for name in ("stop", "logit_bias", *SAMPLING, *LIMITS, *IGNORED) if f"`{name}`" not in text
+    ] == []
+    assert "did you mean temperature?" in text and f"answers.jsonl{BEFORE}" in text
 
 
 def test_messages_become_a_conversation_in_which_nothing_is_forged() -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from moss_jt.commands import cli
 from moss_jt.demos import tour
 from moss_jt.demos.drawing_server import drawing_server
 from moss_jt.demos.plugin_loop import one_turn
+from moss_jt.engine.model import Model
+from moss_jt.kernels.interface import PAGE
 from moss_jt.moss import Moss
 from moss_jt.plugins.registry import PluginSettings
 from tests.support.models import random_checkpoint, tiny_model_folder
@@ -145,7 +148,15 @@ def test_a_conversation_goes_on_in_another_process(
     whole = capsys.readouterr().out
     assert run(monkeypatch, "\n".join(questions[:2]) + "\n/save 解题\n", *options) == 0
     assert capsys.readouterr().out.endswith("用 moss-jt chat --resume 解题 可继续。\n\n再见！\n")
+    first, forward = [], Model.forward_many
+
+    def watched(self: Model, pieces: Any, wanted: Any) -> Any:
+        first.append(pieces[0].start)
+        return forward(self, pieces, wanted)
+
+    monkeypatch.setattr(Model, "forward_many", watched)
     assert run(monkeypatch, questions[2], "--resume", "解题", "--no-thoughts", "--quiet") == 0
+    assert first[0] >= 4 * PAGE + PAGE, "what was read and written before is there"
     shown = capsys.readouterr().out
     assert "共 2 轮" in shown and "已开启插件：solver。" in shown and "› 你好\nMOSS 您好！" in shown
     assert shown.partition("\n\n")[2] == whole.rpartition("您好！")[2].partition("\n\n")[2]
@@ -184,7 +195,7 @@ def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
     convert(checkpoint, recipe_for(checkpoint), home / "models" / "codegen-tiny")
     monkeypatch.setattr(Moss, "load", None)
     assert run(monkeypatch, "", "codegen-tiny") == 1
-    assert "codegen-tiny is no MOSS chat model" in (message := capsys.readouterr().err)
+    assert "codegen-tiny is not a MOSS chat model" in (message := capsys.readouterr().err)
     assert "moss-jt generate" in message
 
 

@@ -197,11 +197,11 @@ def test_a_folder_that_transformers_saved_converts(tmp_path: Path) -> None:
         ("another kind", lambda fields: fields.update(pre_tokenizer=None)),
         ("another kind", lambda fields: fields.update(model=[])),
         ("missing", lambda fields: fields["model"].update(vocab=[])),
-        ("no merge", lambda fields: fields["model"].update(merges=["a b c"])),
-        ("no merge", lambda fields: fields["model"].update(merges=[["a", 1]])),
-        ("no merge", lambda fields: fields["model"].update(merges=[7])),
-        ("no token", lambda fields: fields["added_tokens"].append({"content": "x"})),
-        ("no token", lambda fields: fields["added_tokens"].append({"id": "9", "content": "x"})),
+        ("not a merge", lambda fields: fields["model"].update(merges=["a b c"])),
+        ("not a merge", lambda fields: fields["model"].update(merges=[["a", 1]])),
+        ("not a merge", lambda fields: fields["model"].update(merges=[7])),
+        ("not a token", lambda fields: fields["added_tokens"].append({"content": "x"})),
+        ("not a token", lambda fields: fields["added_tokens"].append({"id": "9", "content": "x"})),
         ("no row", lambda fields: fields["model"]["vocab"].update(zz=2147483648)),
         ("no row", lambda fields: fields["added_tokens"].append({"id": 2147483648, "content": "x"})),
         ("belong together", lambda fields: fields["model"]["merges"].append(["nowhere", "there"])),
@@ -247,7 +247,7 @@ class _LongKeys:
 def test_long_keys_are_refused_before_they_are_compared() -> None:
     from moss_jt.convert.pickle_machine import read_pickle
 
-    with pytest.raises(MossError, match="key that is no name"):
+    with pytest.raises(MossError, match="key that is not a name"):
         read_pickle(_LongKeys.pickle(), "somewhere")
 
 
@@ -274,7 +274,7 @@ def zip_damages() -> dict[str, Any]:
         "bz2": put(b"PK\x01\x02", 10, b"\x0c\x00"),
         "an unknown method": put(b"PK\x01\x02", 10, b"\x63\x00"),
         "encryption": put(b"PK\x01\x02", 8, b"\x01\x00"),
-        "a name that is no text": put(b"PK\x01\x02", 46, b"\xff\xfe\x00"),
+        "a name that is not text": put(b"PK\x01\x02", 46, b"\xff\xfe\x00"),
         "a name longer than the file": put(b"PK\x01\x02", 28, b"\xff\xff"),
         "a local header": put(b"PK\x03\x04", 0, b"PK\x03\x05"),
         "a local name": put(b"PK\x03\x04", 30, b"b"),

@@ -24,7 +24,7 @@ def test_probed_once_and_remembered(weights: Path, tmp_path: Path, monkeypatch: 
     first = disk_speed(weights, memory)
     assert first.buffered > 0 and first.best >= first.buffered
 
-    def never(piece: Extent, direct: bool) -> float:
+    def never(piece: Extent, direct: bool, in_flight: int) -> float:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(module, "_timed", never)
@@ -48,15 +48,22 @@ def test_a_home_that_cannot_be_written_is_no_fault(weights: Path, tmp_path: Path
 def test_a_disk_without_direct_reads_is_read_buffered(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def timed(piece: Extent, direct: bool) -> float:
+    def timed(piece: Extent, direct: bool, in_flight: int) -> float:
         if direct:
             raise MossError("cannot read: Invalid argument")
         return 7e8
 
     monkeypatch.setattr(module, "_timed", timed)
     speed = disk_speed(weights, tmp_path / "disk-speed.json")
-    assert speed == DiskSpeed(7e8, 0.0) and not speed.prefer_direct and speed.best == 7e8
+    assert speed == DiskSpeed(7e8, 0.0, 7e8, 0.0) and not speed.prefer_direct and speed.best == 7e8
 
 
 def test_the_faster_way_is_chosen() -> None:
     assert DiskSpeed(1.0, 2.0).prefer_direct and not DiskSpeed(2.0, 1.0).prefer_direct
+
+
+def test_several_reads_at_once_are_made_where_they_are_clearly_faster() -> None:
+    assert DiskSpeed(1.0, 2.0, 1.0, 5.0).in_flight > 1 and DiskSpeed(1.0, 2.0, 1.0, 5.0).prefer_direct
+    assert DiskSpeed(2.0, 1.0, 5.0, 1.0).in_flight > 1 and not DiskSpeed(2.0, 1.0, 5.0, 1.0).prefer_direct
+    assert DiskSpeed(2.0, 1.0, 2.1, 1.0).in_flight == 1 and DiskSpeed(2.0, 1.0).in_flight == 1
+    assert DiskSpeed(1.0, 2.0, 1.0, 5.0).best == 5.0

@@ -121,5 +121,5 @@ def test_what_the_option_means() -> None:
     assert always is not None and always.longest == DEFAULT_LONGEST
     assert three is not None and three.longest == 3
     for wrong in ("some", 0, -1, LONGEST_DRAFT + 1, "9" * 30, "²", ""):
-        with pytest.raises(MossError, match="is no draft"):
+        with pytest.raises(MossError, match="is not a kind of draft"):
             make_drafter(wrong, True)

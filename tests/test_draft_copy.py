@@ -1,6 +1,7 @@
 """A copy in fewer bits writes ahead: what the model says is the same to the bit, in fewer passes, whatever the copy is worth."""
 
 import hashlib
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.pipeline import convert
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
-from moss_jt.engine.sampling import Sampler
+from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.plan import placement
@@ -25,6 +26,7 @@ from moss_jt.store.files import read_json, write_json
 from moss_jt.store.manifest import MANIFEST, sealed
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
+from tests.support.dialogues import dialogues
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan
 
@@ -188,10 +190,47 @@ def test_conversations_are_the_same_across_turns_cuts_and_stops(models: Path) ->
         assert moss.engine.pool.free + len(pages_in_use(moss)) == moss.engine.pool.count
 
 
-def make_params(**options: Any) -> Any:
-    from moss_jt.engine.sampling import SamplingParams
-
+def make_params(**options: Any) -> SamplingParams:
     return SamplingParams(**options)
+
+
+def random_answers(moss: Moss, cases: range) -> list[tuple[list[int], str | None]]:
+    """Dialogues that are cut anywhere, continued with any settings."""
+    token_ids = moss.tokenizer.encode(dialogues(77, 6))
+    answers = []
+    for case in cases:
+        dice = random.Random(case)
+        start = dice.randrange(len(token_ids) - 200)
+        text = moss.session()
+        text.extend(token_ids[start : start + dice.randint(1, 200)])
+        params = SamplingParams(
+            temperature=dice.choice([0.0, 0.7, 1.2]),
+            top_k=dice.choice([0, 1, 40]),
+            top_p=dice.choice([0.5, 0.8, 1.0]),
+            repetition_penalty=dice.choice([None, 1.0, 1.3]),
+            presence_penalty=dice.choice([0.0, 0.5]),
+            frequency_penalty=dice.choice([0.0, 0.3]),
+            length_penalty=dice.choice([1.0, 1.05]),
+            regulation_start=8,
+            seed=case,
+        )
+        stops = dice.sample(range(2100), 40)
+        answers.append((list(text.decode(params, dice.randint(1, 90), stops)), text.stop_reason))
+    return answers
+
+
+@pytest.mark.parametrize("cases", [range(16), pytest.param(range(16, 200), marks=pytest.mark.long)])
+def test_random_dialogues_with_any_settings(
+    models: Path, cases: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = Digests(monkeypatch)
+    with load(models / "tiny", draft="off") as moss:
+        expected, logits = random_answers(moss, cases), digests.take()
+        assert {reason for _, reason in expected} >= {"eos", "length"}
+    for copy, draft in (("tiny-int4", "lookup"), ("garbage", "off")):
+        with load(models / "tiny", 0.4, models / copy, draft=draft) as moss:
+            assert random_answers(moss, cases) == expected
+            assert digests.take() == logits
 
 
 def pages_in_use(moss: Moss) -> set[int]:

@@ -153,6 +153,22 @@ def test_who_finds_no_room_waits_and_is_told_its_number() -> None:
     assert [list(answer) for answer in answers] == [[4, 5], [2, 3, 4, 5], [2, 3, 4, 5]]
 
 
+def test_who_waits_is_told_how_long_those_before_may_take() -> None:
+    """One page of cache: each of those before writes 20 tokens and is read in one pass; one pass takes a second."""
+    model = GatedModel(capacity=PAGE, pages=1)
+    engine = Engine(model)
+    engine._pace.note(0, 1.0)
+    texts = [Text(engine) for _ in range(4)]
+    for text in texts:
+        text.extend([1])
+    answers = [text.begin(GREEDY, 20) for text in texts]
+    assert model.entered.wait(10)
+    waits = [text.queued for text in texts[1:]]
+    assert [(one.number, one.expected_s) for one in waits if one is not None] == [(1, 20), (2, 41), (3, 62)]
+    for answer in answers:
+        answer.close()
+
+
 def test_interactive_jobs_go_before_background_ones_and_these_come_to_their_turn() -> None:
     model = GatedModel(capacity=PAGE, pages=1)
     engine = Engine(model)

@@ -110,7 +110,7 @@ def test_the_small_model_comes_with_the_program(run: Any) -> None:
         (("--prompt", "a", "--context", "4000"), "this model has 1024 positions"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p is 1.5; it must be"),
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens is 0"),
-        (("--prompt", "a", "--draft", "often"), "'often' is no draft"),
+        (("--prompt", "a", "--draft", "often"), "'often' is not a kind of draft"),
         (("--prompt", "a", "--memory", "1MiB"), "is too little for this model"),
         (("--prompt", "a", "--stop", ""), "a stop string is empty"),
     ],
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_on_one_line(
 
 def test_text_that_is_no_utf_8_is_refused(run: Any, model: str) -> None:
     code, _, err = run(model, stdin=b"abc\xff")
-    assert code == 1 and "no UTF-8 text (byte 3)" in err
+    assert code == 1 and "not UTF-8 text (byte 3)" in err
 
 
 def test_an_unknown_model_and_no_model_say_how_to_get_one(run: Any) -> None:

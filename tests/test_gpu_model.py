@@ -200,6 +200,17 @@ def test_a_missing_wait_changes_the_logits(monkeypatch: pytest.MonkeyPatch, forg
     model.close()
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_tensor_that_the_kernels_cannot_load_is_told(unified: bool) -> None:
+    store = open_store(random_folder(TINY))
+    block = store.blocks[2]
+    name, spec = next(iter(block.tensors.items()))
+    moved = replace(block, tensors={**block.tensors, name: replace(spec, offset=spec.offset + 2)})
+    odd = replace(store, blocks=[*store.blocks[:2], moved, *store.blocks[3:]])
+    with pytest.raises(MossError, match="does not begin at a multiple of 16 bytes, .* runs on the CPU only"):
+        gpu_model(odd, plan_for(store, 0.4, 1), unified)
+
+
 def test_a_file_that_vanishes_or_a_system_that_does_not_pin_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -74,3 +74,6 @@ def test_moss_gives_those_of_a_prompt_and_of_an_answer() -> None:
         )
         with pytest.raises(MossError, match="logit_bias"):
             moss.generate(token_ids, logit_bias={moss.config.vocab_size: 1})
+        for wrong in (-1, 101, "x", 1.5):
+            with pytest.raises(MossError, match="logprobs is"):
+                moss.generate(token_ids, logprobs=wrong)  # type: ignore[arg-type]

@@ -39,14 +39,14 @@ def test_amounts(text: str | int, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "8 light years", "1e9", "%", "8GiBs", "9" * 40, "nan"])
 def test_what_is_no_amount_is_refused(text: str) -> None:
-    with pytest.raises(MossError, match="is no amount of memory. Write it like 8GiB"):
+    with pytest.raises(MossError, match="is not an amount of memory. Write it like 8GiB"):
         parse_memory(text, 100 * GIB)
 
 
 @pytest.mark.parametrize("amount", ["16", 16, "8.5", "0", "16b", "1000000"])
 def test_a_number_without_its_unit_is_asked_about(amount: str | int) -> None:
     """16 was taken as 16 bytes, and the answer was that the model needs more."""
-    with pytest.raises(MossError, match=r"would be bytes. Say which unit is meant: [\d.]+GiB"):
+    with pytest.raises(MossError, match=r"would be a number of bytes. Say which unit is meant: [\d.]+GiB"):
         parse_memory(amount, 100 * GIB)
 
 

@@ -68,7 +68,7 @@ def test_no_stop_strings_and_a_byte_order_mark_change_nothing(moss: Moss) -> Non
 
 @pytest.mark.parametrize("stop", [3, [3], ("a", None), {"a": 1, 2: 3}])
 def test_what_is_no_stop_string_is_named(moss: Moss, stop: Any) -> None:
-    with pytest.raises(MossError, match=f"^stop is {re.escape(repr(stop))}; it must be a text"):
+    with pytest.raises(MossError, match=f"^stop is {re.escape(repr(stop))}; it must be text"):
         moss.generate(TEXT, stop=stop)
 
 
@@ -187,12 +187,12 @@ def test_a_prompt_that_fills_the_context_has_no_answer(moss: Moss) -> None:
     ("options", "message"),
     [
         ({"device": "abacus"}, "there is no device 'abacus'"),
-        ({"memory": "much"}, "'much' is no amount of memory"),
+        ({"memory": "much"}, "'much' is not an amount of memory"),
         ({"context": 5000}, "this model has 1024 positions"),
         ({"context": "5"}, "context is '5'"),
         ({"context": 2.5}, "context is 2.5"),
         ({"memory": "16"}, "Say which unit is meant: 16GiB"),
-        ({"draft": "maybe"}, "'maybe' is no draft"),
+        ({"draft": "maybe"}, "'maybe' is not a kind of draft"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, str], message: str) -> None:
@@ -254,10 +254,13 @@ def test_the_package_names_what_it_has() -> None:
 
 @pytest.mark.parametrize("model", [3, b"moss-tiny"])
 def test_what_is_no_name_of_a_model_is_said(model: Any) -> None:
+    for name in ("x" * 1000, "a\0b"):  # such a file cannot be
+        with pytest.raises(MossError, match="there is no model called"):
+            Moss.load(name)
     with pytest.raises(MossError, match="a model is a name or a path"):
         Moss.load(model)
 
 
 def test_a_model_folder_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MossError, match="is no model folder"):
+    with pytest.raises(MossError, match="is not a model folder"):
         Moss.load(tmp_path)

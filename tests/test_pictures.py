@@ -117,7 +117,7 @@ def read_sixel(text: str) -> list[list[tuple[int, int, int]]]:
 
 
 def test_sixel_paints_every_pixel_in_its_color() -> None:
-    """Height 8 is no multiple of the band's 6 rows. Colours come back within a percent, and the palette holds them all."""
+    """Height 8 is not a multiple of the band's 6 rows. Colours come back within a percent, and the palette holds them all."""
     picture = Image.new("RGB", (5, 8), (255, 0, 0))
     for y in range(8):
         picture.putpixel((y % 5, y), (0, 255, 51))

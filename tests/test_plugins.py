@@ -87,7 +87,7 @@ def recorded_calculations() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("commands", [None, 3, b'Calculate("1")', ["Calculate"]])
 def test_commands_that_are_no_text_are_named(commands: Any) -> None:
-    with pytest.raises(MossError, match=f"^commands is {re.escape(repr(commands))}; it must be a text"):
+    with pytest.raises(MossError, match=f"^commands is {re.escape(repr(commands))}; it must be text"):
         execute(commands, ["calculator"])
 
 

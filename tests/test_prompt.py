@@ -211,5 +211,5 @@ class NoEnds:
 
 
 def test_a_model_of_another_kind_is_refused_and_generate_named() -> None:
-    with pytest.raises(MossError, match="codegen-350M is no MOSS chat model.*moss-jt generate"):
+    with pytest.raises(MossError, match="codegen-350M is not a MOSS chat model.*moss-jt generate"):
         PromptEncoder(NoEnds(), "codegen-350M")

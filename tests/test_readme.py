@@ -1,5 +1,6 @@
 """The README's commands and its Python block are true of this commit, in both languages."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -13,8 +14,12 @@ import pytest
 
 from benchmarks.memory_tables import CONTEXT, SYSTEM, card_plan, cpu_plan
 from moss_jt.commands.cli import COMMANDS
+from moss_jt.commands.plan import ASSUMED_PRODUCTS
+from moss_jt.errors import MossError
+from moss_jt.plan.first_word import GFLOP, first_word
 from moss_jt.plan.report import ASSUMED_DISK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import BITS_NAMES
+from moss_jt.plan.verdict import duration
 from moss_jt.store.sizes import GIB
 from tests.support.models import tiny_model_folder
 
@@ -136,15 +141,34 @@ def test_what_it_says_of_sizes_and_machines_is_what_the_plan_says(name: str) -> 
         )
     assert rows == expected
     times = re.findall(
-        r"^\| `--memory (\d+)GiB`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE
+        r"^\| `--memory (\d+)GiB`[^|]*\| ([\d.]+) \| ([\d.–]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        text,
+        re.MULTILINE,
     )
     assert len(times) == 4
     for gibibytes, *cells in times:
-        seconds = [SPEEDS.seconds(cpu_plan(bits, CONTEXT, int(gibibytes) * GIB)) for bits in (16, 8, 4)]
-        assert cells == [f"{one:.0f}" if one >= 10 else f"{one:.1f}" for one in seconds]
+        budget = int(gibibytes) * GIB
+        seconds = [SPEEDS.seconds(cpu_plan(bits, CONTEXT, budget)) for bits in (16, 8, 4)]
+        drafted = None
+        with contextlib.suppress(MossError):
+            drafted = SPEEDS.seconds(cpu_plan(16, CONTEXT, budget, draft_bits=4))
+        if drafted is not None and drafted < seconds[0] and cpu_plan(16, CONTEXT, budget).streams:
+            seconds.insert(1, drafted)
+        expected = [f"{one:.0f}" if one >= 10 else f"{one:.1f}" for one in seconds]
+        assert cells == (expected if len(expected) == 4 else [expected[0], "–", *expected[1:]])
+    smallest_with_copy = cpu_plan(16, CONTEXT, 13 * GIB, draft_bits=4)
+    assert "13 GiB" in text and smallest_with_copy.copy is not None
+    assert round(smallest_with_copy.copy_bytes / GB) == 8 and "8 GB" in text
     # "holds int4" and "holds float16" of the blocks for each machine, and their seconds per token.
     assert not cpu_plan(4, CONTEXT, 14 * GIB).streams and not cpu_plan(16, CONTEXT, 62 * GIB).streams
-    assert not card_plan(4, 1024, 12, 16 - SYSTEM).streams
+    assert not card_plan(4, 1024, 12, 16 - SYSTEM).streams and card_plan(4, CONTEXT, 12, 16 - SYSTEM).streams
+    wait = first_word(
+        cpu_plan(4, CONTEXT, 14 * GIB), SPEEDS.disk.bytes_per_s, Speed(ASSUMED_PRODUCTS * GFLOP, "assumed")
+    )
+    assert f"{duration(wait.load_s)} and {duration(wait.read_s)};" in text_of("README.md")
+    assert (
+        f"{wait.load_s:.1f} 秒和 {wait.read_s:.0f} 秒" in text_of("README.zh.md") and ASSUMED_PRODUCTS == 100
+    )
 
 
 def test_both_languages_give_the_same_numbers_and_commands() -> None:

@@ -219,7 +219,7 @@ def test_the_command_repairs_what_verify_finds(
     assert "tokenizer.json" in error and "moss-jt convert" in error
     code, out, error = run("convert", str(source), "--out", str(folder))
     assert code == 0 and "is ready" in out and "5 of its files are kept" in error
-    assert "every checksum right" in run("verify", str(folder))[1]
+    assert "every checksum is right" in run("verify", str(folder))[1]
 
 
 def test_a_folder_of_other_things_is_never_taken_for_a_damaged_one(source: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_folder_of_other_things_is_never_taken_for_a_damaged_one(source: Path,
         for mine in ("config.json", "tokenizer.json", "block-00.safetensors", name):
             (out / mine).write_text("mine")
         before = contents(out)
-        with pytest.raises(MossError, match="no unfinished model folder"):
+        with pytest.raises(MossError, match="not an unfinished model folder"):
             convert_checkpoint(source, out)
         assert contents(out) == before
 
@@ -368,5 +368,5 @@ def test_a_safetensors_header_larger_than_any_models_is_refused_unread(folder: P
     data = path.read_bytes()
     path.write_bytes((17 << 20).to_bytes(8, "little") + data[8:])
     os.truncate(path, 18 << 20)
-    with pytest.raises(MossError, match="no safetensors file"):
+    with pytest.raises(MossError, match="not a safetensors file"):
         open_store(folder)

@@ -11,9 +11,11 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import MEMORY_PAGE
+from moss_jt.weights import file_reader
 from moss_jt.weights.disk_ring import Ring
 from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.parallel_read import library, read_side_by_side
 
 UNITS = {i: Extent(Path("weights"), i * MEMORY_PAGE, MEMORY_PAGE) for i in range(7)}
 
@@ -187,6 +189,40 @@ def test_the_reader_gives_the_file_s_bytes(weights: Path, direct: bool, keep_cac
         assert target[:n_bytes].tobytes() == contents[offset : offset + n_bytes]
         assert not target[n_bytes + MEMORY_PAGE :].any(), "nothing is read beyond the extent's last page"
     reader.close()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_several_reads_at_once_give_the_same_bytes(
+    tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the shares are uneven, a request begins within the file, and the file ends within its last page."""
+    if library() is None:
+        pytest.skip("this C library has no reads of its own threads")
+    monkeypatch.setattr(file_reader, "LEAST_SHARE", MEMORY_PAGE)
+    path = tmp_path / "weights"
+    contents = np.random.default_rng(0).bytes(23 * MEMORY_PAGE + 100)
+    path.write_bytes(contents)
+    reader = FileReader(direct, 1e9, in_flight=4)
+    reader.request_bytes = 9 * MEMORY_PAGE
+    for start, n_bytes in (
+        (0, 23 * MEMORY_PAGE),
+        (MEMORY_PAGE, 22 * MEMORY_PAGE + 100),
+        (0, 5 * MEMORY_PAGE),
+    ):
+        target = page_buffer(n_bytes + MEMORY_PAGE)
+        try:
+            assert reader.read(Extent(path, start, n_bytes), target, never)
+        except MossError as error:
+            if direct and "Invalid argument" in str(error):
+                pytest.skip("this file system has no direct reads")
+            raise
+        assert target[:n_bytes].tobytes() == contents[start : start + n_bytes]
+    os.truncate(path, 7 * MEMORY_PAGE)
+    with pytest.raises(MossError, match=r"ends early: it has 28672 bytes, 94208 are needed"):
+        reader.read(Extent(path, 0, 23 * MEMORY_PAGE), page_buffer(23 * MEMORY_PAGE), never)
+    reader.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read_side_by_side([9999, 9998], page_buffer(2 * MEMORY_PAGE).data, 0)
 
 
 def test_a_file_that_shrinks_is_named_and_one_deleted_is_still_read(weights: Path) -> None:

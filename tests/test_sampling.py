@@ -110,7 +110,7 @@ def test_every_token_costs_one_random_number_however_sure_the_model_is() -> None
 def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
     logits = np.zeros(4, np.float32)
     logits[2] = value
-    with pytest.raises(MossError, match="no number"):
+    with pytest.raises(MossError, match="not a number"):
         Sampler(SamplingParams(temperature=0), []).choose(logits)
 
 

@@ -117,6 +117,7 @@ def test_a_chat_that_goes_on_is_as_if_it_had_never_ended(kept: Conversations) ->
     second = Chat(ScriptedMoss(answers[2]), temperature=0)
     opened, held = kept.open(kept.names()[0])
     assert resume(second, held) == 0 and second.params == first.params
+    assert held.turns[-1].ways == (True,) * 4 + (False,) * (len(held.turns[-1].ways) - 4)
     assert second.token_ids == uninterrupted and second.turns == 2 and second.message == "two"
     second.keeper = Keeping(kept, "scripted", opened)
     assert said(second, "three") == said(first, "three") == "Three."

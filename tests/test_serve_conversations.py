@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from moss_jt.plugins.interface import Outcome
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.serve.server import Server
-from tests.support.serving import client, served, shared_moss, shared_server
+from moss_jt.serve.settings import Limits
+from tests.support.serving import WaitingPlugin, client, served, shared_moss, shared_server
 
 SUM = "What is 37 times 48?"
 ANSWER = "37 times 48 equals 1776[1]."
@@ -158,29 +158,8 @@ def test_a_lost_stream_is_taken_up_where_it_was_lost(http: httpx.Client) -> None
     assert http.get(f"/api/conversations/{begin(http)}/answer").status_code == 404
 
 
-class Waiting:
-    """A calculator that answers when it is let."""
-
-    name, label, function, argument, style, timeout_s = (
-        "waiting",
-        "Calculator",
-        "Calculate",
-        "expression",
-        "value",
-        30.0,
-    )
-
-    def __init__(self) -> None:
-        self.asked, self.gate = threading.Event(), threading.Event()
-
-    def call(self, argument: str, wanted: int) -> Outcome:
-        self.asked.set()
-        self.gate.wait(20)
-        return Outcome("1776")
-
-
 def test_while_an_answer_is_written_it_can_be_stopped_and_nothing_else_changes(tmp_path: Path) -> None:
-    plugin = Waiting()
+    plugin = WaitingPlugin()
     options: dict[str, Any] = {"plugins": [plugin], "default_plugins": ["waiting"]}
     with served(shared_moss(), tmp_path, **options) as server, client(server) as http:
         name = begin(http)
@@ -271,8 +250,6 @@ def test_pictures_are_those_of_the_folder_alone(tmp_path: Path) -> None:
 
 
 def test_few_conversations_are_in_the_cache_and_all_go_on(tmp_path: Path) -> None:
-    from tests.support.serving import Limits
-
     with served(shared_moss(), tmp_path, limits=Limits(live=2)) as server, client(server) as http:
         names = [begin(http) for _ in range(5)]
         for _ in range(2):
@@ -283,8 +260,6 @@ def test_few_conversations_are_in_the_cache_and_all_go_on(tmp_path: Path) -> Non
 
 
 def test_the_number_of_conversations_is_bounded(tmp_path: Path) -> None:
-    from tests.support.serving import Limits
-
     with (
         served(shared_moss(), tmp_path, limits=Limits(conversations=3, live=1)) as server,
         client(server) as http,

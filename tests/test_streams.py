@@ -73,7 +73,7 @@ def test_the_drawing_server_needs_no_standard_input(redirect: str) -> None:
 @pytest.mark.parametrize("port", ["abc", "-1", "65536", "٣"])
 def test_the_drawing_server_says_what_a_port_is(port: str) -> None:
     done = run(("moss_jt.demos.drawing_server", port), "")
-    assert done.returncode == 2 and "is no port" in done.stderr
+    assert done.returncode == 2 and "is not a port" in done.stderr
 
 
 @pytest.mark.parametrize("command", [("plan",), ("verify",)])

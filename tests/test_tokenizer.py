@@ -193,7 +193,7 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="tokenizer.json is missing"):
         Tokenizer.from_file(path)
     path.write_text("{}")
-    with pytest.raises(MossError, match="tokenizer.json is no tokenizer"):
+    with pytest.raises(MossError, match="tokenizer.json is not a tokenizer"):
         Tokenizer.from_file(path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na c\n")
@@ -212,7 +212,7 @@ def test_damaged_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="merges.txt cannot be read"):
         build_tokenizer(lambda name: tmp_path / name, {"vocab_size": 10})
     (tmp_path / "merges.txt").write_text("")
-    for added, words in {'{"\\ud800": 2}': "no token", '{"x": 7}': "its id here is 2"}.items():
+    for added, words in {'{"\\ud800": 2}': "not a token", '{"x": 7}': "its id here is 2"}.items():
         (tmp_path / "added_tokens.json").write_text(added)
         with pytest.raises(MossError, match=words):
             build_tokenizer(lambda name: tmp_path / name, {"vocab_size": 10})
@@ -301,8 +301,8 @@ def test_special_tokens_of_a_checkpoint_cannot_be_forged(tmp_path: Path) -> None
         (None, {"999999999": {"content": "é"}}, "no row"),
         (None, {"299": {"content": "éà"}}, "its id here is 256"),
         (None, {"256": {"content": "é"}}, "its id here is 165"),
-        (None, {"256": {"content": ""}}, "no token"),
-        (None, [1], "is no list of added tokens"),
+        (None, {"256": {"content": ""}}, "not a token"),
+        (None, [1], "is not a list of added tokens"),
     ],
 )
 def test_damaged_lists_of_added_tokens_are_named(

@@ -214,20 +214,20 @@ def calling(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         ({"foo": 1}, "those of no form"),
         ({"chat": {"turn_1": {"Human": "hello", "MOSS": "x"}}}, "must read"),
-        ({"chat": {"turn_1": {"Human": 5, "MOSS": "x"}}}, "must be a text"),
+        ({"chat": {"turn_1": {"Human": 5, "MOSS": "x"}}}, "must be text"),
         ({"chat": []}, "no turn"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "needs a role"),
         ({"messages": "hi"}, "must be a list"),
         ({"messages": [ASKED, calling("weather"), ANSWERED]}, "weather"),
         ({"messages": [ASKED, calling("Solve"), ANSWERED]}, "1 calls and 0 results"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "needs a from"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{"}]}, "no JSON"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{"}]}, "not JSON"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "pairs"),
-        ({"instruction": "x", "output": None}, "must be a text"),
-        ({"prompt": "x", "completion": 3}, "must be a text"),
+        ({"instruction": "x", "output": None}, "must be text"),
+        ({"prompt": "x", "completion": 3}, "must be text"),
     ],
 )  # fmt: skip
 def test_what_is_no_sample_is_refused_by_name(fields: Any, reason: str) -> None:

@@ -68,22 +68,7 @@ inline WordScratch& word_scratch() { return *(WordScratch*)scratch<Widened>(size
 // The next multiple of 64 bytes: inputs that straddle cache lines halve the speed of products with several tokens.
 inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) / 64 * 64); }
 
-#ifdef MOSS_ONEDNN
-
-// a (m, k) times the transpose of b (n, k), or times b (k, n): c (m, n), added to c when `add`.
-inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
-                  int64_t ldb, bool add, float* c, int64_t ldc) {
-    dnnl_sgemm('N', transposed_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, ldc);
-}
-
-// What oneDNN has freed stays in malloc's arenas, one per thread, in parts that its next buffers do not fit into: without
-// this the arenas grow to many times what is ever used at once.
-inline void give_back() {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
-
+// Inputs begin .. end of a row, widened to float32, in the matrix's own order.
 template <class M>
 inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, float* result) {
     using Row = typename M::Row;
@@ -106,6 +91,22 @@ inline void widen(const M& m, int64_t row_index, int64_t begin, int64_t end, flo
         }
         begin = stop;
     }
+}
+
+#ifdef MOSS_ONEDNN
+
+// a (m, k) times the transpose of b (n, k), or times b (k, n): c (m, n), added to c when `add`.
+inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+                  int64_t ldb, bool add, float* c, int64_t ldc) {
+    dnnl_sgemm('N', transposed_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, ldc);
+}
+
+// What oneDNN has freed stays in malloc's arenas, one per thread, in parts that its next buffers do not fit into: without
+// this the arenas grow to many times what is ever used at once.
+inline void give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 // Whether sgemm gives a page's rows the same bits alone and among others. It adds in an order that follows the inputs, not

@@ -124,6 +124,14 @@ class CpuOperators:
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
+    @property
+    def level(self) -> str:
+        """What decides the last bits of a result, beside this package's sources and the processor."""
+        folder = onednn_folder()
+        library = None if folder is None else folder / "lib" / "libmkldnn.so"
+        size = library.stat().st_size if library is not None and library.exists() else 0
+        return f"cpu {self.simd} oneDNN {size}"
+
     def head(self, h: Var, norm_weight: Var, norm_bias: Var, weight: Var, bias: Var, whole: int = 0) -> Var:
         rows, width, vocab = h.shape[0], self.config.n_embd, weight.shape[0]
         check_shape("h", h, (rows, width))

@@ -43,6 +43,13 @@ class CudaOperators:
         self._blocks = weakref.WeakKeyDictionary[BlockWeights, dict[tuple[int, ...], Recording]]()
         self._heads: dict[tuple[int, int, int], Recording] = {}
 
+    @property
+    def level(self) -> str:
+        """What decides the last bits of a result, beside this package's sources."""
+        cupy = self.kernels.cupy
+        card = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"]
+        return f"cuda {card!r} {cupy.cuda.runtime.runtimeGetVersion()} {cupy.__version__}"
+
     def free(self) -> None:
         """Give back to the card what CuPy keeps of the memory of intermediate results."""
         pool = self.kernels.cupy.get_default_memory_pool()

@@ -100,7 +100,7 @@ def parse_line(line: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
         return _request(fields, tokenizer, defaults, "messages" in fields)
     custom_id, url, body = fields["custom_id"], fields.get("url"), fields.get("body")
     if not isinstance(custom_id, str) or not isinstance(body, dict):
-        raise MossError("custom_id must be a text, and body an object.")
+        raise MossError("custom_id must be text, and body an object.")
     if fields.get("method", "POST") != "POST" or url not in (CHAT_URL, TEXT_URL):
         raise MossError(f"only POST to {CHAT_URL} and {TEXT_URL} is supported.")
     return _request(body, tokenizer, defaults, url == CHAT_URL, custom_id)
@@ -119,7 +119,7 @@ def _request(
     stop = fields.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
-        raise MossError("stop must be a text, or a list of texts.")
+        raise MossError("stop must be text, or a list of texts.")
     return Request(
         token_ids=_messages(fields.get("messages"), tokenizer)
         if chat
@@ -164,7 +164,7 @@ def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(prompt)
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         return list(prompt)
-    raise MossError("prompt must be a text, or a list of token ids.")
+    raise MossError("prompt must be text, or a list of token ids.")
 
 
 def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:

@@ -131,7 +131,9 @@ class Chat:
                 del self._history[next(iter(self._history))]
             sources = turn.sources if isinstance(turn, Turn) else {}
             dropped = max(0, len(self._history) + 1 - len(finished))
-            self._history[turn] = finished_turn(self._encoder, finished[turn], sources, self._asked, dropped)
+            self._history[turn] = finished_turn(
+                self._encoder, finished[turn], sources, self._asked, dropped, self._context.session.ways
+            )
 
     @property
     def meta_instruction(self) -> str:
@@ -219,7 +221,7 @@ class Chat:
             MossError: nothing was said yet; and as :meth:`send`.
         """
         if self.message is None:
-            raise MossError("nothing was said yet that could be answered again.")
+            raise MossError("there is no message yet that could be answered again.")
         self._stop_running()
         if self._context.has(self._last):
             self._history.pop(self._last, None)
@@ -237,6 +239,8 @@ class Chat:
         dropped = min(turns[-1].dropped, len(history) - 1) if turns else 0
         present = [*history.items()][dropped:]
         dropped += self._context.restore({key: turn_tokens(self._encoder, turn) for key, turn in present})
+        if turns:
+            self._context.session.begin_as(turns[-1].ways)
         self._history, self._turn, self._last = history, None, next(reversed(history), None)
         self._asked = turns[-1].asked if turns else 0
         self.message = turns[-1].message if turns else None
@@ -247,6 +251,11 @@ class Chat:
     def cancel(self) -> None:
         """End the answer that is being written, after its next token; for other threads and signal handlers."""
         self._cancelled.set()
+
+    def keep_cache(self) -> None:
+        """What the model has made of the conversation so far outlives the process, where there is room: who goes on with it need
+        not have it read again."""
+        self._context.session.keep()
 
     def clear(self) -> None:
         """Forget the conversation."""

@@ -145,5 +145,6 @@ class ConversationContext:
         self._unfinished = rewriting
         self._session.truncate(rewriting.start)
         self._session.extend(rewriting.token_ids)
+        self._session.keep_beginning(rewriting.instruction)
         self._instruction, self._turns = rewriting.instruction, rewriting.turns
         self._unfinished = None

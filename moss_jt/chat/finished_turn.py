@@ -39,6 +39,7 @@ class FinishedTurn:
     sources    citation number -> source
     asked      how many messages there were up to this one: random numbers go by it
     dropped    how many of the oldest turns the model had no longer before it then
+    ways       of each page of the whole text then, whether it was read as a page: read alike, it has the same bits again
     extra      what a front end keeps with it, as JSON has it
     """
 
@@ -47,6 +48,7 @@ class FinishedTurn:
     sources: Mapping[int, Source] = field(default_factory=dict)
     asked: int = 0
     dropped: int = 0
+    ways: tuple[bool, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +87,7 @@ def finished_turn(
     sources: Mapping[int, Source] | None = None,
     asked: int = 0,
     dropped: int = 0,
+    ways: Sequence[bool] = (),
 ) -> FinishedTurn:
     """The turn of these tokens, which end every field as :class:`moss_jt.chat.turn.Turn` leaves them."""
     tokenizer, fields, start = encoder.tokenizer, {}, 0
@@ -93,7 +96,7 @@ def finished_turn(
         end = token_ids.index(encoder.ends[role], start) + 1 + newline
         fields[name] = tokenizer.decode([*token_ids[start:end]])
         start = end
-    turn = FinishedTurn(fields, None, dict(sources or {}), asked, dropped)
+    turn = FinishedTurn(fields, None, dict(sources or {}), asked, dropped, tuple(ways))
     if turn_tokens(encoder, turn) == [*token_ids]:
         return turn
     return replace(turn, token_ids=tuple(token_ids))

@@ -147,7 +147,7 @@ class PromptEncoder:
         self.ends = {role: token for role, end in END_OF.items() if (token := tokenizer.id(end)) is not None}
         if len(self.ends) < len(END_OF):
             raise MossError(
-                f"{name} is no MOSS chat model: its vocabulary has no {END_OF[HUMAN]} and {END_OF[MOSS]}, which end the "
+                f"{name} is not a MOSS chat model: its vocabulary has no {END_OF[HUMAN]} and {END_OF[MOSS]}, which end the "
                 "turns of a conversation. Continue texts with it: moss-jt generate"
             )
         end_of_text = tokenizer.id("<|endoftext|>")

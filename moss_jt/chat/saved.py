@@ -23,13 +23,14 @@ from typing import Any
 from moss_jt.chat.finished_turn import FIELDS, FinishedTurn, is_field
 from moss_jt.errors import MissingFileError, MossError
 from moss_jt.plugins.interface import Source
-from moss_jt.store.files import read_small, reading, writing
+from moss_jt.store.files import read_small, reading, rename, writing
 from moss_jt.store.locations import model_home
 
 ENDING = ".jsonl"
 MAX_FILE_BYTES = 64 << 20
 MAX_NAME_BYTES = 100
 MAX_SOURCE_CHARACTERS = 2000
+MAX_PAGES = 1 << 14
 # Names that conversations get which nobody named: these make room for newer ones, oldest first.
 UNNAMED = re.compile(r"\d{8}-\d{6}-[0-9a-f]{16}")
 MOST_UNNAMED, MOST_UNNAMED_BYTES = 100, 256 << 20
@@ -379,12 +380,7 @@ def _create(path: Path, about: About, turns: Sequence[FinishedTurn]) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _write_all(descriptor, b"".join([about_line(path.stem, about), *reversed(lines)]), 0)
-        fresh.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        rename(fresh, path)
     except BaseException:
         os.close(descriptor)
         fresh.unlink(missing_ok=True)
@@ -451,7 +447,8 @@ def about_line(name: str, about: About) -> bytes:
 
 
 def turn_line(turn: FinishedTurn) -> bytes:
-    own: dict[str, Any] = {"asked": turn.asked, "dropped": turn.dropped}
+    ways = "".join("1" if as_page else "0" for as_page in turn.ways)
+    own: dict[str, Any] = {"asked": turn.asked, "dropped": turn.dropped, "ways": ways}
     if turn.sources:
         own["sources"] = {
             str(number): [source.title[:MAX_SOURCE_CHARACTERS], source.location[:MAX_SOURCE_CHARACTERS]]
@@ -537,6 +534,7 @@ def turn_of(fields: Mapping[str, Any]) -> FinishedTurn | None:
         sources,
         _count(own.get("asked")),
         _count(own.get("dropped")),
+        tuple(way == "1" for way in str(own.get("ways", ""))[:MAX_PAGES]),
         _mapping(own.get("extra")),
     )
 

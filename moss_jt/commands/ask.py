@@ -34,7 +34,7 @@ from moss_jt.terminal.turn_view import TurnView
 @click.command()
 @click.argument("words", nargs=-1, metavar="[MODEL] QUESTION")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object in the end, with all that happened."
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end, with everything that happened."
 )
 @click.option("--quiet", is_flag=True, help="Show nothing but the answer.")
 @plugin_options
@@ -43,12 +43,12 @@ from moss_jt.terminal.turn_view import TurnView
     type=click.IntRange(min=1),
     default=MAX_ANSWER_TOKENS,
     show_default=True,
-    help="The most tokens of the answer.",
+    help="At most this many tokens in the answer.",
 )
 @sampling_options
 @loading_options
 def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: int, **options: Any) -> None:
-    """Ask MODEL, the one used last by default, one question.
+    """Ask MODEL, by default the one used last, one question.
 
     Standard output gets the answer and nothing else; thoughts, commands, results and sources go to standard error. What is
     piped in, or - for QUESTION, is one message, however many lines it has.
@@ -77,10 +77,10 @@ def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: 
 
 
 def question_of(words: tuple[str, ...]) -> tuple[str | None, str]:
-    """MODEL and QUESTION; one word alone is the question, unless a question is piped in and it names a model.
+    """MODEL and QUESTION; one word alone is the question, unless it names a model and a question is piped in.
 
     Raises:
-        UsageError: there are more words, or none and nothing is piped in.
+        UsageError: there are more words, or no question and nothing is piped in.
         MossError: the question is empty, or no text.
     """
     piped = not sys.stdin.isatty()
@@ -90,12 +90,13 @@ def question_of(words: tuple[str, ...]) -> tuple[str | None, str]:
         )
     if len(words) == 2:
         model, question = words[0], words[1]
-    elif len(words) == 1 and not (piped and names_a_model(words[0])):
+    elif len(words) == 1 and not names_a_model(words[0]):
         model, question = None, words[0]
     elif piped:
         model, question = (words[0] if words else None), "-"
     else:
-        raise click.UsageError('ask something: moss-jt ask "What is 37 times 48?"')
+        name = f"{words[0]} " if words else ""
+        raise click.UsageError(f'the question is missing: moss-jt ask {name}"What is 37 times 48?"')
     if question == "-":
         question = read_text(sys.stdin.buffer)
     question = question.strip()

@@ -52,7 +52,7 @@ MOST_PARALLEL, CACHE_SHARE = 16, 4
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="The most tokens of an answer.",
+    help="At most this many tokens in an answer.",
 )
 @click.option(
     "--parallel",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moss_jt.commands.options import draft_model_option, loaded, memory_options, model_argument, model_folder
+from moss_jt.engine.engine import Engine
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
 from moss_jt.plan.residency import BITS_NAMES
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument
-@click.option("--contexts", default="32,256", show_default=True, help="Lengths of the text before.")
-@click.option("--new-tokens", type=int, default=24, show_default=True, help="Tokens after each of them.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Medians are over this many runs.")
+@click.option(
+    "--contexts", default="32,256", show_default=True, help="Lengths of the text that is read first."
+)
+@click.option(
+    "--new-tokens", type=int, default=24, show_default=True, help="Tokens to write after each of them."
+)
+@click.option(
+    "--repeats", type=int, default=3, show_default=True, help="How many runs the medians are taken over."
+)
 @click.option(
     "--parallel",
     metavar="NUMBERS",
-    help="Also so many conversations at once, each of the longest of --contexts, as 1,4,16.",
+    help="Also measure so many conversations at once, each as long as the longest of --contexts: 1,4,16.",
 )
 @memory_options
 @draft_model_option
@@ -51,11 +58,11 @@ def command(
         from moss_jt.measure.side_by_side import measure_together, report_together
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
-        together = (
-            measure_together(moss.engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
-            if counts
-            else []
-        )
+        together = []
+        if counts:
+            engine = Engine(moss.model)  # one of its own: what is compared is passes, without drafts
+            together = measure_together(engine, counts, max(lengths), moss.config.vocab_size, new_tokens)
+            engine.close()
         drafts = None
         if moss.copy is not None:
             prompt = prompt_ids(max(lengths), moss.config.vocab_size)
@@ -99,5 +106,5 @@ def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
-        raise MossError(f"{option} {text!r} is no list of numbers. Write it like 32,256.")
+        raise MossError(f"{option} {text!r} is not a list of numbers. Write it like 32,256.")
     return [int(part) for part in parts]

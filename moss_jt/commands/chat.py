@@ -37,7 +37,7 @@ from moss_jt.terminal.screen import Screen
     show_default=True,
     help="Show what MOSS thinks before it calls a plugin.",
 )
-@click.option("--quiet", is_flag=True, help="Do not say after each answer what it cost.")
+@click.option("--quiet", is_flag=True, help="Do not show what each answer cost.")
 @click.option(
     "--resume",
     is_flag=False,
@@ -56,7 +56,7 @@ from moss_jt.terminal.screen import Screen
     type=click.IntRange(min=1),
     default=MAX_ANSWER_TOKENS,
     show_default=True,
-    help="The most tokens of an answer.",
+    help="At most this many tokens in an answer.",
 )
 @sampling_options
 @loading_options
@@ -68,7 +68,7 @@ def command(
     keep: bool,
     **options: Any,
 ) -> None:
-    """Talk to MODEL, the one used last by default.
+    """Talk to MODEL, by default the one used last.
 
     \b
     moss-jt chat moss-tiny                     the small model that comes with the program
@@ -76,8 +76,8 @@ def command(
     moss-jt chat --search-folder ~/notes       MOSS searches in your own text files
     moss-jt chat --resume                      go on where the last conversation ended
 
-    While MOSS answers, Ctrl-C ends the answer. clear forgets the conversation, stop ends it, /help tells the rest.
-    Lines from a pipe are messages, one after the other; for one answer alone see moss-jt ask.
+    Ctrl-C ends an answer. Type clear to forget the conversation, stop to leave, and /help for everything else.
+    Lines from a pipe are messages, one after the other; for a single answer, use moss-jt ask.
     """
     # Whatever is wrong is said before Jittor starts.
     context = click.get_current_context()
@@ -87,7 +87,7 @@ def command(
     if resume is not None:
         if conversations is None:
             raise MossError(
-                "there is no folder that conversations could be kept in: set MOSS_JT_HOME to one."
+                "there is no folder to keep conversations in: set MOSS_JT_HOME to one that can be written."
             )
         opened, held = open_conversation(conversations, resume)
         options = with_settings(options, held, context)
@@ -119,6 +119,8 @@ def command(
             keeping,
             dropped,
         ).run()
+        if keeping is not None and keeping.name is not None:
+            chat.keep_cache()
 
 
 def kept_conversations() -> Conversations | None:

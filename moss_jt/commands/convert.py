@@ -60,8 +60,8 @@ def bits_of(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option(
     "--method",
     type=click.Choice(["rtn", "gptq"]),
-    help="rtn rounds to nearest: minutes for MOSS. gptq makes up for the rounding in the weights not yet rounded, by what "
-    "a text sends through each matrix: about 4 GiB and 4.5 minutes per block, 2.5 hours for MOSS, on two cores. "
+    help="rtn rounds to nearest: minutes for MOSS. gptq corrects for each rounding in the weights that are not yet rounded, by "
+    "what a text sends through each matrix: about 4 GiB and 4.5 minutes per block, 2.5 hours for MOSS, on two cores. "
     "[default: gptq for 4 bits, rtn for 8]",
 )
 @click.option(
@@ -72,12 +72,12 @@ def bits_of(context: click.Context, parameter: click.Parameter, text: str | None
 @click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="gptq: UTF-8 text like what the model will be used for. [default: Chinese and English turns of our own]",
+    help="gptq: a UTF-8 text like those that the model will be used for. [default: Chinese and English turns of our own]",
 )
 @click.option(
     "--act-order",
     is_flag=True,
-    help="gptq: most important inputs first. Less error, but inputs are permuted at run time.",
+    help="gptq: quantize the most important inputs first. Less error, but inputs are permuted at run time.",
 )
 def command(source: str, out: Path | None, keep_download: bool, **quantization: Any) -> None:
     """Turn a checkpoint into a model folder that moss-jt runs.

@@ -12,11 +12,15 @@ MARKS = {"ok": "✓", "note": "·", "problem": "✗"}
 
 
 @click.command()
-@click.option("--gpu", is_flag=True, help="What --gpu lacks counts as a problem, with all that it takes.")
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="Whatever --gpu lacks counts as a problem, and the steps to get it are listed.",
+)
 def command(gpu: bool) -> None:
     """Check this machine: compiler, Jittor, oneDNN, processor, memory, disk, GPU, CUDA, models. Downloads nothing.
 
-    Each line has a verdict and, where something is to be done, says what. Exit code 1 when there is a problem.
+    Each line has a verdict, and says what to do where something needs doing. Exit code 1 if there is a problem.
     """
     screen, problems = Screen(), 0
     for finding in examine(gpu):

@@ -59,7 +59,7 @@ def command(
     memory: str | None,
     as_json: bool,
 ) -> None:
-    """Perplexity of MODEL on a text, and with --against how far its predictions are from another model's.
+    """Perplexity of MODEL on a text; with --against, also how far its predictions are from another model's.
 
     FILE is UTF-8 text; <eoh>, <eom> and the like in it count as the special tokens. It is read in windows of --context
     tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare. Tokens per pass
@@ -88,7 +88,7 @@ def _window(stores: list[Store], names: list[str], context: int | None) -> int:
     for name, store in zip(names, stores, strict=True):
         if context is not None and not 2 <= context <= store.config.n_positions:
             raise MossError(
-                f"--context {context} is not possible: {name} has 2 to {store.config.n_positions} tokens."
+                f"--context {context} is not possible: {name} takes 2 to {store.config.n_positions} tokens."
             )
     return context or min(DEFAULT_CONTEXT, *(store.config.n_positions for store in stores))
 

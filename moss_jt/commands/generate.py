@@ -25,16 +25,21 @@ from moss_jt.terminal.output import json_text, pass_on
     "--prompt", metavar="TEXT", help="What to continue; - reads it from standard input, as a pipe does."
 )
 @click.option(
-    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens of the answer."
+    "--max-new-tokens",
+    type=int,
+    default=256,
+    show_default=True,
+    help="At most this many tokens in the answer.",
 )
 @click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help=r"Ends the answer; may be given several times. \n in it is a newline, \t a tab, \r a carriage return, \\ a backslash.",
+    help="Stop where this text appears; may be given several times. "
+    r"\n in it is a newline, \t a tab, \r a carriage return, \\ a backslash.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object in the end, with tokens and times."
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end, with tokens and times."
 )
 @sampling_options
 @loading_options
@@ -47,7 +52,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Continue a text with MODEL, the one used last by default. (To ask something: moss-jt ask.)
+    """Continue a text with MODEL, by default the one used last. To ask something, use moss-jt ask.
 
     The prompt is taken as it is: no chat format is added, and <eoh> and the like in it count as special tokens.
 

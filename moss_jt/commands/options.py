@@ -1,6 +1,8 @@
 """What chat, generate and bench have in common on the command line: the model, where it may live, how it chooses."""
 
 import contextlib
+import select
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,9 +12,12 @@ from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import remember_last
+from moss_jt.terminal.screen import Screen
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
+
+PATIENCE_S = 2.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -29,43 +34,48 @@ def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 model_argument = click.argument("model", required=False)
 
 memory_options = _all_of(
-    click.option("--gpu", is_flag=True, help="Compute on the GPU; what does not fit there streams to it."),
+    click.option(
+        "--gpu",
+        is_flag=True,
+        help="Compute on the GPU. Weights that do not fit there are copied to it for every token.",
+    ),
     click.option(
         "--device",
         type=click.IntRange(min=0, max=999),
         metavar="N",
-        help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
+        help="With --gpu: which card, counted from 0 as moss-jt doctor lists them.  [default: 0]",
     ),
     click.option(
         "--memory",
         metavar="AMOUNT",
-        help="Without --gpu: the most that this process may hold, as 8GiB or 80%. What does not fit streams from disk. "
+        help="Without --gpu: the limit for this process, such as 8GiB or 80%. Weights that do not fit are read from disk for every "
+        "token. "
         "[default: what is free, less a margin]",
     ),
     click.option(
         "--gpu-memory",
         metavar="AMOUNT",
-        help="With --gpu: the most that this process may hold on the card. What does not fit streams from the host. "
+        help="With --gpu: the limit on the card. Weights that do not fit stay in RAM and are copied for every token. "
         "[default: what is free there, less a margin]",
     ),
     click.option(
         "--host-memory",
         metavar="AMOUNT",
-        help="With --gpu: the most that this process may hold in RAM. What does not fit there either streams from disk. "
+        help="With --gpu: the limit in RAM. Weights that do not fit there either are read from disk for every token. "
         "[default: what is free, less a margin]",
     ),
     click.option(
         "--context",
         type=int,
         metavar="TOKENS",
-        help="Tokens that all text may have together. [default: what the model has]",
+        help="How many tokens all of the text may have. [default: as many as the model allows]",
     ),
     click.option(
         "--offload",
         type=click.Choice(["auto", "stream", "swap", "unified"]),
         default="auto",
         show_default=True,
-        help="What happens to weights that do not fit. They stream; for comparison, Jittor swaps them, or (with --gpu) "
+        help="What happens to weights that do not fit: they are streamed; or, for comparison, Jittor swaps them, or (with --gpu) "
         "they lie in CUDA's unified memory.",
     ),
 )
@@ -87,37 +97,57 @@ loading_options = _all_of(
         "off, or the longest guess. Changes the speed, never the text.",
     ),
     draft_model_option,
+    click.option(
+        "--prompt-cache",
+        metavar="AMOUNT",
+        default="2GiB",
+        show_default=True,
+        help="Keep what was read of a chat's beginning beside the model, so that later starts do not read it again: so much at "
+        "most; 0 keeps none. Changes the speed, never the text.",
+    ),
 )
-LOADING = ("memory", "gpu_memory", "host_memory", "context", "draft", "draft_model", "offload", "parallel")
+LOADING = (
+    "memory",
+    "gpu_memory",
+    "host_memory",
+    "context",
+    "draft",
+    "draft_model",
+    "offload",
+    "parallel",
+    "prompt_cache",
+)
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
 sampling_options = _all_of(
-    click.option("--greedy", is_flag=True, help="Always the likeliest token; the same as --temperature 0."),
+    click.option(
+        "--greedy", is_flag=True, help="Always choose the most likely token; the same as --temperature 0."
+    ),
     click.option(
         "--temperature",
         type=float,
         default=SamplingParams.temperature,
         show_default=True,
-        help="Higher is more varied.",
+        help="Higher values give more varied answers.",
     ),
     click.option(
         "--top-k",
         type=int,
         default=SamplingParams.top_k,
         show_default=True,
-        help="Only the k likeliest tokens; 0 for all.",
+        help="Choose among the k most likely tokens; 0 for all.",
     ),
     click.option(
         "--top-p",
         type=float,
         default=SamplingParams.top_p,
         show_default=True,
-        help="Only the likeliest tokens that reach p together.",
+        help="Choose among the most likely tokens that together reach the probability p.",
     ),
     click.option(
         "--repetition-penalty",
         type=float,
-        help="Above 1 makes tokens less likely that occurred already. "
+        help="Above 1, tokens that have already occurred become less likely. "
         f"[default: {REPETITION_PENALTY}; 1 when greedy]",
     ),
     click.option("--seed", type=int, help="The same seed gives the same text."),
@@ -141,6 +171,8 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
     with Moss.load(folder, device=device, **loading) as moss:
         with contextlib.suppress(MossError):  # where nothing can be written, nothing is noted
             remember_last(folder)
+        if moss.notice:
+            Screen(sys.stderr).line(f"moss-jt: {moss.notice}")
         yield moss
 
 
@@ -166,11 +198,15 @@ def device_of(options: dict[str, Any]) -> str:
 
 
 def read_text(stream: Any) -> str:
-    """All of a stream of bytes as UTF-8, without a byte order mark.
+    """All of a stream of bytes as UTF-8, without a byte order mark. Whoever does not know that it is read is told.
 
     Raises:
-        MossError: it is no UTF-8, or far too long for any prompt.
+        MossError: it is not UTF-8, or far too long for any prompt.
     """
+    if stream.isatty():
+        Screen(sys.stderr).line("Type the text, and then Ctrl-D on a line of its own.")
+    elif not comes_soon(stream):
+        Screen(sys.stderr).line("moss-jt: waiting for the text on standard input (Ctrl-C ends this).")
     limit = 1 << 24
     data = stream.read(limit + 1)
     if len(data) > limit:
@@ -178,4 +214,12 @@ def read_text(stream: Any) -> str:
     try:
         return str(data, "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MossError(f"the prompt is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise MossError(f"the prompt is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+
+
+def comes_soon(stream: Any) -> bool:
+    """Whether something can be read before a user begins to wonder; what is no file of the system's comes at once."""
+    try:
+        return bool(select.select([stream.fileno()], [], [], PATIENCE_S)[0])
+    except (OSError, ValueError):
+        return True

@@ -28,6 +28,7 @@ from moss_jt.plan.report import (
 from moss_jt.plan.residency import BITS_NAMES, Copy, ResidencyPlan, TooLittleError, gib, plan, plan_gpu
 from moss_jt.plan.verdict import duration, verdict
 from moss_jt.store.config import MOSS_MOON_003
+from moss_jt.store.copies import copies_of, open_copy
 from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.published import BY_BITS, CONVERSION_BYTES, PUBLISHED, about_unpublished
@@ -52,14 +53,20 @@ LEAST_PROBE_BYTES = 16 * MIB
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Plan MODEL as int4, int8 or float16.")
 @click.option(
     "--draft-bits",
-    type=click.Choice(["4", "8"]),
-    help="With a copy of MODEL in so many bits that writes ahead, for MODEL to verify in one pass.",
+    type=click.Choice(["4", "8", "off"]),
+    help="With a copy of MODEL in so many bits that writes ahead, for MODEL to verify in one pass.  [default: one that is there]",
 )
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
 @click.option(
+    "--device",
+    type=click.IntRange(min=0, max=999),
+    metavar="N",
+    help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
+)
+@click.option(
     "--gpu-memory",
     metavar="AMOUNT",
-    help="Plan for a card with this much memory, of which a twentieth stays free.",
+    help="Plan for a card with this much memory, a twentieth of which stays free.",
 )
 @click.option("--host-memory", metavar="AMOUNT", help="With a card: RAM for the whole process.")
 @click.option(
@@ -85,6 +92,7 @@ def command(
     bits: str | None,
     draft_bits: str | None,
     gpu: bool,
+    device: int | None,
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
@@ -109,8 +117,10 @@ def command(
         raise click.UsageError("--memory is the limit without a GPU; beside --gpu-memory give --host-memory.")
     if not on_card and (host_memory is not None or link_speed is not None):
         raise click.UsageError("--host-memory and --link-speed need --gpu or --gpu-memory.")
+    if device is not None and not gpu:
+        raise click.UsageError("--device needs --gpu.")
     if gpu:
-        gpu_memory = this_cards_memory(gpu_memory)
+        gpu_memory = this_cards_memory(gpu_memory, device or 0)
     elif gpu_memory is not None:
         gpu_memory = described_cards_memory(gpu_memory)
     amounts = memory, gpu_memory, host_memory
@@ -128,8 +138,9 @@ def command(
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
     remark = ""
-    if draft_bits is not None:
-        chosen, remark = with_copy(sizes, int(draft_bits), amounts, context, chosen, speeds)
+    copy = copy_of(store, sizes, draft_bits) if draft_bits is not None or chosen.streams else None
+    if copy is not None:
+        chosen, remark = with_copy(sizes, copy, amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
     screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
     screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
@@ -234,44 +245,64 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     return plans
 
 
+def copy_of(store: Store | None, sizes: ModelSizes, draft_bits: str | None) -> ModelSizes | None:
+    """Sizes of the copy that is asked for, or of the one that was converted.
+
+    Raises:
+        MossError: a copy has no fewer bits than the model.
+    """
+    if draft_bits == "off":
+        return None
+    if draft_bits is None:
+        copies = [] if store is None or store.bits != sizes.bits else copies_of(store)
+        return sizes_of_store(open_copy(store, copies[0])) if store is not None and copies else None
+    if int(draft_bits) >= sizes.bits:
+        raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
+    return sizes_of_geometry(sizes.config, int(draft_bits))
+
+
 def with_copy(
-    sizes: ModelSizes, bits: int, amounts: Amounts, context: int | None, plain: ResidencyPlan, speeds: Speeds
+    sizes: ModelSizes,
+    copy: ModelSizes,
+    amounts: Amounts,
+    context: int | None,
+    plain: ResidencyPlan,
+    speeds: Speeds,
 ) -> tuple[ResidencyPlan, str]:
     """The better of the plan without a copy and the one with it, and what there is to say about that."""
-    if bits >= sizes.bits:
-        raise MossError(f"a copy that drafts has fewer bits than the model, which has {sizes.bits}.")
-    copy = f"An {BITS_NAMES[bits]} copy that drafts"
+    name = f"An {BITS_NAMES[copy.bits]} copy that drafts"
     try:
-        drafted = plan_for(sizes, *amounts, context, sizes_of_geometry(sizes.config, bits))
+        drafted = plan_for(sizes, *amounts, context, copy)
     except TooLittleError as error:
         lower = f" It would with --context {error.context}." if error.context else ""
-        return plain, f"{copy} does not fit here.{lower}"
+        return plain, f"{name} does not fit here.{lower}"
     without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
     if seconds >= without:
-        return plain, f"{copy} would not pay here: {number(seconds)} s per token."
-    return drafted, f"{copy} is counted in; without it a token takes {number(without)} s."
+        return plain, f"{name} would not pay here: {number(seconds)} s per token."
+    return drafted, f"{name} is counted in; without it a token takes {number(without)} s."
 
 
-def this_cards_memory(gpu_memory: str | None) -> str:
-    """What the card of this machine may give, in bytes.
+def this_cards_memory(gpu_memory: str | None, number: int) -> str:
+    """What this machine's card of that number may give, in bytes.
 
     Raises:
         MossError: there is no card, or it has less.
     """
     from moss_jt.backend.gpu import find_card
 
-    return str(gpu_budget(gpu_memory, find_card()))
+    return str(gpu_budget(gpu_memory, find_card(number)))
 
 
 def described_cards_memory(gpu_memory: str) -> str:
     """What a card of that size gives, in bytes: as much as ``--gpu`` takes of one that is free by default.
 
     Raises:
-        MossError: it is no amount of memory.
+        MossError: it is not an amount of memory.
     """
     if gpu_memory.strip().endswith("%"):
         raise MossError(
-            f"--gpu-memory {gpu_memory.strip()} is a share of no card. Without --gpu, say how much memory the card has, like 8GiB."
+            f"--gpu-memory {gpu_memory.strip()} is a share of a card that is not named. Without --gpu, say how much memory the "
+            "card has, like 8GiB."
         )
     return str(less_margin(parse_memory(gpu_memory, 0)))
 

@@ -23,8 +23,8 @@ _OPTIONS = (
     click.option(
         "--plugins",
         metavar="NAMES",
-        help="What MOSS may call, with commas between: calculator, solver, search, image, the name of an installed one, or "
-        "./FILE.py:CLASS; or none. [default: calculator,solver where the model was trained with plugins]",
+        help="What MOSS may call, separated by commas: calculator, solver, search, image, the name of an installed plugin, "
+        "or ./FILE.py:CLASS; none for none. [default: calculator,solver where the model was trained with plugins]",
     ),
     click.option(
         "--search-folder",
@@ -34,7 +34,7 @@ _OPTIONS = (
     click.option(
         "--search-url",
         metavar="ADDRESS",
-        help="Search with this SearXNG server; switches search on. [default: Serper where SERPER_API_KEY is set, or else "
+        help="Search with this SearXNG server; switches search on. [default: Serper if SERPER_API_KEY is set, otherwise "
         "the package ddgs]",
     ),
     click.option(

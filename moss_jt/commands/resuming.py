@@ -35,7 +35,7 @@ def open_conversation(conversations: Conversations, name: str) -> tuple[OpenConv
     """
     try:
         if not name and not (names := conversations.names()):
-            raise MossError("no conversation is kept yet that could go on. Begin one: moss-jt chat")
+            raise MossError("there is no conversation to resume yet. Begin one: moss-jt chat")
         opened, held = conversations.open(name or names[0])
     except NoConversationError as error:
         model = (

@@ -18,7 +18,7 @@ from moss_jt.terminal.screen import Screen
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option(
-    "--chat", is_flag=True, help="The names are conversations', where a model has one of them, too."
+    "--chat", is_flag=True, help="The names are those of conversations, even where a model has the same name."
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def command(names: tuple[str, ...], chat: bool, yes: bool) -> None:

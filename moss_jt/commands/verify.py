@@ -22,5 +22,5 @@ def command(model: str | None) -> None:
     with byte_bar(store.path.name, total) as bar:
         verify_store(store, bar.update)
     Screen().line(
-        f"{store.path} is complete: {gib(total)} in {len(store.files)} files, every checksum right."
+        f"{store.path} is complete: {gib(total)} in {len(store.files)} files, every checksum is right."
     )

@@ -5,10 +5,13 @@ last token. What is written later comes token by token. So a sequence's keys and
 with whom, how often it was interrupted, or whether its pages were on disk in the meantime.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.kernels.interface import PAGE
+
+WRITTEN = itertools.count(1)
 
 
 class CachedText:
@@ -17,6 +20,7 @@ class CachedText:
     pages     in order, as far as the text is cached; empty while they are stored
     cached    positions that they hold
     stored    where the pages lie on disk, in order, while they are there
+    keep      so many of its first tokens begin other texts, too, in this process or a later one
     """
 
     def __init__(self, pool: PagePool, whole_pages: bool = True) -> None:
@@ -26,6 +30,8 @@ class CachedText:
         self.pages: list[int] = []
         self.cached = 0
         self.stored: list[int] = []
+        self.keep = 0
+        self._written: list[int] = []  # of each page, a number that changes when it may be written to again
         self._whole: list[bool] = []  # of each page that the text has
         self._names: list[bytes] = []  # of the whole pages that it begins with, as far as they are cached
 
@@ -68,10 +74,44 @@ class CachedText:
         self.cached = cached
         return self._trim()
 
+    def ways(self) -> list[bool]:
+        """Of each page that the text has, whether it is whole: what other text begins in the same way is computed alike."""
+        return [*self._whole]
+
+    def state_of(self, page: int) -> int:
+        """A number that is another one once what the page held may be gone; 0 for a page that the text does not have.
+
+        A whole page is never written to, so who holds it need not ask.
+        """
+        return self._written[self.pages.index(page)] if page in self.pages else 0
+
+    def is_whole(self, page: int) -> bool:
+        return self._whole[self.pages.index(page)]
+
+    def begin_as(self, ways: Sequence[bool], length: int) -> list[int]:
+        """The text has ``length`` tokens that were given and written in these ways before; what is computed of it is forgotten.
+        Returns stored pages that are not needed any more."""
+        unneeded = self.release()
+        full = length // PAGE
+        self._whole = [whole and self._whole_pages and page < full for page, whole in enumerate(ways)]
+        del self._whole[pages_of(length) :]
+        return unneeded
+
+    def full_pages(self, token_ids: Sequence[int], length: int) -> list[bytes]:
+        """The names of the pages that the first ``length`` tokens fill, in order."""
+        names: list[bytes] = []
+        for page in range(min(length // PAGE, len(self._whole))):
+            tokens = token_ids[page * PAGE : (page + 1) * PAGE]
+            names.append(beginning_of(names[-1] if names else b"", tokens, self._whole[page]))
+        return names
+
     def _trim(self) -> list[int]:
         count = pages_of(self.cached)
         self.pool.give_back(self.pages[count:])
         del self.pages[count:]
+        del self._written[count:]
+        if self.cached % PAGE and self._written:
+            self._written[-1] = next(WRITTEN)
         del self._names[self.cached // PAGE :]
         unneeded = self.stored[count:]
         del self.stored[count:]
@@ -94,6 +134,7 @@ class CachedText:
         if name is None or page is None:
             return False
         self.pages.append(page)
+        self._written.append(next(WRITTEN))
         self._names.append(name)
         self.cached += PAGE
         return True
@@ -107,6 +148,7 @@ class CachedText:
         name = self._name_of_next(token_ids) if count == PAGE else None
         for _ in range(self.pages_for(count)):
             self.pages.append(self.pool.take())
+            self._written.append(next(WRITTEN))
         self.cached += count
         if name is not None:
             self.pool.name(self.pages[-1], name)

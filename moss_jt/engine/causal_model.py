@@ -64,6 +64,10 @@ class CausalModel(Protocol):
         """
         ...
 
+    def page_views(self, page: int) -> Sequence[np.ndarray] | None:
+        """A page's own memory in chunks, or None where the host cannot reach it."""
+        ...
+
     def read_page(self, page: int) -> np.ndarray:
         """A copy of a page's keys and values."""
         ...

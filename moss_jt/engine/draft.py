@@ -113,7 +113,9 @@ def make_drafter(draft: str | int, streams: bool) -> PromptLookup | None:
         return PromptLookup(token_cost=cost)
     if text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= LONGEST_DRAFT:
         return PromptLookup(int(text), cost)
-    raise MossError(f"{draft!r} is no draft: give auto, lookup, off or a length from 1 to {LONGEST_DRAFT}.")
+    raise MossError(
+        f"{draft!r} is not a kind of draft: give auto, lookup, off or a length from 1 to {LONGEST_DRAFT}."
+    )
 
 
 def _continuation(token_ids: Sequence[int], start: int, count: int) -> list[int]:

@@ -20,13 +20,14 @@ FIRST_CHANCE = 0.9
 FORGETTING = 0.01
 SLOWEST = 0.02  # at least so much the latest outcome counts
 FIRST_WEIGHT = 4  # so many outcomes the first guess counts for
+DOUBT = 8  # and so many of one length the outcomes of all
 
 # How sure the copy is: of a greedy token its probability; of a drawn one how far the draw was from another token's.
 GREEDY = (0.4, 0.6, 0.8, 0.9, 0.97, 0.995), (0.4, 0.55, 0.7, 0.82, 0.91, 0.97, 0.995)
 DRAWN = (0.01, 0.03, 0.1, 0.2, 0.4), (0.5, 0.6, 0.75, 0.88, 0.95, 0.98)
 
 # Of passes: how much the ones before count, and how much the first guess of what one more token adds, in tokens squared.
-DECAY, TRUST = 0.9, 8.0
+DECAY, TRUST = 0.9, 10.0
 
 
 class Learned:
@@ -34,19 +35,24 @@ class Learned:
 
     def __init__(self, first: float) -> None:
         self.value = self._first = first
-        self._count = FIRST_WEIGHT
+        self.count = 0.0  # of outcomes, as far as they still count
 
     def note(self, outcome: float) -> None:
-        self._count += 1
-        self.value += max(SLOWEST, 1 / self._count) * (outcome - self.value)
+        self.count = min(self.count + 1, 1 / SLOWEST)
+        self.value += max(SLOWEST, 1 / (self.count + FIRST_WEIGHT)) * (outcome - self.value)
 
     def forget(self) -> None:
+        self.count *= 1 - FORGETTING
         self.value += FORGETTING * (self._first - self.value)
 
     @property
     def odds(self) -> float:
-        chance = min(max(self.value, 0.002), 0.998)
-        return chance / (1 - chance)
+        return odds_of(self.value)
+
+
+def odds_of(chance: float) -> float:
+    chance = min(max(chance, 0.002), 0.998)
+    return chance / (1 - chance)
 
 
 class PassCost:
@@ -77,7 +83,8 @@ class PassCost:
         """What one more token adds."""
         mean = max(1.0, self._tokens)
         guess = self._share * self._seconds / (1 + self._share * (mean - 1))
-        return max(0.0, (self._product + TRUST * guess) / (self._square + TRUST))
+        product, square = self._weight * self._product, self._weight * self._square
+        return max(0.0, (product + TRUST * guess) / (square + TRUST))
 
     def of(self, tokens: float) -> float:
         mean = max(1.0, self._tokens)
@@ -110,12 +117,13 @@ class DraftPace:
         self._by_margin = {True: [*map(Learned, GREEDY[1])], False: [*map(Learned, DRAWN[1])]}
 
     def chance(self, depth: int) -> float:
-        """That the draft's token after so many others is right if those before are."""
-        return self._by_depth[depth].value
+        """That the draft's token after so many others is right if those before are: as for any, until enough were seen there."""
+        own = self._by_depth[depth]
+        return (own.count * own.value + DOUBT * self._all.value) / (own.count + DOUBT)
 
     def chance_of(self, depth: int, sure: Sure) -> float:
         """The same of a token of which it is known how sure the copy is."""
-        odds = self._learned(sure).odds * self._by_depth[depth].odds / self._all.odds
+        odds = self._learned(sure).odds * odds_of(self.chance(depth)) / self._all.odds
         return odds / (1 + odds)
 
     def best(self, sequences: int, longest: int = LONGEST_DRAFT) -> tuple[int, float]:

@@ -14,11 +14,12 @@ Room in the cache is given by pages. A job is admitted when its text fits; what 
 goes to the disk. Where an answer grows and no page is left, the youngest job makes room and waits again.
 """
 
+import heapq
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
 from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
+from moss_jt.engine.kept_pages import KeptPages
 from moss_jt.engine.pace import Pace
 from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool
+from moss_jt.engine.prompt_cache import PromptCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE
 
@@ -102,12 +105,20 @@ class Engine:
     Args:
         folder: where pages go that find no room in the cache; None: they are forgotten, and computed again when needed.
         copy: writes ahead of the model, over its cache; closed by who has made it.
+        prompts: where pages are kept that outlive the process; None keeps none.
     """
 
-    def __init__(self, model: CausalModel, folder: Path | None = None, copy: DraftCopy | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        folder: Path | None = None,
+        copy: DraftCopy | None = None,
+        prompts: PromptCache | None = None,
+    ) -> None:
         self.model = model
         self._copy = copy
         self.lock = threading.RLock()
+        self._kept = None if prompts is None else KeptPages(prompts, model, self.lock)
         self.pool = PagePool(model.pages)
         self.passes = 0
         self._work = threading.Condition(self.lock)
@@ -193,6 +204,17 @@ class Engine:
         with self.lock:
             self._free(text.cut(length))
 
+    def begin_as(self, text: CachedText, ways: Sequence[bool], length: int) -> None:
+        """See :meth:`moss_jt.engine.cached_text.CachedText.begin_as`; no job is about the text."""
+        with self.lock:
+            self._free(text.begin_as(ways, length))
+
+    def keep(self, text: CachedText, token_ids: Sequence[int]) -> None:
+        """Keep all full pages of a text beyond the end of the process, as far as there is room for them; no job is about it."""
+        with self.lock:
+            if self._kept is not None and not text.stored:
+                self._keep_pages(text, token_ids, text.cached)
+
     def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
         """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
         with self.lock:
@@ -214,16 +236,25 @@ class Engine:
             waiting = self._queue_in_order()
             if job not in waiting:
                 return None
-            before = waiting.index(job)
-            needed = sum(self._pages_to_come(one) for one in waiting[: before + 1])
-            free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
-            passes = 0
-            for running in sorted(self._running, key=lambda one: one.left):
-                if free >= needed:
-                    break
-                free, passes = free + len(running.text.pages), running.left
-            pass_s = self._pace.pass_s
-            return Queued(before + 1, None if pass_s is None else passes * pass_s)
+            before, pass_s = waiting.index(job), self._pace.pass_s
+            return Queued(
+                before + 1, None if pass_s is None else pass_s * self._passes_until(waiting[: before + 1])
+            )
+
+    def _passes_until(self, waiting: Sequence[Job]) -> int:
+        """In how many passes at most the last of these has room, if all that have it before write to their ends."""
+        free = self.pool.free - self._promised() + sum(len(text.pages) for text in self._idle())
+        ends = [(one.left, pages_of(one.end)) for one in self._running]
+        heapq.heapify(ends)
+        passes = 0
+        for job in waiting:
+            while free < self._pages_to_come(job) and ends:
+                passes, pages = heapq.heappop(ends)
+                free += pages
+            free -= self._pages_to_come(job)
+            reading = -(-(job.end - job.text.cached) // self.model.pass_tokens)
+            heapq.heappush(ends, (passes + reading + job.left, pages_of(job.end)))
+        return passes
 
     @property
     def waiting(self) -> int:
@@ -241,6 +272,8 @@ class Engine:
             self._work.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        if self._kept is not None:
+            self._kept.close()
         if self._file is not None:
             self._file.close()
 
@@ -345,6 +378,7 @@ class Engine:
                     self._fail(part.job, error)
                     continue
                 try:
+                    self._keep_pages(part.job.text, part.job.tokens, part.job.text.keep)
                     self._deliver(part, [rows for rows in own if rows is not None], flight)
                 except BaseException as raised:  # noqa: BLE001
                     self._fail(part.job, raised)
@@ -511,6 +545,42 @@ class Engine:
         self.model.write_page(page, data)
         return True
 
+    def _keep_pages(self, text: CachedText, token_ids: Sequence[int], length: int) -> None:
+        """Have the full pages of the first ``length`` tokens written, as far as they are computed and not kept yet."""
+        if self._kept is None or not length:
+            return
+        for page, name in zip(text.pages, text.full_pages(token_ids, min(length, text.cached)), strict=False):
+            if self._kept.wanted(name):
+                self.pool.hold(page)
+                self._kept.keep(name, page, self._held_page(text, page))
+
+    def _held_page(self, text: CachedText, page: int) -> Callable[[bool], bool]:
+        """Gives a page back that was held to be written, and says whether it was left as it was."""
+        state, whole = text.state_of(page), text.is_whole(page)
+
+        def finished(written: bool) -> bool:
+            self.pool.give_back([page])
+            self._work.notify_all()
+            return whole or text.state_of(page) == state
+
+        return finished
+
+    def _fetch(self, job: Job) -> bool:
+        """Have the next page as it is kept from an earlier process, where it is."""
+        text = job.text
+        end = text.cached + PAGE
+        if self._kept is None or text.cached % PAGE or end > job.end - (job.sampler is not None):
+            return False
+        names = text.full_pages(job.tokens, end)
+        if PAGE * len(names) < end or not self._kept.has(names[-1]):
+            return False
+        start = text.compute(job.tokens, PAGE)
+        if not self._kept.load(names[-1], text.pages[-1]):
+            self._free(text.back_to(start))
+            return False
+        self._kept.used(names)
+        return True
+
     def _free(self, records: list[int]) -> None:
         if records and self._file is not None:
             self._file.free(records)
@@ -596,6 +666,8 @@ class Engine:
         if not job.scored and text.adopt(job.tokens):
             if text.pages[-1] in flight.fresh:
                 flight.shared.add(text.pages[-1])
+            return True
+        if not job.scored and self._fetch(job):
             return True
         count, whole = text.next_run(job.end)
         count = self._affordable(flight, job, count, whole, most)

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Protocol, Self
 
 from moss_jt.engine.job import Queued
-from moss_jt.engine.logprobs import Logprob
+from moss_jt.engine.logprobs import Logprob, check_top
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
@@ -58,7 +58,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         if not isinstance(stops, Collection) or not all(isinstance(stop, str) for stop in stops):
             raise MossError(
-                f"stop is {stops!r:.80}; it must be a text that ends the answer, or a list of them."
+                f"stop is {stops!r:.80}; it must be text that ends the answer, or a list of them."
             )
         if "" in stops:
             raise MossError(
@@ -141,6 +141,7 @@ class Generation:
         if max_time is not None and not max_time > 0:
             raise MossError(f"max_time is {max_time}; it must be above 0 seconds, or None for no limit.")
         check_count(max_new_tokens)
+        check_top(logprobs)
         self.token_ids: list[int] = []
         self.text = ""
         self.stats = GenerationStats(sequence.position)

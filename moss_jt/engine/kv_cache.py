@@ -58,6 +58,14 @@ class KVCache:
         self.keys = allocate(shape)
         self.values = allocate(shape)
         self._copier = copier
+        self._arrays = () if copier is not None else (self.keys.data, self.values.data)  # their own memory
+
+    def page_views(self, page: int) -> list[np.ndarray] | None:
+        """A page's own memory in chunks, each (PAGE, H, D): keys of all layers, then values. None where the host has none."""
+        if self._copier is not None:
+            return None
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        return [part[layer, rows] for part in self._arrays for layer in range(len(part))]
 
     def read_page(self, page: int) -> np.ndarray:
         """A copy of a page's keys and values: (2, L, PAGE, H, D) float16."""

@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
+
+from moss_jt.errors import MossError
+
+MOST_TOP = 100
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,12 @@ class Logprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def check_top(top: int | None) -> None:
+    """Raises MossError where it is no number of tokens; None is no number that anybody wants."""
+    if top is not None and (not isinstance(top, Integral) or not 0 <= int(top) <= MOST_TOP):
+        raise MossError(f"logprobs is {top!r:.40}; it must be a whole number of tokens from 0 to {MOST_TOP}.")
 
 
 def logprobs_of(logits: np.ndarray, token_ids: Sequence[int], top: int) -> list[Logprob]:

@@ -88,6 +88,9 @@ class Model:
         self.watcher: Watcher | None = None
         self._kv_cache: KVCache | None = kv_cache
 
+    def page_views(self, page: int) -> list[np.ndarray] | None:
+        return self._cache.page_views(page)
+
     def with_weights(self, weights: Weights) -> "Model":
         """Another model over the same cache, with the same operators; the caller closes both."""
         limits = self.pass_tokens, self.logit_rows, self.capacity
@@ -159,23 +162,17 @@ class Model:
 
     def _logits(self, hidden: np.ndarray, runs: Sequence[TokenRun], order: Sequence[int]) -> list[np.ndarray]:
         """hidden (T, C), the runs' rows in this order -> (R, V) of each run."""
-        results = [self._no_logits() for _ in runs]
-        wanted: list[tuple[int, int]] = []  # row of hidden, run
-        first = 0
+        rows: list[int] = []
+        rows_of, first, whole = {}, 0, 0
         for index in order:
-            end = first + len(runs[index].token_ids)
-            begin = {"none": end, "last": end - 1, "all": first}[runs[index].rows]
-            wanted += [(row, index) for row in range(begin, end)]
+            run, begin = runs[index], len(rows)
+            end = first + len(run.token_ids)
+            rows += range({"none": end, "last": end - 1, "all": first}[run.rows], end)
+            rows_of[index] = begin, len(rows)
+            whole += run.whole * (len(rows) - begin)
             first = end
-        if not wanted:
-            return results
-        whole = sum(runs[index].whole for _, index in wanted)
-        logits = self._head(hidden[[row for row, _ in wanted]], whole)
-        owners = np.array([index for _, index in wanted])
-        for index in set(owners.tolist()):
-            begin = int(np.argmax(owners == index))
-            results[index] = logits[begin : begin + int(np.count_nonzero(owners == index))]
-        return results
+        logits = self._head(hidden[rows], whole) if rows else self._no_logits()
+        return [logits[slice(*rows_of.get(index, (0, 0)))] for index in range(len(runs))]
 
     def _head(self, hidden: np.ndarray, whole: int) -> np.ndarray:
         """hidden (R, C), the first ``whole`` of whole pages -> (R, V)."""

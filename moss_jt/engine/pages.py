@@ -11,9 +11,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def beginning_of(before: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a text of whole pages: of ``before``, the name of all pages but the last, and that one's tokens."""
-    return hashlib.blake2b(before + np.array(token_ids, np.int32).tobytes(), digest_size=16).digest()
+def beginning_of(before: bytes, token_ids: Sequence[int], whole: bool = True) -> bytes:
+    """The name of a text of full pages: of ``before``, the name of all pages but the last, and that one's tokens.
+
+    ``whole``: the last one is computed as a page, and not token by token.
+    """
+    way = b"" if whole else b"token by token"
+    return hashlib.blake2b(before + np.array(token_ids, np.int32).tobytes() + way, digest_size=16).digest()
 
 
 class PagePool:
@@ -60,6 +64,10 @@ class PagePool:
             self._users[page] += 1
             self._kept.pop(page, None)
         return page
+
+    def hold(self, page: int) -> None:
+        """One more user of a page that somebody has: give it back."""
+        self._users[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
         """One user of each of these pages less."""

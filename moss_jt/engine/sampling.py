@@ -196,7 +196,7 @@ class Sampler:
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             raise MossError(
-                "the model computed something that is no number (infinity or NaN). Check its folder with moss-jt verify."
+                "the model computed something that is not a number (infinity or NaN). Check its folder with moss-jt verify."
             )
         if self.params.greedy:
             return best, 1.0

@@ -63,6 +63,24 @@ class Sequence:
         """Tokens that the next answer must read first; those of the pass that is running do not count."""
         return max(0, self.position - self._text.cached)
 
+    @property
+    def ways(self) -> list[bool]:
+        """Of each page of the text, whether it was given whole: see :meth:`begin_as`."""
+        return self._text.ways()
+
+    def begin_as(self, ways: Tokens[bool]) -> None:
+        """The text is to be read, anew, in the ways of one that was given and written piece by piece: what follows has the same
+        bits then."""
+        self.engine.begin_as(self._text, ways, self.position)
+
+    def keep_beginning(self, length: int) -> None:
+        """So many of the first tokens begin other texts, too: what the model makes of them outlives the process."""
+        self._text.keep = length
+
+    def keep(self) -> None:
+        """What the model has made of the text so far outlives the process, as far as there is room for it."""
+        self.engine.keep(self._text, self.token_ids)
+
     def extend(self, token_ids: Tokens[int]) -> None:
         """Append text. It is computed by :meth:`prefill`, or when the next answer needs it.
 

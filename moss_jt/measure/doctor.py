@@ -66,7 +66,7 @@ def examine(gpu_wanted: bool = False) -> Iterator[Finding]:
         try:
             yield probe()
         except MossError as error:
-            yield Finding(what, "problem", "cannot be told", str(error))
+            yield Finding(what, "problem", "could not be checked", str(error))
     yield from gpu_findings(gpu_wanted)
     yield from models()
 
@@ -104,7 +104,7 @@ def suits(card: Card, one_of_several: bool) -> Finding:
     try:
         require_gpu(card.number)
     except MossError as error:
-        return Finding(what, "problem", "the parts do not suit each other", str(error))
+        return Finding(what, "problem", "the parts do not fit together", str(error))
     return Finding(what, "ok", "everything that it needs is there")
 
 

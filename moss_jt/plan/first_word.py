@@ -9,6 +9,8 @@ from moss_jt.plan.verdict import duration
 # MOSS's meta instruction with its switches has 284 tokens; a short question comes after it.
 PROMPT_TOKENS = 300
 GFLOP = 10**9
+# On the CPU, int8 and int4 read prompts through the integer units, about twice as fast as a float32 product would.
+INTEGER_GAIN = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ def first_word(plan: ResidencyPlan, disk_bytes_per_s: float, products: Speed) ->
     tokens = min(PROMPT_TOKENS, plan.context)
     passes = -(-tokens // plan.pass_tokens)
     streamed = passes * plan.disk_bytes_per_pass / disk_bytes_per_s
-    loaded = (plan.weight_bytes_per_pass - plan.disk_bytes_per_pass) / disk_bytes_per_s
-    computed = floating_point_operations(plan, tokens) / products.bytes_per_s
+    loaded = (plan.weight_bytes_per_pass - plan.disk_bytes_per_pass + plan.copy_bytes) / disk_bytes_per_s
+    gain = INTEGER_GAIN if plan.sizes.bits < 16 and plan.host_budget_bytes is None else 1
+    computed = floating_point_operations(plan, tokens) / products.bytes_per_s / gain
     return FirstWord(tokens, loaded, max(streamed, computed), products)
 
 

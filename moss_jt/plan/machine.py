@@ -82,11 +82,13 @@ def parse_memory(text: str | int, total_bytes: int) -> int:
     match = re.fullmatch(r"\s*(\d{1,16}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3}|%)\s*", str(text))
     unit = match.group(2).lower() if match else "?"
     if match is None or unit not in (*UNITS, "%"):
-        raise MossError(f"{text!r} is no amount of memory. Write it like 8GiB, 8000MB or 80%.")
+        raise MossError(f"{text!r} is not an amount of memory. Write it like 8GiB, 8000MB or 80%.")
     number = float(match.group(1))
     if unit in ("", "b") and number < FEWEST_BYTES:
         example = match.group(1) if number < 1024 else "8"
-        raise MossError(f"{text} would be bytes. Say which unit is meant: {example}GiB, for example.")
+        raise MossError(
+            f"{text} would be a number of bytes. Say which unit is meant: {example}GiB, for example."
+        )
     return int(number * total_bytes / 100) if unit == "%" else int(number * UNITS[unit])
 
 
@@ -94,7 +96,7 @@ def memory_budget(text: str | int | None) -> int:
     """The limit that ``--memory`` sets for this process; by default what is free less a margin.
 
     Raises:
-        MossError: it is no amount of memory, or more than there is.
+        MossError: it is not an amount of memory, or more than there is.
     """
     memory = process_memory()
     if text is None:

@@ -201,7 +201,7 @@ def gpu_budget(text: str | int | None, card: Card) -> int:
     """The limit that ``--gpu-memory`` sets; by default nineteen twentieths of what is free: a display's needs vary.
 
     Raises:
-        MossError: it is no amount of memory, or more than the card has.
+        MossError: it is not an amount of memory, or more than the card has.
     """
     if text is None:
         return less_margin(card.free_bytes)

@@ -353,6 +353,18 @@ def _all_resident(empty: ResidencyPlan) -> ResidencyPlan:
     return replace(empty, units=units, ring_buffers=0, buffer_bytes=0)
 
 
+def in_slabs(plan: ResidencyPlan) -> ResidencyPlan:
+    """The same with the head in slabs, as where it streams: what is added up slab by slab is then the same bits in every plan."""
+    if plan.streams:
+        return plan
+    blocks = [unit for unit in plan.units if unit.kind == "block"]
+    slabs = [
+        Unit("head", i, slab.n_bytes, slab.first_row, slab.last_row)
+        for i, slab in enumerate(plan.sizes.head_slabs())
+    ]
+    return replace(plan, units=(*blocks, *slabs))
+
+
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
     return tuple(unit if i in streamed else replace(unit, tier="device") for i, unit in enumerate(units))
 

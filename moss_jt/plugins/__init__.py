@@ -17,5 +17,5 @@ def execute(commands: str, plugins: Iterable[str]) -> str:
         MossError: a plugin of that name does not exist, or ``commands`` is no text.
     """
     if not isinstance(commands, str):
-        raise MossError(f"commands is {commands!r:.80}; it must be a text, such as 'Calculate(\"8*4+3\")'.")
+        raise MossError(f"commands is {commands!r:.80}; it must be text, such as 'Calculate(\"8*4+3\")'.")
     return body_of(run_commands(commands, make_plugins(plugins)))

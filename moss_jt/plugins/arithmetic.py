@@ -27,7 +27,7 @@ def bounded(value: object) -> Number:
         CalculationError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CalculationError("the result is no number")
+        raise CalculationError("the result is not a number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise CalculationError("the number is too large")
     if isinstance(value, float) and not math.isfinite(value):

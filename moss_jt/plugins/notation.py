@@ -137,7 +137,7 @@ def _checked_name(token: Token, before: Token | None) -> Token:
         unicodedata.category(sign) in ("Lm", "No", "Nl") or sign in "ªº"
         for sign in token.text.translate(_TO_SUBSCRIBED)
     ):
-        raise NotationError("{text!r} is no name", text=token.text)
+        raise NotationError("{text!r} is not a name", text=token.text)
     number = (
         before.text if before is not None and before.kind == "number" and before.end == token.start else ""
     )

@@ -16,6 +16,7 @@ from moss_jt.serve import (
     reference,
     replay,
     vortex,
+    web,
 )
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
@@ -63,6 +64,7 @@ def make_app(service: Service, shelves: Shelves) -> FastAPI:
         app.include_router(module.router(service))
     app.include_router(conversations.router(service, shelves.page))
     app.include_router(reference.router(service, shelves.reference))
+    app.include_router(web.router())
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=service.settings)
     if service.settings.origins:
@@ -82,6 +84,9 @@ def _schema(app: FastAPI) -> dict[str, Any]:
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400:  # errors are JSON where answers are something else, too
+                        response["content"] = {"application/json": [*response["content"].values()][0]}
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         app.openapi_schema = schema

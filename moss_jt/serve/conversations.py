@@ -15,8 +15,8 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.conversation import Question, ServedConversation, turn_fields
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.schemas import Body, Natural
-from moss_jt.serve.service import Service
+from moss_jt.serve.schemas import Body, Integer, Natural, Positive
+from moss_jt.serve.service import SEEDS, Service
 from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import PING, EventStream, named_event
 
@@ -32,10 +32,10 @@ class Sampling(BaseModel):
     model_config = Body
     temperature: Annotated[float, Field(ge=0, le=5)] | None = None
     top_k: Natural | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    top_p: Annotated[float, Field(ge=0.0001, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    seed: Annotated[Integer, Field(ge=0)] | None = None
+    max_new_tokens: Positive | None = None
 
 
 class Change(BaseModel):
@@ -213,6 +213,8 @@ def changed(
         name: getattr(own, name) if getattr(asked, name) is None else getattr(asked, name)
         for name in asked.model_fields_set & {*SAMPLING}
     }
+    if given.get("seed") is not None:
+        given["seed"] %= SEEDS
     if "max_new_tokens" in asked.model_fields_set:
         most = service.settings.max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
     try:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from moss_jt.errors import MossError
 
@@ -26,6 +27,7 @@ KINDS = {
 }
 MODEL_FAILED = "The model failed while it computed this answer; the server's log says why."
 STOPPING = "The server is being stopped."
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MOST_LISTED = 400  # characters of a message about a body
 
 
@@ -115,4 +117,17 @@ async def _of_http(request: Request, error: Exception) -> Response:
         404: f"There is nothing at {request.url.path[:100]}.",
         405: f"{request.method} is not possible at {request.url.path[:100]}.",
     }.get(error.status_code, error.detail)
-    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return JSONResponse(error_body(error.status_code, message), error.status_code, headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What is possible at an address: the framework itself knows one route's methods alone."""
+    return {
+        method
+        for method in METHODS
+        for route in request.app.routes
+        if route.matches({**request.scope, "method": method})[0] is Match.FULL
+    }

@@ -45,7 +45,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/embeddings", tags=["OpenAI"])
     async def embeddings() -> Response:
-        raise ApiError(501, "MOSS makes no embeddings.", code="not_supported")
+        raise ApiError(404, "MOSS makes no embeddings.", code="not_supported")
 
     @routes.post("/tokenize", tags=["llama.cpp"])
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
@@ -60,11 +60,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/detokenize", tags=["llama.cpp"])
     async def detokenize(asked: DetokenizeRequest) -> dict[str, str]:
-        moss = service.model()
-        if max(asked.tokens, default=0) >= moss.config.vocab_size:
-            message = f"tokens: ids of tokens are 0 to {moss.config.vocab_size - 1}."
-            raise ApiError(400, message, "tokens", "invalid_value")
-        return {"content": await service.aside(moss.tokenizer.decode, asked.tokens)}
+        """Ids that have no text give none."""
+        return {"content": await service.aside(service.model().tokenizer.decode, asked.tokens)}
 
     @routes.post("/apply-template", tags=["llama.cpp"])
     async def apply_template(asked: ChatRequest) -> dict[str, str]:

@@ -18,7 +18,7 @@ from moss_jt.serve.answering import Answering
 from moss_jt.serve.conversation import Question, ServedConversation
 from moss_jt.serve.conversations import MESSAGE_CHARACTERS
 from moss_jt.serve.errors import ApiError
-from moss_jt.serve.schemas import Body
+from moss_jt.serve.schemas import Body, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import CompleteAnswer
@@ -31,10 +31,8 @@ class Asked(BaseModel):
     model_config = Body
     prompt: str = Field(min_length=1, max_length=MESSAGE_CHARACTERS, pattern=r"\S")
     uid: str | None = Field(None, max_length=200)
-    max_length: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        2048, description="Of prompt and answer together."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+    max_length: Positive = Field(2048, description="Of prompt and answer together.")
+    top_p: Annotated[float, Field(ge=0.0001, le=1)] = 0.8
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.7
 
 

@@ -2,18 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Body = ConfigDict(strict=True)
-INT64 = 1 << 63
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _integral(value: Any) -> Any:
+    """JSON knows no whole numbers: 512.0 is one, and Go's clients write 5.12e2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Natural = Annotated[int, Field(ge=0, le=1 << 31)]
-Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
+Integer = Annotated[int, BeforeValidator(_integral)]
+Natural = Annotated[Integer, Field(ge=0, le=1 << 31)]
+Positive = Annotated[Integer, Field(ge=1, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=4)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -61,15 +62,15 @@ class Sampling(BaseModel):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Natural | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = Field(
         None, max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,2})$"}}
     )
-    seed: Seed | None = None
+    seed: Integer | None = None
     stop: Stops = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] | None = None
     user: str | None = None
     return_progress: bool | None = Field(
         None, description="Tell how far the prompt is read, as llama.cpp does."
@@ -80,10 +81,10 @@ class ChatRequest(Sampling):
     """The members that would change the answer and that are not done here may only say so much: None, or what is done anyway."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     plugins: list[str] | None = Field(
         None, max_length=50, description="MOSS's plugins that may be called; by default those of the server."
     )
@@ -105,11 +106,11 @@ class CompletionRequest(Sampling):
         | Annotated[list[Natural], Field(min_length=1)]
         | Annotated[list[Annotated[list[Natural], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    max_tokens: Natural | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
     suffix: Literal[""] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[Integer, Field(ge=1, le=1)] | None = None
 
 
 class TokenizeRequest(BaseModel):

@@ -8,7 +8,6 @@ rebinding), where the server listens to this machine alone.
 import asyncio
 import hashlib
 import hmac
-import time
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
@@ -33,22 +32,20 @@ class Guard:
         self._hosts = {*LOOPBACK, settings.host}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
+        if scope["type"] != "http":
+            return  # there are no WebSockets here, and uvicorn refuses them
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
             self._check_length(headers)
+            body = await self._body(scope, receive)
         except ApiError as error:
             await error.response(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
+        if body is None:
             return
-        body = BoundedBody(receive, self._settings.limits.body_bytes, self._settings.limits.body_s)
         await self._app(scope, body, send)
 
     def _check_host(self, headers: dict[str, str]) -> None:
@@ -57,7 +54,7 @@ class Guard:
 
     def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
         origin = headers.get("origin")
-        if origin is None or scope.get("method", "POST") in SAFE_METHODS or origin in self._settings.origins:
+        if origin is None or scope["method"] in SAFE_METHODS or origin in self._settings.origins:
             return
         if urlsplit(origin).netloc != headers.get("host"):
             raise ApiError(403, "Pages of other sites may not ask this server.", code="origin_not_allowed")
@@ -67,7 +64,7 @@ class Guard:
         opened = (
             path in OPEN or path.startswith(OPEN_FOLDERS) or (path == "/" and scope["method"] in SAFE_METHODS)
         )
-        if not self._keys or opened or scope.get("method") == "OPTIONS":
+        if not self._keys or opened or scope["method"] == "OPTIONS":
             return
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [headers.get("x-api-key", ""), headers.get("apikey", "")]
@@ -79,34 +76,45 @@ class Guard:
         digest = _digest(key)
         return any([hmac.compare_digest(digest, known) for known in self._keys])
 
+    async def _body(self, scope: Scope, receive: Receive) -> Receive | None:
+        """The body, within bounds; None where the client has gone.
+
+        Raises:
+            ApiError: it is too long, or comes too slowly.
+        """
+        limits, data = self._settings.limits, bytearray()
+        try:
+            async with asyncio.timeout(limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    data += message.get("body", b"")
+                    if len(data) > limits.body_bytes:
+                        raise too_large(limits.body_bytes)
+                    if not message.get("more_body", False):
+                        return _replayed(bytes(data), receive)
+        except TimeoutError:
+            raise ApiError(408, "The request did not arrive in time.", code="timeout") from None
+
     def _check_length(self, headers: dict[str, str]) -> None:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._settings.limits.body_bytes:
             raise too_large(self._settings.limits.body_bytes)
 
 
-class BoundedBody:
-    """``receive`` of a request: its body ends within bounds, or it is refused."""
+def _replayed(data: bytes, receive: Receive) -> Receive:
+    """A body that has arrived, and then whatever else comes."""
+    told = False
 
-    def __init__(self, receive: Receive, most_bytes: int, most_s: float) -> None:
-        self._receive = receive
-        self._left, self._most = most_bytes, most_bytes
-        self._end = time.monotonic() + most_s
-        self._whole = False
+    async def replay() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": data, "more_body": False}
 
-    async def __call__(self) -> Message:
-        if self._whole:
-            return await self._receive()
-        try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
-        except TimeoutError:
-            raise ApiError(408, "The request did not arrive in time.", code="timeout") from None
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            self._whole = not message.get("more_body", False)
-            if self._left < 0:
-                raise too_large(self._most)
-        return message
+    return replay
 
 
 def too_large(most: int) -> ApiError:

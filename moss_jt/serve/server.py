@@ -13,6 +13,7 @@ import uvicorn
 
 from moss_jt.errors import MossError
 from moss_jt.serve.app import make_app
+from moss_jt.serve.protocol import bounded_protocol
 from moss_jt.serve.service import Service
 from moss_jt.serve.settings import Settings
 from moss_jt.serve.shelf import Shelves
@@ -41,6 +42,8 @@ class Server:
         self.ports = [listener.getsockname()[1] for listener in self._sockets]
         config = uvicorn.Config(
             make_app(self.service, self.shelves),
+            http=bounded_protocol(settings.limits.body_s),
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,

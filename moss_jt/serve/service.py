@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moss_jt.moss import Moss
 
 LOADING_RETRY_S = 5.0
-SEEDS = 1 << 63  # a client's may be negative
+SEEDS = 1 << 62  # a client's may be any number
 
 
 class Service:

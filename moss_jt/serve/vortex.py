@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import websockets
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 from websockets.asyncio.client import ClientConnection, connect
 
@@ -25,7 +25,8 @@ from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.plain import status_of
+from moss_jt.serve.plain import Waiting
+from moss_jt.serve.schemas import Natural, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import CompleteAnswer, json_text
 from moss_jt.store.tokenizer import IncrementalDecoder
@@ -40,27 +41,19 @@ CONNECT_S = 10.0
 SPOKEN = f"<|{COMMANDS}|>:"
 
 
-def _integral(value: Any) -> Any:
-    """Go's clients send every number as it would be written of a floating one: 512 may be 512.0 or 5.12e2."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=1 << 31)]
-
-
 class Asked(BaseModel):
     """What is not said is Vortex's own default."""
 
     model_config = ConfigDict(strict=True, populate_by_name=True)
     x: str = Field(min_length=1, description="The conversation's text, without the instruction before it.")
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_k: Count = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.92
-    length_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    max_time: Annotated[float, Field(gt=0, le=1e9)] = 50.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.1
-    max_iterations: Annotated[int, BeforeValidator(_integral), Field(ge=1, le=1 << 31)] = MOST_TOKENS
-    regulation_start: Count = REGULATION_START
+    top_k: Natural = 0
+    top_p: Annotated[float, Field(ge=0.0001, le=1)] = 0.92
+    length_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    max_time: Annotated[float, Field(ge=0.001, le=1e9)] = 50.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.1
+    max_iterations: Positive = MOST_TOKENS
+    regulation_start: Natural = REGULATION_START
     url: str | None = Field(None, max_length=2000, description="A WebSocket to stream to.")
     web_search: bool = Field(False, alias="Web search")
     calculator: bool = Field(False, alias="Calculator")
@@ -161,7 +154,7 @@ def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, an
     text = moss.session()
     text.extend(prompt.token_ids)
     answering.when_cancelled(text.cancel)
-    answering.status = lambda: status_of(text, len(prompt.token_ids))
+    answering.status = Waiting(text).status
     ends = PromptEncoder(moss.tokenizer).ends
     decoder, written = IncrementalDecoder(moss.tokenizer), ""
     most = min(asked.max_iterations, MOST_TOKENS)

@@ -71,7 +71,7 @@ class MossConfig:
                 if type(number) is not int or not 0 <= number < LARGEST["vocab_size"]:
                     raise MossError(f"config.json: {name} is {_shown(number)}; the id of a token is needed.")
         if self.n_embd % self.n_head:
-            raise MossError(f"config.json: n_embd {self.n_embd} is no multiple of n_head {self.n_head}.")
+            raise MossError(f"config.json: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}.")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise MossError(
                 f"config.json: rotary_dim {self.rotary_dim} must be even and at most the head's {self.head_dim}."
@@ -95,7 +95,7 @@ class MossConfig:
         for field in dataclasses.fields(cls):
             if field.name not in values and field.name != "n_inner":
                 raise MossError(
-                    f"{where}: {field.name} is missing; this is no MOSS or CodeGen model's configuration."
+                    f"{where}: {field.name} is missing; this is not the configuration of a MOSS or CodeGen model."
                 )
         values.setdefault("n_inner", None)  # n_embd is refused first
         return cls(**values)

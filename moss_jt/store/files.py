@@ -28,7 +28,7 @@ def open_regular(path: Path) -> BufferedReader:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    raise MossError(f"{path} is no file, but a folder, a pipe or a device. Put the file itself there.")
+    raise MossError(f"{path} is not a file, but a folder, a pipe or a device. Put the file itself there.")
 
 
 @contextlib.contextmanager
@@ -101,15 +101,20 @@ def replacing(path: Path, ending: str = ".new") -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        rename(fresh, path)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def rename(fresh: Path, path: Path) -> None:
+    """Have ``path`` name a file that is on the disk under another name, also after a power cut."""
+    fresh.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str, ending: str = ".new") -> None:

@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     unknown = sorted(fields.keys() - _KEYS)
     if unknown:
-        raise MossError(f"{path}: {unknown[0][:60]!r} is no part of a manifest. {REPAIR}")
+        raise MossError(f"{path}: {unknown[0][:60]!r} does not belong into a manifest. {REPAIR}")
     # 0.1.0 wrote neither; where only the seal is gone, it was lost.
     if fields.keys() & {"sha256", "texts"} and sealed(fields) != fields:
         raise MossError(f"{path} is not what was written: its checksum differs. {REPAIR}")

@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
         first = file.read(8)
         length = int.from_bytes(first, "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise MossError(f"{path} is no safetensors file, or it is cut short.")
+            raise MossError(f"{path} is not a safetensors file, or it is cut short.")
         text = file.read(length)
     fields = parse_json(text, path)
     begin = 8 + length

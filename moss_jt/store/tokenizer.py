@@ -52,7 +52,7 @@ class Tokenizer:
             rust = RustTokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # noqa: BLE001  the package raises no narrower type for a damaged file
             raise MossError(
-                f"{path} is no tokenizer: {str(error)[:200]}. Convert the checkpoint again."
+                f"{path} is not a tokenizer: {str(error)[:200]}. Convert the checkpoint again."
             ) from error
         # The package makes a list as long as the largest id says, and prints each number that has no token.
         ids = rust.get_vocab().values()

@@ -70,7 +70,7 @@ def read_dataset(
     path: Path,
     sampler: Sampler,
     evaluation: Path | None = None,
-    progress: Callable[[int], None] = lambda samples: None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> Dataset:
     """All samples of a file or folder.
 
@@ -96,7 +96,7 @@ def read_dataset(
 
 
 def _samples(
-    path: Path, sampler: Sampler, report: DataReport, progress: Callable[[int], None]
+    path: Path, sampler: Sampler, report: DataReport, progress: Callable[[int], object]
 ) -> Iterator[tuple[bool, TokenSample]]:
     """Samples, and whether each is chosen for evaluation."""
     count = 0
@@ -152,7 +152,7 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, str]]:
         fields: Any = json.loads(data)
     except (ValueError, RecursionError):
         if "\n" not in data.strip():
-            raise MossError(f"{path} is no JSON.") from None
+            raise MossError(f"{path} is not JSON.") from None
         yield from _lines(path)
         return
     if isinstance(fields, list):

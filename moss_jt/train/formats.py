@@ -59,7 +59,7 @@ def read_sample(fields: Any, losses: Losses) -> Sample:
         MossError: its keys are none of the forms', or a value is not what the form says.
     """
     if not isinstance(fields, dict):
-        raise MossError("it is no JSON object.")
+        raise MossError("it is not a JSON object.")
     for _, keys, reader in FORMS:
         if all(key in fields for key in keys):
             return reader(fields, losses)
@@ -177,7 +177,7 @@ def _sharegpt_message(message: Any) -> _Message:
     try:
         function = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MossError(f"a function_call is no JSON: {text[:60]!r}.") from error
+        raise MossError(f"a function_call is not JSON: {text[:60]!r}.") from error
     calls = function if isinstance(function, list) else [function]
     if not all(isinstance(call, dict) for call in calls):
         raise MossError("a function_call must be an object with a name and arguments.")
@@ -269,7 +269,7 @@ def _plain(fields: dict[str, Any], losses: Losses) -> PlainText:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise MossError(f"{name} must be a text, and it is {str(value)[:60]!r}.")
+        raise MossError(f"{name} must be text, and it is {str(value)[:60]!r}.")
     return value
 
 

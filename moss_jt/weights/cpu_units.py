@@ -20,10 +20,10 @@ from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.unit_tensors import UnitTensor, extent_of, map_unit
-from moss_jt.weights.weights import UnitMemory, Weights
+from moss_jt.weights.weights import HeldUnits, UnitMemory, Weights
 
 
-class MappedUnits:
+class MappedUnits(HeldUnits):
     """Everything resident, over memory maps."""
 
     streams: bool = False
@@ -32,21 +32,9 @@ class MappedUnits:
     def __init__(self, store: Store, plan: ResidencyPlan) -> None:
         self._memories = {number: map_unit(store, unit) for number, unit in enumerate(plan.units)}
 
-    def walk(self, order: Sequence[int]) -> None:
-        pass
-
-    def take(self, number: int) -> UnitMemory:
-        return UnitMemory(number, self._memories[number])
-
     def weight(self, memory: np.ndarray, tensor: UnitTensor) -> Var:
         """A Var over the unit's own memory."""
         return jt.reuse_np_array(tensor.view(memory))
-
-    def end(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._memories.clear()
 
 
 class DiskUnits(MappedUnits):

@@ -17,7 +17,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var, Weight
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
-from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.model_folder import Store, read_tensor
 from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
 
 
@@ -63,6 +63,25 @@ class Units(Protocol):
         ...
 
 
+class HeldUnits:
+    """What most Units have in common: units that stay where they are, each in memory of its own, by number."""
+
+    def __init__(self) -> None:
+        self._memories: dict[int, Any] = {}
+
+    def walk(self, order: Sequence[int]) -> None:
+        pass
+
+    def take(self, number: int) -> UnitMemory:
+        return UnitMemory(number, self._memories[number])
+
+    def end(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._memories.clear()
+
+
 @dataclass(frozen=True)
 class HeadSlab:
     """Rows first_row .. last_row - 1 of the head: weight (rows, C) and bias (rows,), float16."""
@@ -96,9 +115,9 @@ class Weights:
         self._head = [number for number, unit in enumerate(plan.units) if unit.kind == "head"]
         self._made: dict[Hashable, BlockWeights | Weight] = {}  # by memory and layout
         try:
-            self.norm_weight = _small(map_tensor(store.head, "ln_f.weight"))
-            self.norm_bias = _small(map_tensor(store.head, "ln_f.bias"))
-            bias = np.array(map_tensor(store.head, "lm_head.bias"))
+            self.norm_weight = _small(read_tensor(store.head, "ln_f.weight"))
+            self.norm_bias = _small(read_tensor(store.head, "ln_f.bias"))
+            bias = read_tensor(store.head, "lm_head.bias")
             heads = [plan.units[number] for number in self._head]
             self._head_bias = {unit.index: _small(bias[unit.first_row : unit.last_row]) for unit in heads}
             self._rows = RowReader(store.embedding, "wte.weight")
@@ -129,6 +148,26 @@ class Weights:
         """
         for unit, weight in self.walk(self._head, ()):
             yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
+
+    def blocks_there(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+        """As :meth:`blocks`, where head_slabs, head_slabs_back and blocks_back(first) follow: a step of training.
+
+        Raises:
+            MossError: a block cannot be read.
+        """
+        order = [*self._blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
+        for unit, weights in self.walk(self._blocks, order):
+            yield unit.index, weights
+
+    def head_slabs_back(self) -> Iterator[HeadSlab]:
+        """The head's slabs from the last but one to the first: the last one is there when the walk turns."""
+        for unit, weight in self.walk(self._head[-2::-1], ()):
+            yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
+
+    def blocks_back(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+        """The last block to block ``first``."""
+        for unit, weights in self.walk(self._blocks[first:][::-1], ()):
+            yield unit.index, weights
 
     def walk(self, numbers: Sequence[int], ahead: Sequence[int] | None = None) -> Iterator[tuple[Unit, Any]]:
         """These units of the plan, in this order, each with its BlockWeights or its rows of the head.

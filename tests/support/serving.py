@@ -1,7 +1,9 @@
 """One server over moss-tiny for all tests of a run, in this process."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,9 +13,10 @@ import httpx
 
 from moss_jt import Moss
 from moss_jt.engine.sampling import SamplingParams
+from moss_jt.plugins.interface import Outcome
 from moss_jt.plugins.registry import make_plugins
 from moss_jt.serve.server import Server
-from moss_jt.serve.settings import Limits, Settings
+from moss_jt.serve.settings import Settings
 from tests.support.models import tiny_model_folder
 
 NAME = "moss-tiny"
@@ -74,4 +77,49 @@ def client(server: Server, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=url(server), timeout=60, **options)
 
 
-__all__ = ["Limits", "NAME", "client", "served", "shared_moss", "shared_server", "url"]
+class WaitingPlugin:
+    """A calculator that answers when it is let."""
+
+    name, label, function, argument, style, timeout_s = (
+        "waiting",
+        "Calculator",
+        "Calculate",
+        "expression",
+        "value",
+        30.0,
+    )
+
+    def __init__(self) -> None:
+        self.asked, self.gate = threading.Event(), threading.Event()
+
+    def call(self, argument: str, wanted: int) -> Outcome:
+        self.asked.set()
+        self.gate.wait(20)
+        return Outcome("1776")
+
+
+@contextlib.contextmanager
+def slowed(moss: Moss, seconds: float) -> Iterator[list[int]]:
+    """A model whose passes take so long; yields how many tokens each had."""
+    passes: list[int] = []
+    forward = moss.model.forward_many
+
+    def slow(runs: Any, *more: Any) -> Any:
+        passes.append(sum(len(run.token_ids) for run in runs))
+        time.sleep(seconds)
+        return forward(runs, *more)
+
+    moss.model.forward_many = slow  # type: ignore[method-assign]
+    try:
+        yield passes
+    finally:
+        del moss.model.forward_many
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.01)
+    return False

@@ -1,0 +1,200 @@
+"""moss-jt finetune."""
+
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from moss_jt.commands.progress import token_bar
+from moss_jt.convert.named import model_folder
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.terminal.screen import Screen
+from moss_jt.train.api import DataSettings, sampler_for, start
+from moss_jt.train.conversation import Mask
+from moss_jt.train.course import CourseSettings
+from moss_jt.train.dataset import Dataset, read_dataset
+from moss_jt.train.finetune import Finetuning, LearningSettings, Progress
+from moss_jt.train.lora import TARGETS, LoraSettings
+from moss_jt.train.samples import TokenSample
+
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The adapter's folder.  [default: MODEL-adapter]",
+)
+@click.option(
+    "--eval",
+    "judged_by",
+    type=click.Path(exists=True, path_type=Path),
+    help="Samples to judge by.  [default: a part of DATA]",
+)
+@click.option(
+    "--rank",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Of each adapter: more learns more, and takes more.",
+)
+@click.option("--alpha", type=float, help="How strongly adapters count.  [default: twice the rank]")
+@click.option("--targets", default=",".join(TARGETS), show_default=True, help="Matrices that have adapters.")
+@click.option("--layers", type=int, metavar="N", help="Only the last N blocks have adapters.  [default: all]")
+@click.option(
+    "--epochs", type=float, default=2.0, show_default=True, help="How often all samples are learned."
+)
+@click.option("--steps", type=int, help="How many steps there are, instead of --epochs.")
+@click.option(
+    "--step-tokens",
+    type=int,
+    default=1024,
+    show_default=True,
+    help="A step takes about so many tokens; the weights are read twice for it, however many.",
+)
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="The largest learning rate.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's.")
+@click.option("--clip", type=float, default=1.0, show_default=True, help="The longest gradient.")
+@click.option("--evaluate-every", type=int, metavar="STEPS", help="[default: ten times in all]")
+@click.option(
+    "--length",
+    type=int,
+    metavar="TOKENS",
+    help="Longer conversations are cut.  [default: 2048, or what the model has]",
+)
+@click.option(
+    "--mask",
+    type=click.Choice(["assistant", "moss"]),
+    default="assistant",
+    show_default=True,
+    help="What is learned: what MOSS writes, or as MOSS was trained: all but the instruction and what results say.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=42,
+    show_default=True,
+    help="The same seed gives the same adapter, to the bit.",
+)
+@click.option(
+    "--memory",
+    metavar="AMOUNT",
+    help="RAM for the whole process: 8GiB, 80%.  [default: what is free]",
+)
+def command(
+    model: str,
+    data: Path,
+    out: Path | None,
+    judged_by: Path | None,
+    rank: int,
+    alpha: float | None,
+    targets: str,
+    layers: int | None,
+    epochs: float,
+    steps: int | None,
+    step_tokens: int,
+    lr: float,
+    weight_decay: float,
+    clip: float,
+    evaluate_every: int | None,
+    length: int | None,
+    mask: Mask,
+    seed: int,
+    memory: str | None,
+) -> None:
+    """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is.
+
+    DATA is a file of JSON or JSON lines, or a folder of such files: MOSS's own form, OpenAI's messages, ShareGPT, Alpaca, prompt
+    and completion, or text; the form is found out. The same command goes on where it ended, after a kill as well.
+
+    \b
+    moss-jt finetune moss-tiny dialogues.jsonl --out my-adapter --epochs 3
+    moss-jt finetune moss-moon-003-sft data/ --memory 8GiB --layers 8
+    moss-jt merge moss-moon-003-sft my-adapter --out my-moss
+    """
+    screen = Screen()
+    store = open_store(model_folder(model))
+    out = Path(f"{store.path.name}-adapter") if out is None else out
+    tokenizer = Tokenizer.from_file(store.tokenizer_path)
+    tokenizer.check_size(store.config.vocab_size)
+    lora = LoraSettings(
+        rank, 2.0 * rank if alpha is None else alpha, [name.strip() for name in targets.split(",")], layers
+    )
+    lora.first_layer(store.config)
+    course = CourseSettings(epochs, steps, step_tokens, seed)
+    learning = LearningSettings(lr, weight_decay=weight_decay, clip=clip, evaluate_every=evaluate_every)
+    samples = sampler_for(store, tokenizer, DataSettings(length, mask))
+    with token_bar("reading", 0, "samples") as bar:
+        dataset = read_dataset(data, samples, judged_by, lambda count: bar.update(count - bar.n))
+    show_data(screen, dataset, tokenizer)
+    training = start(store, dataset, out, lora=lora, course=course, learning=learning, memory=memory)
+    if training.state.step:
+        screen.line(f"{out} goes on after step {training.state.step} of {training.total}.")
+    run(screen, training, out)
+
+
+def show_data(screen: Screen, dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """What the data have become, and three samples with what is learned of them in colour."""
+    for line in dataset.report.lines():
+        screen.line(line)
+    tokens = sum(map(len, dataset.training))
+    targets = sum(int(sample.targets.sum()) for sample in dataset.training)
+    screen.line(
+        f"{len(dataset.training)} samples to learn from ({tokens} tokens, {targets} of them learned), {len(dataset.evaluation)} to "
+        "judge by."
+    )
+    for sample in dataset.training[:SHOWN_SAMPLES]:
+        screen.line()
+        show_sample(screen, sample, tokenizer)
+    screen.line()
+
+
+def show_sample(screen: Screen, sample: TokenSample, tokenizer: Tokenizer) -> None:
+    """The end of a sample; what is learned stands in colour, or, where there is none, between brackets."""
+    left = SHOWN_CHARACTERS
+    runs = [
+        (learned, tokenizer.decode([token for token, _ in run]))
+        for learned, run in groupby(
+            zip(sample.token_ids.tolist(), sample.targets.tolist(), strict=True), key=lambda pair: pair[1]
+        )
+    ]
+    kept: list[tuple[bool, str]] = []
+    for learned, text in reversed(runs):
+        kept.append((learned, text[-left:]))
+        left -= len(text)
+        if left <= 0:
+            break
+    for learned, text in reversed(kept):
+        if learned and not screen.styled:
+            text = f"[{text}]"
+        screen.write(text, "ok" if learned else "dim")
+
+
+def run(screen: Screen, training: Finetuning, out: Path) -> None:
+    """All steps, with a bar, and a line for each evaluation."""
+    with token_bar("learning", training.total, "step", done=training.state.step) as bar:
+        for progress in training.run():
+            bar.set_postfix_str(postfix(progress), refresh=False)
+            bar.update()
+            if progress.evaluation is not None:
+                bar.clear()
+                screen.line(evaluation_line(progress))
+    screen.line(f"The adapter is in {out}; the last one, which may not be the best, in {out / 'last'}.")
+
+
+def postfix(progress: Progress) -> str:
+    result, rate = progress.result, progress.tokens / progress.seconds
+    return f"loss {result.loss:.3f}, {result.accuracy:.0%} right, {rate:.1f} tok/s"
+
+
+def evaluation_line(progress: Progress) -> str:
+    result = progress.evaluation
+    assert result is not None
+    return (
+        f"step {progress.step} of {progress.total}: loss {result.loss:.4f}, {result.accuracy:.1%} right on "
+        f"{result.targets} tokens that are not learned from"
+    )

@@ -1,0 +1,102 @@
+"""A training from names and paths: what moss-jt finetune does, and ``moss_jt.train.finetune`` from Python."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from moss_jt.backend.device import decide
+from moss_jt.chat.prompt import PromptEncoder
+from moss_jt.errors import MossError
+from moss_jt.plan.placement import hold, plan_here
+from moss_jt.plan.residency import ResidencyPlan, in_slabs
+from moss_jt.store.files import read_small
+from moss_jt.store.locations import model_home
+from moss_jt.store.manifest import MANIFEST, sha256_of
+from moss_jt.store.model_folder import Store
+from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.train.conversation import Mask
+from moss_jt.train.course import CourseSettings
+from moss_jt.train.dataset import Dataset
+from moss_jt.train.finetune import Finetuning, LearningSettings
+from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.needs import TrainingNeeds
+from moss_jt.train.samples import DEFAULT_LENGTH, Sampler
+
+# Tokens that a block takes at once, or one sample where that is longer.
+BATCH_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """
+    length  tokens that a sample has at most; None for what the model has, and 2048 at most
+    mask    what counts in the loss, see moss_jt.train.conversation.turn_pieces
+    """
+
+    length: int | None = None
+    mask: Mask = "assistant"
+
+
+def sampler_for(store: Store, tokenizer: Tokenizer, settings: DataSettings) -> Sampler:
+    """Samples for this model.
+
+    Raises:
+        MossError: the length is none that the model has, or it is no MOSS chat model.
+    """
+    longest = store.config.n_positions
+    length = min(DEFAULT_LENGTH, longest) if settings.length is None else settings.length
+    if not 2 <= length <= longest:
+        raise MossError(f"samples of {length} tokens are not possible: this model has {longest} positions.")
+    encoder = PromptEncoder(tokenizer, store.path.name)
+    return Sampler(encoder, store.config.eos_token_ids[0], length, settings.mask)
+
+
+def planned(
+    store: Store, data: Dataset, lora: LoraSettings, course: CourseSettings, memory: str | int | None
+) -> tuple[ResidencyPlan, TrainingNeeds]:
+    """Where the weights live while this is learned; what blocks compute is kept where there is memory for it and the weights.
+
+    Raises:
+        MossError: the memory is too little; the message names the smallest that works.
+    """
+    longest = max(len(sample) for sample in [*data.training, *data.evaluation])
+    parameters = len(Adapter(store.config, lora).values)
+    frugal = TrainingNeeds(
+        store.config,
+        step_tokens=max(longest, course.step_tokens),
+        batch_tokens=max(longest, BATCH_TOKENS),
+        parameters=parameters,
+        keeps=False,
+    )
+    # Training has no cache: a context of one token.
+    plan = plan_here(store, frugal, memory, 1)
+    keeping = dataclasses.replace(frugal, keeps=True)
+    if plan.budget_bytes - plan.peak_bytes >= keeping.kept_bytes:
+        return in_slabs(plan_here(store, keeping, memory, 1)), keeping
+    return in_slabs(plan), frugal
+
+
+def start(
+    store: Store,
+    data: Dataset,
+    out: Path,
+    *,
+    lora: LoraSettings,
+    course: CourseSettings,
+    learning: LearningSettings,
+    memory: str | int | None = None,
+) -> Finetuning:
+    """A training that is ready to run, at its beginning or where it was left. This starts Jittor.
+
+    Raises:
+        MossError: the memory is too little, ``out`` holds another training, or a file cannot be read.
+    """
+    plan, needs = planned(store, data, lora, course, memory)
+    decide("cpu", "stream", 0)
+    from moss_jt.train.load import load_training
+
+    adapter = Adapter.random(store.config, lora, course.seed)
+    model = load_training(store, plan, model_home(), adapter, needs.batch_tokens, needs.keeps)
+    hold(plan)
+    about = {"model": sha256_of(read_small(store.path / MANIFEST))}
+    return Finetuning(model, data, course, learning, out, store.path.name, about)

@@ -1,0 +1,168 @@
+"""Adapters in the files of the peft package: adapter_config.json and adapter_model.safetensors.
+
+The rows of qkv_proj stand in another order in a checkpoint than in a model folder (moss_jt.store.qkv_order), and so do those of
+its adapter's B.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jt.errors import MossError
+from moss_jt.store.architecture import BLOCK
+from moss_jt.store.config import MossConfig
+from moss_jt.store.files import read_json, write_text, writing
+from moss_jt.store.qkv_order import head_runs
+from moss_jt.store.tensor_file import read_tensors, write_tensors
+from moss_jt.train.lora import Adapter, LoraSettings
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(
+    r"base_model\.model\.transformer\.h\.(?P<layer>\d{1,4})\.(?P<matrix>[a-z_.]+)\.lora_(?P<part>[AB])\.weight"
+)
+NAMES = {tensor.field: tensor.name for tensor in BLOCK if tensor.is_matrix}
+FIELDS = {name: field for field, name in NAMES.items()}
+# What changes the numbers, and is not done: option -> the values that mean that it is not used.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "modules_to_save": ([],),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "fan_in_fan_out": (False,),
+    "trainable_token_indices": ([],),
+    "layer_replication": ([],),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+}
+
+
+def write_adapter(folder: Path, adapter: Adapter, base: str) -> None:
+    """The adapter as peft reads it; each file is replaced in one step.
+
+    Args:
+        base: the name of the model that it belongs to.
+
+    Raises:
+        MossError: the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    settings, layers = adapter.settings, range(adapter.first_layer, adapter.config.n_layer)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [NAMES[target].rpartition(".")[2] for target in settings.targets],
+        "layers_to_transform": None if len(layers) == adapter.config.n_layer else list(layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    write_tensors(folder / WEIGHTS, dict(_tensors(adapter)), {"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _tensors(adapter: Adapter) -> list[tuple[str, np.ndarray]]:
+    order = np.argsort(_row_order(adapter.config))
+    tensors = []
+    for (layer, target), pair in adapter.pairs.items():
+        base = f"base_model.model.transformer.h.{layer}.{NAMES[target]}.lora_"
+        b = pair.b[order] if target == "qkv" else pair.b
+        tensors += [(f"{base}A.weight", pair.a), (f"{base}B.weight", b)]
+    return tensors
+
+
+def read_adapter(folder: Path, config: MossConfig) -> Adapter:
+    """An adapter for a model of this geometry.
+
+    Raises:
+        MossError: it is no LoRA adapter, belongs to another model, is damaged, or has something that is not done.
+    """
+    if not (folder / CONFIG).is_file():
+        raise MossError(
+            f"{folder} is no adapter: it has no {CONFIG}. Name the folder that peft or moss-jt finetune wrote."
+        )
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise MossError(
+            f"{folder} has its adapter as a pickle (adapter_model.bin). Save it anew with a current peft, which writes {WEIGHTS}."
+        )
+    fields = read_json(folder / CONFIG)
+    _check_config(folder, fields)
+    tensors = _by_tensor(folder, read_tensors(folder / WEIGHTS))
+    adapter = Adapter(config, _settings(folder, fields, config, tensors))
+    order = _row_order(config)
+    for key, pair in adapter.pairs.items():
+        for name, values in zip("AB", pair, strict=True):
+            tensor = tensors.pop((*key, name), None)
+            if tensor is None or tensor.shape != values.shape:
+                shape = "missing" if tensor is None else f"of shape {tensor.shape}"
+                raise MossError(
+                    f"{folder}: lora_{name} of block {key[0]}, {key[1]} is {shape}; this model needs {values.shape}. "
+                    "The adapter belongs to another model, or is damaged."
+                )
+            values[:] = tensor[order] if key[1] == "qkv" and name == "B" else tensor
+    return adapter
+
+
+def _check_config(folder: Path, fields: Mapping[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise MossError(f"{folder} is a {fields.get('peft_type')!s:.40} adapter; only LORA is done.")
+    for name, unused in UNSUPPORTED.items():
+        value = fields.get(name)
+        if value is not None and value not in unused:
+            raise MossError(f"{folder} has {name} = {json.dumps(value)[:80]}, which is not done.")
+    for name in ("r", "lora_alpha"):
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1 << 20:
+            raise MossError(f"{folder}: {name} is {str(value)[:40]}; a number is needed.")
+
+
+Key = tuple[int, str, str]  # block, target, A or B
+
+
+def _by_tensor(folder: Path, tensors: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
+    keyed = {}
+    for name, tensor in tensors.items():
+        match = KEY.fullmatch(name)
+        if match is None or match["matrix"] not in FIELDS:
+            raise MossError(
+                f"{folder} has a tensor {name[:120]!r}, which is none of a LoRA adapter's for MOSS."
+            )
+        keyed[int(match["layer"]), FIELDS[match["matrix"]], match["part"]] = tensor
+    if not keyed:
+        raise MossError(f"{folder} holds no tensors.")
+    return keyed
+
+
+def _settings(
+    folder: Path, fields: Mapping[str, Any], config: MossConfig, tensors: Mapping[Key, np.ndarray]
+) -> LoraSettings:
+    """What the tensors and the configuration say together."""
+    rank = int(fields["r"])
+    layers = {layer for layer, _, _ in tensors}
+    count = config.n_layer - min(layers)
+    if max(layers) >= config.n_layer or layers != set(range(config.n_layer - count, config.n_layer)):
+        raise MossError(
+            f"{folder} has adapters in blocks {min(layers)} to {max(layers)}, and the model {config.n_layer} blocks; they must "
+            "be all of its blocks, or its last ones."
+        )
+    # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
+    alpha = float(fields["lora_alpha"]) * (math.sqrt(rank) if fields.get("use_rslora") is True else 1)
+    present = {target for _, target, _ in tensors}
+    return LoraSettings(rank, alpha, [target for target in NAMES if target in present], count)
+
+
+def _row_order(config: MossConfig) -> np.ndarray:
+    """The checkpoint's number of each of our qkv rows."""
+    return np.concatenate([np.arange(first, first + count) for first, count in head_runs(config)])

@@ -1,0 +1,252 @@
+"""A training as a whole: the same adapter from the same seed whatever interrupts it and wherever the weights are."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt import Moss
+from moss_jt.errors import MossError
+from moss_jt.plan import residency
+from moss_jt.plan.residency import ResidencyPlan
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import sizes_of_store
+from moss_jt.train.course import Course, CourseSettings
+from moss_jt.train.dataset import DataReport, Dataset
+from moss_jt.train.finetune import Finetuning, LearningSettings
+from moss_jt.train.load import load_training
+from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.needs import TrainingNeeds
+from moss_jt.train.optimizer import AdamW, Schedule, clip
+from moss_jt.train.peft_files import read_adapter
+from moss_jt.train.samples import TokenSample
+from tests.support.models import tiny_model_folder
+from tests.support.random_models import SMALL, random_folder
+
+LORA = LoraSettings(rank=2, alpha=4.0)
+
+
+def samples(count: int, vocabulary: int, seed: int = 0) -> list[TokenSample]:
+    draw = np.random.default_rng(seed)
+    made = []
+    for length in draw.integers(5, 60, count):
+        targets = draw.random(length) < 0.5
+        targets[:2] = False, True
+        made.append(TokenSample(draw.integers(0, vocabulary, length).astype(np.int32), targets))
+    return made
+
+
+def plan_of(folder: Path, share: float | None = None) -> ResidencyPlan:
+    """A plan of this model for training: all resident, or no more than a share of the weights, buffers included."""
+    store = open_store(folder)
+    sizes, needs = sizes_of_store(store), TrainingNeeds(store.config, 512, 128, 10_000, False)
+    budget = 1 << 40
+    if share is not None:
+        whole = residency.plan(sizes, needs, 1, budget, threads=2)
+        budget = whole.peak_bytes - int((1 - share) * sum(unit.n_bytes for unit in whole.units))
+    return residency.in_slabs(residency.plan(sizes, needs, 1, budget, threads=2))
+
+
+def training(
+    out: Path,
+    folder: Path | None = None,
+    share: float | None = None,
+    lora: LoraSettings = LORA,
+    learning: LearningSettings | None = None,
+    **course: Any,
+) -> Finetuning:
+    folder = random_folder(SMALL) if folder is None else folder
+    store = open_store(folder)
+    data = Dataset(samples(12, 1000), samples(3, 1000, seed=1), DataReport())
+    settings = CourseSettings(**({"steps": 6, "step_tokens": 100} | course))
+    adapter = Adapter.random(store.config, lora, settings.seed)
+    model = load_training(store, plan_of(folder, share), out.parent, adapter, 128, keeps=False)
+    learning = LearningSettings(learning_rate=3e-3, evaluate_every=2) if learning is None else learning
+    return Finetuning(model, data, settings, learning, out, "random", {"model": "x"})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Finetuning:
+    run = training(tmp_path_factory.mktemp("whole") / "out")
+    losses = [progress.result.loss for progress in run.run()]
+    assert len(losses) == 6 and run.state.step == 6
+    return run
+
+
+def test_a_training_goes_on_with_the_same_bits(uninterrupted: Finetuning, tmp_path: Path) -> None:
+    for end in (1, 2, 6):  # the first two end in the middle of what comes after a state
+        run = training(tmp_path / "out")
+        for _ in islice(run.run(), end):
+            pass
+    assert np.array_equal(run.adapter.values, uninterrupted.adapter.values)
+    assert run.state == uninterrupted.state
+
+
+def test_streamed_weights_give_the_same_bits(uninterrupted: Finetuning, tmp_path: Path) -> None:
+    for share in (0.4, 0.7):
+        assert plan_of(random_folder(SMALL), share).streams
+        run = training(tmp_path / f"{share}", share=share)
+        list(run.run())
+        assert np.array_equal(run.adapter.values, uninterrupted.adapter.values)
+
+
+def test_the_best_and_the_last_adapter_are_kept(uninterrupted: Finetuning) -> None:
+    out = uninterrupted._out
+    log = [json.loads(line) for line in (out / "state" / "log.jsonl").read_text().splitlines()]
+    judged = {record["step"]: record["loss"] for record in log if record.get("evaluation")}
+    assert set(judged) == {2, 4, 6} and len(log) == 9
+    last = read_adapter(out / "last", uninterrupted.adapter.config)
+    assert np.array_equal(last.values, uninterrupted.adapter.values)
+    best = read_adapter(out, uninterrupted.adapter.config)
+    assert np.array_equal(best.values, last.values) == (min(judged, key=judged.__getitem__) == 6)
+
+
+def test_another_training_s_folder_is_refused(uninterrupted: Finetuning) -> None:
+    out = uninterrupted._out
+    with pytest.raises(MossError, match="course differ"):
+        training(out, steps=7)
+    with pytest.raises(MossError, match="lora differ"):
+        training(out, lora=LoraSettings(rank=3))
+
+
+def test_a_loss_that_is_no_number_ends_the_training_and_what_was_good_stays(tmp_path: Path) -> None:
+    run = training(tmp_path / "out")
+    list(islice(run.run(), 2))
+    good = read_adapter(tmp_path / "out" / "last", run.adapter.config).values
+    run.adapter.values[:] = np.nan
+    with pytest.raises(MossError, match=r"blown up.*--lr"):
+        list(run.run())
+    assert np.array_equal(read_adapter(tmp_path / "out" / "last", run.adapter.config).values, good)
+
+
+def test_damaged_states_are_refused(tmp_path: Path) -> None:
+    run = training(tmp_path / "out")
+    list(islice(run.run(), 2))
+    path = tmp_path / "out" / "state" / "training.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[: len(whole) // 2], b"", whole.replace(b'"training"', b'"draining"')):
+        path.write_bytes(damaged)
+        with pytest.raises(MossError):
+            training(tmp_path / "out")
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    run = training(tmp_path / "out", steps=40, learning=LearningSettings(1e-2, evaluate_every=100))
+    losses = [progress.result.loss for progress in run.run()]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_the_last_blocks_alone_learn_the_same_way(tmp_path: Path) -> None:
+    run = training(tmp_path / "out", lora=LoraSettings(rank=2, layers=2, targets=("qkv", "fc_out")))
+    before = run.adapter.values.copy()
+    list(run.run())
+    layers = {layer for layer, _ in run.adapter.pairs}
+    assert layers == {SMALL.n_layer - 2, SMALL.n_layer - 1} and (run.adapter.values != before).any()
+
+
+def test_merged_is_the_model_with_the_adapter(tmp_path: Path) -> None:
+    """The logits of the merged folder are those that training's forward has with the adapter."""
+    folder, out = tiny_model_folder(), tmp_path / "adapter"
+    run = training(out, folder, learning=LearningSettings(2e-2))
+    list(run.run())
+    command = [sys.executable, "-P", "-m", "moss_jt", "merge", str(folder), str(out / "last"), "--out"]
+    subprocess.run([*command, str(tmp_path / "merged")], check=True, capture_output=True)
+    chosen = samples(1, 1000, seed=9)
+    with Moss.load(tmp_path / "merged") as moss:
+        logits = moss.logits(chosen[0].token_ids.tolist())
+    rows = np.flatnonzero(chosen[0].targets)
+    wide = logits[rows - 1].astype(np.float64)
+    losses = np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(len(rows)), chosen[0].token_ids[rows]]
+    assert abs(run._model.evaluate(chosen).loss - losses.mean()) <= 2e-3 * losses.mean()
+
+
+def test_the_course_takes_every_sample_once_an_epoch() -> None:
+    lengths = [int(n) for n in np.random.default_rng(1).integers(1, 90, 50)]
+    course = Course(lengths, CourseSettings(epochs=2, step_tokens=100))
+    steps = list(course.steps_from(0))
+    assert len(steps) == course.total
+    assert sorted(number for step in steps for number in step) == sorted([*range(50), *range(50)])
+    assert all(sum(lengths[number] for number in step) <= 100 for step in steps)
+    assert list(course.steps_from(7)) == steps[7:]
+    assert len(list(Course(lengths, CourseSettings(steps=100)).steps_from(95))) == 5
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    schedule = Schedule(1e-3, 100, 0.1)
+    rates = [schedule.at(step) for step in range(100)]
+    assert rates[9] < rates[10] == max(rates) == 1e-3 and rates[0] < rates[5] and 0 < rates[-1] < 1e-6
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+
+
+def test_clipping_and_adamw_as_written_down() -> None:
+    draw = np.random.default_rng(0)
+    gradient = draw.standard_normal(200_000).astype(np.float32)
+    length = float(np.linalg.norm(gradient.astype(np.float64)))
+    assert abs(clip(gradient, 1.0) - length) < 1e-6 * length
+    assert abs(np.linalg.norm(gradient.astype(np.float64)) - 1) < 1e-5
+    values, exact = (np.ones(3, np.float32), np.ones(3))
+    optimizer, first, second = AdamW(3, 0.1), np.zeros(3), np.zeros(3)
+    for step in range(1, 6):
+        g = np.array([1.0, -2.0, 0.0])
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        exact *= 1 - 0.01 * 0.1
+        exact -= 0.01 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        optimizer.step(values, g.astype(np.float32), 0.01)
+    assert np.allclose(values, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LoraSettings(rank=0),
+        lambda: LoraSettings(targets=("qvk",)),
+        lambda: LoraSettings(targets=()),
+        lambda: LoraSettings(layers=9).first_layer(SMALL),
+        lambda: CourseSettings(epochs=0),
+        lambda: CourseSettings(steps=0),
+        lambda: CourseSettings(step_tokens=0),
+        lambda: Schedule(0.0, 5),
+        lambda: Schedule(1e-3, 0),
+    ],
+)
+def test_impossible_settings_are_refused(make: Any) -> None:
+    with pytest.raises(MossError):
+        make()
+
+
+@pytest.mark.long
+def test_kills_at_any_moment_change_no_bit(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."}) for n in range(40)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "moss_jt",
+        "finetune",
+        str(tiny_model_folder()),
+        str(tmp_path / "data.jsonl"),
+    ]
+    command += ["--steps", "12", "--evaluate-every", "2", "--step-tokens", "300", "--out"]
+    begin = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    took, draw = time.monotonic() - begin, np.random.default_rng(3)
+    for _ in range(10):
+        child = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        time.sleep(took * draw.uniform(0.3, 1.0))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    for name in ("adapter_model.safetensors", "last/adapter_model.safetensors", "state/training.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
