@@ -176,7 +176,8 @@ def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["nothing-here", "--memory", "8GiB"], "no model called 'nothing-here'"),
         (["nothing-here"], "Published are fnlp/moss-moon-003-base, fnlp/moss-moon-003-sft, "),
-        (["moss-moon-003-pm"], "moss-moon-003-pm is not a published MOSS model. Published are"),
+        (["moss-moon-003-pm"], "moss-moon-003-pm is not a published MOSS model"),
+        (["moss-moon-003-sft-plugn-int4"], "did you mean moss-moon-003-sft-plugin-int4? Published are"),
         (["moss-moon-003-sft-int4", "--bits", "8"], "what quantization lost does not come back"),
         (["moss-moon-003", "--memory", "1GiB"], "too little for this model"),
         (["moss-moon-003", "--memory", "lots"], "is not an amount of memory"),

@@ -200,7 +200,8 @@ def counted(name):
     setattr(CudaOperators, name, call)
 for name in moved:
     counted(name)
-with Moss.load(sys.argv[1], device="gpu", context=128, draft="off", parallel=int(sys.argv[2])) as moss:
+options = {"device": "gpu", "context": 128, "draft": "off", "parallel": int(sys.argv[2]), "prompt_cache": 0}
+with Moss.load(sys.argv[1], **options) as moss:
     model, answers = moss.engine.model, []
     shape = model.read_page(0).shape
     pages = [np.random.default_rng(page).standard_normal(shape).astype(np.float16) for page in range(model.pages)]

@@ -193,6 +193,9 @@ cuda = SimpleNamespace(
     device=SimpleNamespace(get_cublas_handle=lambda: emulator.FakeCupy.HANDLE),
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda number: {"name": b"simulated"},
+        runtimeGetVersion=lambda: 12090,
         memGetInfo=_memory_info,
         malloc=_malloc,
         free=lambda pointer: _runtime.cudaFree(ctypes.c_void_p(pointer)),
