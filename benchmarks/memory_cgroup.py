@@ -86,7 +86,7 @@ def run(command: Sequence[str], group: Path | None, timeout_s: float | None = No
         out.seek(0)
         err.seek(0)
         texts = [file.read().decode(errors="replace") for file in (out, err)]
-    peak_group, killed = _group_peak(group)
+    peak_group, killed = peak_of_group(group)
     return Usage(process.returncode, seconds, peak, peak_group, killed, *texts)
 
 
@@ -99,7 +99,7 @@ def peak_of(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def _group_peak(group: Path | None) -> tuple[int | None, bool]:
+def peak_of_group(group: Path | None) -> tuple[int | None, bool]:
     """The group's peak, and whether the kernel killed something in it."""
     if group is None:
         return None, False

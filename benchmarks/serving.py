@@ -6,7 +6,7 @@
 MODEL is a model folder with random or real weights; PEER is an environment with xllamacpp and gguf, whose model has the same
 shape (phi2) and is made once, Q4_0 for an int4 folder and float16 for a float16 one. The rounds go through both in turn, so that
 a noisy minute hits neither alone; medians over rounds. Every number of conversations has a process of its own, with a plan of
-its own: what sixteen caches take is not there for weights. The law is what the same process measured between its passes:
+its own: what sixteen caches take is not there for weights. The law is what was measured between their passes:
 reading memory, multiplying, and reading the weights that stream. --group holds it all in a memory control group of a tenth more
 than --memory. The last line is one JSON object.
 """
@@ -19,21 +19,30 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from memory_cgroup import forget_cached, memory_group, run
+from memory_cgroup import forget_cached, memory_group, peak_of_group
 
-from moss_jt.plan.machine import parse_memory, peak_memory_bytes, process_memory
+from moss_jt.kernels.needs import CpuNeeds
+from moss_jt.plan.machine import peak_memory_bytes
+from moss_jt.plan.placement import plan_here
 from moss_jt.store.model_folder import Store, open_store
+
+if TYPE_CHECKING:
+    from moss_jt.measure.cpu_limits import MachineLimits
 
 HERE = Path(__file__).resolve().parent
 SHAPE = ("n_embd", "n_layer", "n_head", "rotary_dim", "n_inner", "vocab_size", "n_positions")
 # What is read, and how long a request is, to see how fast the disk is.
 READ_BYTES, REQUEST_BYTES = 2 << 30, 256 << 20
+MEASURE = "limits"
 
 
 class Limits:
-    """What the machine gave, measured again and again beside what is being judged: medians."""
+    """What the machine gives, measured again and again beside what is being judged, and in another process: medians.
+
+    ``rows``: of the products.
+    """
 
     def __init__(self, store: Store, streams: bool, rows: int) -> None:
         self._store = store
@@ -69,55 +78,43 @@ class Limits:
         reader.close()
         return done / seconds
 
-    def medians(self) -> tuple[float, float, float]:
-        """Memory in bytes per second, products in operations per second, disk in bytes per second or 0."""
+    def medians(self) -> "tuple[MachineLimits, float]":
+        """And bytes per second of the disk, or 0."""
+        from moss_jt.measure.cpu_limits import MachineLimits
+
         read, sgemm, disk = (statistics.median(column) for column in zip(*self._samples, strict=True))
-        return read, sgemm, disk
+        return MachineLimits(read, sgemm), disk
 
 
-def measure_here(arguments: argparse.Namespace) -> dict[str, float]:
-    """One number of conversations, in this process; and one conversation alone under the same plan."""
+def measure_here(arguments: argparse.Namespace) -> None:
+    """One number of conversations, and one alone under the same plan, in this process: prints times as JSON.
+
+    Whenever the limits are to be measured, it prints a line, and goes on when it is given one.
+    """
     from moss_jt import Moss
-    from moss_jt.measure.cpu_limits import MachineLimits
-    from moss_jt.measure.side_by_side import least_seconds, measure_together, positions_for
+    from moss_jt.measure.side_by_side import measure_together, positions_for
+
+    def between() -> None:
+        print(MEASURE, flush=True)
+        input()
 
     count, context = int(arguments.parallel), arguments.context
-    store = open_store(arguments.model)
-    with Moss.load(
-        arguments.model,
-        memory=arguments.memory,
-        context=positions_for(context),
-        draft="off",
-        parallel=count,
-    ) as moss:
-        plan, limits = moss.plan, Limits(store, moss.plan.streams, max(count, 64))
-        counts = sorted({1, count})
+    options = {"memory": arguments.memory, "context": positions_for(context), "parallel": count}
+    with Moss.load(arguments.model, draft="off", **options) as moss:
         together = measure_together(
-            moss.engine, counts, context, moss.config.vocab_size, arguments.steps, limits.measure
+            moss.engine, sorted({1, count}), context, moss.config.vocab_size, arguments.steps, between
         )
         peak = peak_memory_bytes()
-    read, sgemm, disk = limits.medians()
-    law_s = least_seconds(count, context, plan, MachineLimits(read, sgemm), disk or None)
-    return {
-        "conversations": count,
-        "pass_s": together[-1].pass_s,
-        "tok_s": together[-1].tokens_per_s,
-        "alone_pass_s": together[0].pass_s,
-        "law_share": law_s / together[-1].pass_s,
-        "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
-        "disk_gb_s": disk / 1e9,
-        "read_gb_s": read / 1e9,
-        "sgemm_gflop_s": sgemm / 1e9,
-        "peak_gib": peak / 2**30,
-    }
-
-
-def last_json(text: str) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    return fields
+    print(json.dumps([together[0].pass_s, together[-1].pass_s, peak]))
 
 
 def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
+    from moss_jt.measure.side_by_side import least_seconds, positions_for
+
+    store = open_store(arguments.model)
+    needs = CpuNeeds(store.config, store.bits)
+    plan = plan_here(store, needs, arguments.memory, positions_for(arguments.context), count)
+    limits = Limits(store, plan.streams, max(count, 64))
     command = [sys.executable, str(HERE / "serving.py"), str(arguments.model), "--here"]
     command += ["--context", str(arguments.context), "--steps", str(arguments.steps)]
     command += ["--parallel", str(count)]
@@ -125,14 +122,38 @@ def ours(arguments: argparse.Namespace, count: int) -> dict[str, float]:
     with ExitStack() as stack:
         group = None
         if arguments.group:
-            budget = parse_memory(arguments.memory, process_memory().total_bytes)
-            group = stack.enter_context(memory_group(budget + budget // 10))
+            group = stack.enter_context(memory_group(plan.budget_bytes + plan.budget_bytes // 10))
             forget_cached(arguments.model)
-        usage = run(command, group)
-    if usage.exit_code:
-        raise SystemExit(f"moss-jt ended with {usage.exit_code}: {usage.errors[-2000:]}")
-    row = last_json(usage.output)
-    return row | ({} if usage.peak_group is None else {"group_gib": usage.peak_group / 2**30})
+            command = ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(group), *command]
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        assert process.stdin is not None and process.stdout is not None
+        last = ""
+        for last in process.stdout:
+            if last.strip() == MEASURE:
+                limits.measure()
+                process.stdin.write("\n")
+                process.stdin.flush()
+        if process.wait():
+            raise SystemExit(f"moss-jt ended with {process.returncode}")
+        group_peak, _ = peak_of_group(group)
+    alone_s, pass_s, peak = json.loads(last)
+    limit, disk = limits.medians()
+    law_s = least_seconds(count, arguments.context, plan, limit, disk or None)
+    row = {
+        "conversations": count,
+        "pass_s": pass_s,
+        "tok_s": count / pass_s,
+        "alone_pass_s": alone_s,
+        "law_share": law_s / pass_s,
+        "disk_gb_per_pass": plan.disk_bytes_per_pass / 1e9,
+        "disk_gb_s": disk / 1e9,
+        "read_gb_s": limit.read / 1e9,
+        "sgemm_gflop_s": limit.sgemm / 1e9,
+        "peak_gib": peak / 2**30,
+    }
+    return row | ({} if group_peak is None else {"group_gib": group_peak / 2**30})
 
 
 def theirs(arguments: argparse.Namespace) -> dict[str, float]:
@@ -141,7 +162,9 @@ def theirs(arguments: argparse.Namespace) -> dict[str, float]:
     command = [arguments.peer_python, str(HERE / "serving_peer.py"), str(arguments.gguf), "--shape", shape]
     command += ["--parallel", arguments.parallel, "--context", str(arguments.context)]
     command += ["--steps", str(arguments.steps)] + (["--float16"] if store.bits == 16 else [])
-    return last_json(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    speeds: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return speeds
 
 
 def main() -> None:
@@ -160,7 +183,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(measure_here(arguments)))
+        measure_here(arguments)
         return
     counts = [int(count) for count in arguments.parallel.split(",")]
     rounds: dict[int, list[dict[str, float]]] = {count: [] for count in counts}

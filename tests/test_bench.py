@@ -7,14 +7,17 @@ import pytest
 
 from moss_jt.commands.bench import parse_contexts
 from moss_jt.commands.cli import main
+from moss_jt.engine.engine import Engine
 from moss_jt.errors import MossError
 from moss_jt.measure.bench import Times, measure, prefill_operations, prompt_ids, shares
 from moss_jt.measure.cpu_limits import MachineLimits
+from moss_jt.measure.side_by_side import measure_together
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import GIB, sizes_of_geometry, sizes_of_store
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan
+from tests.support.scripted_model import ScriptedModel, count_up
 
 
 class Counting:
@@ -61,6 +64,28 @@ def test_contexts_are_parsed() -> None:
     assert len(set(prompt_ids(1000, 2000))) == 1000
 
 
+def test_conversations_are_measured_together_through_the_engine() -> None:
+    """In turns of four tokens, all in one pass, each turn from the same length of text on."""
+    model = ScriptedModel(count_up, 200, pages=20)
+    sizes: list[int] = []
+    forward = model.forward_many
+
+    def counted(runs, wanted):  # type: ignore[no-untyped-def]
+        sizes.append(len(runs))
+        assert {run.start for run in runs} <= set(range(99, 105)) and all(len(run.pages) == 2 for run in runs)
+        return forward(runs, wanted)
+
+    model.forward_many = counted  # type: ignore[method-assign]
+    turns: list[int] = []
+    together = measure_together(Engine(model), [1, 9], 100, 50, 8, lambda: turns.append(len(sizes)))
+    assert [(entry.count, entry.context) for entry in together] == [(1, 100), (9, 100)]
+    assert sizes == ([1] * 5 + [9] * 5) * 2 and turns == [0, 10, 20]
+    assert all(entry.pass_s > 0 for entry in together)
+    for counts, context, message in ([1, 11], 100, "11 conversations"), ([1], 197, "202 positions"):
+        with pytest.raises(MossError, match=message):
+            measure_together(Engine(model), counts, context, 50, 4)
+
+
 def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_model_folder()
     with pytest.raises(SystemExit) as left:
@@ -76,6 +101,8 @@ def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
                 "1",
                 "--context",
                 "64",
+                "--parallel",
+                "1,3",
             ]
         )
     assert left.value.code == 0
@@ -83,5 +110,7 @@ def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(lines[-1])
     assert [row["context"] for row in summary["contexts"]] == [8, 20]
     assert summary["peak_gib"] < 2
+    assert [row["conversations"] for row in summary["parallel"]] == [1, 3]
+    assert all(row["tok_s"] > 0 and row["context"] == 20 for row in summary["parallel"])
     assert all(row["decode_tok_s"] > 0 and row["prefill_share"] > 0 for row in summary["contexts"])
     assert sizes_of_store(open_store(folder)).bits == summary["bits"] == 16

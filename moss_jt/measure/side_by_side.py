@@ -62,6 +62,11 @@ def measure_together(
     """
     model, most = engine.model, max(counts)
     each = pages_of(positions_for(context))
+    if positions_for(context) > model.capacity:
+        raise MossError(
+            f"conversations of {context} tokens are measured in {positions_for(context)} positions, and there are "
+            f"{model.capacity}. Give a smaller --contexts, or a larger --context."
+        )
     if min(counts) < 1 or context < 1 or steps < 1 or most * each > model.pages or most > model.logit_rows:
         raise MossError(
             f"{most} conversations of {context} tokens do not fit: the cache has {model.pages} pages of {PAGE} tokens, and "

@@ -16,6 +16,7 @@ from moss_jt.serve import (
     reference,
     replay,
     vortex,
+    web,
 )
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
@@ -63,6 +64,7 @@ def make_app(service: Service, shelves: Shelves) -> FastAPI:
         app.include_router(module.router(service))
     app.include_router(conversations.router(service, shelves.page))
     app.include_router(reference.router(service, shelves.reference))
+    app.include_router(web.router())
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=service.settings)
     if service.settings.origins:
