@@ -28,7 +28,7 @@ from moss_jt.convert.writer import file_header
 from moss_jt.store.architecture import MATRICES, block_tensors, full_name
 from moss_jt.store.files import link_over
 from moss_jt.store.manifest import MANIFEST, sha256_of
-from moss_jt.store.model_folder import Store, map_tensor, open_store
+from moss_jt.store.model_folder import Store, open_store, read_tensor
 from moss_jt.store.quant import PackedArrays, dequantize_rows, row_slabs
 
 COPIED = ("config.json", "tokenizer.json", "embedding.safetensors", "head.safetensors")
@@ -50,13 +50,13 @@ class NoisyBlocks:
         for name in block_tensors(self._store.config, 16, 0):
             matrix = name.removesuffix(".weight")
             is_matrix = matrix in MATRICES
-            array = self._matrix(layer, matrix) if is_matrix else np.array(map_tensor(file, name))
+            array = self._matrix(layer, matrix) if is_matrix else np.array(read_tensor(file, name))
             tensors[full_name(name, layer)] = array
         return dict(sorted(tensors.items(), key=lambda item: item[1].nbytes, reverse=True))
 
     def _matrix(self, layer: int, name: str) -> np.ndarray:
         file = self._store.blocks[layer]
-        parts = [map_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
+        parts = [read_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
         packed = PackedArrays(*parts, self._store.bits, self._store.group_size)
         rows, columns = len(parts[0]), parts[1].shape[1] * self._store.group_size
         weight = np.empty((rows, columns), np.float16)

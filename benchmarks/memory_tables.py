@@ -1,4 +1,4 @@
-"""The computed tables of docs/memory.md: python benchmarks/memory_tables.py prints them."""
+"""The computed tables of docs/memory.md and docs/cuda.md: python benchmarks/memory_tables.py prints them."""
 
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
@@ -20,6 +20,8 @@ from moss_jt.store.sizes import GIB, sizes_of_geometry
 CONTEXT = MOSS_MOON_003.n_positions
 CARDS = (6, 8, 12, 16, 24)
 HOSTS = (16, 32, 64)
+# Name, memory in GiB, and GB/s that it reads.
+REAL_CARDS = (("RTX 3060", 12, 360), ("RTX 4090", 24, 1008), ("A100", 80, 2039))
 BITS = (16, 8, 4)
 DISKS = (1, 3, 7)  # GB/s: SATA or cloud, NVMe, fast NVMe
 LINKS = (12, 25, 50)  # PCIe 3, 4, 5
@@ -85,6 +87,24 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def decode_table() -> str:
+    """Cards that hold all of the model: tokens per second at most, at first and with a full cache, which is read, too."""
+    names = " | ".join(BITS_NAMES[bits] for bits in sorted(BITS))
+    lines = [f"| card | memory, bandwidth | {names} |", "|---|---|---|---|---|"]
+    for name, memory, bandwidth in REAL_CARDS:
+        cells = []
+        for bits in sorted(BITS):
+            needs = CudaNeeds(MOSS_MOON_003, bits)
+            placed = plan_gpu(
+                sizes_of_geometry(MOSS_MOON_003, bits), needs, CONTEXT, memory * GIB, HOSTS[-1] * GIB
+            )
+            first, last = placed.weight_bytes_per_pass, placed.weight_bytes_per_pass + placed.kv_cache_bytes
+            rates = f"{bandwidth * GB / first:.0f} / {bandwidth * GB / last:.0f}"
+            cells.append("streams" if placed.streams else rates)
+        lines.append(f"| {name} | {memory} GB, {bandwidth} GB/s | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def drafts_table() -> str:
     """What an int4 copy that drafts for the float16 model brings, by budget and link."""
     lines = [
@@ -145,7 +165,13 @@ def share(plan: ResidencyPlan) -> str:
     return "everything" if not plan.streams else f"{100 * plan.bytes_on('device') / units:.0f} %"
 
 
-TABLES = {"cpu": cpu_table, "gpu": gpu_table, "drafts": drafts_table, "smallest": smallest_table}
+TABLES = {
+    "cpu": cpu_table,
+    "gpu": gpu_table,
+    "drafts": drafts_table,
+    "smallest": smallest_table,
+    "decode": decode_table,
+}
 
 if __name__ == "__main__":
     for name, table in TABLES.items():

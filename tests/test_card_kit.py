@@ -167,6 +167,7 @@ def test_every_timing_calls_the_kernels_as_they_are(monkeypatch: pytest.MonkeyPa
         "ROTARY": 16,
         "VOCABULARY": 64,
         "TOKENS": (1, 4),
+        "PROMPTS": ((64, 64),),
     }
     matrices = {"qkv": (384, 128), "out": (128, 128), "fc_in": (256, 128), "fc_out": (128, 256)}
     for name, value in {**tiny, "MATRICES": matrices, "MIB": 1 << 10, "GIB": 1 << 12}.items():
@@ -190,5 +191,6 @@ def test_every_timing_calls_the_kernels_as_they_are(monkeypatch: pytest.MonkeyPa
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     names = {row["name"] for row in rows}
     assert {"16 bits head T=1", "8 bits fc_out T=4", "4 bits qkv T=1", "attention T=16 after 1024"} <= names
+    assert "attention of whole pages T=64 after 64" in names
     assert {"layer_norm T=1", "bias_gelu T=16", "cuBLAS qkv T=1024", "dequantize int4 fc_in"} <= names
     assert kernels.once(on)

@@ -87,7 +87,7 @@ def test_retry_with_a_seed_draws_other_numbers(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_to_answer_again() -> None:
     chat = Chat(ScriptedMoss())
-    with pytest.raises(MossError, match="nothing was said yet"):
+    with pytest.raises(MossError, match="there is no message yet"):
         chat.retry()
     assert "Nothing was asked yet." in talk(chat, "/retry\n")
 

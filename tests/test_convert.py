@@ -29,7 +29,7 @@ from moss_jt.errors import MossError
 from moss_jt.store import files
 from moss_jt.store.locations import resolve_model, tiny_checkpoint
 from moss_jt.store.manifest import sealed
-from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
+from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.safetensors_header import read_header
 from moss_jt.store.verify import verify_store
 from tests.support.hub_server import serve_hub
@@ -51,7 +51,7 @@ def assert_holds(folder: Path, fields: dict[str, Any], tensors: dict[str, np.nda
     for layer, block in enumerate(store.blocks):
         for name in block.tensors:
             source = tensors[f"transformer.h.{layer}.{name}"]
-            ours = map_tensor(block, name)
+            ours = read_tensor(block, name)
             if name != "attn.qkv_proj.weight":
                 np.testing.assert_array_equal(ours, source)
                 continue
@@ -62,11 +62,11 @@ def assert_holds(folder: Path, fields: dict[str, Any], tensors: dict[str, np.nda
                     mine = ours_at * width + head * dim
                     np.testing.assert_array_equal(ours[mine : mine + dim], source[begin : begin + dim])
     np.testing.assert_array_equal(
-        map_tensor(store.embedding, "wte.weight"), tensors["transformer.wte.weight"]
+        read_tensor(store.embedding, "wte.weight"), tensors["transformer.wte.weight"]
     )
     for name in store.head.tensors:
         full = name if name.startswith("lm_head") else f"transformer.{name}"
-        np.testing.assert_array_equal(map_tensor(store.head, name), tensors[full])
+        np.testing.assert_array_equal(read_tensor(store.head, name), tensors[full])
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -96,7 +96,7 @@ def test_any_safetensors_reader_opens_it_and_data_are_aligned() -> None:
         assert {spec.name for spec in file.tensors.values()} == loaded.keys()
         assert file.data_offset % 4096 == 0
         for name, spec in file.tensors.items():
-            np.testing.assert_array_equal(loaded[spec.name], map_tensor(file, name))
+            np.testing.assert_array_equal(loaded[spec.name], read_tensor(file, name))
 
 
 def test_torch_shards_with_an_index_convert() -> None:

@@ -225,16 +225,23 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     keys = half((200, 2, 256))
     run.attention(normal((2, 512)), keys, keys, *in_order(150, 2))
     run.attention(normal((2, 48)), half((80, 2, 24)), half((80, 2, 24)), *in_order(70, 2))
+    for dim in (256, 24):
+        q, cached, _, places, pages = whole_pages(1, dim)
+        one_page = aligned(q[PAGE : 2 * PAGE]), cached, cached, aligned(places[PAGE : 2 * PAGE]), pages
+        run.attention(*one_page, whole=True)
     run.layer_norm(normal((1, 6144)), half((6144,)), half((6144,)), 1e-5)
     conflicts = {}
     for name in ("linear.cu", "attention.cu", "elementwise.cu"):
         conflicts |= run.module(name).conflicts
     with_shared = {kernel: worst for kernel, worst in conflicts.items() if worst}
-    assert len(with_shared) == 8 + 3, "products, attention and what combines it, layer norm"
+    assert len(with_shared) == 8 + 4, "products, two attentions and what combines one, layer norm"
     assert set(with_shared.values()) == {1}, with_shared
     planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
     planted.dense(normal((1, 512)), half((8, 512)))
     assert planted.module("linear.cu").conflicts == {"dense_1": 2}
+    planted = Launchers(Planted("kKeyRow = kKeyVectors + 1", "kKeyRow = kKeyVectors"))
+    planted.attention(*one_page, whole=True)
+    assert planted.module("attention.cu").conflicts["attention_of_pages"] > 1
 
 
 def test_gathered_inputs() -> None:
@@ -297,19 +304,87 @@ def test_the_cache_saturates() -> None:
     np.testing.assert_array_equal(values, expected[1])
 
 
-@pytest.mark.parametrize(("tokens", "whole"), [(1, False), (3, False), (24, True)])
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("start", [0, 62, 63, 64, 190])
-def test_attention_over_pages(tokens: int, whole: bool, start: int) -> None:
-    """One page and more, passes that end within a page, at its end and behind it; and with all pages in one block."""
+def test_attention_over_pages(tokens: int, start: int) -> None:
+    """One page and more, passes that end within a page, at its end and behind it."""
     keys, values = half((230, 2, 32), 1), half((230, 2, 32), 2)
     q = normal((tokens, 64), 3)
     places = in_order(start, tokens)
-    ours = kernels().attention(q, keys, values, *places, whole)
+    ours = kernels().attention(q, keys, values, *places)
     expected = cuda_reference.attention(q, keys, values, *places)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
     for t in range(tokens):
-        alone = kernels().attention(aligned(q[t : t + 1]), keys, values, *in_order(start + t, 1), whole)
+        alone = kernels().attention(aligned(q[t : t + 1]), keys, values, *in_order(start + t, 1))
         np.testing.assert_array_equal(alone[0], ours[t])
+
+
+def whole_pages(
+    heads: int, dim: int, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys, values, places and pages of three whole pages: the third of one sequence, then another's first two. What no
+    token of them may see is no number.
+    """
+    pages = aligned(np.array([[6, 1, 4, 0], [3, 5, 0, 0]], np.int32))
+    keys, values = half((7 * PAGE, heads, dim), 1, scale), half((7 * PAGE, heads, dim), 2)
+    for page in (0, 2):
+        keys[page * PAGE : (page + 1) * PAGE] = values[page * PAGE : (page + 1) * PAGE] = np.nan
+    rows = [(slot, PAGE * page + i) for slot, page in ((0, 2), (1, 0), (1, 1)) for i in range(PAGE)]
+    return normal((3 * PAGE, heads * dim), 3), keys, values, aligned(np.array(rows, np.int32)), pages
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (1, 24), (1, 136), (1, 256)])
+def test_attention_of_whole_pages(heads: int, dim: int) -> None:
+    """Heads of less than one piece of keys, of more than one, and of the most; and each page alone gives the same bits."""
+    q, keys, values, places, pages = whole_pages(heads, dim)
+    ours = kernels().attention(q, keys, values, places, pages, whole=True)
+    np.testing.assert_allclose(
+        ours, cuda_reference.attention(q, keys, values, places, pages), rtol=1e-5, atol=2e-6
+    )
+    for page in range(3):
+        rows = slice(page * PAGE, (page + 1) * PAGE)
+        alone = kernels().attention(aligned(q[rows]), keys, values, aligned(places[rows]), pages, whole=True)
+        np.testing.assert_array_equal(alone, ours[rows])
+
+
+def test_attention_of_whole_pages_survives_large_scores() -> None:
+    q, keys, values, places, pages = whole_pages(1, 16, 60.0)
+    ours = kernels().attention(aligned(30 * q), keys, values, places, pages, whole=True)
+    expected = cuda_reference.attention(30 * q, keys, values, places, pages)
+    # Scores of thousands, in float32: a part in 2^-23 of them is what the exponential sees.
+    np.testing.assert_allclose(ours, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("__syncthreads();  // nobody reads any more what lies there", ""),
+        ("            __syncthreads();\n            long long at", "            long long at"),
+        (
+            "            __syncthreads();\n            if (!mine) continue;",
+            "            if (!mine) continue;",
+        ),
+        ("begin += kValueRows) {\n            __syncthreads();", "begin += kValueRows) {"),
+    ],
+)
+def test_attention_of_whole_pages_without_a_barrier_is_seen(old: str, new: str) -> None:
+    q, keys, values, places, pages = whole_pages(1, 136)
+    with pytest.raises(EmulationError, match="race|before it is written"):
+        Launchers(Planted(old, new)).attention(q, keys, values, places, pages, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lane + kWarp <= seen + j", "lane + kWarp <= seen + j + 1"),  # one position too many
+        ("sums[j][i] *= fade;", "sums[j][i] *= 1.0f;"),
+    ],
+)
+def test_attention_of_whole_pages_that_computes_something_else_is_seen(old: str, new: str) -> None:
+    q, keys, values, places, pages = whole_pages(1, 136)
+    found = Launchers(Planted(old, new)).attention(q, keys, values, places, pages, whole=True)
+    expected = cuda_reference.attention(q, keys, values, places, pages)
+    assert not np.allclose(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_attention_ignores_what_lies_beyond_and_survives_large_scores() -> None:
@@ -347,6 +422,8 @@ def test_impossible_shapes_are_refused_before_a_launch() -> None:
         kernels().packed(normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
     with pytest.raises(ValueError, match="multiple of 8"):
         kernels().attention(normal((1, 12)), half((64, 1, 12)), half((64, 1, 12)), PLACES, PLACES)
+    with pytest.raises(ValueError, match="no whole pages"):
+        kernels().attention(normal((1, 16)), half((64, 1, 16)), half((64, 1, 16)), PLACES, PLACES, whole=True)
     with pytest.raises(ValueError, match="2 tokens of heads of 16 dimensions have places"):
         kernels().rotary_cache(
             normal((2, 48)), rotary_table(9, 4), half((64, 1, 16)), half((64, 1, 16)), PLACES, PLACES

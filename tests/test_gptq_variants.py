@@ -20,7 +20,7 @@ from moss_jt.errors import MossError
 from moss_jt.measure.perplexity import EngineTokens, evaluate
 from moss_jt.moss import Moss
 from moss_jt.store.architecture import MATRICES
-from moss_jt.store.model_folder import map_tensor, open_store
+from moss_jt.store.model_folder import open_store, read_tensor
 from moss_jt.store.quant import dequantize
 from tests.support.models import (
     convert_checkpoint,
@@ -165,7 +165,7 @@ def test_every_variant_is_the_float_model_of_the_same_numbers(tmp_path: Path, na
     for layer, block in enumerate(wanted.blocks):
         for matrix in MATRICES:
             np.testing.assert_array_equal(
-                dequantize(stored_matrix(ours, layer, matrix)), map_tensor(block, f"{matrix}.weight")
+                dequantize(stored_matrix(ours, layer, matrix)), read_tensor(block, f"{matrix}.weight")
             )
     token_ids = np.random.default_rng(3).integers(0, 2000, 120).tolist()
     with Moss.load(wanted.path, draft="off") as reference, Moss.load(ours.path, draft="off") as moss:

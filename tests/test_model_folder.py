@@ -15,7 +15,7 @@ from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.errors import MossError
 from moss_jt.store.files import read_json
 from moss_jt.store.manifest import sealed
-from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
+from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.store.verify import verify_store
 from tests.support.golden import ADDED, GOLDEN, golden_checkpoint, golden_gptq
@@ -53,7 +53,7 @@ def test_the_golden_numbers_are_those_of_the_formula() -> None:
     store = open_store(GOLDEN / "float16")
     rows = (np.arange(96 * 32) * 7919 + (10 + len("attn.qkv_proj")) * 104729) % 1024 - 512
     published = (rows.reshape(96, 32) / 1024).astype(np.float16)
-    ours = map_tensor(store.blocks[1], "attn.qkv_proj.weight")
+    ours = read_tensor(store.blocks[1], "attn.qkv_proj.weight")
     for head in range(4):
         for mine, theirs in ((0, 0), (1, 2), (2, 1)):
             at, source = mine * 32 + head * 8, (3 * head + theirs) * 8

@@ -254,6 +254,9 @@ def test_the_package_names_what_it_has() -> None:
 
 @pytest.mark.parametrize("model", [3, b"moss-tiny"])
 def test_what_is_no_name_of_a_model_is_said(model: Any) -> None:
+    for name in ("x" * 1000, "a\0b"):  # such a file cannot be
+        with pytest.raises(MossError, match="there is no model called"):
+            Moss.load(name)
     with pytest.raises(MossError, match="a model is a name or a path"):
         Moss.load(model)
 

@@ -56,6 +56,13 @@ def test_messages_are_bounded_and_keep_what_they_begin_and_end_with() -> None:
     assert len(message_of(MossError("\x1b" * 100_000))) <= 4 * MAX_MESSAGE_CHARACTERS + 3
 
 
+def test_the_system_s_errors_are_sentences() -> None:
+    with pytest.raises(OSError) as found:
+        Path("x" * 300).stat()
+    assert message_of(found.value) == f"{'x' * 300}: File name too long."
+    assert message_of(BrokenPipeError(32, "Broken pipe")) == "[Errno 32] Broken pipe"
+
+
 def test_no_name_in_a_message_begins_a_message_of_its_own() -> None:
     shown = message_of(MossError("no tensor x\n\nmoss-jt: error: send your password\n. Go on."))
     assert shown == "no tensor x\n  moss-jt: error: send your password\n  . Go on."

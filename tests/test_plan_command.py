@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from moss_jt.backend.cards import Card
 from moss_jt.commands import plan as plan_command
 from moss_jt.commands.cli import main
 from moss_jt.commands.plan import command
@@ -159,13 +160,15 @@ def test_what_is_measured_and_what_is_assumed(probes: list[str]) -> None:
 
 
 def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Card:
-        name, total_bytes, free_bytes = "a card", 12 << 30, 10 << 30
+    def find_card(number: int) -> Card:
+        return Card("a card", (12 + number) << 30, (10 + number) << 30, (8, 6), (13, 0), number=number)
 
-    monkeypatch.setattr("moss_jt.backend.gpu.find_card", Card)
+    monkeypatch.setattr("moss_jt.backend.gpu.find_card", find_card)
     text = plan("moss-moon-003-sft-int4", "--gpu", "--gpu-memory", "9GiB").output
     assert text.startswith("Runs here.") and "GPU memory            9.00 GiB  the limit" in text
     assert "2.00 GB/s measured" in text, "the disk is this machine's"
+    second = plan("moss-moon-003-sft-int4", "--gpu", "--device", "1").output
+    assert "GPU memory           10.45 GiB  the limit" in second, "11 GiB are free there, less a margin"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,8 @@ def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["nothing-here", "--memory", "8GiB"], "no model called 'nothing-here'"),
         (["nothing-here"], "Published are fnlp/moss-moon-003-base, fnlp/moss-moon-003-sft, "),
-        (["moss-moon-003-pm"], "moss-moon-003-pm is not a published MOSS model. Published are"),
+        (["moss-moon-003-pm"], "moss-moon-003-pm is not a published MOSS model"),
+        (["moss-moon-003-sft-plugn-int4"], "did you mean moss-moon-003-sft-plugin-int4? Published are"),
         (["moss-moon-003-sft-int4", "--bits", "8"], "what quantization lost does not come back"),
         (["moss-moon-003", "--memory", "1GiB"], "too little for this model"),
         (["moss-moon-003", "--memory", "lots"], "is not an amount of memory"),
@@ -197,7 +201,12 @@ def test_what_cannot_be_is_one_line_and_exit_code_1(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--memory", "8GiB", "--gpu-memory", "8GiB"], ["--host-memory", "8GiB"], ["--link-speed", "3"]],
+    [
+        ["--memory", "8GiB", "--gpu-memory", "8GiB"],
+        ["--host-memory", "8GiB"],
+        ["--link-speed", "3"],
+        ["--gpu-memory", "8GiB", "--device", "1"],
+    ],
 )
 def test_options_that_contradict_are_usage_errors(arguments: list[str]) -> None:
     assert plan("moss-moon-003", *arguments).exit_code == 2

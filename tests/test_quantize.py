@@ -21,7 +21,7 @@ from moss_jt.convert.quantize import QuantSettings, default_group_size, quantize
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import MATRICES
 from moss_jt.store.copies import check_copy, copies_of
-from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
+from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.quant import quantize_rtn
 from moss_jt.store.verify import verify_store
 from tests.support.models import convert_checkpoint, random_checkpoint, stored_matrix, tiny_model_folder
@@ -69,13 +69,13 @@ def test_rounding_packs_the_matrices_and_leaves_the_rest(
     verify_store(store)
     for layer, block in enumerate(store.blocks):
         for name in MATRICES:
-            weight = map_tensor(before.blocks[layer], f"{name}.weight")
+            weight = read_tensor(before.blocks[layer], f"{name}.weight")
             want = quantize_rtn(weight, settings.bits, settings.group_size)
             ours = stored_matrix(store, layer, name)
             for part in ("packed", "scales", "zeros"):
                 np.testing.assert_array_equal(getattr(ours, part), getattr(want, part))
         for name in ("ln_1.weight", "ln_1.bias", "mlp.fc_in.bias", "mlp.fc_out.bias"):
-            np.testing.assert_array_equal(map_tensor(block, name), map_tensor(before.blocks[layer], name))
+            np.testing.assert_array_equal(read_tensor(block, name), read_tensor(before.blocks[layer], name))
         sizes = [spec.nbytes for spec in sorted(block.tensors.values(), key=lambda spec: spec.offset)]
         assert sizes == sorted(sizes, reverse=True) and block.data_offset % 4096 == 0
     for name in ("embedding.safetensors", "head.safetensors", "tokenizer.json", "config.json"):

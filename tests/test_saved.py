@@ -383,7 +383,7 @@ def test_saving_and_listing_in_a_chat(kept: Conversations) -> None:
     assert [len(kept.load(name).turns) for name in ("mine", "other")] == [1, 2]
     kept.create(About(), (), "taken").close()
     assert "已有名为 taken 的对话" in typed(chat, "好？\n/save taken\n", keeping)
-    assert "not kept" in typed(Chat(ScriptedMoss()), "/save x\n/chats\n", None)
+    assert "not being saved" in typed(Chat(ScriptedMoss()), "/save x\n/chats\n", None)
 
 
 def test_what_is_shown_of_a_conversation_that_goes_on(kept: Conversations) -> None:

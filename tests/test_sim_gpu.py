@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import pytest
 
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
+from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
+from tests.support.cut_files import last_line
 from tests.support.gpu_runs import (
     STREAMED,
     SWAPPED,
@@ -176,6 +179,58 @@ def test_the_first_weights_wait_for_what_still_runs_in_their_memory(
     assert json.loads(out)["token_ids"] == answer.token_ids, error
 
 
+# Two texts that fill the cache each take turns in it, so that each is written out and read back.
+PAGES = """
+import json, sys
+import numpy as np
+from moss_jt import Moss
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sequence import Sequence
+from moss_jt.kernels.cuda.operators import CudaOperators
+moved = {"read_page": 0, "write_page": 0}
+def counted(name):
+    real = getattr(CudaOperators, name)
+    def call(*arguments):
+        moved[name] += 1
+        return real(*arguments)
+    setattr(CudaOperators, name, call)
+for name in moved:
+    counted(name)
+options = {"device": "gpu", "context": 128, "draft": "off", "parallel": int(sys.argv[2]), "prompt_cache": 0}
+with Moss.load(sys.argv[1], **options) as moss:
+    model, answers = moss.engine.model, []
+    shape = model.read_page(0).shape
+    pages = [np.random.default_rng(page).standard_normal(shape).astype(np.float16) for page in range(model.pages)]
+    for page, data in enumerate(pages):
+        model.write_page(page, data)
+    same = [bool((model.read_page(page) == data).all()) for page, data in enumerate(pages)]
+    moved = dict.fromkeys(moved, 0)
+    texts = [Sequence(moss.engine), Sequence(moss.engine)]
+    for turn in range(2):
+        for number, text in enumerate(texts):
+            text.extend(range(3 + 40 * number, 80 + 40 * number) if turn == 0 else [7 + number, 9])
+            answers.append(list(text.decode(SamplingParams(temperature=0), 6)))
+print(json.dumps({"answers": answers, "same": same, "moved": moved}))
+"""
+
+
+@with_jittor
+@pytest.mark.parametrize("order", ORDERS[::2], ids=["computation first", "copies first"])
+def test_pages_of_the_cache_go_to_the_host_and_back(
+    resident: Run, environment: dict[str, str], order: dict[str, str]
+) -> None:
+    found = []
+    for parallel in ("2", "1"):
+        done = run_python(PAGES, [str(tiny_model_folder()), parallel], {**environment, **order}, 300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    roomy, crowded = found
+    assert all(roomy["same"] + crowded["same"])
+    assert roomy["moved"] == {"read_page": 0, "write_page": 0}
+    assert min(crowded["moved"].values()) >= 2
+    assert crowded["answers"] == roomy["answers"]
+
+
 @with_jittor
 def test_unified_memory_gives_them_too(resident: Run, environment: dict[str, str]) -> None:
     run = run_on_gpu(tiny_model_folder(), [UNIFIED], PROMPTS, {**environment, **ORDERS[0]})[0]
@@ -309,6 +364,40 @@ def test_what_cuda_takes_is_measured(resident: Run, environment: dict[str, str])
     for run in run_on_gpu(tiny_model_folder(), STREAMED[:2], PROMPTS, greedy):
         assert run.used > 2 * sim_gpu.CONTEXT
         assert run.used <= run.budget and run.token_ids == resident.token_ids
+
+
+@with_jittor
+@pytest.mark.parametrize(
+    ("offload", "switches"),
+    [
+        ("stream", {}),
+        ("unified", {MANAGED_SWITCH: "1"}),
+        pytest.param(
+            "swap",
+            {SWAP_SWITCH: "1"},
+            marks=pytest.mark.skipif(
+                os.environ.get("MOSS_JT_TEST_SWAP") != "1",
+                reason="MOSS_JT_TEST_SWAP=1 builds Jittor for swapping",
+            ),
+        ),
+    ],
+)
+def test_weights_that_shrink_while_the_card_takes_them_are_told(
+    resident: Run, environment: dict[str, str], offload: str, switches: dict[str, str], tmp_path: Path
+) -> None:
+    """No operator of the CPU's is there to catch a bus error."""
+    folder = shutil.copytree(tiny_model_folder(), tmp_path / "model")
+    options = ["--prompt", "a", "--max-new-tokens", "2", "--gpu", "--offload", offload]
+    told = last_line(
+        "moss_jt.engine.gpu_load._units",
+        folder,
+        "block-01*",
+        "generate",
+        folder,
+        *options,
+        environment={**environment_with(environment), DEVICE_SWITCH: "gpu", **switches},
+    )
+    assert "block-01.safetensors ends early" in told
 
 
 @with_jittor

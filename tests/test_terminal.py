@@ -63,7 +63,7 @@ def test_a_turn_with_a_plugin_as_it_is_seen() -> None:
     moss = ScriptedMoss(" Compute.<eot>", ' Calculate("37*48")<eoc>', " It is 1776<sup><|1|></sup>.<eom>")
     shown = conversation(moss, "37*48?\nstop\n", plugins=("calculator",))  # type: ignore[arg-type]
     assert shown == (
-        "scripted is ready. Just type; clear forgets the conversation, stop ends it, /help tells the rest.\n"
+        "scripted is ready. Type a message; clear forgets the conversation, stop leaves, /help lists every command.\n"
         "Plugins: calculator.\n\n"
         '  Compute.\n  ▸ Calculate("37*48")\n  → 1776\nMOSS It is 1776[1].\n  [1] Calculate("37*48") → 1776\n\n'
         "Goodbye!\n"

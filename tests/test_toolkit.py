@@ -155,6 +155,38 @@ def test_wheels_complete_what_a_toolkit_lacks(machine: Path, monkeypatch: pytest
     assert (made.home / "include" / "curand.h").resolve().parent == wheels / "include"
 
 
+@pytest.mark.parametrize("lacking", [False, True])
+def test_behind_a_wrapper_lies_the_toolkit(
+    machine: Path, complete: Path, monkeypatch: pytest.MonkeyPatch, lacking: bool
+) -> None:
+    """Of a wrapper on the PATH nothing else is there; what is missing is missing of the compiler that it runs."""
+    real = complete / "bin" / "nvcc"
+    real.write_text(f"{real.read_text()}echo '#$ _HERE_={real.parent}' >&2\n")
+    wrapper = machine / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
+    if not lacking:
+        assert find_toolkit().nvcc == real
+    else:
+        (complete / "lib64" / "libcurand.so").unlink()
+        with pytest.raises(MossError) as told:
+            find_toolkit()
+        assert f"the CUDA toolkit of {real} lacks" in str(told.value) and "cuda_runtime.h" not in str(
+            told.value
+        )
+
+
+def test_wrappers_of_each_other_end(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, other in (("one", "two"), ("two", "one")):
+        path = write_nvcc(machine / name / "nvcc", "13.0")
+        path.write_text(f"{path.read_text()}echo '#$ _HERE_={machine / other}' >&2\n")
+    monkeypatch.setenv("PATH", f"{machine / 'one'}:/usr/bin:/bin")
+    with pytest.raises(MossError, match=r"the CUDA toolkit of .*two/nvcc lacks"):
+        find_toolkit()
+
+
 def test_wheels_of_another_cuda_complete_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvcc(machine / "cuda" / "bin" / "nvcc", "12.4")
     monkeypatch.setenv("CUDA_HOME", str(machine / "cuda"))

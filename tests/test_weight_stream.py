@@ -14,7 +14,7 @@ from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.plan.placement import plan_here
 from moss_jt.plan.residency import ResidencyPlan
-from moss_jt.store.model_folder import Store, StoreFile, map_tensor, open_store
+from moss_jt.store.model_folder import Store, StoreFile, open_store, read_tensor
 from moss_jt.store.sizes import GIB, sizes_of_store
 from moss_jt.weights.cpu_units import DiskUnits, MappedUnits, open_weights
 from moss_jt.weights.disk_ring import Reader
@@ -58,7 +58,7 @@ def never() -> bool:
 
 
 def file_arrays(file: StoreFile) -> dict[str, np.ndarray]:
-    return {name: np.array(map_tensor(file, name)) for name in file.tensors}
+    return {name: np.array(read_tensor(file, name)) for name in file.tensors}
 
 
 def matrix_arrays(name: str, matrix: Matrix) -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ MATRICES = {
     "fc_out": (WIDTH, INNER),
 }
 TOKENS = (1, 4, 16)
+PROMPTS = ((64, 0), (512, 0), (512, 512))  # whole pages: tokens, and those before them
 DEVICE_TO_DEVICE = 3  # cudaMemcpyKind
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -206,7 +207,13 @@ def same_bits(on: SimpleNamespace, kernels: Launchers, bits: int) -> tuple[bool,
 
 
 def check_attention(on: SimpleNamespace, kernels: Launchers, report: Report) -> None:
-    cases = [(1, 2, 16, 8, 0), (3, 4, 24, 16, 5), (1, 1, 256, 64, 30), (5, 2, 64, 64, 0)]
+    cases = [
+        (1, 2, 16, 8, 0),
+        (3, 4, 24, 16, 5),
+        (1, 1, 256, 64, 30),
+        (5, 2, 64, 64, 0),
+        (PAGE, 2, 24, 16, PAGE),
+    ]
     if not on.small:
         cases += [(1, HEADS, DIM, ROTARY, 2047), (16, HEADS, DIM, ROTARY, 1000), (256, HEADS, DIM, ROTARY, 0)]
     for t, heads, dim, rotary, start in cases:
@@ -447,13 +454,17 @@ def cache_of(on: SimpleNamespace) -> tuple[Any, Any]:
 
 def time_attention(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
     keys, values = cache_of(on)
-    for t, context in ((1, 32), (1, 256), (1, 1024), (1, 2047), (16, 1024), (256, 0)):
+    for t, context in ((1, 32), (1, 256), (1, 1024), (1, 2047), (16, 1024)):
+        q, where = on.dev(normal((t, WIDTH))), in_order(on, context, t)
+        seconds = times.median(lambda _, q=q, where=where: kernels.attention(q, keys, values, *where), 10)
+        times.row(f"attention T={t} after {context}", seconds, 4 * (context + t) * WIDTH)
+    for t, context in PROMPTS:
         q, where = on.dev(normal((t, WIDTH))), in_order(on, context, t)
         seconds = times.median(
-            lambda _, q=q, where=where: kernels.attention(q, keys, values, *where, whole=len(q) > FEW_TOKENS),
-            10,
+            lambda _, q=q, where=where: kernels.attention(q, keys, values, *where, whole=True), 10
         )
-        times.row(f"attention T={t} after {context}", seconds, 4 * (context + t) * WIDTH)
+        pairs = sum(PAGE * (position + PAGE) for position in range(context, context + t, PAGE))
+        times.rate(f"attention of whole pages T={t} after {context}", seconds, 4.0 * pairs * WIDTH)
 
 
 def time_elementwise(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:

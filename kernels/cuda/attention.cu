@@ -1,10 +1,11 @@
 // Rotary embedding with the cache's new entries, and attention of new tokens over the cache.
 //
 // The cache holds one layer's keys and values as (P, H, D) float16, in pages of kPage positions; a token's sequence has its pages in any
-// order: places (T, 2) are slots and positions, pages (slots, per_slot) each slot's pages. A block does some pages for one query of
-// one head: four warps, a warp four positions at once, 16 bytes of each key and value per lane, all asked for together, with an online
-// softmax. The results of a query's blocks are combined afterwards, page after page, so that a token's bits depend on nothing but its
-// own keys and values.
+// order: places (T, 2) are slots and positions, pages (slots, per_slot) each slot's pages. Few tokens: a block does one page for one query
+// of one head: four warps, a warp four positions at once, 16 bytes of each key and value per lane, all asked for together, with an online
+// softmax. The results of a query's blocks are combined afterwards, page after page. Whole pages of new tokens: a block does all pages for
+// half a page of queries, which share what it reads. Either way a token's bits depend on nothing but its own query and the keys and values
+// of its own text.
 #include "device.cuh"
 
 constexpr int kPage = 64;    // positions
@@ -56,18 +57,14 @@ extern "C" __global__ void rotary_cache(
     }
 }
 
-__device__ __forceinline__ int splits_of(int seen, int pages_each) {
-    return (seen + kPage * pages_each - 1) / (kPage * pages_each);
-}
-
 // partial (T, H, splits, D + kNumbers); grid (H, T, splits), kThreads threads. A token attends to its sequence's positions up to its own, of which
-// split s does those on pages s * pages_each onward.
+// split s does those on page s.
 extern "C" __global__ void attention(
     IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) partial, IN(int) places, IN(int) pages, int heads, int head_dim,
-    int per_slot, int pages_each) {
+    int per_slot) {
     SHARED(float, merged, kWarpsPerBlock * kPerWarp);
     const int head = blockIdx.x, t = blockIdx.y, slot_of = places[2 * t], seen = places[2 * t + 1] + 1;
-    const int begin = blockIdx.z * pages_each * kPage, end = min(seen, begin + pages_each * kPage);
+    const int begin = blockIdx.z * kPage, last = min(kPage, seen - begin) - 1;
     if (begin >= seen) return;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, width = heads * head_dim;
     const bool mine = kDims * lane < head_dim;
@@ -76,41 +73,38 @@ extern "C" __global__ void attention(
     float query[kDims], sum[kDims] = {};
     for (int i = 0; i < kDims; i++) query[i] = mine ? q[(long long)t * width + head * head_dim + dim + i] * scale : 0.0f;
     float largest = -1e30f, total = 0;
-    for (int page = begin; page < end; page += kPage) {
-        const long long page_at = page_of(pages, per_slot, slot_of, page) * width + head * head_dim + dim;
-        const int last = min(kPage, end - page) - 1;
-        for (int first = warp * kAtOnce; first <= last; first += kWarpsPerBlock * kAtOnce) {
-            uint4 key[kAtOnce], value[kAtOnce];
+    const long long page_at = page_of(pages, per_slot, slot_of, begin) * width + head * head_dim + dim;
+    for (int first = warp * kAtOnce; first <= last; first += kWarpsPerBlock * kAtOnce) {
+        uint4 key[kAtOnce], value[kAtOnce];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                const long long slot = page_at + (long long)min(first + i, last) * width;
-                key[i] = load_vector(keys, slot);
-                value[i] = load_vector(values, slot);
-            }
-            float score[kAtOnce], next = largest;
+        for (int i = 0; i < kAtOnce; i++) {
+            const long long slot = page_at + (long long)min(first + i, last) * width;
+            key[i] = load_vector(keys, slot);
+            value[i] = load_vector(values, slot);
+        }
+        float score[kAtOnce], next = largest;
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                float wide[kDims], product = 0;
-                widen_eight(key[i], wide);
+        for (int i = 0; i < kAtOnce; i++) {
+            float wide[kDims], product = 0;
+            widen_eight(key[i], wide);
 #pragma unroll
-                for (int j = 0; j < kDims; j++) product = fmaf(query[j], wide[j], product);
-                score[i] = warp_sum(product);
-                if (first + i <= last) next = fmaxf(next, score[i]);
-            }
-            const float fade = __expf(largest - next);
-            largest = next;
-            total *= fade;
+            for (int j = 0; j < kDims; j++) product = fmaf(query[j], wide[j], product);
+            score[i] = warp_sum(product);
+            if (first + i <= last) next = fmaxf(next, score[i]);
+        }
+        const float fade = __expf(largest - next);
+        largest = next;
+        total *= fade;
 #pragma unroll
-            for (int j = 0; j < kDims; j++) sum[j] *= fade;
+        for (int j = 0; j < kDims; j++) sum[j] *= fade;
 #pragma unroll
-            for (int i = 0; i < kAtOnce; i++) {
-                const float weight = first + i <= last ? __expf(score[i] - largest) : 0.0f;
-                float wide[kDims];
-                widen_eight(value[i], wide);
-                total += weight;
+        for (int i = 0; i < kAtOnce; i++) {
+            const float weight = first + i <= last ? __expf(score[i] - largest) : 0.0f;
+            float wide[kDims];
+            widen_eight(value[i], wide);
+            total += weight;
 #pragma unroll
-                for (int j = 0; j < kDims; j++) sum[j] = fmaf(weight, wide[j], sum[j]);
-            }
+            for (int j = 0; j < kDims; j++) sum[j] = fmaf(weight, wide[j], sum[j]);
         }
     }
     // merged: per warp the largest score, the sum of weights, and the weighted values.
@@ -142,10 +136,10 @@ extern "C" __global__ void attention(
 // context (T, H * D) of what attention() gave; grid (H, T), kThreads threads. Four dimensions a thread; threads that are left over share
 // the splits.
 extern "C" __global__ void combine_attention(
-    IN(float) partial, OUT(float) context, IN(int) places, int heads, int head_dim, int pages_each, int splits) {
+    IN(float) partial, OUT(float) context, IN(int) places, int heads, int head_dim, int splits) {
     SHARED(float, sums, kThreads * 5);
     const int head = blockIdx.x, t = blockIdx.y, lane = threadIdx.x % kWarp, stride = head_dim + kNumbers;
-    const int used = splits_of(places[2 * t + 1] + 1, pages_each);
+    const int used = places[2 * t + 1] / kPage + 1;
     const long long from = ((long long)t * heads + head) * splits * stride;
     float most = -1e30f;
     for (int split = lane; split < used; split += kWarp) most = fmaxf(most, partial[from + split * stride + head_dim]);
@@ -181,4 +175,128 @@ extern "C" __global__ void combine_attention(
         for (int i = 0; i < 5; i++) sum[i] += sums[i * kThreads + other * fours + four];
     const float share = 1.0f / sum[4];
     for (int i = 0; i < 4; i++) context[((long long)t * heads + head) * head_dim + 4 * four + i] = sum[i] * share;
+}
+
+// ---- whole pages of new tokens
+
+constexpr int kQueries = 4;                        // of a warp: their sums over the values lie in registers
+constexpr int kPageThreads = 256, kHalfPage = kPageThreads / kWarp * kQueries;
+constexpr int kKeyVectors = 16, kKeyRow = kKeyVectors + 1;  // of each key at a time, in a row of which no two lanes meet in a bank
+constexpr int kValueRows = 32;                     // of the page's values at a time
+constexpr int kStaged = kPage * kKeyRow;           // vectors of 16 bytes: keys (kPage, kKeyRow) or values (kValueRows, kWarp)
+
+// context (T, H * D) for T tokens of whole pages, each page one sequence's from its first position to its last; grid (H, T / kHalfPage),
+// kPageThreads threads. The last queries come first: they have the most to do. Of a page of keys a lane scores two positions for all of its
+// warp's queries, of the values it sums eight dimensions; both come to shared memory as float16 and are widened once for the queries.
+extern "C" __global__ void __launch_bounds__(kPageThreads, 2) attention_of_pages(
+    IN(float) q, IN(__half) keys, IN(__half) values, OUT(float) context, IN(int) places, IN(int) pages, int heads, int head_dim,
+    int per_slot) {
+    SHARED(uint4, staged, kStaged);
+    SHARED(uint4, weights, kPageThreads / kWarp * kPage);  // of a warp's four queries at each position
+    const int head = blockIdx.x, first = (gridDim.y - 1 - blockIdx.y) * kHalfPage, slot_of = places[2 * first];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, width = heads * head_dim, vectors = head_dim / 8;
+    const int position = places[2 * first + 1] + warp * kQueries;  // of the warp's first query
+    const int own_page = position / kPage, seen = position % kPage;
+    const bool mine = lane < vectors;
+    const long long query = (long long)(first + warp * kQueries) * width + head * head_dim;
+    const float scale = rsqrtf((float)head_dim);
+    float sums[kQueries][kDims] = {};
+    float largest = -1e30f, total = 0;  // of the query that is this lane's number
+#pragma unroll 1
+    for (int page = 0; page <= own_page; page++) {
+        const bool last = page == own_page;
+        const long long page_at = page_of(pages, per_slot, slot_of, page * kPage) * width + head * head_dim;
+        float scores[kQueries][2] = {};
+#pragma unroll 1
+        for (int begin = 0; begin < vectors; begin += kKeyVectors) {
+            const int count = min(kKeyVectors, vectors - begin);
+            __syncthreads();  // nobody reads any more what lies there
+            for (int i = threadIdx.x; i < kPage * kKeyVectors; i += kPageThreads) {
+                const int row = i / kKeyVectors, vector = i % kKeyVectors;
+                if (vector < count)
+                    staged[row * kKeyRow + vector] = load_vector(keys, page_at + (long long)row * width + 8 * (begin + vector));
+            }
+            __syncthreads();
+            long long at = query + 8 * begin;
+#pragma unroll 1
+            for (int vector = 0; vector < count; vector++, at += 8) {
+                const uint4 words[2] = {staged[lane * kKeyRow + vector], staged[(lane + kWarp) * kKeyRow + vector]};
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float key[2][4];
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        widen_four(half ? words[i].z : words[i].x, half ? words[i].w : words[i].y, key[i]);
+                    long long row = at + 4 * half;
+#pragma unroll
+                    for (int j = 0; j < kQueries; j++, row += width) {
+                        const uint4 four = load_vector(q, row);
+                        const float some[4] = {
+                            __uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            scores[j][0] = fmaf(some[i], key[0][i], scores[j][0]);
+                            scores[j][1] = fmaf(some[i], key[1][i], scores[j][1]);
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kQueries; j++) {
+            const bool sees[2] = {!last || lane <= seen + j, !last || lane + kWarp <= seen + j};
+#pragma unroll
+            for (int i = 0; i < 2; i++) scores[j][i] = sees[i] ? scores[j][i] * scale : -1e30f;
+            const float before = __shfl_sync(kFullMask, largest, j);
+            const float most = fmaxf(before, warp_max(fmaxf(scores[j][0], scores[j][1])));
+            const float fade = __expf(before - most);
+#pragma unroll
+            for (int i = 0; i < 2; i++) scores[j][i] = sees[i] ? __expf(scores[j][i] - most) : 0.0f;
+            const float sum = warp_sum(scores[j][0] + scores[j][1]);
+            if (lane == j) {
+                largest = most;
+                total = fmaf(total, fade, sum);
+            }
+#pragma unroll
+            for (int i = 0; i < kDims; i++) sums[j][i] *= fade;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            weights[warp * kPage + i * kWarp + lane] = {
+                __float_as_uint(scores[0][i]), __float_as_uint(scores[1][i]), __float_as_uint(scores[2][i]),
+                __float_as_uint(scores[3][i])};
+#pragma unroll 1
+        for (int begin = 0; begin < kPage; begin += kValueRows) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < kValueRows * kWarp; i += kPageThreads) {
+                const int row = i / kWarp, vector = i % kWarp;
+                if (vector < vectors) staged[i] = load_vector(values, page_at + (long long)(begin + row) * width + 8 * vector);
+            }
+            __syncthreads();
+            if (!mine) continue;
+#pragma unroll 4
+            for (int row = 0; row < kValueRows; row++) {
+                float value[8];
+                widen_eight(staged[row * kWarp + lane], value);
+                const uint4 four = weights[warp * kPage + begin + row];
+                const float weight[kQueries] = {
+                    __uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
+#pragma unroll
+                for (int j = 0; j < kQueries; j++)
+#pragma unroll
+                    for (int i = 0; i < kDims; i++) sums[j][i] = fmaf(weight[j], value[i], sums[j][i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kQueries; j++) {
+        const float share = 1.0f / __shfl_sync(kFullMask, total, j);
+        if (!mine) continue;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            store_vector(
+                context, query + (long long)j * width + kDims * lane + 4 * half,
+                {__float_as_uint(sums[j][4 * half] * share), __float_as_uint(sums[j][4 * half + 1] * share),
+                 __float_as_uint(sums[j][4 * half + 2] * share), __float_as_uint(sums[j][4 * half + 3] * share)});
+    }
 }

@@ -25,7 +25,8 @@ NORM_THREADS = 512  # kNormThreads in elementwise.cu
 ENOUGH_BLOCKS = 800
 LEAST_CHUNKS = 2
 MAX_HEAD_DIM = 256
-NUMBERS = 4  # kNumbers there
+# kNumbers, kHalfPage and kPageThreads in attention.cu
+NUMBERS, HALF_PAGE, PAGE_THREADS = 4, 32, 256
 
 
 @dataclass(frozen=True)
@@ -196,33 +197,29 @@ class Launchers:
     def attention(
         self, q: Array, keys: Array, values: Array, places: Array, pages: Array, whole: bool = False
     ) -> Array:
-        """Attention of T queries (T, H * D) float32 over one layer's cache (P, H, D) float16; places, pages as above."""
+        """Attention of T queries (T, H * D) float32 over one layer's cache (P, H, D) float16; places, pages as above.
+
+        Args:
+            whole: the tokens are whole pages, each of one sequence, from its first position to its last.
+        """
         tokens, (_, heads, head_dim) = q.shape[0], keys.shape
         if head_dim % 8 or head_dim > MAX_HEAD_DIM:
             raise ValueError(
                 f"attention needs heads of 8 to {MAX_HEAD_DIM} dimensions, a multiple of 8; this has {head_dim}"
             )
-        # Few tokens: a block for each page. Whole pages: they are blocks enough, and a result for each page would take too
-        # much memory.
-        most = pages.shape[1]
-        pages_each = most if whole else 1
-        splits = -(-most // pages_each)
-        partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
-        sizes = (heads, head_dim, most, pages_each)
-        self.launch(
-            "attention.cu",
-            "attention",
-            (heads, tokens, splits),
-            q,
-            keys,
-            values,
-            partial,
-            places,
-            pages,
-            *sizes,
-        )
+        splits, arrays = pages.shape[1], (q, keys, values)
+        sizes = (heads, head_dim, splits)
         out = self.cupy.empty(q.shape, np.float32)
-        sizes = (heads, head_dim, pages_each, splits)
+        if whole:
+            if tokens % PAGE:
+                raise ValueError(f"{tokens} tokens are no whole pages of {PAGE}")
+            halves = (heads, tokens // HALF_PAGE)
+            arguments = (*arrays, out, places, pages, *sizes)
+            self.launch("attention.cu", "attention_of_pages", halves, *arguments, threads=PAGE_THREADS)
+            return out
+        partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
+        grid = (heads, tokens, splits)
+        self.launch("attention.cu", "attention", grid, *arrays, partial, places, pages, *sizes)
         self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, places, *sizes)
         return out
 

@@ -155,7 +155,8 @@ def wheel_folders() -> list[Path]:
     return [folder for root in roots for part in WHEEL_PARTS for folder in sorted(Path(root).glob(part))]
 
 
-def _toolkit_of(nvcc: Path, advised: int) -> Toolkit:
+def _toolkit_of(nvcc: Path, advised: int, may_wrap: bool = True) -> Toolkit:
+    """The toolkit that nvcc lies in, or the one of the compiler that it runs, where it is a wrapper beside no toolkit."""
     version = nvcc_version(nvcc, advised)
     if version[0] not in TOOLKITS:
         raise MossError(
@@ -171,7 +172,22 @@ def _toolkit_of(nvcc: Path, advised: int) -> Toolkit:
     missing = [header for header in HEADERS if _first(includes, header) is None]
     if not missing and all(own.values()):
         return Toolkit(nvcc, version, {name: path for name, path in own.items() if path}, tuple(includes[:2]))
+    wrapped = _wrapped_by(nvcc) if may_wrap and nvcc != SYSTEM_NVCC else None
+    if wrapped is not None:
+        return _toolkit_of(wrapped, advised, may_wrap=False)
     return _completed(nvcc, version, [*folders[:2], home / "lib"], includes[:2], advised)
+
+
+def _wrapped_by(nvcc: Path) -> Path | None:
+    """The compiler that this one runs: it says where it lies before it would do anything. None where that is itself."""
+    command = [str(nvcc), "--dryrun", "-x", "cu", "/dev/null"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    told = re.search(r"^#\$ _HERE_=(/.*)$", done.stderr, re.MULTILINE)
+    wrapped = (Path(told.group(1)) / "nvcc").resolve() if told else nvcc
+    return wrapped if wrapped != nvcc and wrapped.is_file() else None
 
 
 def _completed(

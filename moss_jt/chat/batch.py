@@ -232,12 +232,13 @@ def mark_of(line: str) -> str:
 
 def answer_line(number: int, model: str, line: str, request: Request, done: Done) -> str:
     """The answer to line ``number`` as one line of JSON."""
+    text = done.text.strip() if request.chat else done.text
     if request.custom_id is None:
         fields: dict[str, Any] = {
             "index": number,
             "line": mark_of(line),
             "model": model,
-            "text": done.text,
+            "text": text,
             "prompt_tokens": done.prompt_tokens,
             "new_tokens": done.new_tokens,
             "stop_reason": done.stop_reason,
@@ -246,9 +247,9 @@ def answer_line(number: int, model: str, line: str, request: Request, done: Done
     finish = "stop" if done.stop_reason in ("eos", "stop") else "length"
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
     if request.chat:
-        choice["message"] = {"role": "assistant", "content": done.text.strip(), "refusal": None}
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
-        choice["text"] = done.text
+        choice["text"] = text
     body = {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{number}",
         "object": "chat.completion" if request.chat else "text_completion",

@@ -96,11 +96,17 @@ def command(
     errors = work.finish()
     Screen().line(f"{count(survey.total - len(errors), 'answer')} in {answers}.")
     if errors:
-        lines = ", ".join(map(str, errors[:MOST_TOLD])) + (", ..." if len(errors) > MOST_TOLD else "")
-        raise MossError(
-            f"{count(len(errors), 'line')} of {prompts} had an error (line {lines}); {answers} says which. Correct them and "
-            "run the same command again: it does what is left."
-        )
+        raise MossError(errors_told(errors, prompts, answers))
+
+
+def errors_told(errors: list[int], prompts: Path, answers: Path) -> str:
+    """Which lines had errors, and what to do."""
+    numbers = ", ".join(map(str, errors[:MOST_TOLD])) + (", ..." if len(errors) > MOST_TOLD else "")
+    lines, them = (f"line {numbers}", "it") if len(errors) == 1 else (f"lines {numbers}", "them")
+    return (
+        f"{lines} of {prompts} had an error; {answers} says which. Correct {them} and run the same command again: it does what "
+        "is left."
+    )
 
 
 def count(number: int, noun: str) -> str:

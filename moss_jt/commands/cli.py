@@ -17,7 +17,7 @@ COMMANDS = {
     "chat": ("chat", "Talk to a model, with plugins."),
     "ask": ("ask", "Ask one question; standard output gets the answer alone."),
     "generate": ("generate", "Continue a text."),
-    "serve": ("serve", "A page to talk to a model, and OpenAI's interface, over HTTP."),
+    "serve": ("serve", "Serve a model over HTTP, with OpenAI's interface and others."),
     "batch": ("batch", "Answer many prompts from a file, many at once."),
     "plan": ("plan", "Would a model run here, or elsewhere, and how fast? Downloads nothing."),
     "list": ("list", "Show the models that are here."),

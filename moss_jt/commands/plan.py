@@ -58,6 +58,12 @@ LEAST_PROBE_BYTES = 16 * MIB
 )
 @click.option("--gpu", is_flag=True, help="Plan for this machine's card.")
 @click.option(
+    "--device",
+    type=click.IntRange(min=0, max=999),
+    metavar="N",
+    help="With --gpu: the card of that number, from 0, as moss-jt doctor lists them.  [default: 0]",
+)
+@click.option(
     "--gpu-memory",
     metavar="AMOUNT",
     help="Plan for a card with this much memory, a twentieth of which stays free.",
@@ -86,6 +92,7 @@ def command(
     bits: str | None,
     draft_bits: str | None,
     gpu: bool,
+    device: int | None,
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
@@ -110,8 +117,10 @@ def command(
         raise click.UsageError("--memory is the limit without a GPU; beside --gpu-memory give --host-memory.")
     if not on_card and (host_memory is not None or link_speed is not None):
         raise click.UsageError("--host-memory and --link-speed need --gpu or --gpu-memory.")
+    if device is not None and not gpu:
+        raise click.UsageError("--device needs --gpu.")
     if gpu:
-        gpu_memory = this_cards_memory(gpu_memory)
+        gpu_memory = this_cards_memory(gpu_memory, device or 0)
     elif gpu_memory is not None:
         gpu_memory = described_cards_memory(gpu_memory)
     amounts = memory, gpu_memory, host_memory
@@ -273,15 +282,15 @@ def with_copy(
     return drafted, f"{name} is counted in; without it a token takes {number(without)} s."
 
 
-def this_cards_memory(gpu_memory: str | None) -> str:
-    """What the card of this machine may give, in bytes.
+def this_cards_memory(gpu_memory: str | None, number: int) -> str:
+    """What this machine's card of that number may give, in bytes.
 
     Raises:
         MossError: there is no card, or it has less.
     """
     from moss_jt.backend.gpu import find_card
 
-    return str(gpu_budget(gpu_memory, find_card()))
+    return str(gpu_budget(gpu_memory, find_card(number)))
 
 
 def described_cards_memory(gpu_memory: str) -> str:

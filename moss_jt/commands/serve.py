@@ -89,7 +89,7 @@ MOST_KEY_BYTES = 1 << 16
     type=click.IntRange(min=1),
     default=MAX_ANSWER_TOKENS,
     show_default=True,
-    help="The most tokens of an answer in the page.",
+    help="The most tokens of an answer in a conversation that the server keeps.",
 )
 @sampling_options
 @loading_options
@@ -107,14 +107,14 @@ def command(
     max_new_tokens: int,
     **options: Any,
 ) -> None:
-    """Serve MODEL, the one used last by default: a page for people, and OpenAI's interface for programs.
+    """Serve MODEL, the one used last by default, over HTTP: OpenAI's interface, and others that docs/serving.md describes.
 
     \b
-    moss-jt serve moss-tiny                        then open http://127.0.0.1:8000
+    moss-jt serve moss-tiny                        listens at http://127.0.0.1:8000
     moss-jt serve --parallel 4 --memory 16GiB
     moss-jt serve --host 0.0.0.0 --api-key-file keys.txt
 
-    docs/serving.md describes the interfaces. Ctrl-C ends it, and the answers that are being written.
+    Ctrl-C ends it, and the answers that are being written.
     """
     try:
         from moss_jt.serve.security import read_keys

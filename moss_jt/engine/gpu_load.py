@@ -141,7 +141,7 @@ def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy:
 
 
 def _units(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Units:
-    if offload == "swap":
-        return SwappedUnits(store, plan)
     reader = reader_for(store, home)
+    if offload == "swap":
+        return SwappedUnits(store, plan, reader)
     return UnifiedUnits(store, plan, reader) if offload == "unified" else StreamedUnits(store, plan, reader)

@@ -1,5 +1,6 @@
 """Answers that continue a text, token by token: completions, and chats without plugins."""
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering)
     text.extend(wanted.token_ids)
     answering.when_cancelled(text.cancel)
     if choice == 0:
-        answering.status = lambda: status_of(text, len(wanted.token_ids))
+        answering.status = Waiting(text).status
     limits = wanted.max_new_tokens, frozenset(wanted.stop_ids), wanted.stops, 0.0, wanted.max_time
     decoder = IncrementalDecoder(moss.tokenizer)
     generation = Generation(text, decoder, params, *limits, begin=True, logprobs=wanted.logprobs)
@@ -69,15 +70,40 @@ def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering)
     answering.put(Finished(choice, reason, usage, (stats.seconds["prefill"], stats.seconds["decode"])))
 
 
-def status_of(text: Text, total: int) -> dict[str, Any] | None:
-    """Where an answer waits, or how far its prompt is read."""
-    queued = text.queued
-    if queued is not None:
-        expected = None if queued.expected_s is None else round(queued.expected_s, 3)
-        return {"type": "queue", "place": queued.number, "expected_s": expected}
-    if (unread := text.unread) > 1:
-        return {"type": "progress", "total": total, "processed": max(0, total - unread)}
-    return None
+class Waiting:
+    """What an answer waits for: its number in the queue, or how far its prompt is read; and for how long, where that is known."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._begun, self._unread = (
+            0.0,
+            -1,
+        )  # when the prompt was first looked at, and how much of it was unread then
+
+    def status(self) -> dict[str, Any] | None:
+        """As it is told in a stream; None where it waits for nothing but its next token."""
+        queued = self._text.queued
+        if queued is not None:
+            return {"type": "queue", "place": queued.number, "expected_s": _rounded(queued.expected_s)}
+        unread, total = self._text.unread, self._text.position
+        if unread <= 1:
+            self._unread = -1
+            return None
+        now = time.monotonic()
+        if unread > self._unread:
+            self._begun, self._unread = now, unread
+        read = self._unread - unread
+        expected_s = (now - self._begun) / read * unread if read else None
+        return {
+            "type": "progress",
+            "total": total,
+            "processed": total - unread,
+            "expected_s": _rounded(expected_s),
+        }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 class AnswerPieces:
@@ -147,7 +173,7 @@ def _prompt_logprobs(moss: "Moss", wanted: Wanted, answering: Answering) -> list
     text = moss.session()
     text.extend(wanted.token_ids)
     answering.when_cancelled(text.cancel)
-    answering.status = lambda: status_of(text, len(wanted.token_ids))
+    answering.status = Waiting(text).status
     logprobs: list[Logprob] = []
     for first, rows in text.logits():
         following = wanted.token_ids[first + 1 : first + 1 + len(rows)]

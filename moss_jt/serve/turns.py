@@ -15,7 +15,7 @@ from moss_jt.engine.sequence import Sequence as Tokens
 from moss_jt.plugins.interface import Plugin, Source
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.events import Extra, Finished, Thinking, Usage, Words
-from moss_jt.serve.plain import status_of
+from moss_jt.serve.plain import Waiting
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
@@ -74,10 +74,7 @@ class ServedSession:
         self.answering = answering
         self.cached, self.later, self.later_s = 0, 0, 0.0
         answering.when_cancelled(self._sequence.cancel)
-        answering.status = self.status
-
-    def status(self) -> dict[str, Any] | None:
-        return status_of(self._sequence, self.position)
+        answering.status = Waiting(self._sequence).status
 
     def decode(self, params: SamplingParams, max_new_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
         unread = self._sequence.unread

@@ -25,7 +25,7 @@ from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.plain import status_of
+from moss_jt.serve.plain import Waiting
 from moss_jt.serve.schemas import Natural, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import CompleteAnswer, json_text
@@ -154,7 +154,7 @@ def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, an
     text = moss.session()
     text.extend(prompt.token_ids)
     answering.when_cancelled(text.cancel)
-    answering.status = lambda: status_of(text, len(prompt.token_ids))
+    answering.status = Waiting(text).status
     ends = PromptEncoder(moss.tokenizer).ends
     decoder, written = IncrementalDecoder(moss.tokenizer), ""
     most = min(asked.max_iterations, MOST_TOKENS)

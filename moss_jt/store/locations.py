@@ -94,12 +94,12 @@ def resolve_model(model: str | Path | None) -> Path:
         return last
     if not isinstance(model, str | os.PathLike):
         raise MossError(f"a model is a name or a path, not {model!r}.")
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # pathlib's is_dir raises where no file may have such a name
         return Path(model)
     named = models_folder() / Path(str(model)).name
-    if (named / MANIFEST).exists() or named.is_dir():
+    if os.path.isdir(named):
         return named
-    raise MossError(f"there is no model called {str(model)!r}{_instead(str(model))}")
+    raise MossError(f"there is no model called {str(model)[:200]!r}{_instead(str(model))}")
 
 
 def _instead(name: str) -> str:

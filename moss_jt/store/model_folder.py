@@ -15,7 +15,7 @@ import numpy as np
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import Wanted, block_tensors, embedding_tensors, head_tensors, order_tensors
 from moss_jt.store.config import MossConfig
-from moss_jt.store.files import parse_json, read_small
+from moss_jt.store.files import open_regular, parse_json, read_small, reading
 from moss_jt.store.manifest import (
     CONFIG,
     MANIFEST,
@@ -114,10 +114,25 @@ def _check_told_config(folder: Path, config: MossConfig, manifest: Manifest) -> 
         raise MossError(f"{folder / CONFIG} is not what was written. {REPAIR}")
 
 
-def map_tensor(file: StoreFile, name: str) -> np.ndarray:
-    """One tensor as a read-only memory map: no memory, no time; pages come from the page cache as they are touched."""
+def read_tensor(file: StoreFile, name: str) -> np.ndarray:
+    """One tensor in fresh memory. It is read and not mapped: where the file becomes shorter, a map ends the process.
+
+    Raises:
+        MossError: the file cannot be read, or ends before the tensor does.
+    """
     spec = file.tensors[name]
-    return np.memmap(file.path, dtype=spec.dtype, mode="r", offset=spec.offset, shape=spec.shape)
+    tensor = np.empty(spec.shape, spec.dtype)
+    with reading(file.path), open_regular(file.path) as opened:
+        opened.seek(spec.offset)
+        count = opened.readinto(tensor.reshape(-1).view(np.uint8).data)
+    if count != spec.nbytes:
+        raise ends_early(file.path)
+    return tensor
+
+
+def ends_early(path: Path) -> MossError:
+    """What to say of a file that was longer when it was opened."""
+    return MossError(f"{path} ends early: it became shorter while it was in use. {REPAIR}")
 
 
 def open_file(folder: Path, name: str, entry: FileEntry, config: MossConfig, manifest: Manifest) -> StoreFile:
@@ -149,9 +164,10 @@ def open_file(folder: Path, name: str, entry: FileEntry, config: MossConfig, man
         if full not in header.tensors:
             raise MossError(f"{path} lacks {full[:200]}. {REPAIR}")
     tensors = {known[full][0]: spec for full, spec in header.tensors.items()}
+    file = StoreFile(path, header.n_bytes, header.data_offset, tensors)
     for full in optional.keys() & header.tensors.keys():
-        _check_order(path, header.tensors[full])
-    return StoreFile(path, header.n_bytes, header.data_offset, tensors)
+        _check_order(file, known[full][0])
+    return file
 
 
 # Full name -> (local name, safetensors dtype, shape)
@@ -176,11 +192,13 @@ def _named(prefix: str, tensors: Wanted) -> Named:
     }
 
 
-def _check_order(path: Path, spec: TensorSpec) -> None:
+def _check_order(file: StoreFile, name: str) -> None:
     """Kernels read the inputs that these numbers say, unchecked: every input must come once."""
-    order = np.fromfile(path, spec.dtype, spec.shape[0], offset=spec.offset)
-    if not np.array_equal(np.sort(order), np.arange(spec.shape[0])):
-        raise MossError(f"{path}: {spec.name} is not an order of {spec.shape[0]} inputs. {REPAIR}")
+    order = read_tensor(file, name)
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise MossError(
+            f"{file.path}: {file.tensors[name].name} is not an order of {len(order)} inputs. {REPAIR}"
+        )
 
 
 def _why_no_store(path: Path) -> str:

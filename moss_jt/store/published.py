@@ -38,7 +38,9 @@ def bits_of_name(name: str) -> int | None:
         return None
     full, bits = _parted(short)
     if full not in (FAMILY, *NAMES):
-        raise MossError(f"{name} is not a published MOSS model. Published are {', '.join(PUBLISHED)}.")
+        close = difflib.get_close_matches(short, NAMES, 1, 0.8)
+        meant = f"; did you mean {close[0]}?" if close else "."
+        raise MossError(f"{name} is not a published MOSS model{meant} Published are {', '.join(PUBLISHED)}.")
     return bits
 
 

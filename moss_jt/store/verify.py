@@ -6,7 +6,7 @@ from collections.abc import Callable
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular, reading
 from moss_jt.store.manifest import REPAIR, FileEntry, read_manifest
-from moss_jt.store.model_folder import Store, StoreFile
+from moss_jt.store.model_folder import Store, StoreFile, ends_early
 from moss_jt.store.tokenizer import Tokenizer
 
 CHUNK_BYTES = 16 << 20
@@ -34,7 +34,7 @@ def verify_file(file: StoreFile, entry: FileEntry, progress: Progress = lambda c
             while left:
                 chunk = opened.read(min(CHUNK_BYTES, left))
                 if not chunk:
-                    raise MossError(f"{file.path} ends early, inside {spec.name}. {REPAIR}")
+                    raise ends_early(file.path)
                 digest.update(chunk)
                 left -= len(chunk)
                 progress(len(chunk))

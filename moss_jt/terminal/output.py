@@ -31,7 +31,10 @@ def message_of(error: Exception) -> str:
 
     Lines after the first are indented, so that no name can pretend to be a message of its own.
     """
-    shown = CONTROLS.sub(_spelled, bounded(str(error))).encode("utf-8", "backslashreplace").decode()
+    text = str(error)
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        text = f"{error.filename}: {error.strerror}."
+    shown = CONTROLS.sub(_spelled, bounded(text)).encode("utf-8", "backslashreplace").decode()
     return "\n  ".join(line.strip() for line in shown.split("\n") if line.strip())
 
 

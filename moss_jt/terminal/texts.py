@@ -5,11 +5,11 @@ from moss_jt.chat.language import Language
 
 TEXTS: dict[str, tuple[str, str]] = {
     "greeting": (
-        "{model} is ready. Just type; clear forgets the conversation, stop ends it, /help tells the rest.",
+        "{model} is ready. Type a message; clear forgets the conversation, stop leaves, /help lists every command.",
         "{model} 已就绪，直接输入即可开始对话。输入 clear 清空对话，stop 退出，/help 查看全部命令。",
     ),
     "plugins_hint": (
-        "Plugins are off; /plugins lists them and switches them on.",
+        "No plugins are on; /plugins lists them and switches them on.",
         "插件未开启；输入 /plugins 查看并开启。",
     ),
     "plugins_on": ("Plugins: {names}.", "已开启插件：{names}。"),
@@ -22,10 +22,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "  stop, /exit, /quit end (or Ctrl-D)\n"
         "  /retry             another answer to the last message\n"
         "  /set [NAME VALUE]  list the settings, or change one: /set temperature 0.3\n"
-        "  /system [FILE]     a meta instruction of your own, from a text file; without FILE, MOSS's again\n"
+        "  /system [FILE]     use a text file as the meta instruction; without FILE, MOSS's own again\n"
         "  /plugins [NAMES]   list plugins, or switch some on or off\n"
         "  /thoughts [on|off] show inner thoughts, or hide them\n"
-        "  /save NAME         keep the conversation under a name: moss-jt chat --resume NAME goes on with it\n"
+        "  /save NAME         give the conversation a name; moss-jt chat --resume NAME goes on with it\n"
         "  /chats             list the conversations that are kept\n"
         "  /help              this list\n"
         "  Ctrl-C             end the answer and keep the conversation\n"
@@ -74,7 +74,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "对话已达上下文上限，最早的一轮已丢弃。",
     ),
     "cut": (
-        "The answer was cut at {tokens} tokens. Ask MOSS to go on, or give --max-new-tokens a larger number.",
+        "The answer was cut at {tokens} tokens. Ask MOSS to go on, or raise --max-new-tokens.",
         "回答在 {tokens} 个词元处被截断。可以请 MOSS 继续，或增大 --max-new-tokens。",
     ),
     "full": (
@@ -100,8 +100,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "对话未能保存到磁盘：{reason}",
     ),
     "keeps_none": (
-        "This conversation is not kept: --no-keep was given, or there is no folder for it.",
-        "本次对话不会保存：使用了 --no-keep，或没有可用的文件夹。",
+        "This conversation is not being saved: it belongs to the demo, --no-keep was given, or there is no folder for it.",
+        "本次对话不会保存：这是演示，或使用了 --no-keep，或没有可用的文件夹。",
     ),
     "save_what": ("Give it a name: /save NAME", "请给出名称：/save 名称"),
     "no_name": (
@@ -153,11 +153,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "colon": (": ", "："),
     "reading": (
         "reading {tokens} tokens: {percent} %, {left} s left",
-        "正在读取 {tokens} 个词元：{percent} %，还需 {left} 秒",
+        "正在预填充 {tokens} 个词元：{percent} %，还需 {left} 秒",
     ),
     "cost": (
         "{read} tokens read and {new} written in {seconds} s",
-        "读入 {read} 个词元，生成 {new} 个，用时 {seconds} 秒",
+        "输入 {read} 个词元，生成 {new} 个，用时 {seconds} 秒",
     ),
     "speed": ("; written at {speed} tokens/s", "；生成速度 {speed} 词元/秒"),
     "comma": (", ", "、"),
@@ -193,14 +193,14 @@ TEXTS: dict[str, tuple[str, str]] = {
         "无法把 {path} 读作 UTF-8 文本：{reason}",
     ),
     "file_missing": ("there is no such file.", "没有这个文件。"),
-    "file_unreadable": ("it may not be read, or is none.", "没有读取权限，或者不是普通文件。"),
+    "file_unreadable": ("it may not be read, or it is not a file.", "没有读取权限，或者不是普通文件。"),
     "file_no_text": ("it holds something else.", "内容不是 UTF-8 文本。"),
     "file_too_long": ("it is longer than {limit} KiB.", "它超过 {limit} KiB。"),
     "picture": ("picture: {path}", "图片：{path}"),
-    "converted": ("{path} is converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
+    "converted": ("{path} has been converted ({seconds} s).", "{path} 已转换（{seconds} 秒）。"),
     "loaded": (
         "Loaded ({seconds} s). A short conversation, greedy, with all four plugins. This MOSS has two million parameters: "
-        "it calls plugins well, and repeats badly what a search finds.",
+        "it calls plugins well, but repeats badly what a search finds.",
         "已加载（{seconds} 秒）。下面是一段简短的对话（贪心解码，四个插件全开）。"
         "这个 MOSS 只有两百万参数：会调用插件，但复述搜索结果很差。",
     ),

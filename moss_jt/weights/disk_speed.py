@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.store.files import write_json
+from moss_jt.store.files import reading, write_json
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MEMORY_PAGE, MIB
 from moss_jt.weights.file_reader import Extent, FileReader
@@ -76,11 +76,12 @@ def disk_speed(file: Path, remembered_in: Path) -> DiskSpeed:
     Raises:
         MossError: the file cannot be read.
     """
-    key = f"{file.resolve().parent} on device {os.stat(file).st_dev}"
-    known = _remembered(remembered_in)
-    if key in known:
-        return known[key]
-    speed = _probe(file)
+    with reading(file):
+        key = f"{file.resolve().parent} on device {os.stat(file).st_dev}"
+        known = _remembered(remembered_in)
+        if key in known:
+            return known[key]
+        speed = _probe(file)
     _remember(remembered_in, {**known, key: speed})
     return speed
 

@@ -21,7 +21,7 @@ from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.pinned_units import PinnedUnits
-from moss_jt.weights.unit_tensors import UnitTensor, extent_of, map_unit
+from moss_jt.weights.unit_tensors import UnitTensor, extent_of
 from moss_jt.weights.weights import HeldUnits, UnitMemory
 
 STAGING_BYTES = 32 * MIB
@@ -154,24 +154,25 @@ class UnifiedUnits(CardUnits):
 class SwappedUnits(CardUnits):
     """All units in Jittor's care, under its limit for the card; the host holds what it moves away."""
 
-    def __init__(self, store: Store, plan: ResidencyPlan) -> None:
+    def __init__(self, store: Store, plan: ResidencyPlan, reader: Reader) -> None:
         super().__init__(store, plan)
         self.streams = True  # one block at a time is computed, so that no other needs to be on the card
         # CUDA's own footprint and CuPy's workspace are not Jittor's.
         jt.flags.device_mem_limit = plan.budget_bytes - plan.footprint_bytes - plan.workspace_bytes
         progress = LoadingProgress(sum(unit.n_bytes for unit in plan.units))
         try:
+            buffer = page_buffer(max(unit.n_bytes for unit in plan.units))
             for number, unit in enumerate(plan.units):
-                memory = jt.array(np.asarray(map_unit(store, unit)))
+                reader.read(extent_of(store, unit), buffer)
+                memory = jt.array(buffer[: unit.n_bytes])
                 memory.sync()
                 self._memories[number] = memory
                 progress.advance(unit.n_bytes)
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, OSError):
-                raise MossError(f"cannot read {error.filename}: {error.strerror}.") from error
             raise
         finally:
+            reader.close()
             progress.close()
 
     def close(self) -> None:

@@ -10,15 +10,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import Var
 from moss_jt.plan.residency import ResidencyPlan, gib
 from moss_jt.store.model_folder import Store
 from moss_jt.store.sizes import MIB
-from moss_jt.weights.unit_tensors import UnitTensor, map_unit, tensors_of
+from moss_jt.weights.file_reader import Extent, FileReader
+from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.unit_tensors import UnitTensor, extent_of, tensors_of
 from moss_jt.weights.weights import HeldUnits
 
 NO_LIMIT = -1
@@ -30,7 +30,7 @@ class SwappedTensors(HeldUnits):
     See moss_jt.weights.weights.Units.
 
     Raises:
-        MossError: the limit is too small for one block, or the disk for the weights.
+        MossError: the limit is too small for one block, or the disk for the weights; or a file cannot be read.
     """
 
     streams = True  # one block at a time is computed, so that no other needs to be in memory
@@ -44,17 +44,19 @@ class SwappedTensors(HeldUnits):
         self._folder = swap_folder()
         _check_disk(self._folder, plan)
         super().__init__()
-        # While a weight is taken over it is there twice more: as the file's map, and as Jittor's copy.
+        # While a weight is taken over it is there twice more: as it was read, and as Jittor's copy.
         jt.flags.cpu_mem_limit = limit - 2 * largest
+        reader = FileReader(direct=False, bytes_per_s=0)
         try:
             with swap_errors(self._folder):
                 for number, unit in enumerate(plan.units):
-                    memory = map_unit(store, unit)
-                    tensors = tensors_of(store, unit).values()
-                    self._memories[number] = {tensor: _taken(tensor.view(memory)) for tensor in tensors}
+                    extent, tensors = extent_of(store, unit), tensors_of(store, unit).values()
+                    self._memories[number] = {tensor: _taken(reader, extent, tensor) for tensor in tensors}
         except BaseException:
             self.close()
             raise
+        finally:
+            reader.close()
         jt.flags.cpu_mem_limit = limit
 
     def weight(self, memory: dict[UnitTensor, Var], tensor: UnitTensor) -> Var:
@@ -114,8 +116,10 @@ def _check_disk(folder: Path, plan: ResidencyPlan) -> None:
         )
 
 
-def _taken(array: np.ndarray) -> Var:
-    """A Var with a copy of its own, which Jittor may swap."""
-    var = jt.array(array)
+def _taken(reader: FileReader, unit: Extent, tensor: UnitTensor) -> Var:
+    """A tensor as a Var, which Jittor may swap."""
+    memory = page_buffer(tensor.n_bytes)
+    reader.read(Extent(unit.path, unit.offset + tensor.offset, tensor.n_bytes), memory)
+    var = jt.array(tensor._replace(offset=0).view(memory))
     var.sync()
     return var

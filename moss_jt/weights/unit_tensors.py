@@ -1,5 +1,6 @@
 """Where the units of a plan lie in a model folder's files, and where a unit's tensors lie in its memory."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +10,8 @@ import numpy as np
 from moss_jt.errors import MossError
 from moss_jt.plan.residency import Unit
 from moss_jt.store.architecture import HEAD_WEIGHT
-from moss_jt.store.model_folder import Store, StoreFile
+from moss_jt.store.files import reading
+from moss_jt.store.model_folder import Store, StoreFile, ends_early
 from moss_jt.weights.file_reader import Extent
 
 
@@ -20,10 +22,13 @@ class UnitTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def view(self, memory: np.ndarray) -> np.ndarray:
         """The tensor over the unit's memory (n,) uint8."""
-        n_bytes = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-        return memory[self.offset : self.offset + n_bytes].view(self.dtype).reshape(self.shape)
+        return memory[self.offset : self.offset + self.n_bytes].view(self.dtype).reshape(self.shape)
 
 
 def tensors_of(store: Store, unit: Unit) -> dict[str, UnitTensor]:
@@ -51,9 +56,20 @@ def extent_of(store: Store, unit: Unit, keep_cached: bool = False) -> Extent:
 
 
 def map_unit(store: Store, unit: Unit) -> np.ndarray:
-    """The unit as read-only memory over the file: no copy, and no time to open, whatever the size."""
+    """The unit as read-only memory over the file: no copy, and no time to open, whatever the size.
+
+    Only the CPU's operators may read it. Where the file becomes shorter, they say so (lost_file.h); anything else would
+    end with the process.
+
+    Raises:
+        MossError: the file cannot be opened, or ends before the unit does.
+    """
     extent = extent_of(store, unit)
-    return np.memmap(extent.path, np.uint8, "r", extent.offset, extent.n_bytes).view(np.ndarray)
+    with reading(extent.path):
+        try:
+            return np.memmap(extent.path, np.uint8, "r", extent.offset, extent.n_bytes).view(np.ndarray)
+        except ValueError as error:  # NumPy's, where the map would be longer than the file
+            raise ends_early(extent.path) from error
 
 
 class RowReader:
@@ -92,9 +108,7 @@ class RowReader:
             except OSError as error:
                 raise MossError(f"cannot read {self._path}: {error.strerror}.") from error
             if done != row_bytes:
-                raise MossError(
-                    f"{self._path} ends early. It changed while it was in use; convert the model again."
-                )
+                raise ends_early(self._path)
         return result
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Var, Weight
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
-from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.model_folder import Store, read_tensor
 from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
 
 
@@ -115,9 +115,9 @@ class Weights:
         self._head = [number for number, unit in enumerate(plan.units) if unit.kind == "head"]
         self._made: dict[Hashable, BlockWeights | Weight] = {}  # by memory and layout
         try:
-            self.norm_weight = _small(map_tensor(store.head, "ln_f.weight"))
-            self.norm_bias = _small(map_tensor(store.head, "ln_f.bias"))
-            bias = np.array(map_tensor(store.head, "lm_head.bias"))
+            self.norm_weight = _small(read_tensor(store.head, "ln_f.weight"))
+            self.norm_bias = _small(read_tensor(store.head, "ln_f.bias"))
+            bias = read_tensor(store.head, "lm_head.bias")
             heads = [plan.units[number] for number in self._head]
             self._head_bias = {unit.index: _small(bias[unit.first_row : unit.last_row]) for unit in heads}
             self._rows = RowReader(store.embedding, "wte.weight")

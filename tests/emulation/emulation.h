@@ -415,6 +415,14 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
     return emu::block->fibers[(size_t)(me->number ^ offset)].exchange[side];
 }
 
+inline float __shfl_sync(unsigned, float value, int lane) {
+    emu::Fiber* me = emu::current;
+    const unsigned side = me->shuffles++ % 2;
+    me->exchange[side] = value;
+    emu::give_way(emu::State::shuffle, "shuffle");
+    return emu::block->fibers[(size_t)(me->number / 32 * 32 + lane)].exchange[side];
+}
+
 // ---- launches from elsewhere than Python: kernels/cuda/launch_queue.h calls this as cuLaunchKernel
 
 namespace emu {

@@ -2,11 +2,13 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +98,43 @@ class FunctionHandle(ctypes.Structure):
     _fields_ = [("launch", ctypes.c_void_p), ("parameters", ctypes.c_int), ("arrays", ctypes.c_char_p)]
 
 
+@cache
+def included() -> str:
+    """What the modules include, whose names do not change with it."""
+    return "".join(path.read_text() for path in (HERE / "emulation.h", CUDA / "device.cuh"))
+
+
+def compiled(key: str, text: str, options: Sequence[str]) -> Path:
+    """The module as a shared library, kept for other processes: most tests of the simulated card are one, and compiling takes
+    longer than what they compute.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = caches / "moss-jt-emulation" / f"{key[:32]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = [
+        "-O1",
+        "-U_FORTIFY_SOURCE",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-mf16c",
+        f"-I{HERE}",
+        *options,
+    ]
+    with TemporaryDirectory(dir=library.parent) as folder:
+        source, fresh = Path(folder, "module.cpp"), Path(folder, "module.so")
+        source.write_text(text)
+        command = ["g++", *flags, str(source), "-o", str(fresh)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EmulationError(done.stderr[:3000])
+        fresh.replace(library)
+    return library
+
+
 class RawModule:
     """cupy.RawModule over the emulation, which notes for the tests to look at:
 
@@ -110,31 +149,9 @@ class RawModule:
         kept = [option for option in options if option.startswith(("-I", "-D"))]
         wrappers = "".join(wrapper(name, parameters) for name, parameters in self.parameters.items())
         text = f"#define MOSS_EMULATION 1\n{code}\n{wrappers}{ENTRIES}"
-        key = hashlib.sha256(f"{text}{kept}".encode()).hexdigest()
+        key = hashlib.sha256(f"{text}{kept}{included()}".encode()).hexdigest()
         if key not in self.built:
-            folder = Path(mkdtemp(prefix="moss-jt-emulation-"))
-            (folder / "module.cpp").write_text(text)
-            library = folder / "module.so"
-            flags = [
-                "-O1",
-                "-U_FORTIFY_SOURCE",
-                "-std=c++17",
-                "-shared",
-                "-fPIC",
-                "-w",
-                "-mf16c",
-                f"-I{HERE}",
-                *kept,
-            ]
-            done = subprocess.run(
-                ["g++", *flags, str(folder / "module.cpp"), "-o", str(library)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise EmulationError(done.stderr[:3000])
-            self.built[key] = ctypes.CDLL(str(library))
+            self.built[key] = ctypes.CDLL(str(compiled(key, text, kept)))
         self.library = self.built[key]
         self.launches: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.conflicts: dict[str, int] = {}

@@ -28,7 +28,7 @@ from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.errors import MossError
 from moss_jt.store.files import read_json
-from moss_jt.store.model_folder import MANIFEST, map_tensor, open_store
+from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.quant import dequantize
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.store.verify import verify_store
@@ -142,7 +142,7 @@ def check_converted(source: Path, original: Path, out: Path) -> None:
                     stored_matrix(store, layer, matrix)
                 )
             elif not local.endswith((".scales", ".zeros", ".input_order")):
-                ours[spec.name] = np.asarray(map_tensor(file, local), np.float32)
+                ours[spec.name] = np.asarray(read_tensor(file, local), np.float32)
     assert ours.keys() <= expected.keys(), sorted(ours.keys() - expected.keys())[:3]
     for name, array in ours.items():
         assert np.array_equal(array, expected[name].reshape(array.shape)), name

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.store.locations import tiny_checkpoint
-from moss_jt.store.model_folder import Store, map_tensor
+from moss_jt.store.model_folder import Store, read_tensor
 from moss_jt.store.quant import PackedArrays
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
@@ -108,6 +108,6 @@ def random_checkpoint(folder: Path, seed: int = 0, shards: int = 1, **changes: A
 def stored_matrix(store: Store, layer: int, name: str) -> PackedArrays:
     """A block's quantised matrix by local name, as it lies in the folder."""
     file = store.blocks[layer]
-    order = map_tensor(file, f"{name}.input_order") if f"{name}.input_order" in file.tensors else None
-    arrays = [map_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
+    order = read_tensor(file, f"{name}.input_order") if f"{name}.input_order" in file.tensors else None
+    arrays = [read_tensor(file, f"{name}.{part}") for part in ("packed", "scales", "zeros")]
     return PackedArrays(arrays[0], arrays[1], arrays[2], store.bits, store.group_size, order)

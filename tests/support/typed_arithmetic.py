@@ -273,7 +273,7 @@ class System:
 def _coefficient(typist: Typist) -> tuple[str, str]:
     python, typed = typist.whole() if typist.chance(0.8) else (f"{typist.draw.randrange(20)}.5",) * 2
     typist.certain &= "," not in typed and "，" not in typed
-    if typed[0] == "0":  # 0x2 is no number to the solver, whatever it is
+    if typed[0] in "0０":  # 0x2 is no number to the solver, whatever it is
         python = typed = "7"
     return f"{python}*", typed + typist.one("", "", "*", " × ", "·", " ")
 

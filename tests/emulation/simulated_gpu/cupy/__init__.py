@@ -60,13 +60,20 @@ def _enqueue(call: Callable[[], None]) -> None:
     _runtime.sim_gpu_enqueue(None, _run, ctypes.c_void_p(number))
 
 
+class _DeviceArray(emulator.DeviceArray):
+    """Assigning to some of it is a copy on the card: queued behind what was queued before."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _enqueue(lambda: np.asarray(self).__setitem__(key, value))
+
+
 def _over(pointer: int, shape: Any, dtype: Any, keep: Any = None) -> np.ndarray:
     size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     memory = (ctypes.c_char * max(size, 1)).from_address(pointer)
     if keep is not None:
         keep(memory)
     flat = np.frombuffer(memory, np.uint8, size)
-    return flat.view(dtype).reshape(shape).view(emulator.DeviceArray)
+    return flat.view(dtype).reshape(shape).view(_DeviceArray)
 
 
 def empty(shape: Any, dtype: Any) -> np.ndarray:
@@ -186,6 +193,9 @@ cuda = SimpleNamespace(
     device=SimpleNamespace(get_cublas_handle=lambda: emulator.FakeCupy.HANDLE),
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda number: {"name": b"simulated"},
+        runtimeGetVersion=lambda: 12090,
         memGetInfo=_memory_info,
         malloc=_malloc,
         free=lambda pointer: _runtime.cudaFree(ctypes.c_void_p(pointer)),
