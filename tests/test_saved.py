@@ -325,10 +325,10 @@ while True:
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
-    process.stdout.readline()
+    first = process.stdout.readline()
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    count = int(process.stdout.read().split()[-1])
+    count = int((first + process.stdout.read()).split()[-1])
     process.wait()
     kept = Conversations(folder)
     opened, held = kept.open("mine")

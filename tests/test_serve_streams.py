@@ -1,5 +1,6 @@
 """Answers that are left, taken up again, asked for at once, or cut off: what happens to them, and to the others."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ import httpx
 import pytest
 
 from moss_jt import Moss
+from moss_jt.serve import answering
+from moss_jt.serve.errors import ApiError
 from moss_jt.serve.server import Server
 from moss_jt.serve.settings import Limits
 from tests.support.models import tiny_model_folder
@@ -178,6 +181,26 @@ def test_a_long_silence_is_broken_by_comments(tmp_path: Path) -> None:
             rest = [*lines]
         assert json.loads(first[6:])["choices"][0]["delta"]["role"] == "assistant"
         assert ": still here" in rest and rest[-2] == "data: [DONE]"
+
+
+def test_kept_answers_and_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play() -> None:
+        monkeypatch.setattr(answering, "MOST_THREADS", 4)
+        monkeypatch.setattr(answering, "MOST_EVENTS", 25)
+        gate = threading.Event()
+        answers = answering.Answers(most=10, kept=3, kept_s=600)
+        waiting = answers.start([lambda one: bool(gate.wait(20)) and None] * 3)
+        with pytest.raises(ApiError, match="busy with 1 answers") as refused:
+            answers.start([lambda one: None] * 2)
+        assert refused.value.status == 429
+        gate.set()
+        assert [part async for part in waiting.follow(5)] == [] and await answers.ended(5)
+        for number in range(6):
+            one = answers.start([lambda one: [one.put(event) for event in range(10)] and None], str(number))
+            assert sum([len(part) async for part in one.follow(5)]) == 10
+        assert [answers.find(str(number)) is not None for number in range(6)] == [False] * 3 + [True] * 3
+
+    asyncio.run(play())
 
 
 # The reference's interface, and MOSS Vortex's.

@@ -18,8 +18,9 @@ from moss_jt.kernels.needs import FEW_TOKENS, HEAD_ROWS
 from moss_jt.kernels.places import places_of
 from moss_jt.store.config import MossConfig
 
-# Blocks with resident weights that few tokens go through at once: together no longer than one that streams.
-RESIDENT_BLOCKS = 4
+# Resident weights that few tokens go through at once, a tenth of a second at most: who wants no more waits for that. Each time
+# costs: Python and Jittor then run with caches that are full of weights (2 to 3 % of 0.3 billion parameters, every four blocks).
+RESIDENT_BYTES = 1 << 30
 
 
 class HeadRows(Protocol):
@@ -45,6 +46,7 @@ class Weights(Protocol):
     """
 
     streams: bool
+    block_bytes: int
     link_s: float
     norm_weight: Var
     norm_bias: Var
@@ -142,6 +144,7 @@ class Model:
         h = jt.array(self.weights.embedding_rows(tokens).astype(np.float32))
         places = _places([runs[index] for index in order])
         then_head = any(run.rows != "none" for run in runs)
+        at_once = max(1, RESIDENT_BYTES // self.weights.block_bytes)
         for layer, weights in self.weights.blocks(then_head=then_head):
             kept = [index for index in order if wanted(index)]
             if len(kept) < len(order):
@@ -150,7 +153,7 @@ class Model:
                 h, order = jt.array(_rows_of(h.numpy(), runs, order, kept)), kept
                 places = _places([runs[index] for index in order])
             h = self.operators.block(h, weights, cache.keys, cache.values, layer, places)
-            if self.weights.streams or places.count > FEW_TOKENS or layer % RESIDENT_BLOCKS == 0:
+            if self.weights.streams or places.count > FEW_TOKENS or layer % at_once == at_once - 1:
                 h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
             if self.watcher is not None and len(tokens) > 1:
                 self.watcher(len(tokens), (layer + 1) / self.config.n_layer)

@@ -13,17 +13,23 @@ from typing import Any
 
 from moss_jt.serve.errors import STOPPING, ApiError, failure_of
 
+# Threads that write answers, one for each choice; and events of all answers that are kept to be taken up again.
+MOST_THREADS = 512
+MOST_EVENTS = 200_000
+
 
 class Answering:
     """One answer. What is written goes through :meth:`put`, from any thread.
 
+    parts   threads that write it
     error   what ended it, where that was an error
     ended   nothing more comes
     status  what it waits for at this moment, to be told in a stream that is silent: queue position, progress; None for nothing
     form    how it is worded, for whoever takes it up again
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, parts: int = 1) -> None:
+        self.parts = parts
         self.error: ApiError | None = None
         self.ended = False
         self.ended_at = 0.0
@@ -36,6 +42,11 @@ class Answering:
         self._told = False
         self._to_cancel: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+
+    @property
+    def events(self) -> int:
+        """How many there are so far."""
+        return len(self._log)
 
     def put(self, event: Any) -> None:
         self._log.append(event)
@@ -123,14 +134,11 @@ class Answers:
         """
         if self.stopping:
             raise ApiError(503, STOPPING, code="stopping", retry_after_s=30)
-        if len(self._running) >= self._most:
-            raise ApiError(
-                429,
-                f"The server is busy with {self._most} answers.",
-                code="too_many_requests",
-                retry_after_s=5,
-            )
-        answering = Answering(asyncio.get_running_loop())
+        threads = sum(answering.parts for answering in self._running)
+        if len(self._running) >= self._most or (self._running and threads + len(parts) > MOST_THREADS):
+            message = f"The server is busy with {len(self._running)} answers."
+            raise ApiError(429, message, code="too_many_requests", retry_after_s=5)
+        answering = Answering(asyncio.get_running_loop(), len(parts))
         self._running.add(answering)
         left = _Count(len(parts))
 
@@ -156,8 +164,11 @@ class Answers:
         self._named.pop(name, None)
         self._named[name] = answering
         old = time.monotonic() - self._kept_s
+        events = sum(kept.events for kept in self._named.values())
         for other, kept in [*self._named.items()]:
-            if kept.ended and (len(self._named) > self._kept or kept.ended_at < old):
+            many = len(self._named) > self._kept or events > MOST_EVENTS
+            if kept.ended and (many or kept.ended_at < old):
+                events -= kept.events
                 del self._named[other]
 
     def find(self, name: str) -> Answering | None:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from moss_jt.serve.errors import ApiError
 
@@ -60,14 +60,13 @@ def router() -> APIRouter:
         kind, content = pages[path]
         return Response(content, headers={"Content-Type": kind, **HEADERS})
 
-    for method in ("GET", "HEAD"):
+    @routes.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        """The page."""
+        return answer("index.html")
 
-        @routes.api_route("/", methods=[method], include_in_schema=False)
-        async def page() -> Response:
-            return answer("index.html")
-
-        @routes.api_route("/page/{path:path}", methods=[method], include_in_schema=False)
-        async def file(path: str) -> Response:
-            return answer(path)
+    @routes.get("/page/{path:path}", include_in_schema=False)
+    async def file(path: str) -> Response:
+        return answer(path)
 
     return routes

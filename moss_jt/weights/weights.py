@@ -98,6 +98,7 @@ class Weights:
     **Where ``streams`` is true, a block or slab is gone once the next one has been asked for: sync everything that reads
     it before** (on the CPU; a GPU's units keep the order of what is queued).
 
+    block_bytes: of the largest block.
     norm_weight, norm_bias: the final layer norm's Vars, (C,) float16.
     link_s: seconds for which units were waited for.
     """
@@ -106,6 +107,7 @@ class Weights:
         self.store = store
         self.plan = plan
         self.streams = units.streams
+        self.block_bytes = max(plan.sizes.block_bytes)
         self.link_s = 0.0
         self._units = units
         self._tensors = [tensors_of(store, unit) for unit in plan.units]
