@@ -221,7 +221,8 @@ def test_pages_of_the_cache_go_to_the_host_and_back(
 ) -> None:
     found = []
     for parallel in ("2", "1"):
-        done = run_python(PAGES, [str(tiny_model_folder()), parallel], {**environment, **order}, 300)
+        decided = {**environment, **order, DEVICE_SWITCH: "gpu"}  # the program imports operators first
+        done = run_python(PAGES, [str(tiny_model_folder()), parallel], decided, 300)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
     roomy, crowded = found
