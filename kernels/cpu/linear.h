@@ -77,19 +77,30 @@ inline void product_block(const M& m, const int64_t* rows, const float* x, int64
         float_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
 }
 
+// Sums that stay in registers where there are several tokens: rows times tokens. Taking fields apart is for all tokens, so that
+// more of these pay where registers are few.
+template <class Row>
+struct AtOnce {
+    static constexpr bool kMany = Simd::kRegisters >= 32;
+    static constexpr int kRows = Row::kInDigits && !kMany ? 2 : 4, kTokens = Row::kInDigits || kMany ? 4 : 2;
+};
+
+// The next `now` of up to kTokens tokens.
+template <class Row, int kRows, int kTokens, class M>
+inline void product_next(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t now, float* y, int64_t ldy,
+                         int64_t gap, bool add) {
+    if (now == kTokens) return product_block<Row, M, kRows, kTokens>(m, rows, x, ldx, y, ldy, gap, add);
+    if constexpr (kTokens > 1) product_next<Row, kRows, kTokens - 1>(m, rows, x, ldx, now, y, ldy, gap, add);
+}
+
 template <class Row, int kRows, class M>
 inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
                            int64_t ldy, int64_t gap, bool add) {
-    constexpr int kMost = Simd::kRegisters >= 32 ? 4 : 2;  // 4 rows times this many sums stay in registers
+    constexpr int kMost = AtOnce<Row>::kTokens;
     while (tokens > 0) {
         // A single last token costs nearly as much as two: five go as three and two.
         const int64_t now = tokens == kMost + 1 && kMost > 2 ? kMost - 1 : std::min<int64_t>(tokens, kMost);
-        if (now == 1) product_block<Row, M, kRows, 1>(m, rows, x, ldx, y, ldy, gap, add);
-        if (now == 2) product_block<Row, M, kRows, 2>(m, rows, x, ldx, y, ldy, gap, add);
-        if constexpr (kMost > 2) {
-            if (now == 3) product_block<Row, M, kRows, 3>(m, rows, x, ldx, y, ldy, gap, add);
-            if (now == 4) product_block<Row, M, kRows, 4>(m, rows, x, ldx, y, ldy, gap, add);
-        }
+        product_next<Row, kRows, kMost>(m, rows, x, ldx, now, y, ldy, gap, add);
         x += now * ldx;
         y += now * ldy;
         tokens -= now;
@@ -116,7 +127,7 @@ inline void product_rows(const M& m, int64_t first, int64_t end, const float* x,
                          int64_t ldy, bool add) {
     int64_t done;
     if (tokens == 1) done = product_streams<Row, Row::kStreams>(m, first, end, x, ldx, 1, y, ldy, add);
-    else done = product_streams<Row, 4>(m, first, end, x, ldx, tokens, y, ldy, add);
+    else done = product_streams<Row, AtOnce<Row>::kRows>(m, first, end, x, ldx, tokens, y, ldy, add);
     product_streams<Row, 1>(m, done, end, x, ldx, tokens, y + (done - first), ldy, add);
 }
 
