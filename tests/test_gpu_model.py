@@ -17,14 +17,20 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.backend.jittor import jt
+from moss_jt.engine.draft_copy import DraftCopy
+from moss_jt.engine.draft_pace import DraftPace
+from moss_jt.engine.engine import Engine
 from moss_jt.engine.gpu_model import GpuModel
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import Queue, Var
-from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, ResidencyPlan
+from moss_jt.kernels.needs import CudaNeeds
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, Copy, ResidencyPlan
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
@@ -32,6 +38,7 @@ from moss_jt.weights import gpu_units
 from moss_jt.weights.file_reader import FileReader
 from moss_jt.weights.gpu_units import StreamedUnits, UnifiedUnits
 from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.unit_tensors import extent_of
 from moss_jt.weights.weights import Weights
 from tests.emulation.emulator import FakeCupy
@@ -122,17 +129,25 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     engines.clear()
 
 
-def plan_for(store: Store, resident: float, on_host: float) -> ResidencyPlan:
+def plan_for(store: Store, resident: float, on_host: float, copy: Copy | None = None) -> ResidencyPlan:
     """A plan with about that share of the units on the card, and of the rest on the host."""
     sizes = sizes_of_store(store)
-    everything = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32)
+    everything = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32, copy=copy)
     fixed = GPU_FOOTPRINT_BYTES + everything.workspace_bytes + everything.kv_cache_bytes + sizes.small_bytes
     total = sum(unit.n_bytes for unit in everything.units)
     buffers = 0 if resident == 1 else 2 * max(sizes.block_bytes)
     budget = fixed + buffers + int(resident * total)
-    placed = plan_gpu(sizes, 48, budget, 1 << 40, pass_tokens=32)
+    if copy is not None:  # the head is on the card in any case
+        budget = (
+            fixed
+            + buffers
+            + int(resident * sum(sizes.block_bytes))
+            + everything.copy_bytes
+            + sizes.head_bytes
+        )
+    placed = plan_gpu(sizes, 48, budget, 1 << 40, pass_tokens=32, copy=copy)
     host = HOST + 2 * placed.buffer_bytes + int(on_host * placed.bytes_on("host"))
-    return plan_gpu(sizes, 48, budget, host, pass_tokens=32, host_footprint_bytes=HOST)
+    return plan_gpu(sizes, 48, budget, host, pass_tokens=32, host_footprint_bytes=HOST, copy=copy)
 
 
 def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model:
@@ -168,6 +183,37 @@ def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
         for actual, wanted in zip(answers(model), expected, strict=True):
             np.testing.assert_array_equal(actual, wanted)
         model.close()
+        model.close()
+
+
+def test_a_copy_that_drafts_changes_nothing() -> None:
+    """All of it on the card, with the model's own head, over the model's cache; the model streams, from the host or from disk."""
+    store, copied = open_store(random_folder(TINY)), open_store(random_folder(TINY, 4))
+
+    def answer(model: Model, copy: DraftCopy | None) -> list[int]:
+        engine = Engine(model, copy=copy)
+        text = Text(engine)
+        text.extend(PROMPT)
+        token_ids = list(text.decode(SamplingParams(temperature=1.0, seed=3), 12))
+        engine.close()
+        assert (text.timing.drafted > 12) == (copy is not None)
+        return token_ids
+
+    resident = gpu_model(store, plan_for(store, 1, 1))
+    expected = answer(resident, None)
+    resident.close()
+    own = Copy(sizes_of_store(copied), CudaNeeds(copied.config, copied.bits))
+    for on_card, on_host in ((0.4, 1.0), (0.0, 0.0)):
+        plan = plan_for(store, on_card, on_host, own)
+        assert plan.streams and plan.copy is own.sizes
+        model = gpu_model(store, plan)
+        assert isinstance(model.weights, Weights)
+        weights = copy_weights(
+            copied, plan, model.weights, lambda blocks: StreamedUnits(copied, blocks, FileReader(False, 1e9))
+        )
+        copy = DraftCopy(model.with_weights(weights), DraftPace(), 5, adaptive=False)
+        assert answer(model, copy) == expected
+        copy.close()
         model.close()
 
 

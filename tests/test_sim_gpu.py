@@ -23,9 +23,6 @@ import pytest
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
-from moss_jt.convert.folder_source import folder_recipe
-from moss_jt.convert.pipeline import convert
-from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
@@ -35,7 +32,6 @@ from tests.support.gpu_runs import (
     STREAMED,
     SWAPPED,
     UNIFIED,
-    Case,
     Run,
     environment_with,
     run_on_gpu,
@@ -265,22 +261,6 @@ def test_what_our_copies_forget_is_seen(resident: Run, environment: dict[str, st
         if (run.logits != resident.logits).any():
             return
     pytest.fail("nobody noticed")
-
-
-@with_jittor
-def test_a_copy_that_drafts_changes_nothing(
-    resident: Run, environment: dict[str, str], tmp_path: Path
-) -> None:
-    """The copy is on the card with the head; the model streams from pinned memory, and from disk."""
-    source, recipe = folder_recipe(tiny_model_folder())
-    copy = tmp_path / "copy"
-    settings = QuantSettings(4, 96, "rtn")
-    convert(source, quantized_recipe(recipe, source.config, settings, copy, None), copy)
-    cases = [Case("a copy drafts", 0.6, copy=str(copy)), Case("and the disk helps", 0.4, 0.4, copy=str(copy))]
-    for run in run_on_gpu(tiny_model_folder(), cases, PROMPTS, {**environment, **ORDERS[1]}):
-        assert run.token_ids == resident.token_ids
-        np.testing.assert_array_equal(run.logits, resident.logits)
-        assert run.used <= run.budget and run.accepted > 3
 
 
 @with_jittor

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
-from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.placement import GPU_LATER_BYTES
-from moss_jt.plan.residency import Copy
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
 from tests.support.plans import plan_gpu
@@ -41,33 +39,29 @@ with Moss.load(folder, device="gpu", context=CONTEXT, offload=cases[0].offload) 
 for number, case in enumerate(cases):
     options = options_of(Path(folder), case, footprint)
     with Moss.load(folder, device="gpu", **options) as moss:
-        tokens, accepted = [], 0
-        if moss.copy is not None:
-            moss.copy.adaptive = False  # for so small a model drafts do not pay
+        tokens = []
         for prompt in prompts:
             answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
             assert all(isinstance(piece, str) for piece in answer)
             tokens.append(answer.token_ids)
-            accepted += answer.stats.accepted
         np.save(out / f"{number}.npy", moss.logits(prompts[0]))
         import cupy
         free, total = cupy.cuda.runtime.memGetInfo()
         tiers = sorted({unit.tier for unit in moss.plan.units})
         used = {"used": total - free, "budget": moss.plan.budget_bytes}
-    print(json.dumps({"token_ids": tokens, "tiers": tiers, "accepted": accepted, **used}))
+    print(json.dumps({"token_ids": tokens, "tiers": tiers, **used}))
 """
 
 
 @dataclass(frozen=True)
 class Case:
-    """share: of the units, on the card; on_host: of the others, in pinned memory; copy: a folder, which drafts."""
+    """share: of the units, on the card; on_host: of the others, in pinned memory."""
 
     name: str
     share: float
     on_host: float = 1.0
     offload: str = "auto"
     draft: str = "off"
-    copy: str = "off"
 
 
 STREAMED = (
@@ -84,19 +78,14 @@ SWAPPED = Case("swap", 0.5, offload="swap")
 
 def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
     """Options of Moss.load with which the plan is the case's, where CUDA takes ``footprint`` bytes."""
-    sizes, copy = sizes_of_store(open_store(folder)), None
-    if case.copy != "off":
-        store = open_store(Path(case.copy))
-        copy = Copy(sizes_of_store(store), CudaNeeds(store.config, store.bits))
-    everything = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint, copy=copy)
+    sizes = sizes_of_store(open_store(folder))
+    everything = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint)
     total = everything.bytes_on("device")
     budget = everything.peak_bytes
     if case.share < 1:
         # Jittor keeps what it frees in pieces that fit nothing: its swapping needs room for two more units.
         budget += 2 * max(sizes.block_bytes) - int((1 - case.share) * total)
-    if copy is not None:
-        budget += sizes.head_bytes  # it is on the card in any case
-    placed = plan_gpu(sizes, CONTEXT, budget, 1 << 40, footprint_bytes=footprint, copy=copy)
+    placed = plan_gpu(sizes, CONTEXT, budget, 1 << 40, footprint_bytes=footprint)
     host = GPU_LATER_BYTES + 2 * placed.buffer_bytes + int(case.on_host * placed.bytes_on("host"))
     if case.on_host == 1:
         host += total
@@ -105,7 +94,6 @@ def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
         "host_memory": host,
         "context": CONTEXT,
         "draft": case.draft,
-        "draft_model": case.copy,
         "offload": case.offload,
     }
 
@@ -115,7 +103,6 @@ class Run:
     """What a model said in one case: greedy tokens after each prompt, and the logits (T, V) of the first prompt.
 
     used: bytes of the card that were taken while it was loaded, by anybody.
-    accepted: tokens that were drafted and came true.
     """
 
     case: Case
@@ -124,7 +111,6 @@ class Run:
     tiers: list[str]
     used: int
     budget: int
-    accepted: int
 
 
 def run_on_gpu(
