@@ -170,7 +170,7 @@ def test_what_cannot_go_on_is_said_before_anything_is_loaded(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "", "--resume") == 1
-    assert "no conversation is kept yet" in capsys.readouterr().err
+    assert "there is no conversation to resume yet" in capsys.readouterr().err
     assert run(monkeypatch, "", "--resume", "other") == 1
     assert "there is no conversation called 'other'. moss-jt list shows" in capsys.readouterr().err
 
