@@ -204,9 +204,14 @@ def test_settings_are_the_conversation_s(page: Any) -> None:
     assert "Cut after 3 tokens" in turn.inner_text()
 
 
-def test_everything_can_be_done_with_the_keyboard(page: Any) -> None:
-    open_page(page, shared_server())
-    ask(page, "Hello")
+def test_everything_can_be_done_with_the_keyboard(page: Any, tmp_path: Path) -> None:
+    with served(shared_moss(), tmp_path) as server:  # whose list of conversations is short
+        open_page(page, server)
+        ask(page, "Hello")
+        check_keyboard(page)
+
+
+def check_keyboard(page: Any) -> None:
     names = set()
     for _ in range(40):
         page.keyboard.press("Tab")

@@ -53,6 +53,9 @@ def load(folder: Path, share: float | None, draft: str = "off") -> Moss:
     budget = 4 << 30 if share is None else budget_for(folder, 96, share) + LATER_BYTES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+        patch.setattr(
+            placement, "_held", []
+        )  # nor what models of other tests in this process may come to hold
         return Moss.load(folder, memory=budget, context=96, draft=draft)
 
 
