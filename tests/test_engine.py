@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,13 +327,21 @@ def test_an_answer_that_was_begun_ends_at_its_stop_string() -> None:
         def finish(self) -> str:
             return ""
 
-    model = ScriptedModel(count_up, 400, pages=8)
+    class Slowing(ScriptedModel):
+        """Takes its time once the answer has been written: whoever takes the pieces may be slower than a scripted model."""
+
+        def forward_many(self, *given: Any) -> list[np.ndarray]:
+            if len(self.passes) > 20:
+                time.sleep(0.2)
+            return super().forward_many(*given)
+
+    model = Slowing(count_up, 400, pages=8)
     text = Text(Engine(model))
     text.extend([0])
     answer = Generation(text, Letters(), GREEDY, 300, (), ["ef"], begin=True)
     assert answer.finish().text == "bcd" and answer.stats.stop_reason == "stop"
     assert text.engine.plan() is None and len(model.passes) < 300, "nothing is written that nobody wants"
-    later = Text(text.engine)
+    later = Text(Engine(ScriptedModel(count_up, 400, pages=8)))
     later.extend([0])
     answer = Generation(later, Letters(), GREEDY, 300, (), ["never", "ef"], begin=True, ahead=Letters())
     while not later._job or not later._job.done:
