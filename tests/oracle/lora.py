@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, int, float, list[str], int | None]] = {
     "qkv": ("heads-8-inner", 8, 32.0, ["qkv_proj"], None),
     "last": ("heads-24", 2, 3.0, ["fc_out", "qkv_proj", "out_proj"], 1),
 }
-STEPS, LEARNING_RATE, WEIGHT_DECAY, CLIP = 20, 2e-3, 0.1, 1.0
+STEPS, LEARNING_RATE, WEIGHT_DECAY, CLIP = 20, 4e-4, 0.1, 1.0
 LENGTHS = (37, 5, 90, 64)
 
 
