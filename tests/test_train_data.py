@@ -12,7 +12,7 @@ from moss_jt.plugins.calculator import Calculator
 from moss_jt.train.conversation import Conversation, Mask, PlainText
 from moss_jt.train.dataset import read_dataset
 from moss_jt.train.formats import Losses, read_sample
-from moss_jt.train.samples import Sampler, TokenSample
+from moss_jt.train.samples import SampleEncoder, TokenSample
 from tests.support.shared import shared
 from tests.support.tokenizers import moss_tokenizer, tiny_tokenizer
 
@@ -21,13 +21,13 @@ NONE_FIELDS = "<|Inner Thoughts|>: None<eot>\n<|Commands|>: None<eoc>\n<|Results
 END = 1
 
 
-def sampler(mask: Mask = "assistant", length: int = 2048) -> Sampler:
-    return Sampler(PromptEncoder(tiny_tokenizer()), END, length, mask)
+def encoder(mask: Mask = "assistant", length: int = 2048) -> SampleEncoder:
+    return SampleEncoder(PromptEncoder(tiny_tokenizer()), END, length, mask)
 
 
 def sample(fields: Any, mask: Mask = "assistant", length: int = 2048) -> TokenSample:
     losses = Losses()
-    return sampler(mask, length).sample(read_sample(fields, losses), losses)
+    return encoder(mask, length).encode(read_sample(fields, losses), losses)
 
 
 def text(of: TokenSample) -> str:
@@ -82,7 +82,7 @@ def test_every_form_of_one_conversation_is_the_same_trained_text(form: str) -> N
 def test_recorded_dialogues_have_the_reference_s_mask_to_the_token(kind: str) -> None:
     """finetune_moss.py encodes each field's text at once, and masks results but for five tokens and the last two."""
     tokenizer = moss_tokenizer()
-    made = Sampler(PromptEncoder(tokenizer), END, 10**6, "moss")
+    made = SampleEncoder(PromptEncoder(tokenizer), END, 10**6, "moss")
     for recorded in json.loads(shared(f"data/plugin_dialogues_{kind}.json").read_text("utf-8")):
         meta = recorded["meta_instruction"]
         ids = tokenizer.encode(meta)
@@ -94,7 +94,7 @@ def test_recorded_dialogues_have_the_reference_s_mask_to_the_token(kind: str) ->
                 inner = len(field) - 7 if name == "Tool Responses" else 0
                 mask += [True] * 5 + [False] * inner + [True] * 2 if inner else [True] * len(field)
         losses = Losses()
-        sampled = made.sample(
+        sampled = made.encode(
             read_sample({"meta_instruction": meta, "chat": recorded["turns"]}, losses), losses
         )
         assert sampled.token_ids.tolist() == ids
@@ -185,7 +185,7 @@ def test_a_conversation_is_cut_at_whole_turns() -> None:
     fields = moss_form(("Hi", "Hello!"), ("Hi", "Hello!"), ("Hi", "Hello!"))
     two = len(sample(moss_form(("Hi", "Hello!"), ("Hi", "Hello!"))))
     losses = Losses()
-    made = sampler(length=two).sample(read_sample(fields, losses), losses)
+    made = encoder(length=two).encode(read_sample(fields, losses), losses)
     assert len(made) == two and losses.counts["turns beyond the length"] == 1
     with pytest.raises(MossError, match="first turn ends at"):
         sample(fields, length=40)
@@ -249,7 +249,7 @@ def test_lines_arrays_objects_and_folders_give_the_same_samples(tmp_path: Path) 
     folder.mkdir()
     for number, one in enumerate(forms):
         (folder / f"{number:03}.json").write_text(json.dumps(one, indent=1), "utf-8")
-    sets = [read_dataset(path, sampler()) for path in sorted(tmp_path.iterdir())]
+    sets = [read_dataset(path, encoder()) for path in sorted(tmp_path.iterdir())]
     texts = [sorted(text(one) for one in [*got.training, *got.evaluation]) for got in sets]
     assert all(one == texts[0] for one in texts) and len(texts[0]) == 40
     assert all(
@@ -259,7 +259,7 @@ def test_lines_arrays_objects_and_folders_give_the_same_samples(tmp_path: Path) 
 
 def test_bad_lines_are_named_and_the_others_learned(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "data.jsonl", [SAME["moss"], "{", {"foo": 1}, SAME["alpaca"], "[" * 10000])
-    got = read_dataset(path, sampler())
+    got = read_dataset(path, encoder())
     assert len(got.training) + len(got.evaluation) == 2 and got.report.refusals == 3
     told = "\n".join(got.report.lines())
     assert "line 2" in told and "line 3" in told and "1 samples in Alpaca's form" in told
@@ -267,15 +267,15 @@ def test_bad_lines_are_named_and_the_others_learned(tmp_path: Path) -> None:
 
 def test_the_samples_kept_for_evaluation_stay_when_lines_are_added(tmp_path: Path) -> None:
     forms = [moss_form((f"Question {n}", "Answer.")) for n in range(60)]
-    few = read_dataset(write_lines(tmp_path / "few.jsonl", forms[:40]), sampler())
-    more = read_dataset(write_lines(tmp_path / "more.jsonl", forms), sampler())
+    few = read_dataset(write_lines(tmp_path / "few.jsonl", forms[:40]), encoder())
+    more = read_dataset(write_lines(tmp_path / "more.jsonl", forms), encoder())
     assert {text(one) for one in few.evaluation} <= {text(one) for one in more.evaluation}
 
 
 def test_nothing_to_learn_is_an_error_with_its_reasons(tmp_path: Path) -> None:
     with pytest.raises(MossError, match="line 1: its keys"):
-        read_dataset(write_lines(tmp_path / "data.jsonl", [{"foo": 1}]), sampler())
+        read_dataset(write_lines(tmp_path / "data.jsonl", [{"foo": 1}]), encoder())
     with pytest.raises(MossError, match=r"no \.json"):
-        read_dataset(tmp_path / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty", sampler())
+        read_dataset(tmp_path / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty", encoder())
     with pytest.raises(MossError, match="is missing"):
-        read_dataset(tmp_path / "none.jsonl", sampler())
+        read_dataset(tmp_path / "none.jsonl", encoder())

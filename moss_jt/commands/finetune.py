@@ -10,7 +10,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.screen import Screen
-from moss_jt.train.api import DataSettings, sampler_for, start
+from moss_jt.train.api import DataSettings, encoder_for, start
 from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset, read_dataset
@@ -127,7 +127,7 @@ def command(
     lora.first_layer(store.config)
     course = CourseSettings(epochs, steps, step_tokens, seed)
     learning = LearningSettings(lr, weight_decay=weight_decay, clip=clip, evaluate_every=evaluate_every)
-    samples = sampler_for(store, tokenizer, DataSettings(length, mask))
+    samples = encoder_for(store, tokenizer, DataSettings(length, mask))
     with token_bar("reading", 0, "samples") as bar:
         dataset = read_dataset(data, samples, judged_by, lambda count: bar.update(count - bar.n))
     show_data(screen, dataset, tokenizer)

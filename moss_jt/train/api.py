@@ -1,4 +1,4 @@
-"""A training from names and paths: what moss-jt finetune does, and ``moss_jt.train.finetune`` from Python."""
+"""A training from a model folder and data, step by step as moss-jt finetune does it: samples, a plan, and the training itself."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from moss_jt.train.dataset import Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings
 from moss_jt.train.lora import Adapter, LoraSettings
 from moss_jt.train.needs import TrainingNeeds
-from moss_jt.train.samples import DEFAULT_LENGTH, Sampler
+from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
 
 # Tokens that a block takes at once, or one sample where that is longer.
 BATCH_TOKENS = 512
@@ -37,7 +37,7 @@ class DataSettings:
     mask: Mask = "assistant"
 
 
-def sampler_for(store: Store, tokenizer: Tokenizer, settings: DataSettings) -> Sampler:
+def encoder_for(store: Store, tokenizer: Tokenizer, settings: DataSettings) -> SampleEncoder:
     """Samples for this model.
 
     Raises:
@@ -48,7 +48,7 @@ def sampler_for(store: Store, tokenizer: Tokenizer, settings: DataSettings) -> S
     if not 2 <= length <= longest:
         raise MossError(f"samples of {length} tokens are not possible: this model has {longest} positions.")
     encoder = PromptEncoder(tokenizer, store.path.name)
-    return Sampler(encoder, store.config.eos_token_ids[0], length, settings.mask)
+    return SampleEncoder(encoder, store.config.eos_token_ids[0], length, settings.mask)
 
 
 def planned(

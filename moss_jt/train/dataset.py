@@ -11,7 +11,7 @@ from typing import Any
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular, read_small, reading
 from moss_jt.train.formats import Losses, form_of, read_sample
-from moss_jt.train.samples import Sampler, TokenSample
+from moss_jt.train.samples import SampleEncoder, TokenSample
 
 ENDINGS = (".json", ".jsonl")
 # One conversation has at most a few hundred kilobytes; a longer line is no conversation.
@@ -68,7 +68,7 @@ class Dataset:
 
 def read_dataset(
     path: Path,
-    sampler: Sampler,
+    encoder: SampleEncoder,
     evaluation: Path | None = None,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Dataset:
@@ -81,12 +81,12 @@ def read_dataset(
         MossError: a file cannot be read, or nothing in it can be learned.
     """
     report = DataReport()
-    kept = [*_samples(path, sampler, report, progress)]
+    kept = [*_samples(path, encoder, report, progress)]
     if not kept:
         reasons = "\n".join(report.lines())
         raise MossError(f"{path} holds nothing to learn from. {reasons}".strip())
     if evaluation is not None:
-        judged = [sample for _, sample in _samples(evaluation, sampler, report, progress)]
+        judged = [sample for _, sample in _samples(evaluation, encoder, report, progress)]
         return Dataset([sample for _, sample in kept], judged, report)
     return Dataset(
         [sample for chosen, sample in kept if not chosen] or [sample for _, sample in kept],
@@ -96,14 +96,14 @@ def read_dataset(
 
 
 def _samples(
-    path: Path, sampler: Sampler, report: DataReport, progress: Callable[[int], object]
+    path: Path, encoder: SampleEncoder, report: DataReport, progress: Callable[[int], object]
 ) -> Iterator[tuple[bool, TokenSample]]:
     """Samples, and whether each is chosen for evaluation."""
     count = 0
     for where, text in _objects(path):
         try:
             fields = json.loads(text)
-            sample = sampler.sample(read_sample(fields, report.losses), report.losses)
+            sample = encoder.encode(read_sample(fields, report.losses), report.losses)
         except (ValueError, RecursionError) as error:
             report.refuse(where, f"no JSON ({str(error)[:100]})")
         except MossError as error:

@@ -29,18 +29,19 @@ class TokenSample:
         return len(self.token_ids)
 
 
-class Sampler:
+class SampleEncoder:
     """Samples of one model's vocabulary.
 
     encoder      the model's
     end_of_text  the id that ends a text without turns: the model's own end, ``<|endoftext|>`` for base models
     length       tokens that a sample has at most
+    mask         what counts in the loss, see moss_jt.train.conversation.turn_pieces
     """
 
     def __init__(self, encoder: PromptEncoder, end_of_text: int, length: int, mask: Mask) -> None:
         self._encoder, self._end, self._length, self._mask = encoder, end_of_text, length, mask
 
-    def sample(self, source: Sample, losses: Losses) -> TokenSample:
+    def encode(self, source: Sample, losses: Losses) -> TokenSample:
         """Of a conversation as many whole turns as fit, as the reference cuts; of a text its beginning.
 
         Raises:
