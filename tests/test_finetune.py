@@ -89,6 +89,20 @@ def test_a_training_goes_on_with_the_same_bits(uninterrupted: Finetuning, tmp_pa
     assert run.state == uninterrupted.state
 
 
+def test_an_interruption_keeps_where_it_is(uninterrupted: Finetuning, tmp_path: Path) -> None:
+    run = training(tmp_path / "out")
+    list(islice(run.run(), 3))
+    run.keep()
+    again = training(tmp_path / "out")
+    assert again.state.step == 3
+    list(again.run())
+    assert np.array_equal(again.adapter.values, uninterrupted.adapter.values)
+    run.adapter.values[:] = 0  # as an update that was interrupted may leave them
+    run._updating = True
+    run.keep()
+    assert np.array_equal(training(tmp_path / "out").adapter.values, uninterrupted.adapter.values)
+
+
 def test_streamed_weights_give_the_same_bits(uninterrupted: Finetuning, tmp_path: Path) -> None:
     for share in (0.4, 0.7):
         assert plan_of(random_folder(SMALL), share).streams

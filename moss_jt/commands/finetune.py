@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from moss_jt.commands.convert import resumable, terminated_as_interrupted
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.store.model_folder import open_store
@@ -134,7 +135,12 @@ def command(
     training = start(store, dataset, out, lora=lora, course=course, learning=learning, memory=memory)
     if training.state.step:
         screen.line(f"{out} goes on after step {training.state.step} of {training.total}.")
-    run(screen, training, out)
+    with terminated_as_interrupted(), resumable(out):
+        try:
+            run(screen, training, out)
+        except KeyboardInterrupt:
+            training.keep()
+            raise
 
 
 def show_data(screen: Screen, dataset: Dataset, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,10 +98,11 @@ class Finetuning:
         }
         self._folder = StateFolder(out / "state", identity)
         self.state = self._folder.load(self.adapter.values, self._optimizer)
+        self._updating = False
         self._every = learning.evaluate_every or max(1, self.total // 10)
 
-    def run(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
-        """All steps that are left; after each what it came to. ``stopped`` is asked before each.
+    def run(self) -> Iterator[Progress]:
+        """All steps that are left; after each what it came to.
 
         Raises:
             MossError: a weight or the disk fails, or the loss is no number any more. What was kept stays, and the same
@@ -109,8 +110,6 @@ class Finetuning:
         """
         saved = time.monotonic()
         for chosen in self._course.steps_from(self.state.step):
-            if stopped():
-                break
             progress = self._step([self._data.training[number] for number in chosen])
             last = self.state.step == self.total
             if last or self.state.step % self._every == 0:
@@ -119,17 +118,25 @@ class Finetuning:
                 self._save()
                 saved = time.monotonic()
             yield progress
-        else:
-            return
-        self._save()
+
+    def keep(self) -> None:
+        """Write where it is, after an interruption. One in the middle of an update leaves the state that was written last.
+
+        Raises:
+            MossError: the disk is full, or it fails.
+        """
+        if not self._updating and self.state.step:
+            self._save()
 
     def _step(self, samples: Sequence[TokenSample]) -> Progress:
         begin = time.perf_counter()
         rate = self._schedule.at(self.state.step)
         result, gradient = self._model.step(samples)
         clip(gradient, self._learning.clip)
+        self._updating = True
         self._optimizer.step(self.adapter.values, gradient, rate)
         self.state.step += 1
+        self._updating = False
         tokens = sum(map(len, samples))
         seconds = time.perf_counter() - begin
         self.state.log.append(_record(self.state.step, result, lr=rate, tokens=tokens))

@@ -45,13 +45,12 @@ class AdamW:
 
     first, second  (P,) float32, the moments
     steps          that were taken
-    decays         (P,) bool: what is decayed; None for all
     """
 
-    def __init__(self, size: int, weight_decay: float, decays: np.ndarray | None = None) -> None:
+    def __init__(self, size: int, weight_decay: float) -> None:
         self.first, self.second = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self.steps = 0
-        self._decay, self._decays = weight_decay, decays
+        self._decay = weight_decay
 
     def step(self, values: Floats, gradient: Floats, learning_rate: float) -> None:
         """One step, in place."""
@@ -62,7 +61,7 @@ class AdamW:
         for begin in range(0, len(values), CHUNK):
             part = slice(begin, begin + CHUNK)
             x, g, m, v = values[part], gradient[part], self.first[part], self.second[part]
-            x *= shrink if self._decays is None else np.where(self._decays[part], shrink, np.float32(1))
+            x *= shrink
             m += np.float32(1 - BETA_1) * (g - m)
             v *= np.float32(BETA_2)
             v += np.float32(1 - BETA_2) * g * g
