@@ -47,7 +47,7 @@ class Shelf:
         with writing(self._folder):
             done = 0
             while done < n_bytes:
-                done += os.pwrite(self._file, self._buffer[done:n_bytes], self._end + done)
+                done += os.pwrite(self._file, self._buffer[done:n_bytes].data, self._end + done)
             self._forget(n_bytes)
         self._places[key] = self._end, [array.shape for array in arrays]
         self._end += n_bytes
