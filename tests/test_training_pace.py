@@ -28,7 +28,7 @@ def chosen(budget: int, speeds: Speeds, needs: TrainingNeeds = NEEDS) -> tuple[R
 
 def test_where_values_wait() -> None:
     keeping = Keeping(in_memory=2, on_disk=3)
-    assert [keeping.place(layer, 7) for layer in range(7)] == [
+    assert [keeping.where(layer, 7) for layer in range(7)] == [
         "nowhere", "nowhere", "disk", "disk", "disk", "memory", "memory",
     ]  # fmt: skip
 

@@ -54,8 +54,8 @@ class FrontRows:
             if header is None or header["about"] != dict(about):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                room = shutil.disk_usage(folder).free * (LEFT_FREE - 1) // LEFT_FREE
-                header, groups = {"about": dict(about), "limit": min(wanted_bytes, room)}, []
+                spare = shutil.disk_usage(folder).free * (LEFT_FREE - 1) // LEFT_FREE
+                header, groups = {"about": dict(about), "limit": min(wanted_bytes, spare)}, []
                 self._append_line(header)
             self._file = os.open(folder / ROWS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._limit: int = header["limit"]

@@ -27,7 +27,7 @@ class Keeping:
     on_disk: int = 0
     inputs_on_disk: bool = False
 
-    def place(self, layer: int, layers: int) -> Literal["memory", "disk", "nowhere"]:
+    def where(self, layer: int, layers: int) -> Literal["memory", "disk", "nowhere"]:
         """Of block ``layer`` of a model of ``layers``."""
         after = layers - layer  # from the end, the last block is 1
         if after <= self.in_memory:

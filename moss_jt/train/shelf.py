@@ -27,7 +27,7 @@ class Shelf:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._file, self._direct = _nameless(folder)
-        self._places: dict[Hashable, tuple[int, list[tuple[int, ...]]]] = {}
+        self._positions: dict[Hashable, tuple[int, list[tuple[int, ...]]]] = {}
         self._end = 0
         self._buffer = page_buffer(1)
 
@@ -49,7 +49,7 @@ class Shelf:
             while done < n_bytes:
                 done += os.pwrite(self._file, self._buffer[done:n_bytes].data, self._end + done)
             self._forget(n_bytes)
-        self._places[key] = self._end, [array.shape for array in arrays]
+        self._positions[key] = self._end, [array.shape for array in arrays]
         self._end += n_bytes
 
     def take(self, key: Hashable) -> list[Floats]:
@@ -58,7 +58,7 @@ class Shelf:
         Raises:
             MossError: the disk fails.
         """
-        offset, shapes = self._places.pop(key)
+        offset, shapes = self._positions.pop(key)
         n_bytes = page_aligned(sum(int(np.prod(shape)) for shape in shapes) * 4)
         memory = page_buffer(n_bytes)
         done = 0
@@ -72,13 +72,13 @@ class Shelf:
             if count == 0:
                 raise MossError(f"a file in {self._folder} ends early. Check the disk.")
             done += count
-        if not self._places:
+        if not self._positions:
             self._end = 0  # a step is over: the next one writes over it
         return _views(memory, shapes)
 
     def clear(self) -> None:
         """Forget all of it, as after an interruption."""
-        self._places.clear()
+        self._positions.clear()
         self._end = 0
 
     def close(self) -> None:

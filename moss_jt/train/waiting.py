@@ -33,10 +33,10 @@ class Waiting:
             self._on_shelf().put(("h", *key), [h])
         else:
             self._inputs[key] = h
-        place = self._keeping.place(layer, self._layers)
-        if place == "memory":
+        where = self._keeping.where(layer, self._layers)
+        if where == "memory":
             self._kept[key] = kept
-        elif place == "disk":
+        elif where == "disk":
             self._on_shelf().put(key, [kept.qkv.numpy(), kept.y.numpy()])
 
     def take(self, layer: int, batch: int) -> tuple[Floats, Kept | None]:
@@ -47,7 +47,7 @@ class Waiting:
         """
         key = layer, batch
         h = self._on_shelf().take(("h", *key))[0] if self._keeping.inputs_on_disk else self._inputs.pop(key)
-        if self._keeping.place(layer, self._layers) == "disk":
+        if self._keeping.where(layer, self._layers) == "disk":
             return h, Kept(*map(jt.array, self._on_shelf().take(key)))
         return h, self._kept.pop(key, None)
 
