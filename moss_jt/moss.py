@@ -205,6 +205,12 @@ class Moss:
         """Have a function called, block after block, in passes of several tokens; None ends that."""
         self.model.watcher = watcher
 
+    @property
+    def loaded(self) -> float:
+        """The share of the weights that stay in memory that is there: reading the first text waits for them."""
+        arrivals = self.arrivals
+        return 1.0 if arrivals is None else 1 - arrivals.missing_bytes / max(1, arrivals.total_bytes)
+
     def session(self, background: bool = False) -> Text:
         """An empty conversation of tokens over this model; ``background``: others go first."""
         return Text(self.engine, make_drafter(self._draft, self.plan.streams), background)
