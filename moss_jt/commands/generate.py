@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moss_jt.chat.language import Language
 from moss_jt.commands.options import (
     loaded,
     loading_options,
@@ -96,7 +97,7 @@ class Asked:
 
     moss: "Moss"
     generation: Generation
-    language: str = "en"
+    language: Language = "en"
 
     @property
     def unread(self) -> int:

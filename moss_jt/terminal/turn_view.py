@@ -9,6 +9,7 @@ from typing import Protocol
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Result, Text, Thought
+from moss_jt.chat.language import Language
 from moss_jt.engine.causal_model import Watcher
 from moss_jt.terminal.pictures import Shower
 from moss_jt.terminal.reasons import in_language
@@ -38,7 +39,7 @@ class Reading(Protocol):
     def loaded(self) -> float: ...
 
     @property
-    def language(self) -> str: ...
+    def language(self) -> Language: ...
 
     def watch(self, watcher: Watcher | None) -> None: ...
 
