@@ -45,16 +45,16 @@ async def clients(address: str, count: int, tokens: int, vocabulary: int) -> dic
                 "temperature": 1.0,
                 "seed": 1,
                 "stream": True,
-                "logprobs": 0,
+                "stream_options": {"include_usage": True},
             }
-            begin, events = time.perf_counter(), 0
+            begin, last = time.perf_counter(), ""
             async with http.stream("POST", "/v1/completions", json=body) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
-                        if not events:
+                        if not last:
                             first.append(time.perf_counter() - begin)
-                        events += len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
-            received.append(events)
+                        last = line
+            received.append(json.loads(last[6:])["usage"]["completion_tokens"])
 
         async def probe() -> None:
             while True:
