@@ -183,9 +183,12 @@ def test_every_timing_calls_the_kernels_as_they_are(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernels.Times, "median", once)
     on = kernels.emulated()
     runtime = SimpleNamespace(
-        memcpyAsync=copy, deviceSynchronize=lambda: None, memGetInfo=lambda: (0, 1 << 30)
+        **vars(on.cupy.cuda.runtime),
+        memcpyAsync=copy,
+        deviceSynchronize=lambda: None,
+        memGetInfo=lambda: (0, 1 << 30),
     )
-    cuda = SimpleNamespace(**vars(on.cupy.cuda), runtime=runtime)
+    cuda = SimpleNamespace(**{**vars(on.cupy.cuda), "runtime": runtime})
     on.cupy = type("Cupy", (on.cupy,), {"cuda": cuda})
     assert kernels.time_all(on, str(tmp_path / "times.json"))
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
