@@ -145,7 +145,10 @@ def test_all_four_plugins(page: Any, with_all: Server) -> None:
         "[...document.querySelectorAll('.call img')].every((one) => one.complete && one.naturalWidth === 192)",
     )
     assert "1776" in ask(page, "What is 37 times 48?").locator(".answer").inner_text()
-    until(page, "(([it]) => it.scrollHeight - it.scrollTop - it.clientHeight < 2)([document.getElementById('turns')])")
+    until(
+        page,
+        "(([it]) => it.scrollHeight - it.scrollTop - it.clientHeight < 2)([document.getElementById('turns')])",
+    )
     turn = ask(page, "解方程3*x+5=20")
     assert turn.locator(".call pre").inner_text() == "x = 5" and "5" in turn.locator(".answer").inner_text()
     page.reload()
