@@ -10,6 +10,7 @@ from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up
+from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
@@ -29,18 +30,22 @@ class SwappedModel(Model):
             return super().forward_many(runs, wanted)
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
+def load_model(
+    store: Store, plan: ResidencyPlan, home: Path, offload: Offload, adapters: AdapterBank | None = None
+) -> Model:
     """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
         home: the folder where the disk's speed is remembered.
         offload: what Jittor was started for, see moss_jt.backend.device.
+        adapters: that sequences may have.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     warm_up(store.bits)
-    operators, cache = CpuOperators(store.config), KVCache(store.config, cache_positions(plan))
+    operators = CpuOperators(store.config, adapters=adapters)
+    cache = KVCache(store.config, cache_positions(plan))
     limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
     if offload == "swap":
         swapped = Weights(store, plan, SwappedTensors(store, plan))

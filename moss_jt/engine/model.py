@@ -230,7 +230,8 @@ def _places(runs: Sequence[TokenRun]) -> Places:
     slots = np.repeat(np.arange(len(runs)), [len(run.token_ids) for run in runs])
     positions = [np.arange(run.start, run.start + len(run.token_ids)) for run in runs]
     whole = sum(len(run.token_ids) for run in runs if run.whole)
-    return places_of(slots, np.concatenate(positions), [run.pages for run in runs], whole)
+    pages, adapters = [run.pages for run in runs], [run.adapter for run in runs]
+    return places_of(slots, np.concatenate(positions), pages, whole, adapters)
 
 
 def _rows_of(
