@@ -94,7 +94,12 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: str, tmp_path: P
             rank,
         )
         for bits, group_size, ordered, rank in (
-            (16, 0, 0, 0), (16, 0, 0, 5), (8, 128, 0, 0), (8, 32, 1, 5), (4, 128, 0, 5), (4, 32, 1, 0)
+            (16, 0, 0, 0),
+            (16, 0, 0, 5),
+            (8, 128, 0, 0),
+            (8, 32, 1, 5),
+            (4, 128, 0, 5),
+            (4, 32, 1, 0),
         )
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
     ]

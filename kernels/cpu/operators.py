@@ -166,7 +166,10 @@ class CpuOperators:
             checked = self._checked[weights] = self._check(weights)
         rank, adapters = 0, [self.no_order] * 3
         if self.adapters is not None and places.adapters is not None:
-            rank, adapters = self.adapters.most_rank, [self.bank, self.directories[layer], places.adapter_tokens]
+            rank, adapters = (
+                self.adapters.most_rank,
+                [self.bank, self.directories[layer], places.adapter_tokens],
+            )
         inputs = [
             h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *adapters, *checked.matrices
         ]  # fmt: skip

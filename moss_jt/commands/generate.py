@@ -7,9 +7,11 @@ from typing import Any
 import click
 
 from moss_jt.commands.options import (
+    adapter_option,
     loaded,
     loading_options,
     model_argument,
+    only_adapter,
     read_text,
     sampling_arguments,
     sampling_options,
@@ -42,6 +44,7 @@ from moss_jt.terminal.output import json_text, pass_on
     "--json", "as_json", is_flag=True, help="Print one JSON object at the end, with tokens and times."
 )
 @sampling_options
+@adapter_option
 @loading_options
 def command(
     model: str | None,
@@ -71,6 +74,7 @@ def command(
             text,
             max_new_tokens=max_new_tokens,
             stop=[unescaped(one) for one in stop],
+            adapter=only_adapter(moss),
             **sampling_arguments(options),
         )
         for piece in generation:

@@ -41,6 +41,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "layer_replication": ([],),
     "lora_bias": (False,),
     "use_qalora": (False,),
+    "alora_invocation_tokens": ([],),
+    "target_parameters": ([],),
+    "use_bdlora": (False,),
+    "arrow_config": (),
+    "corda_config": (),
+    "kasa_config": (),
+    "lora_ga_config": (),
+    "monteclora_config": (),
+    # Others (pissa, olora, loftq, ..) take something away from the model's own weights at first, which the files do not hold.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
