@@ -315,17 +315,18 @@ def test_saved_chats_are_learned_from(tmp_path: Path) -> None:
     folder.mkdir()
     write_lines(folder / "a.jsonl", one)
     write_lines(folder / "b.jsonl", two)
-    mixed = write_lines(tmp_path / "mixed.jsonl", [*one, SAME["openai"], *two, *saved_lines([]), two[1]])
+    mixed = write_lines(tmp_path / "mixed.jsonl", [two[1], *one, SAME["openai"], *two, *saved_lines([])])
     for path, others in ((folder, 0), (mixed, 1)):
         got = read_dataset(path, encoder())
         samples = [*got.training, *got.evaluation]
         assert sorted(text(made) for made in samples if text(made) in both) == sorted(both)
         assert len(samples) == len(both) + others
         assert got.report.losses.counts == {"turns without an answer": 1}
-        assert any("turns without an answer" in line and "line 1" in line for line in got.report.lines())
+        begins = "mixed.jsonl line 2" if others else "a.jsonl line 1"
+        assert any("turns without an answer" in line and begins in line for line in got.report.lines())
     refused = dict(got.report.refused)
-    assert "no turn" in refused[f"{mixed} line 8"], "a conversation without turns"
-    assert "no form" in refused[f"{mixed} line 9"], "a turn of no conversation"
+    assert "no turn" in refused[f"{mixed} line 9"], "a conversation without turns"
+    assert "no form" in refused[f"{mixed} line 1"], "a turn of no conversation"
     chosen = next(made for made in samples if text(made) == both[0])
     assert learned(chosen) == (
         "<|Inner Thoughts|>: I need the calculator.<eot>\n"
