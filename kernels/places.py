@@ -53,8 +53,9 @@ def places_of(
     places = Places(slot, position, table, whole, jt.array(tokens), jt.array(padded))
     if all(adapter is None for adapter in adapters):
         return places
-    numbers = np.array([-1 if adapter is None else adapter for adapter in adapters], np.int32)[slot]
-    return replace(places, adapters=numbers, adapter_tokens=jt.array(numbers[:, None]))
+    of_slot = np.array([-1 if adapter is None else adapter for adapter in adapters], np.int32)
+    of_token = of_slot[slot]
+    return replace(places, adapters=of_token, adapter_tokens=jt.array(of_token[:, None]))
 
 
 def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:

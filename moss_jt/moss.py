@@ -4,7 +4,7 @@ import reprlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from operator import index
@@ -464,7 +464,7 @@ class Moss:
                 no room for the meta instruction and a turn.
         """
         return Chat(
-            self,
+            self if adapter is None else _Adapted(self, adapter),
             plugins,
             settings=settings,
             system=system,
@@ -474,7 +474,6 @@ class Moss:
             top_p=top_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-            adapter=adapter,
         )
 
     def __repr__(self) -> str:
@@ -498,6 +497,24 @@ class Moss:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A model whose conversations have an adapter: moss_jt.chat.chat.ChatModel."""
+
+    moss: Moss
+    adapter: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.moss.tokenizer
+
+    def session(self) -> Text:
+        return self.moss.session(adapter=self.adapter)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        self.moss.watch(watcher)
 
 
 def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Copy | None:

@@ -33,7 +33,7 @@ class ChatModel(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
-    def session(self, background: bool = ..., adapter: str | None = ...) -> ChatSession: ...
+    def session(self) -> ChatSession: ...
 
     def watch(self, watcher: Watcher | None) -> None: ...
 
@@ -78,7 +78,6 @@ class Chat:
         top_p: float = SamplingParams.top_p,
         repetition_penalty: float | None = None,
         seed: int | None = None,
-        adapter: str | None = None,
     ) -> None:
         """
         Args:
@@ -88,7 +87,6 @@ class Chat:
             system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
-            adapter: the name of one that the model was loaded with.
 
         Raises:
             MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
@@ -105,7 +103,7 @@ class Chat:
         self.language: Language = user_language()
         self._moss = moss
         self._encoder = PromptEncoder(moss.tokenizer)
-        session = moss.session() if adapter is None else moss.session(adapter=adapter)
+        session = moss.session()
         self._context = ConversationContext(session, self._instruction(self.plugins, system, session))
         self._cancelled = Flag()
         self._turn: Turn | None = None

@@ -67,8 +67,8 @@ def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: 
     folder = model_folder(model)
     arguments = chat_arguments(options, folder)
     with loaded(str(folder), options) as moss:
-        limits = {"max_new_tokens": max_new_tokens, "adapter": only_adapter(moss)}
-        chat = moss.chat(**arguments, **limits, **sampling)
+        adapter = only_adapter(moss)
+        chat = moss.chat(**arguments, max_new_tokens=max_new_tokens, adapter=adapter, **sampling)
         if as_json:
             begin = time.monotonic()
             events = list(chat.send(question))

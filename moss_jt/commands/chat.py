@@ -109,8 +109,8 @@ def command(
         if (writer := keeping or opened) is not None:
             stack.enter_context(contextlib.closing(writer))
         moss = stack.enter_context(loaded(str(folder), options))
-        limits = {"max_new_tokens": options["max_new_tokens"], "adapter": only_adapter(moss)}
-        chat = moss.chat(**arguments, **limits, **sampling)
+        most, adapter = options["max_new_tokens"], only_adapter(moss)
+        chat = moss.chat(**arguments, max_new_tokens=most, adapter=adapter, **sampling)
         dropped = 0 if held is None else chat.resume(held.turns)
         chat.keeper = keeping
         Terminal(

@@ -135,8 +135,9 @@ def _load(stores: list[Store], context: int, memory: str | None, adapters: tuple
     for store, share in zip(stores, _shares(stores, context, budget), strict=True):
         windows = share // 20 // sizes_of_store(store).cache_bytes(context)
         parallel = max(1, min(rows // context, windows))
-        limits = {"memory": share, "context": context, "parallel": parallel}
-        moss = Moss.load(store.path, **limits, draft="off", adapters=adapters)
+        moss = Moss.load(
+            store.path, memory=share, context=context, draft="off", parallel=parallel, adapters=adapters
+        )
         adapters = ()
         moss.model.score_rows = rows
         yield moss

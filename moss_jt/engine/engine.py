@@ -398,8 +398,8 @@ class Engine:
             promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
             pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
             sampler = job.sampler.fork()
-            front = part.front, promise, job.text.adapter
-            texts.append(Ahead(pages, part.start, job.tokens[-1], sampler, *limits, *front))
+            last, adapter = job.tokens[-1], job.text.adapter
+            texts.append(Ahead(pages, part.start, last, sampler, *limits, part.front, promise, adapter))
         self._copy.write(texts, lambda index: not parts[index].job.done)
         for part, text in zip(parts, texts, strict=True):
             part.draft, part.sure = text.draft, text.sure
