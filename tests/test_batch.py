@@ -114,7 +114,7 @@ def test_lines_that_were_corrected_are_answered_and_no_other_is_answered_again(
     asked: list[int] = []
     begin = Moss.begin
     monkeypatch.setattr(
-        Moss, "begin", lambda self, ids, *rest: asked.append(len(ids)) or begin(self, ids, *rest)
+        Moss, "begin", lambda self, *all, **named: asked.append(len(all[0])) or begin(self, *all, **named)
     )
     capsys.readouterr()
     assert run(prompts, answers) == 0 and len(asked) == 2
