@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Offload, check_choice, decide, parse_device
+from moss_jt.backend.device import Offload, check_choice, decide, parse_device, while_jittor_starts
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
@@ -48,7 +48,9 @@ from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
 from moss_jt.train.bank import AdapterFiles, Given
+from moss_jt.weights.arrivals import Arrivals
 from moss_jt.weights.disk_speed import disk_under
+from moss_jt.weights.host_units import HostUnits, open_host_units
 
 if TYPE_CHECKING:
     from moss_jt.engine.model import Model
@@ -73,6 +75,7 @@ class Moss:
     load_s     seconds that loading took
     adapters   that answers may be written with, by their names
     notice     a sentence for the user about how it was loaded, or empty
+    arrivals   the weights that stay, which are read while the first text is; None where all were read before
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Moss:
         self._draft = draft
         self.copy = copy
         self.notice = ""
+        self.arrivals: Arrivals | None = None
         self.engine = Engine(model, folder, copy, prompts)
 
     @classmethod
@@ -187,15 +191,17 @@ class Moss:
         make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         bank, named = files.load()
+        host = None
         if on_gpu:
             planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
             loaded, plan = _load_on_gpu(store, planner, way)
         else:
-            loaded = _load(store, plan, way, bank)
+            host = open_host_units(store, plan, model_home()) if way != "swap" else None
+            loaded = _load(store, plan, host, bank)
         copy = None
         if choice.copy is not None:
             try:
-                copy = _load_copy(choice.copy, loaded, plan, draft, on_gpu)
+                copy = _load_copy(choice.copy, loaded, plan, draft, host)
             except BaseException:
                 loaded.close()
                 raise
@@ -204,6 +210,7 @@ class Moss:
         took, cache = time.perf_counter() - begin, model_home() / "cache"
         moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts, named)
         moss.notice = choice.notice
+        moss.arrivals = None if host is None else host.arrivals
         return moss
 
     @property
@@ -215,6 +222,12 @@ class Moss:
     def watch(self, watcher: Watcher | None) -> None:
         """Have a function called, block after block, in passes of several tokens; None ends that."""
         self.model.watcher = watcher
+
+    @property
+    def loaded(self) -> float:
+        """The share of the weights that stay in memory that is there: reading the first text waits for them."""
+        arrivals = self.arrivals
+        return 1.0 if arrivals is None else 1 - arrivals.missing_bytes / max(1, arrivals.total_bytes)
 
     def session(self, background: bool = False, adapter: str | None = None) -> Text:
         """An empty conversation of tokens over this model.
@@ -557,23 +570,35 @@ def _speeds(store: Store, on_gpu: bool) -> Speeds:
 
 
 def _load_copy(
-    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, on_gpu: bool
+    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, host: HostUnits | None
 ) -> DraftCopy:
-    if on_gpu:
-        from moss_jt.engine.gpu_load import load_copy
+    """``host``: holds the model's weights; None on a GPU."""
+    if host is None:
+        from moss_jt.engine.gpu_load import load_copy as load_gpu_copy
+
+        loaded = load_gpu_copy(store, model, plan, model_home())
     else:
         from moss_jt.engine.load import load_copy
+
+        loaded = load_copy(store, model, plan, model_home(), host)
     longest = int(draft) if str(draft).isdigit() else LONGEST_DRAFT
-    return DraftCopy(load_copy(store, model, plan, model_home()), DraftPace(), longest)
+    return DraftCopy(loaded, DraftPace(), longest)
 
 
 def _load(
-    store: Store, plan: ResidencyPlan, offload: Offload, adapters: AdapterBank | None = None
+    store: Store, plan: ResidencyPlan, host: HostUnits | None, adapters: AdapterBank | None = None
 ) -> "Model":
-    """Start Jittor, unless it runs, and load the weights."""
-    from moss_jt.engine.load import load_model
+    """Start Jittor, unless it runs, while the weights are read that ``host`` holds; None where Jittor will swap them."""
+    try:
+        if host is not None:
+            while_jittor_starts(host.begin)
+        from moss_jt.engine.load import load_model
 
-    return load_model(store, plan, model_home(), offload, adapters)
+        return load_model(store, plan, host, adapters)
+    except BaseException:
+        if host is not None:
+            host.close()
+        raise
 
 
 def _load_on_gpu(store: Store, planner: GpuPlanner, offload: Offload) -> tuple["Model", ResidencyPlan]:

@@ -41,6 +41,10 @@ class _Model:
     def watch(self, watcher: Watcher | None) -> None:
         pass  # the engine's progress is read, not told
 
+    @property
+    def loaded(self) -> float:
+        return self._moss.loaded
+
 
 @dataclass(frozen=True)
 class Question:

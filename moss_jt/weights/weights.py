@@ -6,9 +6,10 @@ what stands for them is made once for each memory that a unit may lie in.
 
 import time
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,14 +19,7 @@ from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedM
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
 from moss_jt.store.model_folder import Store, read_tensor
-from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
-
-
-class UnitMemory(NamedTuple):
-    """What holds a unit: ``memory``, for Units.weight alone to understand, and a name for it that never changes."""
-
-    key: Hashable
-    memory: Any
+from moss_jt.weights.unit_tensors import RowReader, UnitMemory, UnitTensor, tensors_of
 
 
 class Units(Protocol):
@@ -187,10 +181,10 @@ class Weights:
             yield self.plan.units[number], self._weights_of(number)
         self._units.end()
 
-    def head_memories(self) -> list[UnitMemory]:
-        """What holds the head, all of which must be resident, unit after unit."""
+    def head_memories(self) -> list[Callable[[], UnitMemory]]:
+        """What gives what holds the head, all of which must be resident, unit after unit."""
         assert all(self.plan.units[number].resident for number in self._head), "the head streams"
-        return [self._units.take(number) for number in self._head]
+        return [partial(self._units.take, number) for number in self._head]
 
     def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
         """(T, C) float16, newly allocated.
