@@ -529,6 +529,10 @@ class _Adapted:
     def watch(self, watcher: Watcher | None) -> None:
         self.moss.watch(watcher)
 
+    @property
+    def loaded(self) -> float:
+        return self.moss.loaded
+
 
 def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Copy | None:
     """A copy as the plan takes it, for the operators with these needs."""
