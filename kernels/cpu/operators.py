@@ -10,7 +10,15 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
+from moss_jt.kernels.interface import (
+    BlockWeights,
+    DenseMatrix,
+    Matrix,
+    Operators,
+    PackedMatrix,
+    Places,
+    Var,
+)
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
@@ -28,6 +36,7 @@ head.workspace = (float*)out1_p;
 head.rows = in0_shape0;
 head.whole = (int64_t)data["whole"];
 head.epsilon = (float)data["epsilon"];
+const moss::Unlocked unlocked(data["others_run"] != 0);
 moss::run_head(head);
 """
 
@@ -55,6 +64,7 @@ block.head_dim = in8_shape3;
 block.pairs = in5_shape2;
 block.epsilon = (float)data["epsilon"];
 MATRICES
+const moss::Unlocked unlocked(data["others_run"] != 0);
 moss::run_block(block);
 """
 
@@ -112,6 +122,9 @@ class CpuOperators:
             or what MOSS_JT_SIMD says.
         adapters: that tokens may have.
 
+    others_run  other threads may run Python while an operation computes, as a server's must; to be set where one thread alone
+                uses Jittor
+
     Raises:
         ValueError: head_dim is odd, or this machine does not have ``simd``.
     """
@@ -122,6 +135,7 @@ class CpuOperators:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
         self.config = config
+        self.others_run = False
         self.simd = chosen_simd() if simd is None else simd
         if self.simd not in available_simd():
             raise ValueError(f"simd {simd!r} is not among {available_simd()}")
@@ -152,7 +166,9 @@ class CpuOperators:
             check_shape(name, var, shape)
             check_dtype(name, var, "float16")
         inputs = [h, norm_weight, norm_bias, weight, bias]
-        data = {"epsilon": self.config.layer_norm_epsilon, "whole": whole}
+        data = {
+            "epsilon": self.config.layer_norm_epsilon, "whole": whole, "others_run": int(self.others_run)
+        }  # fmt: skip
         shapes = [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)]
         return run(self.simd, "head.h", HEAD, shapes, inputs, data)[0]
 
@@ -173,7 +189,10 @@ class CpuOperators:
         inputs = [
             h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *adapters, *checked.matrices
         ]  # fmt: skip
-        data = {"layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank}
+        data = {
+            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank,
+            "others_run": int(self.others_run),
+        }  # fmt: skip
         positions = min(keys.shape[1], config.n_positions)
         floats = self._workspace(checked, tokens, tokens - places.whole, positions)
         shapes = [(tokens, config.n_embd), (floats,)]
@@ -202,3 +221,9 @@ class CpuOperators:
             return [matrix.weight]
         order = self.no_order if matrix.input_order is None else matrix.input_order
         return [matrix.packed, matrix.scales, matrix.zeros, order]
+
+
+def let_others_run(operators: Operators) -> None:
+    """See ``others_run``; without effect where another processor computes."""
+    if isinstance(operators, CpuOperators):
+        operators.others_run = True
