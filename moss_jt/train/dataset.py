@@ -19,7 +19,7 @@ ENDINGS = (".json", ".jsonl")
 # One conversation has at most a few hundred kilobytes; a longer line is no conversation.
 MAX_LINE_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 512 << 20
-NAMED_REFUSALS, NAMED_PLACES = 20, 5
+NAMED_REFUSALS, NAMED_ORIGINS = 20, 5
 # Of a hundred samples, which the hash of their text chooses, so that the choice stays when lines are added.
 EVALUATION_PERCENT = 5
 
@@ -30,14 +30,14 @@ class DataReport:
 
     forms      name of a form -> samples of it
     losses     what was left out of samples
-    places     the first lines of which something was left out, by what that was
+    origins    the first lines of which something was left out, by what that was
     refused    the first lines that gave no sample: where, and why
     refusals   how many gave none
     """
 
     forms: Counter[str] = field(default_factory=Counter)
     losses: Losses = field(default_factory=Losses)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    origins: dict[str, list[str]] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
     refusals: int = 0
 
@@ -52,17 +52,17 @@ class DataReport:
         before = self.losses.counts.copy()
         yield
         for reason, count in self.losses.counts.items():
-            places = self.places.setdefault(reason, [])
-            if count > before[reason] and len(places) < NAMED_PLACES:
-                places.append(where)
+            origins = self.origins.setdefault(reason, [])
+            if count > before[reason] and len(origins) < NAMED_ORIGINS:
+                origins.append(where)
 
     def lines(self) -> list[str]:
         """The report as sentences, most important first."""
         told = [f"{count} samples in {name}'s form" for name, count in self.forms.most_common()]
         for what, count in self.losses.counts.most_common():
-            places = self.places.get(what, ())
-            more = ", ..." if len(places) == NAMED_PLACES < count else ""
-            told.append(f"left out: {count} {what}" + (f" ({', '.join(places)}{more})" if places else ""))
+            origins = self.origins.get(what, ())
+            more = ", ..." if len(origins) == NAMED_ORIGINS < count else ""
+            told.append(f"left out: {count} {what}" + (f" ({', '.join(origins)}{more})" if origins else ""))
         if self.refusals:
             told.append(f"{self.refusals} lines gave no sample:")
             told += [f"  {where}: {reason}" for where, reason in self.refused]
@@ -165,21 +165,21 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _conversations(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """The same, where several lines are one conversation, as moss-jt chat and moss-jt serve keep them, as one object."""
-    place, beginning, turns = "", None, list[Any]()
+    first, beginning, turns = "", None, list[Any]()
     for where, text in lines:
         fields = _saved_line(text)
         if beginning is not None and fields is not None and "Human" in fields:
             turns.append(fields)
             continue
         if beginning is not None:
-            yield place, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
+            yield first, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
         if fields is None or "Human" in fields:
             beginning = None
             yield where, text
         else:
-            place, beginning, turns = where, fields, []
+            first, beginning, turns = where, fields, []
     if beginning is not None:
-        yield place, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
+        yield first, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
 
 
 def _saved_line(text: str) -> dict[str, Any] | None:
