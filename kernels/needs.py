@@ -30,7 +30,9 @@ LANES = 16
 GEMM_INPUTS = 512
 THREAD_FLOATS = 64 << 10
 
-# The GPU's. What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
+# The GPU's. The most rows of whole pages in one product of cuBLAS's; fewer may come with rows of nothing.
+PRODUCT_ROWS = 512
+# What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
 # and no part of fewer inputs.
 SPLIT_OUTPUTS, SPLIT_INPUTS = 800 * 32, 1024
 
@@ -149,6 +151,8 @@ class CudaNeeds:
         cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
         """
         c = self.config
+        if tokens >= PAGE:
+            tokens = max(tokens, PRODUCT_ROWS)
         per_token = 12 * c.n_embd + 4 * c.n_inner
         widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
         logits = 2 * HEAD_ROWS * c.vocab_size
