@@ -39,6 +39,7 @@ class Ahead:
     most          tokens that the draft may have
     end_ids       tokens after which nothing follows
     front         what prompt lookup proposes, and how likely each of its tokens is right
+    adapter       with which all of it is computed; the copy has the same ones as the model
     draft, sure   what was written, and how sure the copy was of each; nothing where the front is taken as it is
     """
 
@@ -50,6 +51,7 @@ class Ahead:
     end_ids: frozenset[int] = frozenset()
     front: Sequence[int] = ()
     front_chance: float = 0.0
+    adapter: int | None = None
     draft: list[int] = field(default_factory=list)
     sure: list[Sure] = field(default_factory=list)
     right: float = 1.0  # how likely all of the draft is right
@@ -108,7 +110,7 @@ class DraftCopy:
         for index in writing:
             text = texts[index]
             start, token_ids = text.start + len(text.draft), text.next_ids
-            runs.append(TokenRun(text.pages, start, token_ids, False, "all"))
+            runs.append(TokenRun(text.pages, start, token_ids, False, "all", text.adapter))
         begin = time.monotonic()
         logits = self.model.forward_many(runs, lambda number: wanted(writing[number]))
         self.pace.steps.note(sum(len(run.token_ids) for run in runs), time.monotonic() - begin)

@@ -94,7 +94,7 @@ class ResidencyPlan:
 
     ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only. The cache has room
     for ``parallel`` sequences of ``context`` tokens; more run at once when they are shorter. ``copy``: the same model in fewer
-    bits, all of which is on the device, with the model's own head, to write drafts.
+    bits, all of which is on the device, with the model's own head, to write drafts. Adapters are on the device, too.
     """
 
     sizes: ModelSizes
@@ -112,6 +112,7 @@ class ResidencyPlan:
     host_footprint_bytes: int = 0
     parallel: int = 1
     copy: ModelSizes | None = None
+    adapter_bytes: int = 0
 
     @property
     def streams(self) -> bool:
@@ -125,7 +126,7 @@ class ResidencyPlan:
     def peak_bytes(self) -> int:
         """The most that the plan lets the device hold at once; never above the budget."""
         fixed = self.footprint_bytes + self.kv_cache_bytes + self.workspace_bytes + self.sizes.small_bytes
-        return fixed + self.ring_bytes + self.copy_bytes + self.bytes_on("device")
+        return fixed + self.ring_bytes + self.copy_bytes + self.adapter_bytes + self.bytes_on("device")
 
     @property
     def copy_bytes(self) -> int:
@@ -210,6 +211,7 @@ def plan(
     footprint_bytes: int = FOOTPRINT_BYTES,
     parallel: int = 1,
     copy: "Copy | None" = None,
+    adapter_bytes: int = 0,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
@@ -222,6 +224,7 @@ def plan(
         footprint_bytes: what the process holds without weights, cache and workspace.
         parallel: for so many sequences of that length the cache has room.
         copy: writes drafts, and must be resident.
+        adapter_bytes: what the model's adapters take.
 
     Raises:
         MossError: the budget is below the smallest that works; the message names that one.
@@ -231,6 +234,7 @@ def plan(
     if copy is not None:
         workspace += copy.needs.workspace_bytes(min(tokens, DRAFT_ROWS), context, threads, parallel)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace, parallel)
+    empty = replace(empty, adapter_bytes=adapter_bytes)
     return _choose_resident(_with_copy(empty, None if copy is None else copy.sizes), "--memory")
 
 
@@ -254,6 +258,7 @@ def plan_gpu(
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
     parallel: int = 1,
     copy: "Copy | None" = None,
+    adapter_bytes: int = 0,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
@@ -263,6 +268,7 @@ def plan_gpu(
         host_footprint_bytes: what the process holds on the host without weights.
         parallel: for so many sequences of ``context`` tokens the cache has room.
         copy: writes drafts, and must be on the card.
+        adapter_bytes: what the model's adapters take there.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
@@ -278,7 +284,12 @@ def plan_gpu(
     empty = _without_residents(
         sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace, parallel
     )
-    empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
+    empty = replace(
+        empty,
+        host_budget_bytes=host_budget_bytes,
+        host_footprint_bytes=host_footprint_bytes,
+        adapter_bytes=adapter_bytes,
+    )
     with_copy = _with_copy(empty, None if copy is None else copy.sizes)
     return _choose_on_host(_choose_resident(with_copy, "--gpu-memory"))
 
@@ -365,6 +376,37 @@ def in_slabs(plan: ResidencyPlan) -> ResidencyPlan:
     return replace(plan, units=(*blocks, *slabs))
 
 
+def residents_from(plan: ResidencyPlan, first: int) -> ResidencyPlan:
+    """The same with as many residents as before or fewer bytes of them, of the head and the blocks from ``first`` on as far as
+    these go: the blocks before are not always wanted.
+    """
+    if not plan.streams:
+        return plan
+    left = plan.budget_bytes - plan.peak_bytes + plan.bytes_on("device")
+    often = [i for i, unit in enumerate(plan.units) if unit.kind == "head" or unit.index >= first]
+    seldom = [i for i in range(len(plan.units)) if i not in set(often)]
+    resident: set[int] = set()
+    for group in (often, seldom):
+        chosen = _most(plan.units, group, left)
+        resident |= chosen
+        left -= sum(plan.units[i].n_bytes for i in chosen)
+        if len(chosen) < len(group):
+            break
+    units = tuple(
+        replace(unit, tier="device" if i in resident else "disk") for i, unit in enumerate(plan.units)
+    )
+    return replace(plan, units=units)
+
+
+def _most(units: Sequence[Unit], group: Sequence[int], n_bytes: int) -> set[int]:
+    """As many of a group as have room, evenly spread."""
+    for count in range(len(group), 0, -1):
+        chosen = {group[i] for i in spread(count, len(group))}
+        if sum(units[i].n_bytes for i in chosen) <= n_bytes:
+            return chosen
+    return set()
+
+
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
     return tuple(unit if i in streamed else replace(unit, tier="device") for i, unit in enumerate(units))
 
@@ -396,6 +438,7 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
     fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is pages
     fits = fits if fits >= 64 else 0
     copy = "" if empty.copy is None else f"{gib(empty.copy_bytes_per_pass)} for the copy that drafts, "
+    adapters = f"{gib(empty.adapter_bytes)} for adapters, " if empty.adapter_bytes else ""
     context = f" or lower --context ({fits} tokens would fit)" if fits else ""
     bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
     if empty.copy is not None:
@@ -404,7 +447,7 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
         f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
         f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
         f"key/value cache of {cache_text(empty)}, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
-        f"workspace, {copy}and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}.",
+        f"workspace, {copy}{adapters}and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}.",
         fits,
     )
 

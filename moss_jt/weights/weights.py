@@ -123,8 +123,8 @@ class Weights:
         self._closing = weakref.finalize(self, _close, self._rows, units)
         self._closing.atexit = units.closed_at_exit
 
-    def blocks(self, then_head: bool = True) -> Iterator[tuple[int, BlockWeights]]:
-        """Every block's number and weights, in order: one pass.
+    def blocks(self, then_head: bool = True, begin: int = 0) -> Iterator[tuple[int, BlockWeights]]:
+        """The number and weights of every block from ``begin`` on, in order: one pass.
 
         Args:
             then_head: head_slabs follows, so that the head's rows may be read ahead.
@@ -132,8 +132,8 @@ class Weights:
         Raises:
             MossError: a block cannot be read. A new pass tries again.
         """
-        order = [*self._blocks, *self._head] if then_head else self._blocks
-        for unit, weights in self.walk(self._blocks, order):
+        blocks = self._blocks[begin:]
+        for unit, weights in self.walk(blocks, [*blocks, *self._head] if then_head else blocks):
             yield unit.index, weights
 
     def head_slabs(self) -> Iterator[HeadSlab]:
@@ -145,14 +145,15 @@ class Weights:
         for unit, weight in self.walk(self._head, ()):
             yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
 
-    def blocks_there(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+    def blocks_there(self, first: int, begin: int = 0) -> Iterator[tuple[int, BlockWeights]]:
         """As :meth:`blocks`, where head_slabs, head_slabs_back and blocks_back(first) follow: a step of training.
 
         Raises:
             MossError: a block cannot be read.
         """
-        order = [*self._blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
-        for unit, weights in self.walk(self._blocks, order):
+        blocks = self._blocks[begin:]
+        order = [*blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
+        for unit, weights in self.walk(blocks, order):
             yield unit.index, weights
 
     def head_slabs_back(self) -> Iterator[HeadSlab]:
