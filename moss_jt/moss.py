@@ -130,6 +130,9 @@ class Moss:
     ) -> Self:
         """Load a model folder.
 
+        On the CPU this returns while the weights that stay are still being read: the first text waits for them, and ``loaded``
+        tells how far they are. What cannot be read then is an error of the text that needed it.
+
         Args:
             model: its path, or the name of a converted model, or "moss-tiny", which comes with the program; by default the
                 one used last.
