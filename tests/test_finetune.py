@@ -1,5 +1,6 @@
 """A training as a whole: the same adapter from the same seed whatever interrupts it and wherever the weights are."""
 
+import ctypes
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
+from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
 from moss_jt.plan import residency
 from moss_jt.plan.residency import ResidencyPlan
@@ -149,6 +151,20 @@ def test_where_values_wait_changes_no_bit(
             for path in (tmp_path / f"{number}" / "state").iterdir()
             if path.suffix not in (".safetensors", ".jsonl")
         ]
+
+
+def test_one_thread_gives_the_bits_of_two(tmp_path: Path) -> None:
+    openmp = ctypes.CDLL("libgomp.so.1")
+    before, adapters = openmp.omp_get_max_threads(), []
+    try:
+        for threads in (2, 1):
+            openmp.omp_set_num_threads(threads)
+            run = training(tmp_path / f"{threads}", steps=3)
+            list(run.run())
+            adapters.append(run.adapter.values)
+    finally:
+        openmp.omp_set_num_threads(before)
+    assert np.array_equal(*adapters)
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +385,13 @@ def test_clipping_and_adamw_as_written_down() -> None:
 def test_impossible_settings_are_refused(make: Any) -> None:
     with pytest.raises(MossError):
         make()
+
+
+def test_a_card_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "moss-tiny", str(tmp_path), "--gpu"])
+    assert stop.value.code == 1
+    assert "on the processor only. Leave --gpu away" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moss_jt.commands.options import draft_model_option, loaded, memory_options, model_argument, model_folder
+from moss_jt.commands.options import (
+    adapter_option,
+    draft_model_option,
+    loaded,
+    memory_options,
+    model_argument,
+    model_folder,
+    only_adapter,
+)
 from moss_jt.engine.engine import Engine
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
@@ -35,10 +43,22 @@ if TYPE_CHECKING:
     metavar="NUMBERS",
     help="Also measure so many conversations at once, each as long as the longest of --contexts: 1,4,16.",
 )
+@click.option(
+    "--turns",
+    is_flag=True,
+    help="Also measure the wait for the first word of a first turn, a second one, and one with three search results.",
+)
 @memory_options
 @draft_model_option
+@adapter_option
 def command(
-    model: str | None, contexts: str, new_tokens: int, repeats: int, parallel: str | None, **options: Any
+    model: str | None,
+    contexts: str,
+    new_tokens: int,
+    repeats: int,
+    parallel: str | None,
+    turns: bool,
+    **options: Any,
 ) -> None:
     """Measure MODEL's speed beside what this machine allows: reading memory, multiplying matrices, reading the disk.
 
@@ -55,8 +75,11 @@ def command(
     store = open_store(model_folder(model))
     with loaded(model, options) as moss:
         from moss_jt.measure.bench import draft_fields, draft_line, measure, prompt_ids, report
+        from moss_jt.measure.first_words import first_words, line_of
         from moss_jt.measure.side_by_side import measure_together, report_together
 
+        adapter = only_adapter(moss)
+        moss.model.adapter = None if adapter is None else moss.adapters[adapter].number
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         together = []
         if counts:
@@ -66,8 +89,9 @@ def command(
         drafts = None
         if moss.copy is not None:
             prompt = prompt_ids(max(lengths), moss.config.vocab_size)
-            answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0).finish()
+            answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0, adapter=adapter).finish()
             drafts = draft_fields(answer.stats)
+        words = list(first_words(moss.session(), moss.config.vocab_size)) if turns else []
         peak = peak_memory_bytes()
         plan = moss.plan
     tokens = min(max(lengths), plan.pass_tokens)
@@ -81,6 +105,9 @@ def command(
     if drafts is not None and plan.copy is not None:
         screen.line(f"\n{draft_line(f'an {BITS_NAMES[plan.copy.bits]} copy', drafts)}")
         summary["drafts"] = drafts
+    if words:
+        screen.line("\n" + "\n".join(line_of(word) for word in words))
+        summary["first_words"] = [word._asdict() for word in words]
     if together:
         table, summary["parallel"] = report_together(together, plan, limits, speed)
         screen.line(f"\n{table}")

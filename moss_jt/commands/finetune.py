@@ -8,6 +8,7 @@ import click
 from moss_jt.commands.convert import resumable, terminated_as_interrupted
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
+from moss_jt.errors import MossError
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.screen import Screen
@@ -86,6 +87,7 @@ SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
     metavar="AMOUNT",
     help="RAM for the whole process: 8GiB, 80%.  [default: what is free]",
 )
+@click.option("--gpu", is_flag=True, hidden=True)
 def command(
     model: str,
     data: Path,
@@ -106,6 +108,7 @@ def command(
     mask: Mask,
     seed: int,
     memory: str | None,
+    gpu: bool,
 ) -> None:
     """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is.
 
@@ -117,6 +120,11 @@ def command(
     moss-jt finetune moss-moon-003-sft data/ --memory 8GiB --layers 8
     moss-jt merge moss-moon-003-sft my-adapter --out my-moss
     """
+    if gpu:
+        raise MossError(
+            "training computes on the processor only. Leave --gpu away; --memory bounds the RAM that it takes. What was "
+            "learned runs with --gpu, once moss-jt merge has made it part of the model."
+        )
     screen = Screen()
     store = open_store(model_folder(model))
     out = Path(f"{store.path.name}-adapter") if out is None else out
