@@ -30,6 +30,9 @@ LANES = 16
 GEMM_INPUTS = 512
 THREAD_FLOATS = 64 << 10
 
+# Floats by which the matrices of adapters are aligned.
+BANK_UNIT = 16
+
 # The GPU's. The most rows of whole pages in one product of cuBLAS's; fewer may come with rows of nothing.
 PRODUCT_ROWS = 512
 # What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
@@ -44,6 +47,7 @@ DEFINITIONS = {
     "MOSS_TILE_INPUTS": TILE_INPUTS,
     "MOSS_LEAST_TAKEN": LEAST_TAKEN,
     "MOSS_MOST_TAKEN": MOST_TAKEN,
+    "MOSS_BANK_UNIT": BANK_UNIT,
 }
 
 
@@ -54,10 +58,14 @@ def logit_rows(parallel: int) -> int:
 
 @dataclass(frozen=True)
 class CpuNeeds:
-    """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight."""
+    """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight.
+
+    rank  the most of the model's adapters; 0 without any
+    """
 
     config: MossConfig
     bits: int
+    rank: int = 0
 
     def block_floats(self, tokens: int, positions: int, *, onednn: bool, few: int | None = None) -> int:
         """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
@@ -70,7 +78,7 @@ class CpuNeeds:
         """
         c = self.config
         few = tokens if few is None or not onednn else few
-        columns = 3 * c.n_embd + c.n_inner
+        columns = 3 * c.n_embd + c.n_inner + 2 * self.rank
         if self.bits < 16:
             columns += 3 * _input_floats(c.n_embd) + _input_floats(c.n_inner)
         partial = c.n_head * -(-positions // PAGE) * (c.head_dim + 2)
