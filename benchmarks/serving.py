@@ -156,8 +156,8 @@ def theirs(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def peer_environment() -> dict[str, str]:
-    """llama.cpp's threads wait for each other some 700 times a token. Where they wait busily, a virtual machine may leave both on one
-    processor, and a token takes seconds; asleep, they are spread, and it is several times as fast."""
+    """llama.cpp's threads wait for each other some 700 times a token. Where they wait busily, a virtual machine may leave
+    both on one processor, and a token takes seconds; asleep, they are spread, and it is several times as fast."""
     return os.environ | {"OMP_WAIT_POLICY": "passive"}
 
 
