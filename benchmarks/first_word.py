@@ -19,6 +19,7 @@ from typing import Any
 from memory_cgroup import forget_cached
 
 from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import GIB
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.page_buffer import page_buffer
@@ -27,9 +28,10 @@ READ_BYTES = 4 << 30
 
 
 def work(model: str, memory: str | None, keeps: bool, turns: bool, begun: float) -> None:
-    """One start: prints seconds since the command as JSON."""
+    """One start: prints seconds since the command, and the process's peak, as JSON."""
     from moss_jt import Moss
     from moss_jt.measure.first_words import BEGINNING, first_words
+    from moss_jt.plan.machine import peak_memory_bytes
 
     with Moss.load(model, memory=memory, prompt_cache="2GiB" if keeps else 0) as moss:
         seconds: dict[str, float] = {"loaded": time.time() - begun}
@@ -41,6 +43,7 @@ def work(model: str, memory: str | None, keeps: bool, turns: bool, begun: float)
         seconds["tokens read for it"] = text.timing.prefill_tokens
         if turns:
             seconds |= {word.turn: word.seconds for word in words}
+        seconds["peak GiB"] = peak_memory_bytes() / GIB
     print(json.dumps(seconds))
 
 
