@@ -20,7 +20,13 @@ from moss_jt.errors import MossError
 
 
 class CopyModel(Protocol):
-    """A moss_jt.engine.model.Model over the copy's weights and the model's own cache, or a scripted one."""
+    """A moss_jt.engine.model.Model over the copy's weights and the model's own cache, or a scripted one.
+
+    link_s  seconds for which weights were waited for: all of a copy's stay, so it waits for those that have not come yet
+    """
+
+    @property
+    def link_s(self) -> float: ...
 
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...
@@ -111,9 +117,10 @@ class DraftCopy:
             text = texts[index]
             start, token_ids = text.start + len(text.draft), text.next_ids
             runs.append(TokenRun(text.pages, start, token_ids, False, "all", text.adapter))
-        begin = time.monotonic()
+        begin, waited = time.monotonic(), self.model.link_s
         logits = self.model.forward_many(runs, lambda number: wanted(writing[number]))
-        self.pace.steps.note(sum(len(run.token_ids) for run in runs), time.monotonic() - begin)
+        seconds = time.monotonic() - begin - (self.model.link_s - waited)
+        self.pace.steps.note(sum(len(run.token_ids) for run in runs), seconds)
         for index, rows in zip(writing, logits, strict=True):
             self._choose(texts[index], rows)
 
