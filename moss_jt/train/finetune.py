@@ -12,7 +12,7 @@ from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import Dataset
 from moss_jt.train.lora import Adapter
 from moss_jt.train.loss import StepResult
-from moss_jt.train.optimizer import AdamW, Schedule, check_finite, clip
+from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import write_adapter
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.state import StateFolder
@@ -148,7 +148,6 @@ class Finetuning:
             write_adapter(self._out, self.adapter, self._base)
             return None
         result = self._model.evaluate(self._data.evaluation[:EVALUATED])
-        check_finite(result.loss, "the loss on the samples kept for evaluation")
         self.state.log.append(_record(self.state.step, result, evaluation=True))
         if self.state.best is None or result.loss < self.state.best:
             self.state.best = result.loss

@@ -72,18 +72,6 @@ class AdamW:
             )
 
 
-def check_finite(value: float, name: str) -> None:
-    """
-    Raises:
-        MossError: it is no number.
-    """
-    if not math.isfinite(value):
-        raise MossError(
-            f"{name} is no number any more: training has blown up. The last good adapter stays. Begin again with a lower --lr "
-            "and another --out."
-        )
-
-
 def clip(gradient: Floats, most: float) -> float:
     """Shorten a gradient to this length, in place; returns the length that it had.
 
@@ -91,7 +79,11 @@ def clip(gradient: Floats, most: float) -> float:
         MossError: it is no number.
     """
     length = math.sqrt(sum(float(np.dot(part, part)) for part in _parts(gradient)))
-    check_finite(length, "the gradient")
+    if not math.isfinite(length):
+        raise MossError(
+            "the gradient is no number any more: training has blown up. The last good adapter stays. Lower --lr, and run the "
+            "same command again."
+        )
     if length > most:
         gradient *= np.float32(most / (length + 1e-6))
     return length
