@@ -5,7 +5,6 @@ next block's turn. The walk turns at the head, so that what was read last is use
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,21 +13,13 @@ from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import DenseMatrix, Var
 from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
-from moss_jt.train.block import BlockTrainer, Kept, on_device
+from moss_jt.train.batches import Batch, batches_of
+from moss_jt.train.block import BlockTrainer, on_device
 from moss_jt.train.lora import Adapter, Floats, Pair
 from moss_jt.train.loss import Softmax, StepResult, predictions
 from moss_jt.train.needs import LOSS_ROWS
 from moss_jt.train.samples import TokenSample
 from moss_jt.weights.weights import HeadSlab, Weights
-
-
-@dataclass
-class _Batch:
-    """Samples that a block takes at once, and where their rows stand among those of the step."""
-
-    rows: slice
-    spans: Var
-    kept: dict[int, Kept]
 
 
 class TrainingModel:
@@ -74,23 +65,12 @@ class TrainingModel:
     def close(self) -> None:
         self._weights.close()
 
-    def _batches(self, samples: Sequence[TokenSample]) -> tuple[list[_Batch], NDArray[np.int32]]:
-        batches: list[_Batch] = []
-        lengths: list[int] = []
-        begin = 0
-        for number, sample in enumerate(samples):
-            lengths.append(len(sample))
-            following = len(samples[number + 1]) if number + 1 < len(samples) else self._batch_tokens
-            if sum(lengths) + following > self._batch_tokens:
-                firsts = np.cumsum([0, *lengths[:-1]])
-                spans = jt.array(np.stack([firsts, lengths], axis=1).astype(np.int32))
-                batches.append(_Batch(slice(begin, begin + sum(lengths)), spans, {}))
-                begin += sum(lengths)
-                lengths = []
-        return batches, np.concatenate([sample.token_ids for sample in samples])
+    def _batches(self, samples: Sequence[TokenSample]) -> tuple[list[Batch], NDArray[np.int32]]:
+        token_ids = np.concatenate([sample.token_ids for sample in samples])
+        return batches_of(samples, self._batch_tokens), token_ids
 
     def _forward(
-        self, batches: list[_Batch], token_ids: NDArray[np.int32], keeps: bool, only_last: bool = False
+        self, batches: list[Batch], token_ids: NDArray[np.int32], keeps: bool, only_last: bool = False
     ) -> list[Floats]:
         """The inputs of all blocks from the first with adapters on, each (T, C), and the last block's result."""
         h = self._weights.embedding_rows(token_ids.tolist()).astype(np.float32)
@@ -111,7 +91,7 @@ class TrainingModel:
         return [*inputs, h]
 
     def _backward(
-        self, batches: list[_Batch], inputs: list[Floats], g: Floats, gradients: dict[tuple[int, str], Pair]
+        self, batches: list[Batch], inputs: list[Floats], g: Floats, gradients: dict[tuple[int, str], Pair]
     ) -> None:
         first = self.adapter.first_layer
         for layer, weights in self._weights.blocks_back(first):
