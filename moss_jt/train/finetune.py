@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moss_jt.store.files import write_text
 from moss_jt.train.course import Course, CourseSettings
+from moss_jt.train.curve import loss_curve
 from moss_jt.train.dataset import Dataset
+from moss_jt.train.events import EventFile
 from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
 from moss_jt.train.optimizer import AdamW, Schedule, clip
@@ -126,7 +129,8 @@ class Training:
 
     learner  what learns
     data     samples to learn from, and to judge by
-    out      a folder: the best stands in ``best``, or in it itself where ``in_itself``, the last in ``last/``
+    out      a folder: the best stands in ``best/``, or in it itself where ``in_itself``, the last in ``last/``; ``loss.svg`` is a
+             picture of the losses, and ``events/`` the same for TensorBoard, where that is installed
     about    what else makes this training this one, for going on: the model's checksum, options
     """
 
@@ -156,6 +160,7 @@ class Training:
         self._folder = StateFolder(out / "state", identity)
         self.state = self._folder.load(learner.arrays)
         self._every = learning.evaluate_every or max(1, self.total // 10)
+        self._events = EventFile(out / "events")
 
     def run(self) -> Iterator[Progress]:
         """All steps that are left; after each what it came to.
@@ -209,6 +214,8 @@ class Training:
     def _save(self) -> None:
         self._learner.write(self._out / "last")
         self._folder.save(self.state, self._learner.arrays)
+        write_text(self._out / "loss.svg", loss_curve(self.state.log))
+        self._events.write(self.state.log)
 
 
 class Finetuning(Training):

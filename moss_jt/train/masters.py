@@ -72,7 +72,7 @@ class Masters:
                 "back. Take the float16 model, or leave out --full."
             )
         masters = cls(store.config, tied)
-        for name, file, local in _places(store):
+        for name, file, local in _stored(store):
             stored = read_tensor(file, local)
             if name in masters.tensors:
                 masters.tensors[name][:] = stored
@@ -158,7 +158,7 @@ def _shapes(config: MossConfig, tied: bool) -> Iterator[tuple[str, tuple[int, ..
             yield full_name(name), shape
 
 
-def _places(store: Store) -> Iterator[tuple[str, StoreFile, str]]:
+def _stored(store: Store) -> Iterator[tuple[str, StoreFile, str]]:
     """Every tensor's name, and where it lies."""
     for layer, file in [(None, store.embedding), *enumerate(store.blocks), (None, store.head)]:
         yield from ((full_name(name, layer), file, name) for name in file.tensors)
