@@ -78,6 +78,7 @@ def test_an_interruption_in_the_middle_of_an_update_keeps_the_state_before(tmp_p
     assert np.array_equal(values(training(tmp_path / "out")), good)
 
 
+@pytest.mark.long
 def test_one_thread_and_two_learn_the_same_bits(tmp_path: Path) -> None:
     script = (
         "import hashlib, sys; from pathlib import Path; from tests.test_full import training, values\n"
@@ -103,18 +104,18 @@ def test_one_thread_and_two_learn_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_it_learns(optimizer: OptimizerName, tmp_path: Path) -> None:
-    losses = [progress.result.loss for progress in training(tmp_path, optimizer, steps=30).run()]
-    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5])
+    losses = [progress.result.loss for progress in training(tmp_path, optimizer, steps=15).run()]
+    assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
 
 
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path: Path) -> None:
     run = training(tmp_path / "out")
     list(islice(run.run(), 2))
-    values(run)[-1] = np.inf  # of the head's bias
+    values(run)[-1] = np.nan  # of the final norm
     before = values(run).copy()
     with pytest.raises(MossError, match="blown up"):
         list(run.run())
-    assert np.array_equal(values(run), before)
+    assert np.array_equal(values(run), before, equal_nan=True)
     assert np.isfinite(values(training(tmp_path / "out"))).all()
 
 
@@ -181,7 +182,7 @@ def test_the_curve_is_a_picture_of_the_log() -> None:
     assert len(judged.attrib["points"].split()) == len(root.findall(f"{name}circle")) == 1
     x, y = map(float, judged.attrib["points"].split(","))
     assert 60 < x < 700 and 20 < y < 360
-    assert {"8", "3000", "step"} <= {text.text for text in root.findall(f"{name}text")}
+    assert {"0", "1500", "3000", "step"} <= {text.text for text in root.findall(f"{name}text")}
     assert ElementTree.fromstring(loss_curve([])).tag == f"{name}svg"
 
 

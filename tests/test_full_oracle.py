@@ -89,6 +89,7 @@ def test_twenty_steps_are_torch_s(case: Case) -> None:
     assert np.sqrt(apart) <= 2e-3 * np.sqrt(moved)
 
 
+@pytest.mark.long
 def test_batches_of_any_size_and_computing_again_give_the_same_gradients(case: Case) -> None:
     one = case.model(10_000).gradients(case.samples)[1]
     for batch_tokens, keeps in ((1, True), (64, False)):

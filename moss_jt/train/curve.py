@@ -23,7 +23,9 @@ def loss_curve(log: Iterable[Mapping[str, Any]]) -> str:
         if isinstance(step, int) and isinstance(loss, float) and math.isfinite(loss):
             points[record.get("evaluation") is True].append(Point(step, loss))
     learned, judged = _thinned(points[False]), points[True]
-    frame = _Frame([*learned, *judged])
+    frame = _Frame(
+        [*learned, *judged], max((point.step for each in points.values() for point in each), default=1)
+    )
     body = [*frame.axes(), frame.line(learned, LEARNED), frame.line(judged, JUDGED), *frame.dots(judged)]
     body += [_legend(0, LEARNED, "learned from"), _legend(1, JUDGED, "kept for judging")]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
@@ -38,10 +40,10 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 class _Frame:
-    """Axes around some points, and where a point stands in the picture."""
+    """Axes around some points up to a last step, and where a point stands in the picture."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        self._last = max((point.step for point in points), default=1)
+    def __init__(self, points: Sequence[Point], last: float) -> None:
+        self._last = last
         top = max((point.loss for point in points), default=1)
         self._tick = _round_number(top / 5)
         self._top = self._tick * max(1, math.ceil(top / self._tick))
