@@ -16,24 +16,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROMPT_TOKENS = 32
-PROBE_S = 0.05
+PROBE_S = 1.0
 
 
-def prompts(count: int, vocabulary: int) -> list[list[int]]:
+def prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
     return [
-        [(31 * number + 7 * position) % vocabulary for position in range(PROMPT_TOKENS)]
-        for number in range(count)
+        [(31 * number + 7 * position) % vocabulary for position in range(length)] for number in range(count)
     ]
 
 
-async def clients(address: str, count: int, tokens: int, vocabulary: int) -> dict[str, Any]:
-    """All of them at once; and beside them somebody who asks whether the server lives."""
+async def clients(address: str, count: int, length: int, tokens: int, vocabulary: int) -> dict[str, Any]:
+    """All of them at once; and beside them somebody who asks whether the server lives, and comes late with a question."""
     import httpx
 
     first: list[float] = []
     received: list[int] = []
     probes: list[float] = []
+    late: list[float] = []
     async with httpx.AsyncClient(
         base_url=address, timeout=600, limits=httpx.Limits(max_connections=None)
     ) as http:
@@ -45,34 +44,40 @@ async def clients(address: str, count: int, tokens: int, vocabulary: int) -> dic
                 "temperature": 1.0,
                 "seed": 1,
                 "stream": True,
-                "logprobs": 0,
+                "stream_options": {"include_usage": True},
             }
-            begin, events = time.perf_counter(), 0
+            begin, last = time.perf_counter(), ""
             async with http.stream("POST", "/v1/completions", json=body) as answer:
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
-                        if not events:
+                        if not last:
                             first.append(time.perf_counter() - begin)
-                        events += len(json.loads(line[6:])["choices"][0]["logprobs"]["tokens"])
-            received.append(events)
+                        last = line
+            received.append(json.loads(last[6:])["usage"]["completion_tokens"])
 
         async def probe() -> None:
             while True:
+                await asyncio.sleep(PROBE_S)
                 begin = time.perf_counter()
                 await http.get("/health")
                 probes.append(time.perf_counter() - begin)
-                await asyncio.sleep(PROBE_S)
+                begin, body = time.perf_counter(), {"prompt": [1, 2], "max_tokens": 1, "stream": True}
+                async with http.stream("POST", "/v1/completions", json=body) as answer:
+                    async for _ in answer.aiter_raw():
+                        late.append(time.perf_counter() - begin)
+                        break
 
         probing = asyncio.create_task(probe())
         begin = time.perf_counter()
-        await asyncio.gather(*(ask(prompt) for prompt in prompts(count, vocabulary)))
+        await asyncio.gather(*(ask(prompt) for prompt in prompts(count, length, vocabulary)))
         seconds = time.perf_counter() - begin
         probing.cancel()
     return {
         "tokens_per_s": sum(received) / seconds,
         "tokens": sum(received),
         "first_byte_s": max(first),
-        "health_s": max(probes),
+        "late_first_byte_s": max(late, default=0.0),
+        "health_s": max(probes, default=0.0),
     }
 
 
@@ -102,12 +107,13 @@ def measure(arguments: argparse.Namespace) -> None:
             str(size),
         ]
         command += ["--clients", str(arguments.clients), "--tokens", str(arguments.tokens)]
+        command += ["--prompt-tokens", str(arguments.prompt_tokens)]
         rows = []
         for number in range(arguments.rounds + 1):
             begin = time.perf_counter()
             answers = [
                 moss.begin(prompt, params, arguments.tokens, background=False)
-                for prompt in prompts(arguments.clients, size)
+                for prompt in prompts(arguments.clients, arguments.prompt_tokens, size)
             ]
             count = sum(len(answer.finish().token_ids) for answer in answers)
             direct = count / (time.perf_counter() - begin)
@@ -125,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--context", type=int, default=256)
@@ -133,7 +140,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int)
     arguments = parser.parse_args()
     if arguments.address:
-        loading = clients(arguments.address, arguments.clients, arguments.tokens, arguments.vocabulary)
+        sizes = arguments.clients, arguments.prompt_tokens, arguments.tokens, arguments.vocabulary
+        loading = clients(arguments.address, *sizes)
         print(json.dumps(asyncio.run(loading)))
     else:
         measure(arguments)

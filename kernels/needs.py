@@ -33,10 +33,12 @@ THREAD_FLOATS = 64 << 10
 # Training's products on the CPU: tokens of one at once, rows of a matrix that are widened for its transpose, tiles of a float32
 # result, and how many there must be before they are so large. Queries of a head that are worked on at once.
 TRAIN_TOKENS, BACK_ROWS = 512, 512
-PRODUCT_ROWS, PRODUCT_COLUMNS, FEW_PRODUCTS = 256, 512, 16
+TRAIN_ROWS, TRAIN_COLUMNS, FEW_TILES = 256, 512, 16
 QUERIES = 64
 
-# The GPU's. What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
+# The GPU's. The most rows of whole pages in one product of cuBLAS's; fewer may come with rows of nothing.
+PRODUCT_ROWS = 512
+# What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
 # and no part of fewer inputs.
 SPLIT_OUTPUTS, SPLIT_INPUTS = 800 * 32, 1024
 
@@ -50,9 +52,9 @@ DEFINITIONS = {
     "MOSS_MOST_TAKEN": MOST_TAKEN,
     "MOSS_TRAIN_TOKENS": TRAIN_TOKENS,
     "MOSS_BACK_ROWS": BACK_ROWS,
-    "MOSS_PRODUCT_ROWS": PRODUCT_ROWS,
-    "MOSS_PRODUCT_COLUMNS": PRODUCT_COLUMNS,
-    "MOSS_FEW_PRODUCTS": FEW_PRODUCTS,
+    "MOSS_TRAIN_ROWS": TRAIN_ROWS,
+    "MOSS_TRAIN_COLUMNS": TRAIN_COLUMNS,
+    "MOSS_FEW_TILES": FEW_TILES,
     "MOSS_QUERIES": QUERIES,
 }
 
@@ -151,7 +153,7 @@ def training_thread_floats(config: MossConfig, longest: int) -> int:
     """What one thread may hold of its own in training.h: scores and their slopes over a sample of ``longest`` tokens, a widened
     tile, and what oneDNN copies of the largest product: rows, columns and inputs of either, and of one head over that sample.
     """
-    tiles = max(TRAIN_TOKENS + TILE_ROWS, PRODUCT_ROWS + PRODUCT_COLUMNS) * GEMM_INPUTS
+    tiles = max(TRAIN_TOKENS + TILE_ROWS, TRAIN_ROWS + TRAIN_COLUMNS) * GEMM_INPUTS
     head = (longest + config.head_dim) * max(QUERIES, config.head_dim)
     return 2 * QUERIES * longest + TILE_ROWS * TILE_INPUTS + max(tiles, head) + THREAD_FLOATS
 
@@ -170,6 +172,8 @@ class CudaNeeds:
         cuBLAS), in float32. A pass's logits, twice, for HEAD_ROWS rows. The largest matrix in float16 if it is packed.
         """
         c = self.config
+        if tokens >= PAGE:
+            tokens = max(tokens, PRODUCT_ROWS)
         per_token = 12 * c.n_embd + 4 * c.n_inner
         widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
         logits = 2 * HEAD_ROWS * c.vocab_size

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Offload, check_choice, decide, parse_device
+from moss_jt.backend.device import Offload, check_choice, decide, parse_device, while_jittor_starts
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
@@ -45,7 +45,9 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
+from moss_jt.weights.arrivals import Arrivals
 from moss_jt.weights.disk_speed import disk_under
+from moss_jt.weights.host_units import HostUnits, open_host_units
 
 if TYPE_CHECKING:
     from moss_jt.engine.model import Model
@@ -69,6 +71,7 @@ class Moss:
     plan       where the weights live
     load_s     seconds that loading took
     notice     a sentence for the user about how it was loaded, or empty
+    arrivals   the weights that stay, which are read while the first text is; None where all were read before
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Moss:
         self._draft = draft
         self.copy = copy
         self.notice = ""
+        self.arrivals: Arrivals | None = None
         self.engine = Engine(model, folder, copy, prompts)
 
     @classmethod
@@ -169,15 +173,17 @@ class Moss:
         plan = choice.plan
         make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
+        host = None
         if on_gpu:
             planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
             loaded, plan = _load_on_gpu(store, planner, way)
         else:
-            loaded = _load(store, plan, way)
+            host = open_host_units(store, plan, model_home()) if way != "swap" else None
+            loaded = _load(store, plan, host)
         copy = None
         if choice.copy is not None:
             try:
-                copy = _load_copy(choice.copy, loaded, plan, draft, on_gpu)
+                copy = _load_copy(choice.copy, loaded, plan, draft, host)
             except BaseException:
                 loaded.close()
                 raise
@@ -186,6 +192,7 @@ class Moss:
         took, cache = time.perf_counter() - begin, model_home() / "cache"
         moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts)
         moss.notice = choice.notice
+        moss.arrivals = None if host is None else host.arrivals
         return moss
 
     @property
@@ -197,6 +204,12 @@ class Moss:
     def watch(self, watcher: Watcher | None) -> None:
         """Have a function called, block after block, in passes of several tokens; None ends that."""
         self.model.watcher = watcher
+
+    @property
+    def loaded(self) -> float:
+        """The share of the weights that stay in memory that is there: reading the first text waits for them."""
+        arrivals = self.arrivals
+        return 1.0 if arrivals is None else 1 - arrivals.missing_bytes / max(1, arrivals.total_bytes)
 
     def session(self, background: bool = False) -> Text:
         """An empty conversation of tokens over this model; ``background``: others go first."""
@@ -493,21 +506,33 @@ def _speeds(store: Store, on_gpu: bool) -> Speeds:
 
 
 def _load_copy(
-    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, on_gpu: bool
+    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, host: HostUnits | None
 ) -> DraftCopy:
-    if on_gpu:
-        from moss_jt.engine.gpu_load import load_copy
+    """``host``: holds the model's weights; None on a GPU."""
+    if host is None:
+        from moss_jt.engine.gpu_load import load_copy as load_gpu_copy
+
+        loaded = load_gpu_copy(store, model, plan, model_home())
     else:
         from moss_jt.engine.load import load_copy
+
+        loaded = load_copy(store, model, plan, model_home(), host)
     longest = int(draft) if str(draft).isdigit() else LONGEST_DRAFT
-    return DraftCopy(load_copy(store, model, plan, model_home()), DraftPace(), longest)
+    return DraftCopy(loaded, DraftPace(), longest)
 
 
-def _load(store: Store, plan: ResidencyPlan, offload: Offload) -> "Model":
-    """Start Jittor, unless it runs, and load the weights."""
-    from moss_jt.engine.load import load_model
+def _load(store: Store, plan: ResidencyPlan, host: HostUnits | None) -> "Model":
+    """Start Jittor, unless it runs, while the weights are read that ``host`` holds; None where Jittor will swap them."""
+    try:
+        if host is not None:
+            while_jittor_starts(host.begin)
+        from moss_jt.engine.load import load_model
 
-    return load_model(store, plan, model_home(), offload)
+        return load_model(store, plan, host)
+    except BaseException:
+        if host is not None:
+            host.close()
+        raise
 
 
 def _load_on_gpu(store: Store, planner: GpuPlanner, offload: Offload) -> tuple["Model", ResidencyPlan]:

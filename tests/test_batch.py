@@ -8,6 +8,7 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.chat.batch import IGNORED, LIMITS, SAMPLING, Defaults, parse_line
+from moss_jt.chat.prompt import meta_instruction
 from moss_jt.commands.batch_files import BEFORE, Work
 from moss_jt.commands.cli import main
 from moss_jt.engine.sampling import SamplingParams
@@ -204,7 +205,6 @@ def test_a_file_that_holds_something_else_is_left_alone(
         ('{"messages": [{"role": "tool", "content": "x"}]}', "a message has a role"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "a message has a role"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "the last message must be the user's"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', "take turns"),
         (
             '{"prompt": "a", "max_new_token": 2}',
             "'max_new_token' is not an option; did you mean max_new_tokens",
@@ -240,6 +240,19 @@ def test_the_document_names_every_option() -> None:
         name for name in ("stop", "logit_bias", *SAMPLING, *LIMITS, *IGNORED) if f"`{name}`" not in text
     ] == []
     assert "did you mean temperature?" in text and f"answers.jsonl{BEFORE}" in text
+
+
+def test_messages_in_a_row_of_one_role_are_one_and_a_greeting_may_come_first() -> None:
+    tokenizer = tiny_tokenizer()
+
+    def text_of(*messages: dict[str, Any]) -> str:
+        line = json.dumps({"messages": list(messages)})
+        return tokenizer.decode(parse_line(line, tokenizer, DEFAULTS).token_ids)
+
+    assert text_of(say("one"), say("two")) == text_of(say("one\ntwo"))
+    greeted = text_of(say("Hello.", "assistant"), say("one"), say("Be brief.", "system"))
+    assert greeted.startswith(f"{meta_instruction()}Be brief.\n<|Human|>: <eoh>")
+    assert "<|MOSS|>: Hello.<eom>\n<|Human|>: one<eoh>" in greeted
 
 
 def test_messages_become_a_conversation_in_which_nothing_is_forged() -> None:

@@ -1,6 +1,7 @@
 """moss-jt bench: counts what a token reads, compares with the machine, ends with one JSON object."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from moss_jt.commands.bench import parse_contexts
 from moss_jt.commands.cli import main
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.measure.bench import Times, measure, prefill_operations, prompt_ids, shares
 from moss_jt.measure.cpu_limits import MachineLimits
+from moss_jt.measure.first_words import TurnTime, first_words, line_of
 from moss_jt.measure.side_by_side import measure_together
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.model_folder import open_store
@@ -86,6 +89,24 @@ def test_conversations_are_measured_together_through_the_engine() -> None:
             measure_together(Engine(model), counts, context, 50, 4)
 
 
+def test_the_wait_for_the_first_word_is_measured_turn_by_turn() -> None:
+    """Of each turn only what is new is read; where the context ends, no more turns are measured."""
+    engine = Engine(ScriptedModel(count_up, 1024))
+    text = Text(engine)
+    words = first_words(text, 2000)
+    assert [(next(words).tokens, text.timing.prefill_tokens) for _ in range(3)] == [
+        (300, 300),
+        (16, 17),
+        (600, 601),
+    ]
+    assert text.position == 919 and not list(words)
+    short = Text(Engine(ScriptedModel(count_up, 400)))
+    assert [word.turn for word in first_words(short, 2000)] == ["first turn", "second turn"]
+    assert re.fullmatch(
+        r"First word of the second turn, 16 tokens: \d+\.\d\d s", line_of(TurnTime("second turn", 16, 0.1))
+    )
+
+
 def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_model_folder()
     with pytest.raises(SystemExit) as left:
@@ -103,13 +124,14 @@ def test_the_command_ends_with_json(capsys: pytest.CaptureFixture[str]) -> None:
                 "64",
                 "--parallel",
                 "1,3",
+                "--turns",
             ]
         )
     assert left.value.code == 0
     lines = capsys.readouterr().out.strip().split("\n")
     summary = json.loads(lines[-1])
     assert [row["context"] for row in summary["contexts"]] == [8, 20]
-    assert summary["peak_gib"] < 2
+    assert summary["peak_gib"] < 2 and "first_words" not in summary, "a context of 64 has no room for a turn"
     assert [row["conversations"] for row in summary["parallel"]] == [1, 3]
     assert all(row["tok_s"] > 0 and row["context"] == 20 for row in summary["parallel"])
     assert all(row["decode_tok_s"] > 0 and row["prefill_share"] > 0 for row in summary["contexts"])

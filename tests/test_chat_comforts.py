@@ -274,6 +274,7 @@ def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
     class Reading:
         language = "en"
         unread = 20  # beside the pass that is running
+        loaded = 1.0
 
         def watch(self, watcher: object) -> None:
             pass
@@ -286,9 +287,11 @@ def test_progress_while_a_text_is_read_comes_late_and_counts_down() -> None:
     assert stream.getvalue() == ""
     progress(20, 1.0)
     assert stream.getvalue() == "  … reading 40 tokens: 50 %, 2 s left"
-    chat.unread = 0
+    chat.unread, chat.loaded = 0, 0.687
     progress(20, 0.5)
-    assert stream.getvalue().endswith("\r\x1b[K  … reading 40 tokens: 75 %, 1 s left")
+    assert stream.getvalue().endswith(
+        "\r\x1b[K  … reading 40 tokens: 75 %, the model is loaded to 68 %, 1 s left"
+    )
     progress.end()
     progress(20, 1.0)
     assert stream.getvalue().count("reading") == 2

@@ -407,6 +407,26 @@ def test_downloads_count_where_they_share_the_disk(tmp_path: Path, monkeypatch: 
         disk.check_disk(tmp_path / "out", [3 * gib, 3 * gib])
 
 
+def test_a_file_may_go_away_while_a_folder_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moss-jt list, while another process converts and renames what it has written."""
+    for name, content in (("kept", b"12"), ("within/renamed", b"345")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    stat = Path.stat
+
+    def last_seen(path: Path, **options: Any) -> os.stat_result:
+        result = stat(path, **options)
+        if path.name == "renamed":
+            path.unlink()
+        return result
+
+    assert disk.folder_bytes(tmp_path) == 5
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(Path, "stat", last_seen)
+    assert disk.folder_bytes(tmp_path) == 5
+    assert disk.folder_bytes(tmp_path) == 2
+
+
 def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "Not a directory" in refused(random_checkpoint(tmp_path / "source"), tmp_path / "file")

@@ -1,13 +1,16 @@
 """CUDA kernels on the CPU, from their own source, launched by their own launch code: against NumPy, and against planted faults."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moss_jt.kernels.cuda.cublas import rows_that_fill
 from moss_jt.kernels.cuda.launchers import (
     ENOUGH_BLOCKS,
     KINDS,
@@ -19,7 +22,7 @@ from moss_jt.kernels.cuda.launchers import (
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
-from tests.emulation.emulator import EmulationError, FakeCupy, RawModule, aligned
+from tests.emulation.emulator import EmulationError, FakeCublas, FakeCupy, RawModule, aligned, matrix_at
 from tests.support import cuda_reference
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
@@ -113,17 +116,75 @@ def test_dequantized_weights_are_the_reference_s_exactly(bits: int) -> None:
     )
 
 
-def test_long_prompts_go_through_cublas() -> None:
-    """Page by page: what a page gives does not depend on how many there are."""
-    x, matrix = normal((2 * PAGE, 64), scale=0.1), packed_matrix(24, 64, 4, 32)
-    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, 4, whole=True)
-    np.testing.assert_allclose(ours, x @ dequantize(matrix).T, rtol=0, atol=2e-2)
-    page = kernels().packed(aligned(x[PAGE:]), matrix.packed, matrix.scales, matrix.zeros, 4, whole=True)
-    np.testing.assert_array_equal(ours[PAGE:], page)
+class OtherSums(FakeCublas):
+    """cuBLAS that adds K in another number of parts by the number of rows and by the page among them, as a card's may."""
+
+    def __init__(self, parts_of: Callable[[int, int], int]) -> None:
+        self.parts_of = parts_of
+        self.rows: list[int] = []
+
+    def gemmEx(self, *arguments: Any) -> None:  # type: ignore[override]  # noqa: N802
+        (outputs, rows, inputs), weight, x, out = arguments[3:6], arguments[7], arguments[10], arguments[14]
+        self.rows.append(rows)
+        w, x = (matrix_at(at, np.float16, inputs, n, inputs).T for at, n in ((weight, outputs), (x, rows)))
+        result = matrix_at(out, np.float32, outputs, rows, outputs).T
+        for first in range(0, rows, PAGE):
+            some, parts = slice(first, first + PAGE), self.parts_of(rows, first // PAGE)
+            ends = np.linspace(0, inputs, parts + 1).astype(int)
+            with np.errstate(invalid="ignore"):  # rows of nothing
+                result[some] = sum(
+                    (x[some, a:b].astype(np.float64) @ w[:, a:b].astype(np.float64).T).astype(np.float32)
+                    for a, b in itertools.pairwise(ends)
+                )
+
+
+# On a card of two multiprocessors 256 rows of a product of 24 outputs are the reference.
+WAYS = {
+    "all alike": (lambda rows, page: 1, [448], [64]),
+    "few rows are split": (lambda rows, page: 2 if rows < 256 else 1, [448], [256]),
+    "many rows are split": (lambda rows, page: 2 if rows > 256 else 1, [256, 192], [64]),
+    "each number has its own": (lambda rows, page: rows // PAGE, [256, 256], [256]),
+    "it depends on the page": (lambda rows, page: 1 + page, [64] * 7, [64]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_pages_share_a_product_where_that_changes_none_of_their_bits(way: str, bits: int) -> None:
+    parts_of, of_seven, of_one = WAYS[way]
+    cublas = OtherSums(parts_of)
+    cupy = type("Cupy", (FakeCupy,), {"cuda": SimpleNamespace(**{**vars(FakeCupy.cuda), "cublas": cublas})})
+    run = Launchers(cupy())
+    x, dense, matrix = normal((7 * PAGE, 64)), half((24, 64)), packed_matrix(24, 64, 4, 32)
+
+    def product(some: np.ndarray) -> np.ndarray:
+        if bits == 16:
+            return run.dense(aligned(some), dense, whole=True)
+        return run.packed(aligned(some), matrix.packed, matrix.scales, matrix.zeros, bits, whole=True)
+
+    product(x[:PAGE])  # what is alike has been tried now
+    cublas.rows.clear()
+    together = product(x)
+    assert cublas.rows == of_seven
+    for first in range(0, 7 * PAGE, PAGE):
+        cublas.rows.clear()
+        np.testing.assert_array_equal(together[first : first + PAGE], product(x[first : first + PAGE]))
+        assert cublas.rows == of_one
+    np.testing.assert_array_equal(together[PAGE : 4 * PAGE], product(x[PAGE : 4 * PAGE]))
+    weight = dense if bits == 16 else dequantize(matrix)
+    np.testing.assert_allclose(together, x @ weight.astype(np.float32).T, rtol=0, atol=2e-2)
+
+
+def test_results_of_whole_pages_may_be_larger_than_float16() -> None:
     large, weight = normal((PAGE, 64), scale=400), half((24, 64), scale=400)
-    assert np.abs(kernels().dense(large, weight, whole=True)).max() > 65504, (
-        "float16 results would be infinite"
-    )
+    assert np.abs(kernels().dense(large, weight, whole=True)).max() > 65504
+
+
+@pytest.mark.parametrize(
+    ("processors", "outputs", "rows"), [(132, 6144, 512), (82, 6144, 256), (28, 6144, 128), (132, 128, 512)]
+)
+def test_the_reference_is_of_as_many_rows_as_fill_the_card(processors: int, outputs: int, rows: int) -> None:
+    assert rows_that_fill(processors, outputs) == rows
 
 
 def product_with(run: Launchers, bits: int, outputs: int, inputs: int) -> Callable[[np.ndarray], np.ndarray]:

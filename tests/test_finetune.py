@@ -1,6 +1,9 @@
 """A training as a whole: the same adapter from the same seed whatever interrupts it and wherever the weights are."""
 
+import ctypes
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
+from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
 from moss_jt.plan import residency
 from moss_jt.plan.residency import ResidencyPlan
@@ -21,9 +25,10 @@ from moss_jt.store.sizes import sizes_of_store
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings
+from moss_jt.train.front import ROWS, FrontRows, key_of
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter, LoraSettings
-from moss_jt.train.needs import TrainingNeeds
+from moss_jt.train.needs import Keeping, TrainingNeeds
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import read_adapter
 from moss_jt.train.samples import TokenSample
@@ -31,6 +36,7 @@ from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
 LORA = LoraSettings(rank=2, alpha=4.0)
+NOWHERE = Keeping()
 
 
 def samples(count: int, vocabulary: int, seed: int = 0) -> list[TokenSample]:
@@ -46,7 +52,7 @@ def samples(count: int, vocabulary: int, seed: int = 0) -> list[TokenSample]:
 def plan_of(folder: Path, share: float | None = None) -> ResidencyPlan:
     """A plan of this model for training: all resident, or no more than a share of the weights, buffers included."""
     store = open_store(folder)
-    sizes, needs = sizes_of_store(store), TrainingNeeds(store.config, 512, 128, 10_000, False)
+    sizes, needs = sizes_of_store(store), TrainingNeeds(store.config, 512, 128, 10_000)
     budget = 1 << 40
     if share is not None:
         whole = residency.plan(sizes, needs, 1, budget, threads=2)
@@ -60,6 +66,8 @@ def training(
     share: float | None = None,
     lora: LoraSettings = LORA,
     learning: LearningSettings | None = None,
+    keeping: Keeping = NOWHERE,
+    front: FrontRows | None = None,
     **course: Any,
 ) -> Finetuning:
     folder = random_folder(SMALL) if folder is None else folder
@@ -67,7 +75,8 @@ def training(
     data = Dataset(samples(12, 1000), samples(3, 1000, seed=1), DataReport())
     settings = CourseSettings(**({"steps": 6, "step_tokens": 100} | course))
     adapter = Adapter.random(store.config, lora, settings.seed)
-    model = load_training(store, plan_of(folder, share), out.parent, adapter, 128, keeps=False)
+    needs = TrainingNeeds(store.config, 512, 128, len(adapter.values), keeping)
+    model = load_training(store, plan_of(folder, share), out.parent, adapter, needs, out / "state", front)
     learning = LearningSettings(learning_rate=3e-3, evaluate_every=2) if learning is None else learning
     return Finetuning(model, data, settings, learning, out, "random", {"model": "x"})
 
@@ -109,6 +118,149 @@ def test_streamed_weights_give_the_same_bits(uninterrupted: Finetuning, tmp_path
         run = training(tmp_path / f"{share}", share=share)
         list(run.run())
         assert np.array_equal(run.adapter.values, uninterrupted.adapter.values)
+
+
+WAYS = [
+    Keeping(in_memory=SMALL.n_layer),
+    Keeping(in_memory=1, on_disk=1),
+    Keeping(on_disk=SMALL.n_layer, inputs_on_disk=True),
+    Keeping(inputs_on_disk=True),
+]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_where_values_wait_changes_no_bit(
+    uninterrupted: Finetuning, tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not direct:  # as on file systems that know neither reads past the cache nor files without names
+        opened = os.open
+
+        def refusing(path: Any, flags: int, *more: Any, **options: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no such file system")
+            return opened(path, flags, *more, **options)
+
+        monkeypatch.setattr(os, "open", refusing)
+    for number, keeping in enumerate(WAYS):
+        run = training(tmp_path / f"{number}", keeping=keeping, share=0.5)
+        list(run.run())
+        run._model.close()
+        assert np.array_equal(run.adapter.values, uninterrupted.adapter.values), keeping
+        assert not [
+            path
+            for path in (tmp_path / f"{number}" / "state").iterdir()
+            if path.suffix not in (".safetensors", ".jsonl")
+        ]
+
+
+def test_one_thread_gives_the_bits_of_two(tmp_path: Path) -> None:
+    openmp = ctypes.CDLL("libgomp.so.1")
+    before, adapters = openmp.omp_get_max_threads(), []
+    try:
+        for threads in (2, 1):
+            openmp.omp_set_num_threads(threads)
+            run = training(tmp_path / f"{threads}", steps=3)
+            list(run.run())
+            adapters.append(run.adapter.values)
+    finally:
+        openmp.omp_set_num_threads(before)
+    assert np.array_equal(*adapters)
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = training(tmp_path / "out", keeping=WAYS[2])
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(MossError, match="disk is full"):
+        list(run.run())
+
+
+LAST = LoraSettings(rank=2, layers=1)
+
+
+def front_of(folder: Path, tokens: int = 10_000, model: str = "x") -> FrontRows:
+    return FrontRows(folder, {"model": model}, SMALL.n_embd, tokens * SMALL.n_embd * 4)
+
+
+def count_blocks(run: Finetuning, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that are computed forwards from now on."""
+    seen: list[int] = []
+    weights = run._model._weights
+    walk = weights.walk
+
+    def counting(*given: Any) -> Any:
+        for unit, value in walk(*given):
+            if unit.kind == "block":
+                seen.append(unit.index)
+            yield unit, value
+
+    monkeypatch.setattr(weights, "walk", counting)
+    return seen
+
+
+def test_the_frozen_front_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = training(tmp_path / "without", lora=LAST, epochs=3.0, steps=None)
+    plain = [progress.result.loss for progress in without.run()]
+    run = training(tmp_path / "out", lora=LAST, front=front_of(tmp_path / "front"), epochs=3.0, steps=None)
+    first = len(run._course._epoch(0))
+    seen = count_blocks(run, monkeypatch)
+    losses, fronts = [], []
+    for progress in run.run():
+        losses.append(progress.result.loss)
+        fronts.append(seen.count(0))
+        seen.clear()
+    assert losses[:first] == plain[:first]  # the same computation
+    assert np.allclose(losses, plain, rtol=1e-5)
+    assert all(fronts[:first]) and not any(fronts[first:])
+
+
+def test_a_training_with_its_front_kept_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    whole = training(tmp_path / "whole", lora=LAST, front=front_of(tmp_path / "f1"), steps=9)
+    list(whole.run())
+    for end in (1, 3, 2, 9):  # each begins where the last state was, whose later rows are there
+        run = training(tmp_path / "out", lora=LAST, front=front_of(tmp_path / "f2"), steps=9)
+        list(islice(run.run(), end))
+        run._model.close()
+    assert run.state.step == 9
+    assert np.array_equal(run.adapter.values, whole.adapter.values)
+
+
+def test_kept_rows_that_are_damaged_or_another_model_s_are_computed_again(tmp_path: Path) -> None:
+    chosen = samples(3, 1000)
+    draw = np.random.default_rng(1)
+    rows = {key_of(one): draw.standard_normal((len(one), SMALL.n_embd)).astype(np.float32) for one in chosen}
+    front = front_of(tmp_path / "front")
+    front.keep(dict(list(rows.items())[:2]))
+    front.keep(dict(list(rows.items())[2:]))
+    front.close()
+    again = front_of(tmp_path / "front")
+    found = again.find(chosen)
+    assert found.keys() == rows.keys() and all(np.array_equal(found[key], rows[key]) for key in rows)
+    again.close()
+    path, index = tmp_path / "front" / ROWS, tmp_path / "front" / "index.jsonl"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(bytes(data))
+    assert front_of(tmp_path / "front").find(chosen).keys() == set(list(rows)[1:])
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-9])  # a kill in the midst of the last line: its group is not there
+    assert front_of(tmp_path / "front").find(chosen).keys() == {list(rows)[1]}
+    index.write_bytes(b"[" * 100_000 + whole)
+    assert not front_of(tmp_path / "front").find(chosen)
+    front_of(tmp_path / "front").keep(rows)
+    assert not front_of(tmp_path / "front", model="y").find(chosen)
+
+
+def test_rows_without_room_are_not_kept(tmp_path: Path) -> None:
+    one, other = samples(2, 1000)
+    front = front_of(tmp_path / "front", tokens=len(one) + len(other) - 1)
+    for sample in (one, other):
+        front.keep({key_of(sample): np.zeros((len(sample), SMALL.n_embd), np.float32)})
+    assert front.find([one, other]).keys() == {key_of(one)}
+    assert front_of(tmp_path / "front", tokens=10_000)._limit == front._limit  # as it was decided first
 
 
 def test_the_best_and_the_last_adapter_are_kept(uninterrupted: Finetuning) -> None:
@@ -233,6 +385,13 @@ def test_clipping_and_adamw_as_written_down() -> None:
 def test_impossible_settings_are_refused(make: Any) -> None:
     with pytest.raises(MossError):
         make()
+
+
+def test_a_card_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "moss-tiny", str(tmp_path), "--gpu"])
+    assert stop.value.code == 1
+    assert "on the processor only. Leave --gpu away" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -8,6 +8,9 @@ that one is checked apart, against float16's half step of 2**-11 of each value.
 """
 
 import itertools
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 
 from moss_jt.backend.jittor import jt
 from moss_jt.errors import MossError
-from moss_jt.kernels.cpu.operators import CpuOperators
+from moss_jt.kernels.cpu.operators import CpuOperators, let_others_run
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.interface import PAGE, BlockWeights, PackedMatrix, Places
 from moss_jt.kernels.places import one_sequence, places_of
@@ -406,3 +409,40 @@ def test_portable_sequences_share_a_pass() -> None:
     for slot, first, end, start in ((1, 0, 2, 66), (2, 2, 3, 0), (0, 3, 4, 0)):
         expected = block_oracle.block_over_cache(rows[first:end], oracle, *run.cache(slot), start)
         assert_close(actual[first:end], expected, f"slot {slot}")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_others_run_python_while_an_operation_computes_where_that_is_wanted(wanted: bool) -> None:
+    config = GEOMETRIES["head of 24"]
+    operators = CpuOperators(config)
+    if wanted:
+        let_others_run(operators)
+    run = Run(operators, make_block("float16", config)[0], config, 128)
+    states = random_states(config, 64)
+    expected = run.step(states, 0)
+    turns: list[int] = []
+    ended = threading.Event()
+
+    def other() -> None:
+        while not ended.is_set():
+            turns.append(0)
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # nobody is made to let go
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        places = places_of([0] * 64, np.arange(64), run.pages, 64)
+        blocks = [
+            operators.block(jt.array(states), run.weights, run.keys, run.values, 1, places) for _ in range(50)
+        ]
+        before = len(turns)
+        jt.sync(blocks)
+        after = len(turns)
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+    assert (after > before) == wanted
+    assert all(np.array_equal(block.numpy(), expected) for block in blocks)

@@ -185,6 +185,15 @@ def test_a_word_means_one_thing(module: str) -> None:
             )
 
 
+def test_the_files_that_the_design_names_are_there() -> None:
+    names = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w./-]+\.(?:py|h|cu|md))`", text)
+    assert named
+    for name in named:
+        assert (ROOT / name).is_file() if "/" in name else name in names, name
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
 def test_benchmarks_import_what_there_is(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

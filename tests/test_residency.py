@@ -5,7 +5,7 @@ import re
 import pytest
 
 from moss_jt.errors import MossError
-from moss_jt.plan.residency import seconds_per_pass, spread
+from moss_jt.plan.residency import ResidencyPlan, in_slabs, residents_from, seconds_per_pass, spread
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
 from moss_jt.store.sizes import GIB, ModelSizes, geometry_of_name, sizes_of_geometry
 from tests.support.plans import plan, plan_gpu
@@ -146,3 +146,20 @@ def test_geometries_by_name() -> None:
     assert geometry_of_name("some/folder") is None
     with pytest.raises(MossError, match="int3"):
         geometry_of_name("fnlp/moss-moon-003-sft-int3")
+
+
+def test_what_is_read_most_often_becomes_resident() -> None:
+    def bytes_of(chosen: ResidencyPlan, first: int, resident: bool) -> int:
+        units = (unit for unit in chosen.units if unit.kind == "head" or unit.index >= first)
+        return sum(unit.n_bytes for unit in units if unit.resident == resident)
+
+    for gigabytes in (6, 9, 14, 20, 80):
+        given = in_slabs(plan(MODELS["moon-fp16"][0], 1, gigabytes * 10**9))
+        chosen = residents_from(given, 26)
+        assert chosen.peak_bytes <= chosen.budget_bytes
+        assert chosen.bytes_on("device") + chosen.bytes_on("disk") == sum(u.n_bytes for u in given.units)
+        if bytes_of(chosen, 26, resident=False):  # then nothing else is resident, and no more of it has room
+            assert bytes_of(chosen, 26, resident=True) == chosen.bytes_on("device")
+            assert chosen.budget_bytes - chosen.peak_bytes < 2 * given.buffer_bytes
+        assert bool(bytes_of(chosen, 26, resident=False)) == (gigabytes < 14)
+    assert residents_from(given, 26) == given  # all of it has room

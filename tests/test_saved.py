@@ -17,9 +17,16 @@ import pytest
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Notice, Text
 from moss_jt.chat.finished_turn import FIELDS, FinishedTurn, finished_turn, turn_tokens
-from moss_jt.chat.keeping import Keeping, about_chat, resume
+from moss_jt.chat.keeping import Keeping, about_chat, sampling_of
 from moss_jt.chat.prompt import META, PromptEncoder
-from moss_jt.chat.saved import About, Conversations, NameTakenError, NoConversationError, new_name
+from moss_jt.chat.saved import (
+    About,
+    Conversation,
+    Conversations,
+    NameTakenError,
+    NoConversationError,
+    new_name,
+)
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Source
 from moss_jt.terminal.line_input import PipeReader
@@ -50,6 +57,13 @@ def kept_chat(moss: ScriptedMoss, kept: Conversations, **options: Any) -> Chat:
 
 def said(chat: Chat, message: str) -> str:
     return "".join(event.text for event in chat.send(message) if isinstance(event, Text))
+
+
+def resume(chat: Chat, held: Conversation) -> int:
+    """As the program goes on with a conversation; how many of its oldest turns the model does not have before it."""
+    chat.begin_with(held.about.plugins, held.about.system)
+    chat.params, chat.max_new_tokens = sampling_of(held.about.sampling, chat.params, chat.max_new_tokens)
+    return chat.resume(held.turns)
 
 
 # What is in a file.
@@ -160,8 +174,6 @@ def test_settings_that_are_none_are_left_out() -> None:
     chat = Chat(ScriptedMoss(), temperature=0.25)
     for sampling in ({"temperature": -1}, {"max_new_tokens": 0}, {"seed": 0.5}, {"other": 1}):
         about = About(sampling=sampling)  # type: ignore[arg-type]
-        from moss_jt.chat.saved import Conversation
-
         resume(chat, Conversation("x", about, ()))
         assert chat.params.temperature == 0.25 and chat.max_new_tokens > 1
 

@@ -1,6 +1,8 @@
 """Conversations that the server keeps, as the page asks for them."""
 
+import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -270,6 +272,33 @@ def test_the_number_of_conversations_is_bounded(tmp_path: Path) -> None:
             time.sleep(0.01)
         kept = [one["id"] for one in http.get("/api/conversations").json()["conversations"]]
         assert len(kept) <= 4 and names[-1] in kept and names[0] not in kept
+
+
+def test_a_clock_that_is_set_back_makes_no_conversation_an_old_one(tmp_path: Path) -> None:
+    limits = Limits(conversations=3, live=1)
+    with served(shared_moss(), tmp_path, limits=limits) as server, client(server) as http:
+        names = [begin(http) for _ in range(3)]
+        files = [tmp_path / "page" / f"{name}.jsonl" for name in names]
+        for steps, file in enumerate(files, start=1):
+            os.utime(file, ns=(time.time_ns() + steps * 10**16,) * 2)  # they were made while it was ahead
+        say(http, names[0], "Hello")
+        names += [begin(http) for _ in range(2)]
+        kept = [one["id"] for one in http.get("/api/conversations").json()["conversations"]]
+        assert kept[:3] == [names[4], names[3], names[0]] and names[1] not in kept
+
+
+def test_a_clock_that_jumps_changes_no_answer(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, jumps = time.time(), itertools.cycle((1e6, -1e6, 3e8, 0.0))
+    body = {"messages": [{"role": "user", "content": SUM}], "stream": True}
+    name = begin(http)
+    monkeypatch.setattr(time, "time", lambda: now + next(jumps))
+    events = say(http, name, SUM)
+    assert text_of(events) == ANSWER and 0 <= events[-2]["seconds"] < 600
+    answer = http.post("/v1/chat/completions", json=body, headers={"X-Conversation-Id": "jumps"}).text
+    assert http.get("/v1/stream", params={"conv_id": "jumps"}).text == answer
+    assert text_of(events_of(http.get(f"/api/conversations/{name}/answer"))) == ANSWER
 
 
 def test_what_a_page_must_know(http: httpx.Client, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Schemathesis over our own OpenAPI description: what it says is what happens, whatever is sent."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moss_jt.serve.server import Server
-from tests.support.serving import served, shared_moss, url
+from tests.support.serving import client, served, shared_moss, shared_server, url
 
 # What JSON Schema cannot say: the user has the last word, ids are those of a vocabulary, texts fit into a context, an address is on
 # the client's machine, a plugin is on this server. A valid body may be refused there, with a 400; everywhere else it is taken.
@@ -46,6 +47,11 @@ def run(server: Server, folder: Path, examples: int, *more: str) -> None:
     environment = {**os.environ, "HOME": str(folder), "COLUMNS": "200"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_bounds_of_numbers_are_in_the_description() -> None:
+    text = client(shared_server()).get("/openapi.json").text
+    assert '"minimum":' in text and not set(re.findall(r'"(\w+)":', text)) & {"ge", "le", "gt", "lt"}
 
 
 def test_what_the_description_says_holds(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from moss_jt.store.qkv_order import head_runs
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter
 from moss_jt.train.model import TrainingModel
-from moss_jt.train.needs import TrainingNeeds
+from moss_jt.train.needs import Keeping, TrainingNeeds
 from moss_jt.train.optimizer import AdamW, clip
 from moss_jt.train.peft_files import NAMES, read_adapter, write_adapter
 from moss_jt.train.samples import TokenSample
@@ -64,9 +64,10 @@ class Case:
 def model_of(
     store: Store, adapter: Adapter, tmp_path: Path, batch_tokens: int = 64, keeps: bool = False, **limits: Any
 ) -> TrainingModel:
-    needs = TrainingNeeds(store.config, 256, batch_tokens, len(adapter.values), keeps)
+    keeping = Keeping(in_memory=store.config.n_layer if keeps else 0)
+    needs = TrainingNeeds(store.config, 256, batch_tokens, len(adapter.values), keeping)
     plan = plan_here(store, needs, limits.get("memory"), 1)
-    return load_training(store, plan, tmp_path, adapter, batch_tokens, keeps)
+    return load_training(store, plan, tmp_path, adapter, needs, tmp_path)
 
 
 @pytest.fixture(scope="module")

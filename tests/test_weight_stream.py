@@ -16,9 +16,10 @@ from moss_jt.plan.placement import plan_here
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store, StoreFile, open_store, read_tensor
 from moss_jt.store.sizes import GIB, sizes_of_store
-from moss_jt.weights.cpu_units import DiskUnits, MappedUnits, open_weights
+from moss_jt.weights.cpu_units import CpuUnits, open_weights
 from moss_jt.weights.disk_ring import Reader
 from moss_jt.weights.file_reader import Extent, FileReader
+from moss_jt.weights.host_units import HostUnits
 from moss_jt.weights.weights import Weights
 from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
@@ -49,8 +50,8 @@ def smallest(store: Store) -> int:
 
 def weights_of(store: Store, plan: ResidencyPlan, reader: Reader | None = None) -> Weights:
     if not plan.streams:
-        return Weights(store, plan, MappedUnits(store, plan))
-    return Weights(store, plan, DiskUnits(store, plan, reader or FileReader(False, 1e9)))
+        return Weights(store, plan, CpuUnits(HostUnits(store, plan)))
+    return Weights(store, plan, CpuUnits(HostUnits(store, plan, reader or FileReader(False, 1e9))))
 
 
 def never() -> bool:
@@ -100,6 +101,7 @@ def assert_pass_is_right(stream: Weights, store: Store, then_head: bool = True) 
 
 
 def reader_threads() -> list[threading.Thread]:
+    """The rings'; those of units that stay end by themselves, or with the stream."""
     return [thread for thread in threading.enumerate() if thread.name == "moss-jt reader"]
 
 
@@ -203,13 +205,16 @@ def test_a_read_error_stops_the_pass_and_the_next_one_works() -> None:
     assert not reader_threads()
 
 
-def test_an_error_while_resident_weights_are_read_leaves_nothing_open() -> None:
+def test_an_error_of_resident_weights_comes_with_the_pass_and_leaves_nothing_open() -> None:
     store = open_store(random_folder(SMALL))
     half = plans(store)[1]
     first = next(unit.index for unit in half.units if unit.resident)
     before = set(os.listdir("/proc/self/fd"))
+    stream = weights_of(store, half, FailingReader(f"block-{first:02d}.safetensors", 1))
     with pytest.raises(MossError, match="Input/output error"):
-        weights_of(store, half, FailingReader(f"block-{first:02d}.safetensors", 1))
+        assert_pass_is_right(stream, store)
+    assert_pass_is_right(stream, store)
+    stream.close()
     assert set(os.listdir("/proc/self/fd")) == before and not reader_threads()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.backend.toolkit import composed
+from moss_jt.kernels.cuda.cublas import multiply
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import FEW_TOKENS
@@ -482,13 +483,15 @@ def time_elementwise(on: SimpleNamespace, kernels: Launchers, times: Times) -> N
 
 
 def time_cublas(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
-    for t in (24, 256, 1024):
-        for name in ("qkv", "fc_in"):
-            n, k = MATRICES[name]
-            weight = pool(on.cupy, 2 * n * k, "weights").view(np.float16).reshape(n, k)
-            x = on.dev(normal((t, k)))
-            seconds = times.median(lambda _, x=x, weight=weight: kernels.dense(x, weight, whole=True), 10)
+    for name, (n, k) in MATRICES.items():
+        weight = pool(on.cupy, 2 * n * k, "weights").view(np.float16).reshape(n, k)
+        for t in (64, 512, 1024):
+            x, narrow, out = on.dev(normal((t, k))), on.dev(half((t, k))), on.cupy.empty((t, n), np.float32)
+            seconds = times.median(lambda _, a=(narrow, weight, out): multiply(on.cupy, *a), 10)
             times.rate(f"cuBLAS {name} T={t}", seconds, 2.0 * t * n * k)
+            seconds = times.median(lambda _, a=(x, weight): kernels.dense(*a, whole=True), 10)
+            times.rate(f"whole pages {name} T={t}", seconds, 2.0 * t * n * k)
+        print(f"{name}: a page's bits are the same among {kernels.pages.sizes[n, k]} rows")
     n, k = MATRICES["fc_in"]
     scales, zeros = quantization(on, n, k)
     for bits in (8, 4):

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "lost_file.h"
 #include "packed.h"
+#include "python_lock.h"
 
 namespace moss {
 

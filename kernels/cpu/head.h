@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "python_lock.h"
 
 namespace moss {
 

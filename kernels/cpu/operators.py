@@ -9,7 +9,15 @@ from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
-from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
+from moss_jt.kernels.interface import (
+    BlockWeights,
+    DenseMatrix,
+    Matrix,
+    Operators,
+    PackedMatrix,
+    Places,
+    Var,
+)
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
@@ -27,6 +35,7 @@ head.workspace = (float*)out1_p;
 head.rows = in0_shape0;
 head.whole = (int64_t)data["whole"];
 head.epsilon = (float)data["epsilon"];
+const moss::Unlocked unlocked(data["others_run"] != 0);
 moss::run_head(head);
 """
 
@@ -53,6 +62,7 @@ block.head_dim = in8_shape3;
 block.pairs = in5_shape2;
 block.epsilon = (float)data["epsilon"];
 MATRICES
+const moss::Unlocked unlocked(data["others_run"] != 0);
 moss::run_block(block);
 """
 
@@ -109,6 +119,9 @@ class CpuOperators:
         simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
             or what MOSS_JT_SIMD says.
 
+    others_run  other threads may run Python while an operation computes, as a server's must; to be set where one thread alone
+                uses Jittor
+
     Raises:
         ValueError: head_dim is odd, or this machine does not have ``simd``.
     """
@@ -117,6 +130,7 @@ class CpuOperators:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
         self.config = config
+        self.others_run = False
         self.simd = chosen_simd() if simd is None else simd
         if self.simd not in available_simd():
             raise ValueError(f"simd {simd!r} is not among {available_simd()}")
@@ -144,7 +158,9 @@ class CpuOperators:
             check_shape(name, var, shape)
             check_dtype(name, var, "float16")
         inputs = [h, norm_weight, norm_bias, weight, bias]
-        data = {"epsilon": self.config.layer_norm_epsilon, "whole": whole}
+        data = {
+            "epsilon": self.config.layer_norm_epsilon, "whole": whole, "others_run": int(self.others_run)
+        }  # fmt: skip
         shapes = [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)]
         return run(self.simd, "head.h", HEAD, shapes, inputs, data)[0]
 
@@ -158,7 +174,9 @@ class CpuOperators:
         inputs = [
             h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *checked.matrices
         ]  # fmt: skip
-        data = {"layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon}
+        data = {
+            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "others_run": int(self.others_run)
+        }  # fmt: skip
         positions = min(keys.shape[1], config.n_positions)
         floats = self._workspace(checked, tokens, tokens - places.whole, positions)
         shapes = [(tokens, config.n_embd), (floats,)]
@@ -186,3 +204,9 @@ class CpuOperators:
             return [matrix.weight]
         order = self.no_order if matrix.input_order is None else matrix.input_order
         return [matrix.packed, matrix.scales, matrix.zeros, order]
+
+
+def let_others_run(operators: Operators) -> None:
+    """See ``others_run``; without effect where another processor computes."""
+    if isinstance(operators, CpuOperators):
+        operators.others_run = True

@@ -11,9 +11,9 @@ namespace moss {
 
 // Of a product at once: tokens, and rows of a matrix that are widened for its transpose. Queries of one head at once.
 constexpr int64_t kTrainTokens = MOSS_TRAIN_TOKENS, kBackRows = MOSS_BACK_ROWS, kQueries = MOSS_QUERIES;
-// Tiles of a product of float32 matrices; where there are fewer than kFewProducts, tiles of a sixteenth: a gradient of a small
+// Tiles of a product of float32 matrices; where there are fewer than kFewTiles, tiles of a sixteenth: a gradient of a small
 // model's matrix is small, and many tokens deep.
-constexpr int64_t kProductRows = MOSS_PRODUCT_ROWS, kProductColumns = MOSS_PRODUCT_COLUMNS, kFewProducts = MOSS_FEW_PRODUCTS;
+constexpr int64_t kProductRows = MOSS_TRAIN_ROWS, kProductColumns = MOSS_TRAIN_COLUMNS, kFewTiles = MOSS_FEW_TILES;
 
 // Columns of a matrix that one task takes of its transpose's product: small matrices give every thread something.
 inline int64_t back_inputs(int64_t k) { return k <= 1024 ? 128 : kTileRows * kTileInputs / kBackRows; }
@@ -87,7 +87,7 @@ inline void train_product_back(const M& m, const float* g, int64_t tokens, float
 // result (m, n) = plus (m, n, or nullptr for none) + alpha a (m, k) b (k, n), each perhaps given as its transpose.
 inline void train_multiply(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a, const float* b,
                            const float* plus, float* result) {
-    const int64_t part = chunks(m, kProductRows) * chunks(n, kProductColumns) < kFewProducts ? 4 : 1;
+    const int64_t part = chunks(m, kProductRows) * chunks(n, kProductColumns) < kFewTiles ? 4 : 1;
     const int64_t size_m = kProductRows / part, size_n = kProductColumns / part;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t i = 0; i < m; i += size_m)

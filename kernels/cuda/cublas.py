@@ -1,12 +1,19 @@
 """cuBLAS for long prompts: float16 in, float32 sums and results, on tensor cores where the card has them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.needs import PRODUCT_ROWS
+
 Array = Any  # cupy.ndarray
 
 FLOAT32, FLOAT16 = 0, 2  # cudaDataType
+# Rows and columns of a result that a multiprocessor works on at once, in cuBLAS's usual kernels.
+TILE = 128
+SIZES = range(PAGE, PRODUCT_ROWS + 1, PAGE)
 ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 
@@ -40,3 +47,72 @@ def multiply(cupy: Any, x: Array, weight: Array, out: Array) -> None:
         blas.CUBLAS_COMPUTE_32F,
         blas.CUBLAS_GEMM_DEFAULT,
     )
+
+
+class PageProducts:
+    """Products with whole pages of tokens, many in a call: a page's rows get the same bits alone and among any others.
+
+    cuBLAS adds in another order where it chooses another kernel, by the number of rows, so the bits of one number are the
+    reference: of as many rows as give every multiprocessor of the card a tile of the narrowest product. Which other numbers give
+    them too, at every page, is tried on each card, once for each shape. What is left of a pass goes into the smallest of these
+    that holds it, with rows of nothing. Where not even the reference gives all its pages the same, a page is multiplied alone.
+
+    sizes  the numbers of rows that are alike, by the weight's shape
+    """
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self.sizes: dict[tuple[int, ...], list[int]] = {}
+
+    def multiply(self, x: Array, weight: Array, out: Array) -> None:
+        """As :func:`multiply`; x of whole pages."""
+        if weight.shape not in self.sizes:
+            self.sizes[weight.shape] = self._alike(weight)
+        first = 0
+        for size in _dealt(x.shape[0], self.sizes[weight.shape]):
+            some, result = x[first : first + size], out[first : first + size]
+            if some.shape[0] == size:
+                multiply(self._cupy, some, weight, result)
+            else:
+                padded = self._cupy.empty((size, x.shape[1]), np.float16)
+                padded[: some.shape[0]] = some
+                result[...] = self._product(padded, weight)[: some.shape[0]]
+            first += size
+
+    def _product(self, x: Array, weight: Array) -> Array:
+        out = self._cupy.empty((x.shape[0], weight.shape[0]), np.float32)
+        multiply(self._cupy, x, weight, out)
+        return out
+
+    def _alike(self, weight: Array) -> list[int]:
+        """Numbers of rows whose products give a page, wherever it lies among them, the reference's bits."""
+        page = np.random.default_rng(0).standard_normal((PAGE, weight.shape[1])).astype(np.float16)
+        bits = {}
+        for size in SIZES:
+            x = self._cupy.asarray(np.tile(page, (size // PAGE, 1)))
+            pages = (
+                self._cupy.asnumpy(self._product(x, weight))
+                .view(np.uint32)
+                .reshape(-1, PAGE * weight.shape[0])
+            )
+            if (pages == pages[0]).all():
+                bits[size] = pages[0].copy()
+        runtime = self._cupy.cuda.runtime
+        processors = runtime.getDeviceProperties(runtime.getDevice())["multiProcessorCount"]
+        most = rows_that_fill(processors, min(weight.shape))
+        reference = bits[max(size for size in bits if size <= most)]
+        return [size for size, page_bits in bits.items() if np.array_equal(page_bits, reference)]
+
+
+def rows_that_fill(processors: int, outputs: int) -> int:
+    """The fewest rows, of those that cuBLAS has kernels for, with a tile for each multiprocessor."""
+    tiles = -(-outputs // TILE)
+    return next((rows for rows in (TILE, 2 * TILE) if rows // TILE * tiles >= processors), PRODUCT_ROWS)
+
+
+def _dealt(rows: int, sizes: list[int]) -> Iterator[int]:
+    """So many rows in products of such sizes, ascending; the last may be larger than what is left."""
+    while rows > 0:
+        size = next((size for size in sizes if size >= rows), sizes[-1])
+        yield size
+        rows -= size

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.kernels.cuda.cublas import Array, multiply
+from moss_jt.kernels.cuda.cublas import Array, PageProducts, multiply
 from moss_jt.kernels.interface import PAGE
 
 WARP = 32
@@ -123,6 +123,7 @@ class Launchers:
 
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
+        self.pages = PageProducts(cupy)
         self._modules: dict[str, Any] = {}
         self._functions: dict[tuple[str, str], Any] = {}
 
@@ -244,14 +245,21 @@ class Launchers:
         """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed.
 
         Args:
-            whole: the tokens are whole pages, and go through cuBLAS page by page, since its sums may depend on how many rows
-                it has; otherwise a token gets the same bits among any others.
+            whole: the tokens are whole pages, and go through cuBLAS; otherwise our own kernels. Either way a token gets the same
+                bits among any others.
         """
         return self._multiply(
             products,
             whole,
             lambda product, parts: self.cupy.empty((parts, product.x.shape[0], product.outputs), np.float32),
         )
+
+    def page_by_page(self, x: Array, weight: Array) -> Array:
+        """x (T, K) of whole pages times weight (N, K) float16 -> (T, N). Each alone: N is large, and rows of nothing would cost."""
+        out = self.cupy.empty((x.shape[0], weight.shape[0]), np.float32)
+        for first in range(0, x.shape[0], PAGE):
+            multiply(self.cupy, x[first : first + PAGE], weight, out[first : first + PAGE])
+        return out
 
     def sum_of_products(self, products: Sequence[Product], whole: bool = False) -> Array:
         """The same for two whose results are added: (parts, T, N) float32, with the parts of both."""
@@ -278,8 +286,7 @@ class Launchers:
             weight = self.dequantize(weight, product.scales, product.zeros, product.bits)
         if product.order is not None:
             x = self.gather_inputs(x, product.order)
-        for first in range(0, x.shape[0], PAGE):
-            multiply(self.cupy, x[first : first + PAGE], weight, out[0][first : first + PAGE])
+        self.pages.multiply(x, weight, out[0])
         return out
 
     def _by_rows(

@@ -46,9 +46,10 @@ class CudaOperators:
     @property
     def level(self) -> str:
         """What decides the last bits of a result, beside this package's sources."""
-        cupy = self.kernels.cupy
-        card = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["name"]
-        return f"cuda {card!r} {cupy.cuda.runtime.runtimeGetVersion()} {cupy.__version__}"
+        cupy, cuda = self.kernels.cupy, self.kernels.cupy.cuda
+        card = cuda.runtime.getDeviceProperties(cuda.runtime.getDevice())["name"]
+        cublas = cuda.cublas.getVersion(cuda.device.get_cublas_handle())
+        return f"cuda {card!r} {cuda.runtime.runtimeGetVersion()} {cublas} {cupy.__version__}"
 
     def free(self) -> None:
         """Give back to the card what CuPy keeps of the memory of intermediate results."""
@@ -87,8 +88,12 @@ class CudaOperators:
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             for some, pages in _ways(tokens, whole):
                 normed = kernels.layer_norm(a[0][some], a[1], a[2], self.config.layer_norm_epsilon)
-                product = Product(normed, _at(a[3], weight))
-                kernels.add_bias(kernels.products([product], pages)[0], a[4], out[some])
+                matrix = _at(a[3], weight)
+                if pages:
+                    product = kernels.page_by_page(normed, matrix)
+                else:
+                    (product,) = kernels.products([Product(normed, matrix)])
+                kernels.add_bias(product, a[4], out[some])
 
         inputs = [h, norm_weight, norm_bias, weight.memory, bias]
         if whole or tokens > FEW_TOKENS:

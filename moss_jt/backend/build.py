@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.backend.home import cache_folder, environment, home_kept, log_path
+from moss_jt.backend.joint_compilation import files_done, start_anew
 from moss_jt.backend.read_only import is_writable, writes_led_aside
-from moss_jt.backend.units import files_done, start_anew
 from moss_jt.errors import MossError
 
 OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means something
@@ -35,8 +35,8 @@ import ctypes, pathlib, sys
 import jittor_utils.install_cuda
 jittor_utils.install_cuda.has_installation = bool
 if sys.argv[2] == "units":
-    import moss_jt.backend.units
-    moss_jt.backend.units.install(jittor_utils)
+    import moss_jt.backend.joint_compilation
+    moss_jt.backend.joint_compilation.install(jittor_utils)
 for name in sys.argv[3].split(","):
     sys.modules[name] = None
 for library in sys.argv[4:]:

@@ -7,6 +7,7 @@ must make the same choice.
 import os
 import re
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Literal, cast
 
@@ -23,6 +24,7 @@ MANAGED_SWITCH = "use_cuda_managed_allocator"  # and this one when it starts
 CARDS_SWITCH = "CUDA_VISIBLE_DEVICES"  # CUDA reads it when it starts
 
 _process: int | None = None  # the one that Jittor was started in
+_meanwhile: list[Callable[[], None]] = []
 
 
 def parse_device(text: str) -> tuple[Device, int]:
@@ -87,6 +89,21 @@ def note_process() -> None:
     """Jittor starts in this process."""
     global _process
     _process = os.getpid()
+
+
+def while_jittor_starts(begin: Callable[[], None]) -> None:
+    """Have something begun that goes on in a thread while Jittor is imported, but not while compilers need the memory; or now,
+    where Jittor runs already."""
+    if "moss_jt.backend.jittor" in sys.modules:
+        begin()
+    else:
+        _meanwhile[:] = [begin]  # what a load that failed wanted is of no use
+
+
+def begin_meanwhile() -> None:
+    """Jittor is compiled, and will now be imported."""
+    while _meanwhile:
+        _meanwhile.pop()()
 
 
 def check_process() -> None:

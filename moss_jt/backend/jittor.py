@@ -11,7 +11,7 @@ from typing import Any
 
 from moss_jt.backend.build import check_compiler, end_pool, ensure_built, quiet_output
 from moss_jt.backend.cards import Card, refreshed
-from moss_jt.backend.device import chosen_card, chosen_device, note_process, swaps
+from moss_jt.backend.device import begin_meanwhile, chosen_card, chosen_device, note_process, swaps
 from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
 from moss_jt.backend.kept_signals import keep_signals
@@ -118,6 +118,7 @@ def prepare() -> int:
 def _start() -> tuple[Any, int]:
     """Jittor, and what :func:`prepare` returns."""
     card_free_bytes = prepare()
+    begin_meanwhile()
     hidden = [name for name in HIDDEN[chosen_device()] if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -13,17 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from moss_jt.chat.prompt import (
-    MOSS,
-    PromptEncoder,
-    Segment,
-    field,
-    meta_instruction,
-    neutral,
-    no_plugins,
-    opening,
-    question,
-)
+from moss_jt.chat.messages import ROLES, Message, conversation_of
+from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.tokenizer import Tokenizer
@@ -58,7 +49,6 @@ IGNORED = (
 )  # fmt: skip
 # Of a line of results: the answer to a line of prompts, its error, an error of a line that was changed since, or none of it.
 Standing = Literal["answer", "error", "old error", "foreign"]
-ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -168,41 +158,21 @@ def _prompt(prompt: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def _messages(messages: Any, tokenizer: Tokenizer) -> list[int]:
-    """A conversation without plugins, up to where MOSS writes; what the system says stands after the meta instruction."""
+    """A conversation without plugins, up to where MOSS writes."""
     if not isinstance(messages, list) or not messages:
         raise MossError("messages must be a list of objects with a role and a content.")
-    turns = [_message(message) for message in messages]
-    system = [
-        Segment(f"{neutral(text)}\n", foreign=True) for role, text in turns if role in ("system", "developer")
-    ]
-    segments = [Segment(meta_instruction()), *system]
-    spoken = [(role, text) for role, text in turns if role in ("user", "assistant")]
-    if not spoken or spoken[-1][0] != "user":
-        raise MossError("the last message must be the user's.")
-    expected = "user"
-    for role, text in spoken:
-        if role != expected:
-            raise MossError(f"after {_other(role)} comes {expected}: the user and the assistant take turns.")
-        if role == "user":
-            segments += [*question(text), *no_plugins()]
-        else:
-            segments += field(MOSS, neutral(text))
-        expected = _other(role)
-    return PromptEncoder(tokenizer).encode([*segments, *opening(MOSS)])
+    conversation = conversation_of([_message(message) for message in messages])
+    return PromptEncoder(tokenizer).encode(conversation.segments())
 
 
-def _other(role: str) -> str:
-    return "assistant" if role == "user" else "user"
-
-
-def _message(message: Any) -> tuple[str, str]:
+def _message(message: Any) -> Message:
     role = message.get("role") if isinstance(message, dict) else None
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if role not in ROLES or not isinstance(content, str):
         raise MossError(f"a message has a role ({', '.join(ROLES)}) and a content that is text.")
-    return str(role), content
+    return Message(str(role), content)
 
 
 def custom_id_of(line: str) -> str | None:

@@ -37,6 +37,9 @@ class ChatModel(Protocol):
 
     def watch(self, watcher: Watcher | None) -> None: ...
 
+    @property
+    def loaded(self) -> float: ...
+
 
 class Keeper(Protocol):
     """moss_jt.chat.keeping.Keeping."""
@@ -153,6 +156,11 @@ class Chat:
     def watch(self, watcher: Watcher | None) -> None:
         """Have a function called, block after block, while the model reads several tokens; None ends that."""
         self._moss.watch(watcher)
+
+    @property
+    def loaded(self) -> float:
+        """The share of the weights that stay in memory that is there: reading the first text waits for them."""
+        return self._moss.loaded
 
     @property
     def sources(self) -> dict[int, Source]:

@@ -1,15 +1,14 @@
 """A chat whose conversation is kept on disk, turn by turn: the one that runs, under a name that it may be given."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.finished_turn import FinishedTurn
-from moss_jt.chat.saved import PLUGIN_SETTINGS, About, Conversation, Conversations, OpenConversation
+from moss_jt.chat.saved import PLUGIN_SETTINGS, About, Conversations, OpenConversation
 from moss_jt.engine.generate import check_count
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
-from moss_jt.plugins.interface import Plugin
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
@@ -95,20 +94,6 @@ def about_chat(chat: Chat, model: str = "") -> About:
         {name: str(value) for name, value in settings.items() if value is not None},
         model,
     )
-
-
-def resume(chat: Chat, held: Conversation, plugins: Iterable[str | Plugin] | None = None) -> int:
-    """Have the chat go on with a conversation, with its instruction, its settings and its plugins, or with these.
-
-    Returns:
-        how many of its oldest turns the model does not have before it.
-
-    Raises:
-        MossError: a plugin cannot be switched on, or the context has no room for the instruction; the chat is as before then.
-    """
-    chat.begin_with(held.about.plugins if plugins is None else plugins, held.about.system)
-    chat.params, chat.max_new_tokens = sampling_of(held.about.sampling, chat.params, chat.max_new_tokens)
-    return chat.resume(held.turns)
 
 
 def sampling_of(

@@ -11,6 +11,7 @@ from moss_jt.chat.prompt import (
     instruction,
     neutral,
     no_plugins,
+    opening,
     question,
 )
 from moss_jt.errors import MossError
@@ -42,8 +43,15 @@ class Conversation:
         own = [Segment(f"{neutral(self.system)}\n", foreign=True)] if self.system else []
         return [*instruction(plugins, system), *own]
 
+    def segments(self, plugins: Sequence[Switch] = (), system: str | None = None) -> list[Segment]:
+        """The conversation up to where MOSS begins to answer without plugins."""
+        turns = [segment for turn in self.turns for segment in turn_segments(*turn)]
+        return [
+            *self.instruction(plugins, system), *turns, *question(self.message), *no_plugins(), *opening(MOSS)
+        ]  # fmt: skip
 
-def turn_pieces(message: str, answer: str) -> list[Segment]:
+
+def turn_segments(message: str, answer: str) -> list[Segment]:
     """A turn that is over, of which nothing but question and answer is known."""
     return [*question(message), *no_plugins(), *field(MOSS, neutral(answer))]
 

@@ -339,6 +339,7 @@ class OpenConversation:
                 os.ftruncate(self._descriptor, self._size)
             raise
         self._size += len(data)
+        _make_newest(self._descriptor, self.path.parent)
 
     def _replace(self, about: About, turns: Sequence[FinishedTurn]) -> None:
         descriptor = _create(self.path, about, turns)
@@ -380,12 +381,24 @@ def _create(path: Path, about: About, turns: Sequence[FinishedTurn]) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _write_all(descriptor, b"".join([about_line(path.stem, about), *reversed(lines)]), 0)
+        _make_newest(descriptor, path.parent)
         rename(fresh, path)
     except BaseException:
         os.close(descriptor)
         fresh.unlink(missing_ok=True)
         raise
     return descriptor
+
+
+def _make_newest(descriptor: int, folder: Path) -> None:
+    """Date a file after all others of its folder: which were used last is known by that, also where a clock was set back."""
+    own, latest = os.fstat(descriptor), 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # it may have gone meanwhile
+            if entry.inode() != own.st_ino:
+                latest = max(latest, entry.stat(follow_symlinks=False).st_mtime_ns)
+    if latest >= own.st_mtime_ns:
+        os.utime(descriptor, ns=(latest + 1, latest + 1))
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

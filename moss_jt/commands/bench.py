@@ -35,10 +35,21 @@ if TYPE_CHECKING:
     metavar="NUMBERS",
     help="Also measure so many conversations at once, each as long as the longest of --contexts: 1,4,16.",
 )
+@click.option(
+    "--turns",
+    is_flag=True,
+    help="Also measure the wait for the first word of a first turn, a second one, and one with three search results.",
+)
 @memory_options
 @draft_model_option
 def command(
-    model: str | None, contexts: str, new_tokens: int, repeats: int, parallel: str | None, **options: Any
+    model: str | None,
+    contexts: str,
+    new_tokens: int,
+    repeats: int,
+    parallel: str | None,
+    turns: bool,
+    **options: Any,
 ) -> None:
     """Measure MODEL's speed beside what this machine allows: reading memory, multiplying matrices, reading the disk.
 
@@ -55,6 +66,7 @@ def command(
     store = open_store(model_folder(model))
     with loaded(model, options) as moss:
         from moss_jt.measure.bench import draft_fields, draft_line, measure, prompt_ids, report
+        from moss_jt.measure.first_words import first_words, line_of
         from moss_jt.measure.side_by_side import measure_together, report_together
 
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
@@ -68,6 +80,7 @@ def command(
             prompt = prompt_ids(max(lengths), moss.config.vocab_size)
             answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0).finish()
             drafts = draft_fields(answer.stats)
+        words = list(first_words(moss.session(), moss.config.vocab_size)) if turns else []
         peak = peak_memory_bytes()
         plan = moss.plan
     tokens = min(max(lengths), plan.pass_tokens)
@@ -81,6 +94,9 @@ def command(
     if drafts is not None and plan.copy is not None:
         screen.line(f"\n{draft_line(f'an {BITS_NAMES[plan.copy.bits]} copy', drafts)}")
         summary["drafts"] = drafts
+    if words:
+        screen.line("\n" + "\n".join(line_of(word) for word in words))
+        summary["first_words"] = [word._asdict() for word in words]
     if together:
         table, summary["parallel"] = report_together(together, plan, limits, speed)
         screen.line(f"\n{table}")

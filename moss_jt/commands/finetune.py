@@ -14,6 +14,7 @@ from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.named import model_folder
 from moss_jt.convert.pipeline import recipe_for
+from moss_jt.errors import MossError
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.screen import Screen
@@ -116,6 +117,7 @@ SAID_TOKENS = 40
     metavar="AMOUNT",
     help="RAM for the whole process: 8GiB, 80%.  [default: what is free]",
 )
+@click.option("--gpu", is_flag=True, hidden=True)
 def command(
     model: str,
     data: Path,
@@ -138,6 +140,7 @@ def command(
     mask: Mask,
     seed: int,
     memory: str | None,
+    gpu: bool,
 ) -> None:
     """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is. Or all of a small MODEL
     learns, with --full.
@@ -152,6 +155,11 @@ def command(
     moss-jt finetune moss-tiny dialogues.jsonl --full --out my-tiny
     """
     check_options(full, optimizer)
+    if gpu:
+        raise MossError(
+            "training computes on the processor only. Leave --gpu away; --memory bounds the RAM that it takes. What was "
+            "learned runs with --gpu, once moss-jt merge has made it part of the model."
+        )
     screen = Screen()
     store = open_store(model_folder(model))
     out = Path(f"{store.path.name}-{'full' if full else 'adapter'}") if out is None else out

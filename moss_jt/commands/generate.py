@@ -2,10 +2,12 @@
 
 import re
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from moss_jt.chat.language import Language
 from moss_jt.commands.options import (
     loaded,
     loading_options,
@@ -14,8 +16,14 @@ from moss_jt.commands.options import (
     sampling_arguments,
     sampling_options,
 )
+from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.generate import Generation
 from moss_jt.terminal.output import json_text, pass_on
+from moss_jt.terminal.screen import Screen
+from moss_jt.terminal.turn_view import ReadingProgress
+
+if TYPE_CHECKING:
+    from moss_jt.moss import Moss
 
 
 @click.command()
@@ -73,10 +81,34 @@ def command(
             stop=[unescaped(one) for one in stop],
             **sampling_arguments(options),
         )
+        progress = ReadingProgress(screen := Screen(sys.stderr), Asked(moss, generation))
+        progress.begin()
         for piece in generation:
+            progress.end()
+            screen.end_wait()
             if not as_json:
                 pass_on(piece)
     pass_on((json_text(summary(generation)) if as_json else "") + "\n")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A text that is continued, as moss_jt.terminal.turn_view.Reading."""
+
+    moss: "Moss"
+    generation: Generation
+    language: Language = "en"
+
+    @property
+    def unread(self) -> int:
+        return self.generation.unread
+
+    @property
+    def loaded(self) -> float:
+        return self.moss.loaded
+
+    def watch(self, watcher: Watcher | None) -> None:
+        self.moss.watch(watcher)
 
 
 def unescaped(text: str) -> str:

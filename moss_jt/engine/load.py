@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moss_jt.backend.device import Offload
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
@@ -14,7 +13,8 @@ from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.cpu_units import open_copy_weights, open_weights
+from moss_jt.weights.cpu_units import CpuUnits, open_copy_weights
+from moss_jt.weights.host_units import HostUnits
 from moss_jt.weights.swap import SwappedTensors, swap_errors, swap_folder
 from moss_jt.weights.weights import Weights
 
@@ -29,12 +29,11 @@ class SwappedModel(Model):
             return super().forward_many(runs, wanted)
 
 
-def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) -> Model:
+def load_model(store: Store, plan: ResidencyPlan, host: HostUnits | None) -> Model:
     """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
-        home: the folder where the disk's speed is remembered.
-        offload: what Jittor was started for, see moss_jt.backend.device.
+        host: holds the weights, and is closed with the model; None where Jittor swaps them.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
@@ -42,19 +41,23 @@ def load_model(store: Store, plan: ResidencyPlan, home: Path, offload: Offload) 
     warm_up(store.bits)
     operators, cache = CpuOperators(store.config), KVCache(store.config, cache_positions(plan))
     limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
-    if offload == "swap":
+    if host is None:
         swapped = Weights(store, plan, SwappedTensors(store, plan))
         return SwappedModel(store.config, operators, swapped, cache, *limits)
-    return Model(store.config, operators, open_weights(store, plan, home), cache, *limits)
+    return Model(store.config, operators, Weights(store, plan, CpuUnits(host)), cache, *limits)
 
 
-def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Model:
+def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path, host: HostUnits) -> Model:
     """The copy that drafts for a model on the CPU, over its cache and with its operators; close it first.
+
+    Args:
+        home: the folder where the disk's speed is remembered.
+        host: holds the model's weights, which are read first.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     warm_up(store.bits)
     assert isinstance(model.weights, Weights)
-    weights = open_copy_weights(store, plan, home, model.weights)
+    weights = open_copy_weights(store, plan, home, model.weights, host)
     return model.with_weights(weights)

@@ -38,9 +38,9 @@ def _logprob(row: np.ndarray, token: int, top: int) -> Logprob:
     best = row.max()
     total = float(np.exp(row - best).sum(dtype=np.float64))
     shift = float(best) + float(np.log(total))
-    likeliest = (
-        np.flatnonzero(row >= np.partition(row, -top)[-top]) if 0 < top < len(row) else np.arange(len(row))
-    )
+    likeliest = np.arange(len(row) if top else 0)
+    if 0 < top < len(row):
+        likeliest = np.flatnonzero(row >= np.partition(row, -top)[-top])
     likeliest = likeliest[np.argsort(-row[likeliest], kind="stable")][:top]
     return Logprob(
         token, float(row[token]) - shift, tuple((int(one), float(row[one]) - shift) for one in likeliest)

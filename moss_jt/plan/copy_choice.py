@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moss_jt.errors import MossError
 from moss_jt.plan.report import Speeds
-from moss_jt.plan.residency import BITS_NAMES, ResidencyPlan, TooLittleError
+from moss_jt.plan.residency import ResidencyPlan, TooLittleError
 from moss_jt.store.copies import open_copy
 from moss_jt.store.model_folder import Store
 
@@ -60,8 +60,3 @@ def _smaller_context(path: Path, error: TooLittleError) -> str:
     if not error.context:
         return ""
     return f"{path.name} would draft for this model, several times as fast, with --context {error.context}."
-
-
-def copy_name(copy: Store) -> str:
-    """As people read it."""
-    return f"{copy.path.name} ({BITS_NAMES[copy.bits]})"

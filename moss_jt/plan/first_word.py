@@ -15,38 +15,40 @@ INTEGER_GAIN = 2
 
 @dataclass(frozen=True)
 class FirstWord:
-    """Seconds until the weights that stay are loaded, and then until the prompt is read."""
+    """Seconds that it takes to load the weights that stay, and to read the prompt; and until both are done."""
 
     tokens: int
     load_s: float
     read_s: float
+    seconds: float
     products: Speed
-
-    @property
-    def seconds(self) -> float:
-        return self.load_s + self.read_s
 
     def __str__(self) -> str:
         speed = f"{self.products.bytes_per_s / GFLOP:.0f} GFLOP/s {self.products.source}"
+        meanwhile = "meanwhile " if self.seconds < self.load_s + self.read_s else ""
         return (
             f"The first word is expected after about {duration(self.seconds)}: {duration(self.load_s)} to load the weights, "
-            f"{duration(self.read_s)} to read {self.tokens} tokens of instruction and question ({speed})."
+            f"{meanwhile}{duration(self.read_s)} to read {self.tokens} tokens of instruction and question ({speed})."
         )
 
 
 def first_word(plan: ResidencyPlan, disk_bytes_per_s: float, products: Speed) -> FirstWord:
     """What to expect on a machine that multiplies matrices at that speed (``products``, in FLOP per second).
 
-    Resident weights are loaded from the disk; then the prompt is read in passes, each of which streams the other weights while it
-    computes.
+    Resident weights are loaded from the disk, and the prompt is read in passes, each of which streams the other weights while it
+    computes: at once on the CPU, one after the other on a GPU.
     """
     tokens = min(PROMPT_TOKENS, plan.context)
     passes = -(-tokens // plan.pass_tokens)
     streamed = passes * plan.disk_bytes_per_pass / disk_bytes_per_s
-    loaded = (plan.weight_bytes_per_pass - plan.disk_bytes_per_pass + plan.copy_bytes) / disk_bytes_per_s
-    gain = INTEGER_GAIN if plan.sizes.bits < 16 and plan.host_budget_bytes is None else 1
+    resident = plan.weight_bytes_per_pass - plan.disk_bytes_per_pass
+    loaded = (resident + plan.copy_bytes) / disk_bytes_per_s
+    on_cpu = plan.host_budget_bytes is None
+    gain = INTEGER_GAIN if plan.sizes.bits < 16 and on_cpu else 1
     computed = floating_point_operations(plan, tokens) / products.bytes_per_s / gain
-    return FirstWord(tokens, loaded, max(streamed, computed), products)
+    read = max(streamed, computed)
+    together = max(streamed + resident / disk_bytes_per_s, computed) if on_cpu else loaded + read
+    return FirstWord(tokens, loaded, read, together, products)
 
 
 def floating_point_operations(plan: ResidencyPlan, tokens: int) -> int:

@@ -365,6 +365,37 @@ def in_slabs(plan: ResidencyPlan) -> ResidencyPlan:
     return replace(plan, units=(*blocks, *slabs))
 
 
+def residents_from(plan: ResidencyPlan, first: int) -> ResidencyPlan:
+    """The same with as many residents as before or fewer bytes of them, of the head and the blocks from ``first`` on as far as
+    these go: the blocks before are not always wanted.
+    """
+    if not plan.streams:
+        return plan
+    left = plan.budget_bytes - plan.peak_bytes + plan.bytes_on("device")
+    often = [i for i, unit in enumerate(plan.units) if unit.kind == "head" or unit.index >= first]
+    seldom = [i for i in range(len(plan.units)) if i not in set(often)]
+    resident: set[int] = set()
+    for group in (often, seldom):
+        chosen = _most(plan.units, group, left)
+        resident |= chosen
+        left -= sum(plan.units[i].n_bytes for i in chosen)
+        if len(chosen) < len(group):
+            break
+    units = tuple(
+        replace(unit, tier="device" if i in resident else "disk") for i, unit in enumerate(plan.units)
+    )
+    return replace(plan, units=units)
+
+
+def _most(units: Sequence[Unit], group: Sequence[int], n_bytes: int) -> set[int]:
+    """As many of a group as have room, evenly spread."""
+    for count in range(len(group), 0, -1):
+        chosen = {group[i] for i in spread(count, len(group))}
+        if sum(units[i].n_bytes for i in chosen) <= n_bytes:
+            return chosen
+    return set()
+
+
 def _on_device(units: Sequence[Unit], streamed: set[int]) -> tuple[Unit, ...]:
     return tuple(unit if i in streamed else replace(unit, tier="device") for i, unit in enumerate(units))
 

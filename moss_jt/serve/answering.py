@@ -154,10 +154,10 @@ class Answers:
                 self._running.discard(answering)
                 answering.end(answering.error)
 
-        for part in parts:
-            threading.Thread(target=write, args=(part,), name="moss-jt answer", daemon=True).start()
         if name is not None:
             self._keep(name, answering)
+        for part in parts:
+            threading.Thread(target=write, args=(part,), name="moss-jt answer", daemon=True).start()
         return answering
 
     def _keep(self, name: str, answering: Answering) -> None:

@@ -11,10 +11,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from moss_jt.chat.field_reader import MARKERS
-from moss_jt.chat.messages import Conversation, Message, conversation_of, turn_pieces
-from moss_jt.chat.prompt import MOSS, PromptEncoder, no_plugins, opening, question
+from moss_jt.chat.messages import Message, conversation_of
+from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
-from moss_jt.plugins.interface import Plugin
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, bad_value
 from moss_jt.serve.events import Extra, Finished, Thinking, Token, Usage, Words
@@ -66,7 +65,7 @@ def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering],
             )
         plugins = []  # nobody asked for them
     system = service.settings.system
-    token_ids = prompt_tokens(encoder, conversation, plugins, system)
+    token_ids = encoder.encode(conversation.segments(plugins, system))
     free = service.check_length(len(token_ids))
     params = service.params(asked)
     most = min(asked.max_completion_tokens or asked.max_tokens or free, free)
@@ -79,16 +78,6 @@ def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering],
     stop_ids = encoder.special | moss.stop_ids
     wanted = Wanted(token_ids, params, most, stop_ids, [*stops, *MARKERS], None, logprobs, lead=True)
     return [partial(write_plain, moss, wanted, choice) for choice in choices]
-
-
-def prompt_tokens(
-    encoder: PromptEncoder, conversation: Conversation, plugins: Sequence[Plugin], system: str | None
-) -> list[int]:
-    """The conversation up to where MOSS begins to answer without plugins."""
-    pieces = conversation.instruction(plugins, system)
-    for message, answer in conversation.turns:
-        pieces += turn_pieces(message, answer)
-    return encoder.encode([*pieces, *question(conversation.message), *no_plugins(), *opening(MOSS)])
 
 
 @dataclass

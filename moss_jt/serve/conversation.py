@@ -41,6 +41,10 @@ class _Model:
     def watch(self, watcher: Watcher | None) -> None:
         pass  # the engine's progress is read, not told
 
+    @property
+    def loaded(self) -> float:
+        return self._moss.loaded
+
 
 @dataclass(frozen=True)
 class Question:
@@ -113,8 +117,8 @@ class ServedConversation:
         """
         about = about_chat(self.chat, self._name)
         self.about = replace(about, title=self.about.title if title is None else title)
-        self.updated = time.time()
         self._opened.keep(self.about, self.turns)
+        self.updated = self._opened.path.stat().st_mtime
 
     def close(self) -> None:
         self._opened.close()

@@ -15,7 +15,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.conversation import Question, ServedConversation, turn_fields
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.schemas import Body, Integer, Natural, Positive
+from moss_jt.serve.schemas import Body, Integral, Natural, Positive
 from moss_jt.serve.service import SEEDS, Service
 from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import PING, EventStream, named_event
@@ -34,7 +34,7 @@ class Sampling(BaseModel):
     top_k: Natural | None = None
     top_p: Annotated[float, Field(ge=0.0001, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    seed: Annotated[Integer, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0), Integral] | None = None
     max_new_tokens: Positive | None = None
 
 

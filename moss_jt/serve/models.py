@@ -8,7 +8,6 @@ from starlette.responses import Response
 from moss_jt.chat.messages import Message, conversation_of
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
-from moss_jt.serve.chat_completions import prompt_tokens
 from moss_jt.serve.errors import ApiError, bad_value
 from moss_jt.serve.metrics import CONTENT_TYPE
 from moss_jt.serve.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -72,7 +71,8 @@ def router(service: Service) -> APIRouter:
             encoder = PromptEncoder(moss.tokenizer, service.name)
         except MossError as error:
             raise bad_value(error, "messages") from error
-        token_ids = await service.aside(prompt_tokens, encoder, conversation, [], service.settings.system)
+        segments = conversation.segments(system=service.settings.system)
+        token_ids = await service.aside(encoder.encode, segments)
         return {"prompt": await service.aside(moss.tokenizer.decode, token_ids)}
 
     @routes.get("/props", tags=["llama.cpp"])

@@ -12,9 +12,11 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_integral)]
-Natural = Annotated[Integer, Field(ge=0, le=1 << 31)]
-Positive = Annotated[Integer, Field(ge=1, le=1 << 31)]
+# It comes last: bounds after it would stand in the schema by names that JSON Schema does not have.
+Integral = BeforeValidator(_integral)
+Integer = Annotated[int, Integral]
+Natural = Annotated[int, Field(ge=0, le=1 << 31), Integral]
+Positive = Annotated[int, Field(ge=1, le=1 << 31), Integral]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=4)] | None
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -70,7 +72,7 @@ class Sampling(BaseModel):
     )
     seed: Integer | None = None
     stop: Stops = None
-    n: Annotated[Integer, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), Integral] | None = None
     user: str | None = None
     return_progress: bool | None = Field(
         None, description="Tell how far the prompt is read, as llama.cpp does."
@@ -84,7 +86,7 @@ class ChatRequest(Sampling):
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Integral] | None = None
     plugins: list[str] | None = Field(
         None, max_length=50, description="MOSS's plugins that may be called; by default those of the server."
     )
@@ -97,6 +99,9 @@ class ChatRequest(Sampling):
     audio: None = None
     prediction: None = None
     web_search_options: None = None
+    moderation: None = None
+    reasoning_effort: Literal["medium"] | None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class CompletionRequest(Sampling):
@@ -108,9 +113,9 @@ class CompletionRequest(Sampling):
     )
     max_tokens: Natural | None = None
     echo: bool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), Integral] | None = None
     suffix: Literal[""] | None = None
-    best_of: Annotated[Integer, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), Integral] | None = None
 
 
 class TokenizeRequest(BaseModel):

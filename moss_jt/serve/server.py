@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from moss_jt.errors import MossError
+from moss_jt.kernels.cpu.operators import let_others_run
 from moss_jt.serve.app import make_app
 from moss_jt.serve.protocol import bounded_protocol
 from moss_jt.serve.service import Service
@@ -60,6 +61,8 @@ class Server:
         self._thread.start()
 
     def ready(self, moss: "Moss") -> None:
+        """Answer with this model, which nobody else may be loading another beside: its thread alone uses Jittor from now on."""
+        let_others_run(moss.model.operators)
         self.service.moss = moss
 
     def stop(self) -> None:

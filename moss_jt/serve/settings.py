@@ -9,7 +9,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.plugins.interface import Plugin
 from moss_jt.plugins.registry import PluginSettings
 
-KIB, MIB = 1 << 10, 1 << 20
+MIB = 1 << 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moss_jt.chat.context import ConversationContext
 from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
-from moss_jt.chat.messages import Conversation, turn_pieces
+from moss_jt.chat.messages import Conversation, turn_segments
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.chat.turn import CancelledError, Turn
 from moss_jt.engine.generate import StopStrings
@@ -115,7 +115,7 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
         session, encoder.encode(conversation.instruction(wanted.plugins, wanted.system))
     )
     for message, answer in conversation.turns:
-        context.append(encoder.encode(turn_pieces(message, answer)))
+        context.append(encoder.encode(turn_segments(message, answer)))
         context.finish_turn(object())
     before = session.position
     if params.seed is not None:

@@ -155,6 +155,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "reading {tokens} tokens: {percent} %, {left} s left",
         "正在预填充 {tokens} 个词元：{percent} %，还需 {left} 秒",
     ),
+    "reading_and_loading": (
+        "reading {tokens} tokens: {percent} %, the model is loaded to {loaded} %, {left} s left",
+        "正在预填充 {tokens} 个词元：{percent} %，模型已加载 {loaded} %，还需 {left} 秒",
+    ),
     "cost": (
         "{read} tokens read and {new} written in {seconds} s",
         "输入 {read} 个词元，生成 {new} 个，用时 {seconds} 秒",

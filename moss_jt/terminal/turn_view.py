@@ -5,9 +5,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import Protocol
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Result, Text, Thought
+from moss_jt.chat.language import Language
+from moss_jt.engine.causal_model import Watcher
 from moss_jt.terminal.pictures import Shower
 from moss_jt.terminal.reasons import in_language
 from moss_jt.terminal.screen import Screen, shortened
@@ -22,13 +25,32 @@ PATIENCE_S, EACH_S = 2.0, 0.5
 Clock = Callable[[], float]
 
 
+class Reading(Protocol):
+    """Whose text is read: moss_jt.chat.chat.Chat, or moss_jt.commands.generate.Asked.
+
+    unread  tokens that are still to be read after the pass that goes on
+    loaded  the share of the weights that stay in memory that is there
+    """
+
+    @property
+    def unread(self) -> int: ...
+
+    @property
+    def loaded(self) -> float: ...
+
+    @property
+    def language(self) -> Language: ...
+
+    def watch(self, watcher: Watcher | None) -> None: ...
+
+
 class ReadingProgress:
     """How far the model is with reading a text, and how long the rest will take: a line that the next output replaces.
 
     It is called by whatever thread the model computes in.
     """
 
-    def __init__(self, screen: Screen, chat: Chat, clock: Clock = time.monotonic) -> None:
+    def __init__(self, screen: Screen, chat: Reading, clock: Clock = time.monotonic) -> None:
         self._screen, self._chat, self._clock = screen, chat, clock
         self._lock = threading.Lock()
         self._began = self._shown = 0.0
@@ -62,7 +84,10 @@ class ReadingProgress:
                 "percent": round(100 * done / self._total),
                 "left": f"{left:.0f}",
             }
-            self._screen.wait(f"  … {say('reading', self._chat.language, **values)}")
+            text = "reading"
+            if self._chat.loaded < 1:
+                text, values["loaded"] = "reading_and_loading", int(100 * self._chat.loaded)
+            self._screen.wait(f"  … {say(text, self._chat.language, **values)}")
 
 
 class TurnView:

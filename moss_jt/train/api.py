@@ -8,9 +8,11 @@ from moss_jt.backend.device import decide
 from moss_jt.backend.threads import compute_threads
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
+from moss_jt.kernels.needs import FLOAT32
+from moss_jt.measure.machine_speed import product_speed
 from moss_jt.plan.machine import memory_budget
 from moss_jt.plan.placement import footprint_here, hold, plan_here
-from moss_jt.plan.residency import ResidencyPlan, gib, gib_up, in_slabs
+from moss_jt.plan.residency import ResidencyPlan, gib, gib_up, in_slabs, residents_from
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import read_small
 from moss_jt.store.locations import model_home
@@ -21,11 +23,14 @@ from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings, Training
+from moss_jt.train.front import FrontRows
 from moss_jt.train.fused import COPIES_REMEMBERED, FullSettings
 from moss_jt.train.lora import Adapter, LoraSettings
 from moss_jt.train.masters import Masters, parameters_of
 from moss_jt.train.needs import FullNeeds, TrainingNeeds
+from moss_jt.train.pace import Speeds, cheapest
 from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
+from moss_jt.weights.disk_speed import disk_under
 
 # Tokens that a block takes at once, or one sample where that is longer.
 BATCH_TOKENS = 512
@@ -57,28 +62,45 @@ def encoder_for(store: Store, tokenizer: Tokenizer, settings: DataSettings) -> S
 
 
 def planned(
-    store: Store, data: Dataset, lora: LoraSettings, course: CourseSettings, memory: str | int | None
+    store: Store,
+    data: Dataset,
+    lora: LoraSettings,
+    course: CourseSettings,
+    memory: str | int | None,
+    speeds: Speeds | None = None,
 ) -> tuple[ResidencyPlan, TrainingNeeds]:
-    """Where the weights live while this is learned; what blocks compute is kept where there is memory for it and the weights.
+    """Where the weights live while this is learned, and what waits for the way back: as a step is quickest.
+
+    Args:
+        speeds: of this machine; None to measure them, or to take what was measured before.
 
     Raises:
         MossError: the memory is too little; the message names the smallest that works.
     """
     longest = max(len(sample) for sample in [*data.training, *data.evaluation])
-    parameters = len(Adapter(store.config, lora).values)
-    frugal = TrainingNeeds(
+    first = lora.first_layer(store.config)
+    needs = TrainingNeeds(
         store.config,
         step_tokens=max(longest, course.step_tokens),
         batch_tokens=max(longest, BATCH_TOKENS),
-        parameters=parameters,
-        keeps=False,
+        parameters=len(Adapter(store.config, lora).values),
+        trained=store.config.n_layer - first,
     )
-    # Training has no cache: a context of one token.
-    plan = plan_here(store, frugal, memory, 1)
-    keeping = dataclasses.replace(frugal, keeps=True)
-    if plan.budget_bytes - plan.peak_bytes >= keeping.kept_bytes:
-        return in_slabs(plan_here(store, keeping, memory, 1)), keeping
-    return in_slabs(plan), frugal
+
+    def plan(needs: TrainingNeeds) -> ResidencyPlan:
+        # Training has no cache: a context of one token.
+        return residents_from(in_slabs(plan_here(store, needs, memory, 1)), first)
+
+    return cheapest(needs, plan, speeds_here(store) if speeds is None else speeds)
+
+
+def speeds_here(store: Store) -> Speeds:
+    """Of this machine, and of the disk under the model.
+
+    Raises:
+        MossError: the model cannot be read.
+    """
+    return Speeds(product_speed(model_home()), disk_under(store, model_home()).best)
 
 
 def start(
@@ -101,10 +123,18 @@ def start(
     from moss_jt.train.load import load_training
 
     adapter = Adapter.random(store.config, lora, course.seed)
-    model = load_training(store, plan, model_home(), adapter, needs.batch_tokens, needs.keeps)
-    hold(plan)
     about = {"model": sha256_of(read_small(store.path / MANIFEST))}
+    front = _front(store, data, out, adapter.first_layer, about) if adapter.first_layer else None
+    model = load_training(store, plan, model_home(), adapter, needs, out / "state", front)
+    hold(plan)
     return Finetuning(model, data, course, learning, out, store.path.name, about)
+
+
+def _front(store: Store, data: Dataset, out: Path, first: int, about: dict[str, str]) -> FrontRows:
+    """What the frozen blocks make of the samples is kept beside the training's state."""
+    tokens = sum(map(len, data.training)) + sum(map(len, data.evaluation))
+    wanted = tokens * store.config.n_embd * FLOAT32
+    return FrontRows(out / "state" / "front", {**about, "block": first}, store.config.n_embd, wanted)
 
 
 def planned_full(

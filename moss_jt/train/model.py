@@ -7,7 +7,6 @@ next block's turn. The walk turns at the head, so that what was read last is use
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import DenseMatrix, Var
@@ -15,18 +14,21 @@ from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
 from moss_jt.train.batches import Batch, batches_of
 from moss_jt.train.block import BlockTrainer, on_device
+from moss_jt.train.front import FrontRows, key_of
 from moss_jt.train.lora import Adapter, Floats, Pair
 from moss_jt.train.loss import Softmax, StepResult, predictions
 from moss_jt.train.needs import LOSS_ROWS
 from moss_jt.train.samples import TokenSample
+from moss_jt.train.waiting import Waiting
 from moss_jt.weights.weights import HeadSlab, Weights
 
 
 class TrainingModel:
     """A frozen base with one adapter.
 
-    keeps         what blocks compute is kept from the way there to the way back
     batch_tokens  a block takes whole samples of about so many tokens at once
+    waiting       what blocks compute, from the way there to the way back
+    front         what the blocks before the adapter's made of samples; None where that is not kept
     """
 
     def __init__(
@@ -36,11 +38,12 @@ class TrainingModel:
         weights: Weights,
         adapter: Adapter,
         batch_tokens: int,
-        keeps: bool,
+        waiting: Waiting,
+        front: FrontRows | None = None,
     ) -> None:
         self.config, self.adapter = config, adapter
         self._operators, self._weights = operators, weights
-        self._batch_tokens, self._keeps = batch_tokens, keeps
+        self._batch_tokens, self._waiting, self._front = batch_tokens, waiting, front
         self._block = BlockTrainer(operators, adapter.scale)
 
     def step(self, samples: Sequence[TokenSample]) -> tuple[StepResult, Floats]:
@@ -50,62 +53,79 @@ class TrainingModel:
             MossError: a weight cannot be read.
         """
         gradient = np.zeros_like(self.adapter.values)
-        batches, token_ids = self._batches(samples)
-        inputs = self._forward(batches, token_ids, self._keeps)
-        result, g = self._loss(inputs[-1], samples, with_gradient=True)
-        self._backward(batches, inputs, g, self.adapter.pairs_of(gradient))
+        batches = self._batches(samples)
+        self._waiting.clear()
+        hidden = self._forward(batches, samples, with_gradient=True)
+        result, g = self._loss(hidden, samples, with_gradient=True)
+        del hidden
+        self._backward(batches, g, self.adapter.pairs_of(gradient))
         return result, gradient
 
     def evaluate(self, samples: Sequence[TokenSample]) -> StepResult:
         """The loss alone."""
-        batches, token_ids = self._batches(samples)
-        hidden = self._forward(batches, token_ids, keeps=False, only_last=True)[-1]
+        hidden = self._forward(self._batches(samples), samples, with_gradient=False)
         return self._loss(hidden, samples, with_gradient=False)[0]
 
     def close(self) -> None:
+        self._waiting.close()
+        if self._front is not None:
+            self._front.close()
         self._weights.close()
 
-    def _batches(self, samples: Sequence[TokenSample]) -> tuple[list[Batch], NDArray[np.int32]]:
-        token_ids = np.concatenate([sample.token_ids for sample in samples])
-        return batches_of(samples, self._batch_tokens), token_ids
+    def _batches(self, samples: Sequence[TokenSample]) -> list[Batch]:
+        return batches_of(samples, self._batch_tokens)
 
-    def _forward(
-        self, batches: list[Batch], token_ids: NDArray[np.int32], keeps: bool, only_last: bool = False
-    ) -> list[Floats]:
-        """The inputs of all blocks from the first with adapters on, each (T, C), and the last block's result."""
-        h = self._weights.embedding_rows(token_ids.tolist()).astype(np.float32)
-        inputs = []
-        walk = self._weights.blocks() if only_last else self._weights.blocks_there(self.adapter.first_layer)
-        for layer, weights in walk:
-            adapters = on_device(self._of_layer(self.adapter.pairs, layer))
-            trained = layer >= self.adapter.first_layer
-            if trained and not only_last:
-                inputs.append(h)
-            result = np.empty_like(h)
-            for batch in batches:
-                var, kept = self._block.forward(jt.array(h[batch.rows]), weights, adapters, batch.spans)
-                result[batch.rows] = var.numpy()
-                if keeps and trained:
-                    batch.kept[layer] = kept
-            h = result
-        return [*inputs, h]
-
-    def _backward(
-        self, batches: list[Batch], inputs: list[Floats], g: Floats, gradients: dict[tuple[int, str], Pair]
-    ) -> None:
+    def _forward(self, batches: list[Batch], samples: Sequence[TokenSample], with_gradient: bool) -> Floats:
+        """What the last block makes of the samples (T, C). What going backwards needs waits for it."""
         first = self.adapter.first_layer
-        for layer, weights in self._weights.blocks_back(first):
+        known = {} if self._front is None else self._front.find(samples)
+        unknown = [sample for sample in samples if key_of(sample) not in known]
+        begin = 0 if unknown else first
+        h = self._embedded(unknown)
+        now = self._batches(unknown)
+        weights = self._weights
+        walk = weights.blocks_there(first, begin) if with_gradient else weights.blocks(begin=begin)
+        for layer, block in walk:
+            if layer == first:
+                h, now = self._joined(samples, known, unknown, h), batches
+            adapters = on_device(self._of_layer(self.adapter.pairs, layer))
+            result = np.empty_like(h)
+            for number, batch in enumerate(now):
+                var, kept = self._block.forward(jt.array(h[batch.rows]), block, adapters, batch.spans)
+                result[batch.rows] = var.numpy()
+                if with_gradient and layer >= first:
+                    self._waiting.put(layer, number, h[batch.rows], kept)
+            h = result
+        return h
+
+    def _embedded(self, samples: Sequence[TokenSample]) -> Floats:
+        ids = [token for sample in samples for token in sample.token_ids.tolist()]
+        return self._weights.embedding_rows(ids).astype(np.float32)
+
+    def _joined(
+        self,
+        samples: Sequence[TokenSample],
+        known: dict[str, Floats],
+        unknown: Sequence[TokenSample],
+        h: Floats,
+    ) -> Floats:
+        """The rows of all samples at the first block with adapters; those that were computed just now are kept."""
+        if self._front is None:
+            return h
+        ends = np.cumsum([len(sample) for sample in unknown])[:-1]
+        computed = dict(zip(map(key_of, unknown), np.split(h, ends), strict=True)) if unknown else {}
+        self._front.keep(computed)
+        rows = known | computed
+        return np.concatenate([rows[key_of(sample)] for sample in samples])
+
+    def _backward(self, batches: list[Batch], g: Floats, gradients: dict[tuple[int, str], Pair]) -> None:
+        for layer, weights in self._weights.blocks_back(self.adapter.first_layer):
             adapters = on_device(self._of_layer(self.adapter.pairs, layer))
             own = self._of_layer(gradients, layer)
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                h, kept = self._waiting.take(layer, number)
                 back = self._block.backward(
-                    jt.array(g[batch.rows]),
-                    jt.array(inputs[layer - first][batch.rows]),
-                    weights,
-                    adapters,
-                    batch.spans,
-                    own,
-                    batch.kept.pop(layer, None),
+                    jt.array(g[batch.rows]), jt.array(h), weights, adapters, batch.spans, own, kept
                 )
                 g[batch.rows] = back.numpy()
 

@@ -1,6 +1,7 @@
 """The memory that a training step takes beside the weights. No Jittor here: plans are made before it starts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moss_jt.kernels.needs import FLOAT16, FLOAT32, training_thread_floats
 from moss_jt.store.architecture import block_tensors, bytes_of
@@ -15,44 +16,89 @@ COPIES_OF_PARAMETERS = 5
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """Where what blocks compute on the way there waits for the way back. What waits nowhere is computed again.
+
+    in_memory       of the last so many blocks, in memory
+    on_disk         of so many blocks before those, in a file
+    inputs_on_disk  the blocks' inputs are in the file, too, and not in memory
+    """
+
+    in_memory: int = 0
+    on_disk: int = 0
+    inputs_on_disk: bool = False
+
+    def where(self, layer: int, layers: int) -> Literal["memory", "disk", "nowhere"]:
+        """Of block ``layer`` of a model of ``layers``."""
+        after = layers - layer  # from the end, the last block is 1
+        if after <= self.in_memory:
+            return "memory"
+        return "disk" if after <= self.in_memory + self.on_disk else "nowhere"
+
+    @property
+    def uses_disk(self) -> bool:
+        return self.on_disk > 0 or self.inputs_on_disk
+
+
+@dataclass(frozen=True)
 class TrainingNeeds:
     """Of a model whose adapters are trained on the CPU.
 
     step_tokens   tokens of one optimizer's step
     batch_tokens  tokens that a block takes at once
     parameters    that are trained
-    keeps         what a block computed is kept until the step comes back to it, instead of being computed twice
+    trained       so many of the last blocks have adapters; None for all
     """
 
     config: MossConfig
     step_tokens: int
     batch_tokens: int
     parameters: int
-    keeps: bool
+    keeping: Keeping = Keeping()
+    trained: int | None = None
+
+    @property
+    def trained_blocks(self) -> int:
+        return self.config.n_layer if self.trained is None else self.trained
 
     @property
     def input_bytes(self) -> int:
-        """The blocks' inputs, which going backwards begins with."""
-        return (self.config.n_layer + 1) * self.step_tokens * self.config.n_embd * FLOAT32
+        """The trained blocks' inputs, which going backwards begins with, and the last one's result."""
+        return (self.trained_blocks + 1) * self.step_tokens * self.config.n_embd * FLOAT32
 
     @property
-    def kept_bytes(self) -> int:
-        """What :class:`moss_jt.train.block.Kept` holds of all blocks."""
-        c = self.config
-        return c.n_layer * self.step_tokens * (3 * c.n_embd + c.n_inner) * FLOAT32
+    def kept_block_bytes(self) -> int:
+        """What :class:`moss_jt.train.block.Kept` holds of one block."""
+        return self.step_tokens * self._kept_floats * FLOAT32
+
+    @property
+    def file_bytes(self) -> int:
+        """What a step writes to the disk, and reads again."""
+        inputs = self.input_bytes if self.keeping.inputs_on_disk else 0
+        return self.keeping.on_disk * self.kept_block_bytes + inputs
+
+    @property
+    def _kept_floats(self) -> int:
+        return 3 * self.config.n_embd + self.config.n_inner
 
     def workspace_bytes(self, tokens: int, context: int, threads: int, parallel: int = 1) -> int:
         """All of it. What a plan asks with is a pass's, and does not matter here: training has no cache.
 
         Per token of a batch: going backwards through a block holds some 16 results of width C and 6 of width I, some of them
-        twice, on their way between Jittor and NumPy.
+        twice, on their way between Jittor and NumPy. What goes to the disk lies beside that in memory that the disk can read.
         """
         c = self.config
         block = self.batch_tokens * (20 * c.n_embd + 7 * c.n_inner)
         loss = 4 * LOSS_ROWS * (c.vocab_size + c.n_embd)
         own = training_thread_floats(c, self.batch_tokens)
         floats = COPIES_OF_PARAMETERS * self.parameters + max(block, loss) + threads * own
-        return floats * FLOAT32 + self.input_bytes + (self.kept_bytes if self.keeps else 0)
+        if self.keeping.uses_disk:
+            floats += 2 * self.batch_tokens * self._kept_floats
+        # Of a step whose inputs lie on the disk, a block's input, its result, and what came back so far are in memory.
+        inputs = (
+            3 * self.step_tokens * c.n_embd * FLOAT32 if self.keeping.inputs_on_disk else self.input_bytes
+        )
+        return floats * FLOAT32 + inputs + self.keeping.in_memory * self.kept_block_bytes
 
 
 @dataclass(frozen=True)
@@ -74,11 +120,8 @@ class FullNeeds:
     @property
     def frozen(self) -> TrainingNeeds:
         """What the same step takes where no weight learns."""
-        return TrainingNeeds(self.config, self.step_tokens, self.batch_tokens, 0, self.keeps)
-
-    @property
-    def kept_bytes(self) -> int:
-        return self.frozen.kept_bytes
+        kept = Keeping(in_memory=self.config.n_layer if self.keeps else 0)
+        return TrainingNeeds(self.config, self.step_tokens, self.batch_tokens, 0, kept)
 
     def bytes(self, threads: int) -> int:
         """All of it, weights included. Of gradients there are the largest block's, or those of the head and the embedding; an

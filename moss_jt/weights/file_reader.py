@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ def _never() -> bool:
 
 
 class FileReader:
-    """Fills memory from weight files. Files stay open, so that a file deleted meanwhile can still be read.
+    """Fills memory from weight files, for several threads at once. Files stay open, so that a file deleted meanwhile can still be
+    read.
 
     Args:
         direct: read past the page cache (O_DIRECT), except extents that may stay in it.
@@ -47,6 +49,7 @@ class FileReader:
         self._in_flight = 1 if library() is None else in_flight
         self.request_bytes = max(SMALLEST_REQUEST, int(bytes_per_s) // MEMORY_PAGE * MEMORY_PAGE)
         self._files: dict[tuple[Path, bool], list[int]] = {}
+        self._opening = threading.Lock()
 
     def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = _never) -> bool:
         """Fill ``target`` (uint8, aligned to pages of memory at both ends) with the extent.
@@ -94,13 +97,14 @@ class FileReader:
     def _open(self, path: Path, direct: bool) -> list[int]:
         """Descriptors of the file, one for each read that is in flight."""
         key = (path, direct)
-        if key not in self._files:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-            self._files[key] = [file]
-            self._files[key] += [os.dup(file) for _ in range(self._in_flight - 1)]
-            if not direct:
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._files[key]
+        with self._opening:
+            if key not in self._files:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+                self._files[key] = [file]
+                self._files[key] += [os.dup(file) for _ in range(self._in_flight - 1)]
+                if not direct:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return self._files[key]
 
     def close(self) -> None:
         for files in self._files.values():

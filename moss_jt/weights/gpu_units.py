@@ -21,8 +21,8 @@ from moss_jt.weights.file_reader import Extent
 from moss_jt.weights.loading_progress import LoadingProgress
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.pinned_units import PinnedUnits
-from moss_jt.weights.unit_tensors import UnitTensor, extent_of
-from moss_jt.weights.weights import HeldUnits, UnitMemory
+from moss_jt.weights.unit_tensors import UnitMemory, UnitTensor, extent_of
+from moss_jt.weights.weights import HeldUnits
 
 STAGING_BYTES = 32 * MIB
 ALIGNMENT = 16  # bytes that the kernels load at once

@@ -6,8 +6,8 @@ from dataclasses import replace
 from moss_jt.kernels.interface import Weight
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.model_folder import Store
-from moss_jt.weights.unit_tensors import UnitTensor
-from moss_jt.weights.weights import UnitMemory, Units, Weights
+from moss_jt.weights.unit_tensors import UnitMemory, UnitTensor
+from moss_jt.weights.weights import Units, Weights
 
 
 class SharedHead:
@@ -15,12 +15,12 @@ class SharedHead:
 
     Args:
         own: holds the copy's blocks, which have the numbers before ``first_head``; closed with this.
-        heads: what holds the model's head, unit after unit.
+        heads: gives what holds the model's head, unit after unit.
     """
 
     streams = False
 
-    def __init__(self, own: Units, first_head: int, heads: Sequence[UnitMemory]) -> None:
+    def __init__(self, own: Units, first_head: int, heads: Sequence[Callable[[], UnitMemory]]) -> None:
         self.closed_at_exit = own.closed_at_exit
         self._own = own
         self._heads = {first_head + number: head for number, head in enumerate(heads)}
@@ -30,7 +30,7 @@ class SharedHead:
 
     def take(self, number: int) -> UnitMemory:
         head = self._heads.get(number)
-        return self._own.take(number) if head is None else UnitMemory(("head", number), head.memory)
+        return self._own.take(number) if head is None else UnitMemory(("head", number), head().memory)
 
     def weight(self, memory: object, tensor: UnitTensor) -> Weight:
         return self._own.weight(memory, tensor)

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from moss_jt.store.architecture import HEAD_WEIGHT
 from moss_jt.store.files import reading
 from moss_jt.store.model_folder import Store, StoreFile, ends_early
 from moss_jt.weights.file_reader import Extent
+
+
+class UnitMemory(NamedTuple):
+    """What holds a unit: ``memory``, for Units.weight alone to understand, and a name for it that never changes."""
+
+    key: Hashable
+    memory: Any
 
 
 class UnitTensor(NamedTuple):

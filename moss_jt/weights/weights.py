@@ -6,9 +6,10 @@ what stands for them is made once for each memory that a unit may lie in.
 
 import time
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,14 +19,7 @@ from moss_jt.kernels.interface import BlockWeights, DenseMatrix, Matrix, PackedM
 from moss_jt.plan.residency import ResidencyPlan, Unit
 from moss_jt.store.architecture import BLOCK, HEAD_WEIGHT
 from moss_jt.store.model_folder import Store, read_tensor
-from moss_jt.weights.unit_tensors import RowReader, UnitTensor, tensors_of
-
-
-class UnitMemory(NamedTuple):
-    """What holds a unit: ``memory``, for Units.weight alone to understand, and a name for it that never changes."""
-
-    key: Hashable
-    memory: Any
+from moss_jt.weights.unit_tensors import RowReader, UnitMemory, UnitTensor, tensors_of
 
 
 class Units(Protocol):
@@ -129,8 +123,8 @@ class Weights:
         self._closing = weakref.finalize(self, _close, self._rows, units)
         self._closing.atexit = units.closed_at_exit
 
-    def blocks(self, then_head: bool = True) -> Iterator[tuple[int, BlockWeights]]:
-        """Every block's number and weights, in order: one pass.
+    def blocks(self, then_head: bool = True, begin: int = 0) -> Iterator[tuple[int, BlockWeights]]:
+        """The number and weights of every block from ``begin`` on, in order: one pass.
 
         Args:
             then_head: head_slabs follows, so that the head's rows may be read ahead.
@@ -138,8 +132,8 @@ class Weights:
         Raises:
             MossError: a block cannot be read. A new pass tries again.
         """
-        order = [*self._blocks, *self._head] if then_head else self._blocks
-        for unit, weights in self.walk(self._blocks, order):
+        blocks = self._blocks[begin:]
+        for unit, weights in self.walk(blocks, [*blocks, *self._head] if then_head else blocks):
             yield unit.index, weights
 
     def head_slabs(self) -> Iterator[HeadSlab]:
@@ -151,14 +145,15 @@ class Weights:
         for unit, weight in self.walk(self._head, ()):
             yield HeadSlab(unit.first_row, unit.last_row, weight, self._head_bias[unit.index])
 
-    def blocks_there(self, first: int) -> Iterator[tuple[int, BlockWeights]]:
+    def blocks_there(self, first: int, begin: int = 0) -> Iterator[tuple[int, BlockWeights]]:
         """As :meth:`blocks`, where head_slabs, head_slabs_back and blocks_back(first) follow: a step of training.
 
         Raises:
             MossError: a block cannot be read.
         """
-        order = [*self._blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
-        for unit, weights in self.walk(self._blocks, order):
+        blocks = self._blocks[begin:]
+        order = [*blocks, *self._head, *self._head[-2::-1], *self._blocks[first:][::-1]]
+        for unit, weights in self.walk(blocks, order):
             yield unit.index, weights
 
     def head_slabs_back(self) -> Iterator[HeadSlab]:
@@ -187,10 +182,10 @@ class Weights:
             yield self.plan.units[number], self._weights_of(number)
         self._units.end()
 
-    def head_memories(self) -> list[UnitMemory]:
-        """What holds the head, all of which must be resident, unit after unit."""
+    def head_memories(self) -> list[Callable[[], UnitMemory]]:
+        """What gives what holds the head, all of which must be resident, unit after unit."""
         assert all(self.plan.units[number].resident for number in self._head), "the head streams"
-        return [self._units.take(number) for number in self._head]
+        return [partial(self._units.take, number) for number in self._head]
 
     def embedding_rows(self, token_ids: Sequence[int]) -> np.ndarray:
         """(T, C) float16, newly allocated.

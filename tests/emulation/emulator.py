@@ -249,6 +249,10 @@ class FakeCublas:
     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 68, -1
 
     @staticmethod
+    def getVersion(handle: int) -> int:  # noqa: N802
+        return 120900
+
+    @staticmethod
     def gemmEx(
         handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _
     ):  # noqa: ANN001, ANN205, N802
@@ -266,8 +270,14 @@ class FakeCupy:
 
     RawModule = RawModule
     HANDLE = 4711
+    asnumpy = staticmethod(np.asarray)
     cuda = SimpleNamespace(
-        cublas=FakeCublas, device=SimpleNamespace(get_cublas_handle=lambda: FakeCupy.HANDLE)
+        cublas=FakeCublas,
+        device=SimpleNamespace(get_cublas_handle=lambda: FakeCupy.HANDLE),
+        runtime=SimpleNamespace(
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda device: {"name": b"emulated", "multiProcessorCount": 2},
+        ),
     )
 
     @staticmethod

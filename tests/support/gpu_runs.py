@@ -32,7 +32,7 @@ from moss_jt.plan import placement
 placement.resident_memory_bytes = lambda: 0
 sys.path.append(sys.argv[5])
 from tests.support.gpu_runs import CONTEXT, Case, options_of
-folder, cases, prompts, out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
+folder, cases, (prompts, text), out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
 cases = [Case(**case) for case in cases]
 with Moss.load(folder, device="gpu", context=CONTEXT, offload=cases[0].offload) as moss:
     footprint = moss.plan.footprint_bytes
@@ -44,7 +44,7 @@ for number, case in enumerate(cases):
             answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
             assert all(isinstance(piece, str) for piece in answer)
             tokens.append(answer.token_ids)
-        np.save(out / f"{number}.npy", moss.logits(prompts[0]))
+        np.save(out / f"{number}.npy", moss.logits(text))
         import cupy
         free, total = cupy.cuda.runtime.memGetInfo()
         tiers = sorted({unit.tier for unit in moss.plan.units})
@@ -100,7 +100,7 @@ def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a model said in one case: greedy tokens after each prompt, and the logits (T, V) of the first prompt.
+    """What a model said in one case: greedy tokens after each prompt, and the logits (T, V) of a text.
 
     used: bytes of the card that were taken while it was loaded, by anybody.
     """
@@ -119,11 +119,16 @@ def run_on_gpu(
     prompts: list[list[int]],
     environment: dict[str, str],
     timeout: float = 500,
+    text: list[int] | None = None,
 ) -> list[Run]:
-    """The cases, of one way to offload, one after the other in a process; ``environment`` is added to this process's own."""
+    """The cases, of one way to offload, one after the other in a process; ``environment`` is added to this process's own.
+
+    Args:
+        text: of which there are logits; by default the first prompt.
+    """
     asked = json.dumps([asdict(case) for case in cases])
     with TemporaryDirectory() as out:
-        arguments = [str(folder), asked, json.dumps(prompts), out, str(ROOT)]
+        arguments = [str(folder), asked, json.dumps([prompts, text or prompts[0]]), out, str(ROOT)]
         done = run_python(PROGRAM, arguments, environment, timeout)
         assert done.returncode == 0, done.stderr[-3000:]
         said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

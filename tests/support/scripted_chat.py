@@ -132,6 +132,8 @@ class ScriptedMoss:
         self.model = ScriptedModel(self.tokenizer, fields, capacity)
         self.engine = Engine(self.model)
 
+    loaded = 1.0
+
     def watch(self, watcher: Watcher | None) -> None:
         self.model.watcher = watcher
 

@@ -208,12 +208,17 @@ async function settle(id) {
   if (state.open?.id !== id || conversation.answering) return;
   const last = conversation.turns.length - 1;
   const unkept = [...$("turns").children].slice(last + 1).filter((one) => one.tagName !== "ARTICLE" || one.querySelector(".notice"));
+  const near = nearEnd();
   $("turns").replaceChildren(...conversation.turns.map((turn, i) => TurnView.kept(turn, actionsOf(i, i === last)).root), ...unkept);
-  toEnd();
+  if (near) toEnd();
 }
 
 const nearEnd = () => $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 120;
 const toEnd = () => $("turns").scrollTo({ top: $("turns").scrollHeight, behavior: "instant" });
+// Pictures come later than what is around them: whoever was at the end stays there.
+let atEnd = true;
+$("turns").addEventListener("scroll", () => (atEnd = nearEnd()));
+$("turns").addEventListener("load", () => atEnd && toEnd(), true);
 
 function busy(is) {
   state.answering = is;

@@ -88,7 +88,7 @@ export class TurnView {
     const number = this.calls.findIndex((one) => one.text === event.command);
     const call = number < 0 ? element("div", "call") : this.calls.splice(number, 1)[0].call;
     if (number < 0) this.happened.append(call);
-    call.append(element("pre", "", event.text || words().noResult));
+    call.append(element("pre", "", event.text.replace(/^<\|(\d+)\|>: /gm, "[$1] ") || words().noResult));
     event.numbers?.forEach((cited, i) => event.sources?.[i] && this.sources.set(cited, event.sources[i]));
     if (event.picture) this.draw(call, event.picture);
   }

@@ -113,6 +113,11 @@ def asarray(array: np.ndarray, dtype: Any = None) -> np.ndarray:
     return out
 
 
+def asnumpy(array: np.ndarray) -> np.ndarray:
+    _runtime.cudaDeviceSynchronize()
+    return np.array(np.asarray(array))
+
+
 class RawModule:
     def __init__(self, code: str, options: Sequence[str] = ()) -> None:
         self._module = emulator.RawModule(code, options)
@@ -184,6 +189,7 @@ _cublas = SimpleNamespace(
         if name.startswith("CUBLAS")
     },
     gemmEx=_gemm,
+    getVersion=emulator.FakeCublas.getVersion,
 )
 cuda = SimpleNamespace(
     Device=_Device,
@@ -194,7 +200,7 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         getDeviceCount=lambda: 1,
         getDevice=lambda: 0,
-        getDeviceProperties=lambda number: {"name": b"simulated"},
+        getDeviceProperties=lambda number: {"name": b"simulated", "multiProcessorCount": 2},
         runtimeGetVersion=lambda: 12090,
         memGetInfo=_memory_info,
         malloc=_malloc,

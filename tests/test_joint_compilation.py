@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moss_jt.backend import build
-from moss_jt.backend.units import Command, split
+from moss_jt.backend.joint_compilation import Command, split
 
 SOURCES = {
     "first.cc": '#include "shared.h"\nstatic int helper() { return 1; }\nint first() { return helper(); }\n',
@@ -25,7 +25,7 @@ PROGRAM = """
 import ctypes, json, subprocess, sys
 from pathlib import Path
 import jittor_utils
-from moss_jt.backend import units
+from moss_jt.backend import joint_compilation
 jittor_utils.try_import_jit_utils_core()
 folder = Path(sys.argv[1])
 cache = folder / "cache"
@@ -35,7 +35,7 @@ def command(name):
     return f'"g++" "{source}" -fPIC -O2   -c -o "{target}"'
 texts = [command(name) for name in json.loads(sys.argv[2])]
 def compile_all():
-    units.compile_units(jittor_utils, texts, cache, folder)
+    joint_compilation.compile_units(jittor_utils, texts, cache, folder)
 def stamps():
     return {str(path): path.stat().st_mtime_ns for path in sorted((cache / "obj_files").iterdir())}
 compile_all()
