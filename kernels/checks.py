@@ -1,5 +1,6 @@
 """What the operators check before native code or an index trusts a shape."""
 
+from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Var
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
@@ -65,3 +66,13 @@ def check_cache(keys: Var, values: Var, config: MossConfig, layer: int, places: 
             f"{pages} pages of {PAGE} positions do not fit a cache of {capacity} positions, or position {last} a model of "
             f"{config.n_positions}"
         )
+
+
+def check_adapters(places: Places, bank: AdapterBank | None, layer: int) -> None:
+    """Raises ValueError unless the tokens' adapters are among these, and so is the layer."""
+    if places.adapters is None:
+        return
+    if bank is None or not 0 <= layer < len(bank.directory):
+        raise ValueError("tokens have adapters, and these operators none for the layer")
+    if places.adapters.min() < -1 or places.adapters.max() >= len(bank.shapes):
+        raise ValueError(f"adapters {sorted({*places.adapters.tolist()})} of {len(bank.shapes)}")

@@ -113,6 +113,8 @@ class Places:
     whole             so many tokens come first, in whole pages
     tokens            (T, 2) int32 Var: slot and position
     table             (S', G') int32 Var: pages, and rows and columns of nothing
+    adapters          (T,) int32: the number of each token's adapter, -1 for none; None where no token has any
+    adapter_tokens    the same as a (T, 1) Var
     """
 
     slots: np.ndarray
@@ -121,6 +123,8 @@ class Places:
     whole: int
     tokens: Var
     table: Var
+    adapters: np.ndarray | None = None
+    adapter_tokens: Var | None = None
 
     @property
     def count(self) -> int:
@@ -151,14 +155,15 @@ class Operators(Protocol):
         """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.
 
         Writes the new keys (rotated) and values into the pages of each token's sequence in ``layer``; each token attends
-        to itself and to everything before it in its sequence. A token's result is the same bits whoever shares the pass.
+        to itself and to everything before it in its sequence. A token's result is the same bits whoever shares the pass. What
+        its adapter adds is in its products.
 
         h             (T, C) float32
         keys, values  (L, P, H, D) float16, written in place; page n is the positions PAGE * n ..
         Returns (T, C) float32.
 
         Raises:
-            ValueError: shapes disagree, or a page lies beyond the cache.
+            ValueError: shapes disagree, a page lies beyond the cache, or there is no such adapter.
         """
         ...
 

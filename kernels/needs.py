@@ -35,6 +35,8 @@ THREAD_FLOATS = 64 << 10
 TRAIN_TOKENS, BACK_ROWS = 512, 512
 TRAIN_ROWS, TRAIN_COLUMNS, FEW_TILES = 256, 512, 16
 QUERIES = 64
+# Floats by which the matrices of adapters are aligned.
+BANK_UNIT = 16
 
 # The GPU's. The most rows of whole pages in one product of cuBLAS's; fewer may come with rows of nothing.
 PRODUCT_ROWS = 512
@@ -56,6 +58,7 @@ DEFINITIONS = {
     "MOSS_TRAIN_COLUMNS": TRAIN_COLUMNS,
     "MOSS_FEW_TILES": FEW_TILES,
     "MOSS_QUERIES": QUERIES,
+    "MOSS_BANK_UNIT": BANK_UNIT,
 }
 
 
@@ -66,10 +69,14 @@ def logit_rows(parallel: int) -> int:
 
 @dataclass(frozen=True)
 class CpuNeeds:
-    """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight."""
+    """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight.
+
+    rank  the most of the model's adapters; 0 without any
+    """
 
     config: MossConfig
     bits: int
+    rank: int = 0
 
     def block_floats(self, tokens: int, positions: int, *, onednn: bool, few: int | None = None) -> int:
         """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
@@ -82,7 +89,7 @@ class CpuNeeds:
         """
         c = self.config
         few = tokens if few is None or not onednn else few
-        columns = 3 * c.n_embd + c.n_inner
+        columns = 3 * c.n_embd + c.n_inner + 2 * self.rank
         if self.bits < 16:
             columns += 3 * _input_floats(c.n_embd) + _input_floats(c.n_inner)
         partial = c.n_head * -(-positions // PAGE) * (c.head_dim + 2)

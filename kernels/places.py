@@ -6,6 +6,7 @@ fills no page) by kernels that give each token the same bits among any number of
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,12 +21,14 @@ def places_of(
     positions: Sequence[int] | np.ndarray,
     pages: Sequence[Sequence[int]],
     whole: int = 0,
+    adapters: Sequence[int | None] = (),
 ) -> Places:
     """Places of tokens of several sequences.
 
     Args:
         slots, positions: one number for each token; whole pages first, each with its tokens in order.
         pages: each slot's pages in the order of its positions.
+        adapters: each slot's adapter, by its number, or None; without any, no slot has one.
 
     Raises:
         ValueError: there are no tokens, a token has no page, or what should be whole pages is not.
@@ -47,7 +50,12 @@ def places_of(
         raise ValueError("a page has a number below 0")
     _check_whole(slot, position, whole)
     tokens = np.stack([slot, position], axis=1)
-    return Places(slot, position, table, whole, jt.array(tokens), jt.array(padded))
+    places = Places(slot, position, table, whole, jt.array(tokens), jt.array(padded))
+    if all(adapter is None for adapter in adapters):
+        return places
+    of_slot = np.array([-1 if adapter is None else adapter for adapter in adapters], np.int32)
+    of_token = of_slot[slot]
+    return replace(places, adapters=of_token, adapter_tokens=jt.array(of_token[:, None]))
 
 
 def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:

@@ -10,7 +10,8 @@ import math
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_block, check_cache, check_shape
+from moss_jt.kernels.adapters import AdapterBank
+from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_shape
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
 from moss_jt.kernels.rotary_table import spread_rotary_table
 from moss_jt.store.config import MossConfig
@@ -61,8 +62,8 @@ class PortableOperators:
 
     level = "portable"
 
-    def __init__(self, config: MossConfig) -> None:
-        self.config = config
+    def __init__(self, config: MossConfig, adapters: AdapterBank | None = None) -> None:
+        self.config, self.adapters = config, adapters
         cosines, sines = spread_rotary_table(config.n_positions, config.head_dim, config.rotary_dim)
         self.cosines, self.sines = jt.array(cosines), jt.array(sines)
         swapped = np.arange(config.head_dim)
@@ -77,11 +78,29 @@ class PortableOperators:
         check_shape("h", h, (places.count, self.config.n_embd))
         check_block(weights, self.config)
         check_cache(keys, values, self.config, layer, places)
+        check_adapters(places, self.adapters, layer)
+
+        def product(x: Var, field: str) -> Var:
+            y = linear(x, getattr(weights, field))
+            return self._with_adapters(x, y, layer, field, places)
+
         normed = layer_norm(h, weights.ln_1_weight, weights.ln_1_bias, self.config.layer_norm_epsilon)
-        attended = self._attention(linear(normed, weights.qkv), keys, values, layer, places)
-        inner = gelu_new(linear(normed, weights.fc_in) + weights.fc_in_bias.float32())
-        mlp = linear(inner, weights.fc_out) + weights.fc_out_bias.float32()
-        return h + linear(attended, weights.out) + mlp
+        attended = self._attention(product(normed, "qkv"), keys, values, layer, places)
+        inner = gelu_new(product(normed, "fc_in") + weights.fc_in_bias.float32())
+        mlp = product(inner, "fc_out") + weights.fc_out_bias.float32()
+        return h + product(attended, "out") + mlp
+
+    def _with_adapters(self, x: Var, y: Var, layer: int, field: str, places: Places) -> Var:
+        """A product y (T, N) of x (T, K) with what the tokens' adapters add to it."""
+        if self.adapters is None or places.adapters is None:
+            return y
+        for number in {*places.adapters.tolist()} - {-1}:
+            pair = self.adapters.pair(number, layer, field)
+            if pair is not None:
+                a, b = (jt.array(matrix) for matrix in pair)
+                has = jt.array((places.adapters == number)[:, None].astype(np.float32))
+                y = y + has * jt.nn.matmul(jt.nn.matmul_transpose(x, a), b)
+        return y
 
     def _rotate(self, x: Var, positions: Var) -> Var:
         """x (T, H, D), positions (T, 1)."""

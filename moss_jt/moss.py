@@ -3,8 +3,9 @@
 import reprlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from operator import index
 from pathlib import Path
@@ -18,7 +19,7 @@ from moss_jt.backend.gpu import require_gpu
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.convert.named import model_folder
-from moss_jt.engine.causal_model import Watcher
+from moss_jt.engine.causal_model import LoadedAdapter, Watcher
 from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
@@ -31,6 +32,7 @@ from moss_jt.engine.prompt_key import prompt_cache_bytes
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
+from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
 from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
@@ -45,6 +47,7 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
+from moss_jt.train.bank import AdapterFiles, Given
 from moss_jt.weights.arrivals import Arrivals
 from moss_jt.weights.disk_speed import disk_under
 from moss_jt.weights.host_units import HostUnits, open_host_units
@@ -70,6 +73,7 @@ class Moss:
     tokenizer  text to ids and back
     plan       where the weights live
     load_s     seconds that loading took
+    adapters   that answers may be written with, by their names
     notice     a sentence for the user about how it was loaded, or empty
     arrivals   the weights that stay, which are read while the first text is; None where all were read before
     """
@@ -85,12 +89,14 @@ class Moss:
         name: str = "MOSS",
         copy: DraftCopy | None = None,
         prompts: PromptCache | None = None,
+        adapters: Mapping[str, LoadedAdapter] | None = None,
     ) -> None:
         """
         Args:
             folder: where the cache of what is idle goes when there is no room for it.
             copy: writes ahead of the model; closed with it.
             prompts: where what was read of beginnings is kept for later processes.
+            adapters: that the model's operators have, by their names.
         """
         self.model = model
         self.config = model.config
@@ -98,6 +104,7 @@ class Moss:
         self.plan = plan
         self.load_s = load_s
         self.name = name
+        self.adapters = dict(adapters or {})
         self._draft = draft
         self.copy = copy
         self.notice = ""
@@ -119,8 +126,12 @@ class Moss:
         offload: str = "auto",
         parallel: int = 1,
         prompt_cache: str | int = PROMPT_CACHE,
+        adapters: Given | None = None,
     ) -> Self:
         """Load a model folder.
+
+        On the CPU this returns while the weights that stay are still being read: the first text waits for them, and ``loaded``
+        tells how far they are. What cannot be read then is an error of the text that needed it.
 
         Args:
             model: its path, or the name of a converted model, or "moss-tiny", which comes with the program; by default the
@@ -142,10 +153,13 @@ class Moss:
                 shorter, and who finds no room waits.
             prompt_cache: what was read of a chat's beginning is kept beside the model and not read again, in another process
                 neither: so many bytes at most, as "2GiB"; those used longest ago go. 0 keeps none.
+            adapters: folders that ``moss-jt finetune`` or peft wrote, by names of your choice; or one or several folders, each
+                perhaps as "NAME=FOLDER", otherwise called as it is. A text says with which it is read and continued,
+                ``moss.generate(.., adapter=NAME)``; otherwise it is the model alone. Texts with different adapters share passes.
 
         Raises:
-            MossError: there is no such model, its folder is damaged, the memory is too little for it, or something
-                that a GPU needs is missing.
+            MossError: there is no such model, its folder or an adapter's is damaged, the memory is too little for it, or
+                something that a GPU needs is missing.
         """
         begin = time.perf_counter()
         kind, number = parse_device(device)
@@ -158,7 +172,12 @@ class Moss:
         keep_bytes = prompt_cache_bytes(prompt_cache)
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
+        files = AdapterFiles(store.config, adapters)
         if on_gpu:
+            if files.names:
+                raise MossError(
+                    "adapters are computed on the CPU only. Go without --gpu, or make the adapter part of a model: moss-jt merge."
+                )
             card, _ = require_gpu(number)
             needs = CudaNeeds(store.config, store.bits)
             planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
@@ -166,20 +185,22 @@ class Moss:
         def plan_with(copy: Store | None) -> ResidencyPlan:
             if on_gpu:
                 return replace(planner, copy=_copy_on(copy, CudaNeeds)).plan()
-            cpu_needs = CpuNeeds(store.config, store.bits)
-            return plan_here(store, cpu_needs, memory, context, parallel, _copy_on(copy, CpuNeeds))
+            cpu_needs = partial(CpuNeeds, rank=files.rank)
+            own = cpu_needs(store.config, store.bits)
+            return plan_here(store, own, memory, context, parallel, _copy_on(copy, cpu_needs), files.n_bytes)
 
         choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
         plan = choice.plan
         make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
+        bank, named = files.load()
         host = None
         if on_gpu:
             planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
             loaded, plan = _load_on_gpu(store, planner, way)
         else:
             host = open_host_units(store, plan, model_home()) if way != "swap" else None
-            loaded = _load(store, plan, host)
+            loaded = _load(store, plan, host, bank)
         copy = None
         if choice.copy is not None:
             try:
@@ -190,7 +211,7 @@ class Moss:
         hold(plan)
         prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
-        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts)
+        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts, named)
         moss.notice = choice.notice
         moss.arrivals = None if host is None else host.arrivals
         return moss
@@ -211,25 +232,45 @@ class Moss:
         arrivals = self.arrivals
         return 1.0 if arrivals is None else 1 - arrivals.missing_bytes / max(1, arrivals.total_bytes)
 
-    def session(self, background: bool = False) -> Text:
-        """An empty conversation of tokens over this model; ``background``: others go first."""
-        return Text(self.engine, make_drafter(self._draft, self.plan.streams), background)
+    def session(self, background: bool = False, adapter: str | None = None) -> Text:
+        """An empty conversation of tokens over this model.
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits (tokens, vocabulary) float32 of a text, every row predicting the token after it.
+        Args:
+            background: others go first.
+            adapter: the name of one that the model was loaded with; None for the model alone.
 
         Raises:
-            MossError: the text is empty or longer than the context, or an id is outside the vocabulary.
+            MossError: there is no such adapter.
+        """
+        drafter = make_drafter(self._draft, self.plan.streams)
+        return Text(self.engine, drafter, background, self._adapter(adapter))
+
+    def _adapter(self, name: str | None) -> LoadedAdapter | None:
+        if name is None:
+            return None
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise MossError(f"there is no adapter {name!r:.80}; the model was loaded with {known}.")
+        return self.adapters[name]
+
+    def logits(self, token_ids: Sequence[int], adapter: str | None = None) -> np.ndarray:
+        """Logits (tokens, vocabulary) float32 of a text, every row predicting the token after it.
+
+        Args:
+            adapter: see :meth:`session`.
+
+        Raises:
+            MossError: the text is empty or longer than the context, an id is outside the vocabulary, or there is no such adapter.
         """
         token_ids = self._checked(token_ids)
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
-        text = self.session()
+        text = self.session(adapter=adapter)
         text.extend(token_ids)
         for first, rows in text.logits():
             result[first : first + len(rows)] = rows
         return result
 
-    def logprobs(self, token_ids: Sequence[int], top: int = 0) -> list[Logprob]:
+    def logprobs(self, token_ids: Sequence[int], top: int = 0, adapter: str | None = None) -> list[Logprob]:
         """How likely each token of a text but the first was after those before it, and ``top`` of the likeliest beside each.
 
         The model's own probabilities, as natural logarithms; in parts, so a long text needs no memory for all its logits.
@@ -239,7 +280,7 @@ class Moss:
         """
         check_top(top)
         token_ids = self._checked(token_ids)
-        text = self.session()
+        text = self.session(adapter=adapter)
         text.extend(token_ids)
         logprobs: list[Logprob] = []
         for first, rows in text.logits():
@@ -262,6 +303,7 @@ class Moss:
         regulation_start: int = REGULATION_START,
         max_time: float | None = None,
         logprobs: int | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Generation:
         """Continue a text.
@@ -273,6 +315,7 @@ class Moss:
             stop: a string, or several, that end the answer; they are not part of its text. None for none.
             max_time: seconds after which the answer ends; looked at after each token.
             logprobs: 0 or more: ``logprobs`` of the answer says how likely each token was, and so many of the likeliest beside it.
+            adapter: the name of one that the model was loaded with; None for the model alone.
             sampling: presence_penalty, frequency_penalty, logit_bias, min_p.
 
         Returns:
@@ -292,7 +335,8 @@ class Moss:
             **sampling,
         )
         limits = max_new_tokens, stop, max_time
-        return self._answer(self.session(), prompt, params, *limits, begin=False, logprobs=logprobs)
+        text = self.session(adapter=adapter)
+        return self._answer(text, prompt, params, *limits, begin=False, logprobs=logprobs)
 
     def generate_many(
         self,
@@ -302,6 +346,7 @@ class Moss:
         stop: str | Sequence[str] | None = None,
         max_time: float | None = None,
         background: bool = True,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Iterator[Generation]:
         """Continue many texts at once: each reading of the weights serves a token of as many as the cache has room for.
@@ -309,6 +354,7 @@ class Moss:
         Args:
             prompts: as for :meth:`generate`; taken from the iterator as they are needed.
             background: other answers of this model go first.
+            adapter: as for :meth:`generate`, for all of them.
             sampling: temperature and so on, as for :meth:`generate`; every answer is what it is alone, with this seed.
 
         Yields:
@@ -323,7 +369,7 @@ class Moss:
         answers: deque[Generation] = deque()
         try:
             for prompt in prompts:
-                text = self.session(background)
+                text = self.session(background, adapter)
                 answers.append(self._answer(text, prompt, params, max_new_tokens, stop, max_time, begin=True))
                 while len(answers) >= MANY:
                     yield answers.popleft().finish()
@@ -343,18 +389,19 @@ class Moss:
         *,
         background: bool = True,
         logprobs: int | None = None,
+        adapter: str | None = None,
     ) -> Generation:
         """An answer that is written from now on, to its end, whether or not its pieces are asked for.
 
         Args:
             background: other answers of this model go first.
-            logprobs: see :meth:`generate`.
+            logprobs, adapter: see :meth:`generate`.
 
         Raises:
             MossError: as :meth:`generate`.
         """
         limits = max_new_tokens, stop, max_time
-        text = self.session(background)
+        text = self.session(background, adapter)
         return self._answer(text, prompt, params, *limits, begin=True, logprobs=logprobs)
 
     def _answer(
@@ -415,6 +462,7 @@ class Moss:
         top_p: float = SamplingParams.top_p,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        adapter: str | None = None,
     ) -> Chat:
         """A conversation in MOSS's format: ``for event in moss.chat().send("..."): ...``.
 
@@ -425,13 +473,14 @@ class Moss:
             system: a meta instruction of your own, instead of what MOSS was trained to be told about itself.
             max_new_tokens: the most tokens of an answer.
             temperature: 0 is greedy. For this and what follows see moss_jt.engine.sampling.SamplingParams.
+            adapter: the name of one that the model was loaded with; None for the model alone.
 
         Raises:
             MossError: the model is no MOSS, there is no such plugin, an option's value is impossible, or the context has
                 no room for the meta instruction and a turn.
         """
         return Chat(
-            self,
+            self if adapter is None else _Adapted(self, adapter),
             plugins,
             settings=settings,
             system=system,
@@ -464,6 +513,28 @@ class Moss:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """A model whose conversations have an adapter: moss_jt.chat.chat.ChatModel."""
+
+    moss: Moss
+    adapter: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.moss.tokenizer
+
+    def session(self) -> Text:
+        return self.moss.session(adapter=self.adapter)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        self.moss.watch(watcher)
+
+    @property
+    def loaded(self) -> float:
+        return self.moss.loaded
 
 
 def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Copy | None:
@@ -521,14 +592,16 @@ def _load_copy(
     return DraftCopy(loaded, DraftPace(), longest)
 
 
-def _load(store: Store, plan: ResidencyPlan, host: HostUnits | None) -> "Model":
+def _load(
+    store: Store, plan: ResidencyPlan, host: HostUnits | None, adapters: AdapterBank | None = None
+) -> "Model":
     """Start Jittor, unless it runs, while the weights are read that ``host`` holds; None where Jittor will swap them."""
     try:
         if host is not None:
             while_jittor_starts(host.begin)
         from moss_jt.engine.load import load_model
 
-        return load_model(store, plan, host)
+        return load_model(store, plan, host, adapters)
     except BaseException:
         if host is not None:
             host.close()

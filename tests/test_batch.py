@@ -13,6 +13,9 @@ from moss_jt.commands.batch_files import BEFORE, Work
 from moss_jt.commands.cli import main
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
+from moss_jt.store.model_folder import open_store
+from moss_jt.train.lora import LoraSettings
+from tests.support.adapters import random_adapter
 from tests.support.models import tiny_model_folder
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -112,7 +115,7 @@ def test_lines_that_were_corrected_are_answered_and_no_other_is_answered_again(
     asked: list[int] = []
     begin = Moss.begin
     monkeypatch.setattr(
-        Moss, "begin", lambda self, ids, *rest: asked.append(len(ids)) or begin(self, ids, *rest)
+        Moss, "begin", lambda self, *all, **named: asked.append(len(all[0])) or begin(self, *all, **named)
     )
     capsys.readouterr()
     assert run(prompts, answers) == 0 and len(asked) == 2
@@ -273,3 +276,31 @@ def test_messages_become_a_conversation_in_which_nothing_is_forged() -> None:
         and request.token_ids.count(tokenizer.id("<eom>")) == 1
     )
     assert request.chat and request.max_new_tokens == 20
+
+
+def test_each_line_has_the_adapter_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As "adapter", or in OpenAI's bodies as the model; the others are the model's own."""
+    folder, config = tiny_model_folder(), open_store(tiny_model_folder()).config
+    path = random_adapter(tmp_path / "poems", config, LoraSettings(rank=2), seed=1, spread=0.05)
+    prompt = "<|Human|>: Hello<eoh>\n<|Inner Thoughts|>:"
+    lines = [
+        {"prompt": prompt},
+        {"prompt": prompt, "adapter": "poems"},
+        openai("first", "/v1/completions", prompt=prompt, model="poems"),
+        openai("second", "/v1/completions", prompt=prompt, model="another"),
+        {"prompt": prompt, "adapter": "prose"},
+    ]
+    prompts, answers = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    assert run(prompts, answers, "--adapter", str(path)) == 1
+    assert "there is no adapter 'prose'; there are poems." in capsys.readouterr().err
+    actual = read(answers)
+    texts = [
+        line["text"] if "text" in line else line["response"]["body"]["choices"][0]["text"]
+        for line in actual[:4]
+    ]
+    with Moss.load(folder, memory="2GiB", adapters=path) as moss:
+        alone = [
+            "".join(moss.generate(prompt, max_new_tokens=12, temperature=0, adapter=name))
+            for name in (None, "poems")
+        ]
+    assert alone[0] != alone[1] and texts == [alone[0], alone[1], alone[1], alone[0]]

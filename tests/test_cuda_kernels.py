@@ -24,6 +24,7 @@ from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
 from tests.emulation.emulator import EmulationError, FakeCublas, FakeCupy, RawModule, aligned, matrix_at
 from tests.support import cuda_reference
+from tests.support.cuda_products import dense, packed
 
 # Sums of K products in float32, in another order than NumPy's: the error grows with the root of K.
 FLOAT32_STEP = 2.0**-23
@@ -87,9 +88,9 @@ def assert_sums_agree(ours: np.ndarray, x: np.ndarray, weight: np.ndarray) -> No
 )
 def test_dense_product(tokens: int, outputs: int, inputs: int) -> None:
     x, weight = normal((tokens, inputs)), half((outputs, inputs), 1)
-    assert_sums_agree(kernels().dense(x, weight), x, weight)
+    assert_sums_agree(dense(kernels(), x, weight), x, weight)
     np.testing.assert_allclose(
-        cuda_reference.dense(x, weight), kernels().dense(x, weight), rtol=2e-3, atol=2e-3
+        cuda_reference.dense(x, weight), dense(kernels(), x, weight), rtol=2e-3, atol=2e-3
     )
 
 
@@ -100,7 +101,7 @@ def test_dense_product(tokens: int, outputs: int, inputs: int) -> None:
 )
 def test_packed_product(bits: int, tokens: int, outputs: int, inputs: int, group: int) -> None:
     x, matrix = normal((tokens, inputs)), packed_matrix(outputs, inputs, bits, group)
-    ours = kernels().packed(x, matrix.packed, matrix.scales, matrix.zeros, bits)
+    ours = packed(kernels(), x, matrix.packed, matrix.scales, matrix.zeros, bits)
     assert_sums_agree(ours, x, dequantize(matrix))
     np.testing.assert_allclose(
         cuda_reference.packed(x, matrix.packed, matrix.scales, matrix.zeros, bits), ours, rtol=2e-3, atol=2e-3
@@ -155,12 +156,12 @@ def test_pages_share_a_product_where_that_changes_none_of_their_bits(way: str, b
     cublas = OtherSums(parts_of)
     cupy = type("Cupy", (FakeCupy,), {"cuda": SimpleNamespace(**{**vars(FakeCupy.cuda), "cublas": cublas})})
     run = Launchers(cupy())
-    x, dense, matrix = normal((7 * PAGE, 64)), half((24, 64)), packed_matrix(24, 64, 4, 32)
+    x, wide, matrix = normal((7 * PAGE, 64)), half((24, 64)), packed_matrix(24, 64, 4, 32)
 
     def product(some: np.ndarray) -> np.ndarray:
         if bits == 16:
-            return run.dense(aligned(some), dense, whole=True)
-        return run.packed(aligned(some), matrix.packed, matrix.scales, matrix.zeros, bits, whole=True)
+            return dense(run, aligned(some), wide, whole=True)
+        return packed(run, aligned(some), matrix.packed, matrix.scales, matrix.zeros, bits, whole=True)
 
     product(x[:PAGE])  # what is alike has been tried now
     cublas.rows.clear()
@@ -171,13 +172,13 @@ def test_pages_share_a_product_where_that_changes_none_of_their_bits(way: str, b
         np.testing.assert_array_equal(together[first : first + PAGE], product(x[first : first + PAGE]))
         assert cublas.rows == of_one
     np.testing.assert_array_equal(together[PAGE : 4 * PAGE], product(x[PAGE : 4 * PAGE]))
-    weight = dense if bits == 16 else dequantize(matrix)
+    weight = wide if bits == 16 else dequantize(matrix)
     np.testing.assert_allclose(together, x @ weight.astype(np.float32).T, rtol=0, atol=2e-2)
 
 
 def test_results_of_whole_pages_may_be_larger_than_float16() -> None:
     large, weight = normal((PAGE, 64), scale=400), half((24, 64), scale=400)
-    assert np.abs(kernels().dense(large, weight, whole=True)).max() > 65504
+    assert np.abs(dense(kernels(), large, weight, whole=True)).max() > 65504
 
 
 @pytest.mark.parametrize(
@@ -191,9 +192,9 @@ def product_with(run: Launchers, bits: int, outputs: int, inputs: int) -> Callab
     """Multiplies activations by one random matrix."""
     if bits == 16:
         weight = half((outputs, inputs))
-        return lambda x: run.dense(aligned(x), weight)
+        return lambda x: dense(run, aligned(x), weight)
     matrix = packed_matrix(outputs, inputs, bits, 32)
-    return lambda x: run.packed(aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
+    return lambda x: packed(run, aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -270,7 +271,7 @@ def test_digits_hold_any_number(bits: int) -> None:
     x[3, ::16] *= np.float32(1e6)
     x[4, 100] = np.inf
     x[5, 200] = np.nan
-    ours = kernels().packed(aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
+    ours = packed(kernels(), aligned(x), matrix.packed, matrix.scales, matrix.zeros, bits)
     assert not ours[0].any()
     assert_sums_agree(ours[1:4], x[1:4], dequantize(matrix))
     assert np.isnan(ours[4:]).all()
@@ -298,7 +299,7 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     assert len(with_shared) == 8 + 4, "products, two attentions and what combines one, layer norm"
     assert set(with_shared.values()) == {1}, with_shared
     planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
-    planted.dense(normal((1, 512)), half((8, 512)))
+    dense(planted, normal((1, 512)), half((8, 512)))
     assert planted.module("linear.cu").conflicts == {"dense_1": 2}
     planted = Launchers(Planted("kKeyRow = kKeyVectors + 1", "kKeyRow = kKeyVectors"))
     planted.attention(*one_page, whole=True)
@@ -480,7 +481,7 @@ def test_elementwise_kernels() -> None:
 def test_impossible_shapes_are_refused_before_a_launch() -> None:
     matrix = packed_matrix(8, 64, 4, 32)
     with pytest.raises(ValueError, match="groups"):
-        kernels().packed(normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
+        packed(kernels(), normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
     with pytest.raises(ValueError, match="multiple of 8"):
         kernels().attention(normal((1, 12)), half((64, 1, 12)), half((64, 1, 12)), PLACES, PLACES)
     with pytest.raises(ValueError, match="no whole pages"):
@@ -564,4 +565,4 @@ def test_planted_faults_in_the_real_kernels_are_found() -> None:
         ("buffer = kBuffer - buffer", "buffer = 0", "race"),
     ):
         with pytest.raises(EmulationError, match=words):
-            Launchers(Planted(old, new)).dense(normal((1, 2048)), half((8, 2048)))
+            dense(Launchers(Planted(old, new)), normal((1, 2048)), half((8, 2048)))

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from moss_jt.engine import draft_copy
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace, PassCost, Sure
@@ -75,6 +77,7 @@ class Certain:
     def __init__(self, logits: Callable[[int], float]) -> None:
         self._logits = logits
         self.passes: list[list[list[int]]] = []
+        self.link_s = 0.0
 
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
@@ -103,6 +106,27 @@ def test_a_draft_goes_on_while_the_copy_is_sure() -> None:
     assert certain.draft == list(range(2, 2 + len(certain.draft))) and len(certain.draft) > 12
     assert 2 <= len(doubtful.draft) < 8
     assert len(model.passes[0]) == 2 and len(model.passes[-1]) == 1, "side by side, as long as both go on"
+
+
+def test_waiting_for_the_copy_s_weights_is_no_cost_of_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They arrive while it writes its first draft, for seconds: counted as a step's, nothing would be drafted ever after."""
+    now = 0.0
+
+    class Arriving(Certain):
+        def forward_many(self, *arguments: Any) -> list[np.ndarray]:
+            nonlocal now
+            arriving = 60.0 if not self.passes else 0.0
+            self.link_s += arriving
+            now += arriving + 0.05
+            return super().forward_many(*arguments)
+
+    monkeypatch.setattr(draft_copy.time, "monotonic", lambda: now)
+    copy = DraftCopy(Arriving(lambda token: 20.0), DraftPace(1.0, 0.0, 0.01))
+    copy.write([ahead(1)])
+    assert copy.pace.steps.of(1) == pytest.approx(0.05, rel=0.01)
+    text = ahead(1)
+    copy.write([text])
+    assert len(text.draft) > 5
 
 
 def test_limits_of_a_draft() -> None:

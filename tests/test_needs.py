@@ -59,12 +59,12 @@ def compiled(folder: Path, simd: str, onednn: bool, *flags: str) -> Path:
 
 
 def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """(floats of the workspace, bytes of the threads) after each pass: (bits, tokens, group_size, ordered, workspace)."""
+    """(floats of the workspace, bytes of the threads) after each pass: (bits, tokens, group_size, ordered, workspace, rank)."""
     lines = []
-    for bits, tokens, group_size, ordered, floats in passes:
+    for bits, tokens, group_size, ordered, floats, rank in passes:
         start = config.n_positions - tokens  # the whole cache is seen
         shape = (config.n_positions, config.n_head, config.head_dim, config.rotary_dim // 2, config.n_inner)
-        lines.append((bits, tokens, start, *shape, config.vocab_size, group_size, ordered, floats))
+        lines.append((bits, tokens, start, *shape, config.vocab_size, group_size, ordered, floats, rank))
     text = "\n".join(" ".join(map(str, line)) for line in (lines[0], *lines))  # the first is not counted
     done = subprocess.run(
         [str(program)],
@@ -90,13 +90,21 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: str, tmp_path: P
             tokens,
             group_size,
             ordered,
-            CpuNeeds(SMALL, bits).block_floats(tokens, SMALL.n_positions, onednn=False),
+            CpuNeeds(SMALL, bits, rank).block_floats(tokens, SMALL.n_positions, onednn=False),
+            rank,
         )
-        for bits, group_size, ordered in ((16, 0, 0), (8, 128, 0), (8, 32, 1), (4, 128, 0), (4, 32, 1))
+        for bits, group_size, ordered, rank in (
+            (16, 0, 0, 0),
+            (16, 0, 0, 5),
+            (8, 128, 0, 0),
+            (8, 32, 1, 5),
+            (4, 128, 0, 5),
+            (4, 32, 1, 0),
+        )
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
     ]
     actual = run(program, SMALL, passes)
-    for (*line, ordered, promised), (taken, _) in zip(passes, actual, strict=True):
+    for (*line, ordered, promised, _), (taken, _) in zip(passes, actual, strict=True):
         assert taken <= promised
         if ordered or line[0] == 16:
             assert promised - taken <= 2 * needs.ALIGNMENT, "the count is of something else"
@@ -109,7 +117,8 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
     program = compiled(tmp_path, chosen_simd(), onednn, "-O1")
     for config in (SMALL, MOSS_HEADS, NARROW):
         for bits in BITS:
-            group_size, own = min(128, config.n_embd), CpuNeeds(config, bits)
+            group_size, rank = min(128, config.n_embd), 8 if bits == 8 else 0
+            own = CpuNeeds(config, bits, rank)
             passes = [
                 (
                     bits,
@@ -122,11 +131,12 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
                         onednn=onednn,
                         few=0 if tokens % PAGE == 0 else tokens,
                     ),
+                    rank,
                 )
                 for tokens in TOKENS
             ]
             for line, (taken, held) in zip(passes, run(program, config, passes), strict=True):
-                assert taken <= line[-1]
+                assert taken <= line[-2]
                 planned = THREADS * 4 * own.thread_floats(line[1], config.n_positions)
                 assert held <= planned, (config, line)
             if onednn and config is MOSS_HEADS:

@@ -6,13 +6,19 @@ from typing import Any
 
 import pytest
 
+from moss_jt import Moss
+from moss_jt.chat.finished_turn import FinishedTurn
+from moss_jt.chat.keeping import Keeping
 from moss_jt.chat.prompt import PromptEncoder, meta_instruction
+from moss_jt.chat.saved import About, Conversations, about_line, turn_line
 from moss_jt.errors import MossError
 from moss_jt.plugins.calculator import Calculator
+from moss_jt.plugins.interface import Source
 from moss_jt.train.conversation import Conversation, Mask, PlainText
 from moss_jt.train.dataset import read_dataset
 from moss_jt.train.formats import Losses, read_sample
 from moss_jt.train.samples import SampleEncoder, TokenSample
+from tests.support.models import tiny_model_folder
 from tests.support.shared import shared
 from tests.support.tokenizers import moss_tokenizer, tiny_tokenizer
 
@@ -279,3 +285,71 @@ def test_nothing_to_learn_is_an_error_with_its_reasons(tmp_path: Path) -> None:
         read_dataset(tmp_path / "empty" if (tmp_path / "empty").mkdir() else tmp_path / "empty", encoder())
     with pytest.raises(MossError, match="is missing"):
         read_dataset(tmp_path / "none.jsonl", encoder())
+
+
+def saved_lines(turns: list[dict[str, str]], **about: Any) -> list[Any]:
+    """As moss_jt.chat.saved writes them."""
+    finished = [FinishedTurn(turn, (5, 6), {1: Source("a", "b")}, 3, 1, (True, False)) for turn in turns]
+    first = About(meta_instruction([Calculator()]), plugins=("calculator",), **about)
+    return [one.decode().strip() for one in (about_line("x", first), *map(turn_line, finished))]
+
+
+CALCULATED = {
+    "Human": "<|Human|>: 6*7?<eoh>\n",
+    "Inner Thoughts": "<|Inner Thoughts|>: I need the calculator.<eot>\n",
+    "Commands": '<|Commands|>: Calculate("6*7")<eoc>\n',
+    "Tool Responses": "<|Results|>:\nCalculate(\"6*7\") => '42'\n<eor>\n",
+    "MOSS": "<|MOSS|>: It is 42.<eom>\n",
+}
+
+
+def test_saved_chats_are_learned_from(tmp_path: Path) -> None:
+    """A file of one conversation, several in one file among other lines, and a folder of them; turns with plugins, too."""
+    hello = moss_form(("Hi", "Hello!"))["chat"]["turn_1"]
+    silent = hello | {"MOSS": "<|MOSS|>: <eom>\n"}
+    one, two = saved_lines([CALCULATED, hello, silent], title="chat"), saved_lines([hello])
+    meta = meta_instruction([Calculator()])
+    plain = "".join(hello.values())
+    both = [meta + "".join(CALCULATED.values()) + plain, meta + plain]
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", one)
+    write_lines(folder / "b.jsonl", two)
+    mixed = write_lines(tmp_path / "mixed.jsonl", [two[1], *one, SAME["openai"], *two, *saved_lines([])])
+    for path, others in ((folder, 0), (mixed, 1)):
+        got = read_dataset(path, encoder())
+        samples = [*got.training, *got.evaluation]
+        assert sorted(text(made) for made in samples if text(made) in both) == sorted(both)
+        assert len(samples) == len(both) + others
+        assert got.report.losses.counts == {"turns without an answer": 1}
+        begins = "mixed.jsonl line 2" if others else "a.jsonl line 1"
+        assert any("turns without an answer" in line and begins in line for line in got.report.lines())
+    refused = dict(got.report.refused)
+    assert "no turn" in refused[f"{mixed} line 9"], "a conversation without turns"
+    assert "no form" in refused[f"{mixed} line 1"], "a turn of no conversation"
+    chosen = next(made for made in samples if text(made) == both[0])
+    assert learned(chosen) == (
+        "<|Inner Thoughts|>: I need the calculator.<eot>\n"
+        '<|Commands|>: Calculate("6*7")<eoc>\n<|MOSS|>: It is 42.<eom>\n'
+        "<|Inner Thoughts|>: None<eot>\n<|Commands|>: None<eoc>\n<|MOSS|>: Hello!<eom>\n"
+    )
+    whole = read_dataset(folder, encoder("moss"))
+    chosen = next(made for made in [*whole.training, *whole.evaluation] if text(made) == both[0])
+    assert "6*7?<eoh>" in learned(chosen) and "'42'" not in learned(chosen)
+
+
+def test_a_chat_is_learned_as_it_was_read(tmp_path: Path) -> None:
+    """What a chat kept of itself has the tokens that its model had before it."""
+    with Moss.load(tiny_model_folder(), memory="2GiB") as moss:
+        chat = moss.chat(plugins=["calculator"], temperature=0)
+        conversations = Conversations(tmp_path)
+        chat.keeper = Keeping(conversations, "moss-tiny")
+        for message in ("What is 37 times 48?", "你好"):
+            list(chat.send(message))
+        token_ids = [*chat.token_ids]
+        chat.keeper.close()  # type: ignore[attr-defined]
+        made = SampleEncoder(PromptEncoder(moss.tokenizer), END, 2048, "assistant")
+        got = read_dataset(tmp_path, made)
+    (chosen,) = [*got.training, *got.evaluation]
+    assert chosen.token_ids.tolist() == token_ids
+    assert got.report.refusals == 0 and not got.report.losses.counts

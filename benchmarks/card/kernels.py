@@ -22,7 +22,7 @@ import numpy as np
 from moss_jt.backend.gpu import require_gpu
 from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.cublas import multiply
-from moss_jt.kernels.cuda.launchers import Launchers
+from moss_jt.kernels.cuda.launchers import Launchers, Product
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary_table import rotary_table
@@ -30,6 +30,7 @@ from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pa
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.support import block_oracle as oracle  # noqa: E402
+from tests.support import cuda_products as products  # noqa: E402
 
 STEP = 2.0**-23  # float32's
 GROUP = 128
@@ -157,7 +158,7 @@ def check_products(on: SimpleNamespace, kernels: Launchers, report: Report) -> N
 
 def dense(on: SimpleNamespace, kernels: Launchers, t: int, n: int, k: int) -> tuple[bool, str]:
     x, weight = normal((t, k)), half((n, k), 1)
-    return of_bound(on.host(kernels.dense(on.dev(x), on.dev(weight))), x, weight)
+    return of_bound(on.host(products.dense(kernels, on.dev(x), on.dev(weight))), x, weight)
 
 
 def packed(on: SimpleNamespace, kernels: Launchers, t: int, matrix: PackedArrays) -> tuple[bool, str]:
@@ -169,7 +170,7 @@ def packed(on: SimpleNamespace, kernels: Launchers, t: int, matrix: PackedArrays
 def by_cublas(on: SimpleNamespace, kernels: Launchers, t: int, n: int, k: int) -> tuple[bool, str]:
     x, weight = normal((t, k)), half((n, k), 1)
     rounded = x.astype(np.float16).astype(np.float64) @ weight.astype(np.float64).T
-    return close(on.host(kernels.dense(on.dev(x), on.dev(weight), whole=True)), rounded, 1e-4)
+    return close(on.host(products.dense(kernels, on.dev(x), on.dev(weight), whole=True)), rounded, 1e-4)
 
 
 def gathered(on: SimpleNamespace, kernels: Launchers) -> tuple[bool, str]:
@@ -179,7 +180,7 @@ def gathered(on: SimpleNamespace, kernels: Launchers) -> tuple[bool, str]:
 
 def by_packed(on: SimpleNamespace, kernels: Launchers, x: np.ndarray, matrix: PackedArrays) -> Any:
     parts = (on.dev(part) for part in (matrix.packed, matrix.scales, matrix.zeros))
-    return kernels.packed(on.dev(x), *parts, matrix.bits)
+    return products.packed(kernels, on.dev(x), *parts, matrix.bits)
 
 
 def widened(on: SimpleNamespace, kernels: Launchers, matrix: PackedArrays) -> tuple[bool, str]:
@@ -197,7 +198,7 @@ def same_bits(on: SimpleNamespace, kernels: Launchers, bits: int) -> tuple[bool,
     def product(some: np.ndarray) -> np.ndarray:
         some = np.ascontiguousarray(some)
         result = (
-            kernels.dense(on.dev(some), on.dev(weight))
+            products.dense(kernels, on.dev(some), on.dev(weight))
             if matrix is None
             else by_packed(on, kernels, some, matrix)
         )
@@ -378,7 +379,7 @@ def time_all(on: SimpleNamespace, path: str | None) -> bool:
     cupy.cuda.device.get_cublas_handle()
     times.fact("memory taken with cuBLAS", taken_mib(cupy), "MiB")
     kernels = Launchers(cupy)
-    kernels.dense(on.dev(normal((PAGE, 64))), on.dev(half((24, 64))), whole=True)
+    products.dense(kernels, on.dev(normal((PAGE, 64))), on.dev(half((24, 64))), whole=True)
     cupy.cuda.runtime.deviceSynchronize()
     times.fact("memory taken after a product", taken_mib(cupy), "MiB")
     time_copy(cupy, times)
@@ -427,9 +428,9 @@ def time_matrix(
         def product(number: int, x: Any = x) -> None:
             weight = weights[number % copies]
             if bits == 16:
-                kernels.dense(x, weight.view(np.float16).reshape(n, k))
+                kernels.products([Product(x, weight.view(np.float16).reshape(n, k))])
             else:
-                kernels.packed(x, weight.reshape(n, k * bits // 8), scales, zeros, bits)
+                kernels.products([Product(x, weight.reshape(n, k * bits // 8), bits, scales, zeros)])
 
         medians[t] = times.median(product, max(8, copies))
         times.row(
@@ -489,7 +490,8 @@ def time_cublas(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
             x, narrow, out = on.dev(normal((t, k))), on.dev(half((t, k))), on.cupy.empty((t, n), np.float32)
             seconds = times.median(lambda _, a=(narrow, weight, out): multiply(on.cupy, *a), 10)
             times.rate(f"cuBLAS {name} T={t}", seconds, 2.0 * t * n * k)
-            seconds = times.median(lambda _, a=(x, weight): kernels.dense(*a, whole=True), 10)
+            pages = [Product(x, weight)]
+            seconds = times.median(lambda _, pages=pages: kernels.products(pages, whole=True), 10)
             times.rate(f"whole pages {name} T={t}", seconds, 2.0 * t * n * k)
         print(f"{name}: a page's bits are the same among {kernels.pages.sizes[n, k]} rows")
     n, k = MATRICES["fc_in"]
@@ -506,11 +508,11 @@ def once(on: SimpleNamespace) -> bool:
     for name in ("qkv", "out"):
         n, k = MATRICES[name]
         x = on.dev(normal((1, k)))
-        kernels.dense(x, pool(on.cupy, 2 * n * k, "weights").view(np.float16).reshape(n, k))
+        kernels.products([Product(x, pool(on.cupy, 2 * n * k, "weights").view(np.float16).reshape(n, k))])
         scales, zeros = quantization(on, n, k)
         for bits in (8, 4):
             matrix = pool(on.cupy, n * k * bits // 8, "any").reshape(n, k * bits // 8)
-            kernels.packed(x, matrix, scales, zeros, bits)
+            kernels.products([Product(x, matrix, bits, scales, zeros)])
     keys, values = cache_of(on)
     for context in (32, 2047):
         kernels.attention(on.dev(normal((1, WIDTH))), keys, values, *in_order(on, context, 1))

@@ -1,6 +1,7 @@
 // One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h).
 #pragma once
 
+#include "adapters.h"
 #include "attention.h"
 #include "lost_file.h"
 #include "packed.h"
@@ -19,6 +20,7 @@ struct Block {
     const float* rotary;                           // (positions, 2, pairs)
     float* result;                                 // (T, C)
     float* workspace;
+    Adapters adapters;
     int64_t tokens, whole, pages_per_slot, heads, head_dim, pairs;
     float epsilon;
 
@@ -30,6 +32,7 @@ template <class M>
 struct Workspace {
     const Pass pass;
     float *normed, *q, *attended, *inner;              // (T, C), (T, C), (T, C), (T, I)
+    float* low[2];                                     // (T, most_rank): of two products at a time
     Inputs qkv_x, fc_in_x, out_x, fc_out_x;            // inputs in each matrix's own order
     float* partial;
 
@@ -57,6 +60,7 @@ struct Workspace {
         fc_in_x = as_qkv ? qkv_x : inputs(b.fc_in, normed);
         out_x = inputs(b.out_proj, attended);
         fc_out_x = inputs(b.fc_out, inner);
+        for (float*& one : low) one = take(b.adapters.most_rank);
         partial = free;
     }
 };
@@ -105,10 +109,12 @@ inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& que
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.qkv.take(); rows.first < rows.end; rows = queues.qkv.take()) {
         product(b.qkv, rows.first, rows.end, w.qkv_x, w.pass, y, ld, false);
+        add_low_rank(b.adapters, kQkv, w.low[0], tokens, b.qkv.n, rows, y, ld);
         keep_qkv(b, w.q, y, rows.first, rows.end, ld);
     }
     for (Rows rows = queues.fc_in.take(); rows.first < rows.end; rows = queues.fc_in.take()) {
         product(b.fc_in, rows.first, rows.end, w.fc_in_x, w.pass, y, ld, false);
+        add_low_rank(b.adapters, kFcIn, w.low[1], tokens, inner, rows, y, ld);
         for (int64_t t = 0; t < tokens; t++)
             gelu_row(y + t * ld, b.fc_in_bias + rows.first, rows.end - rows.first, w.inner + t * inner + rows.first);
     }
@@ -122,6 +128,8 @@ inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& qu
     for (Rows rows = queues.output.take(); rows.first < rows.end; rows = queues.output.take()) {
         product(b.out_proj, rows.first, rows.end, w.out_x, w.pass, y, ld, false);
         product(b.fc_out, rows.first, rows.end, w.fc_out_x, w.pass, y, ld, true);
+        add_low_rank(b.adapters, kOutProj, w.low[0], tokens, width, rows, y, ld);
+        add_low_rank(b.adapters, kFcOut, w.low[1], tokens, width, rows, y, ld);
         for (int64_t t = 0; t < tokens; t++)
             for_lanes(rows.end - rows.first, [&](int64_t i, int n) {
                 const F sum = Simd::add(load_n(y + t * ld + i, n), load_half_n(b.fc_out_bias + rows.first + i, n));
@@ -147,6 +155,8 @@ inline void run_block(const Block<M>& b) {
             const bool shared = w.fc_in_x.whole.x == w.qkv_x.whole.x && w.fc_in_x.few.x == w.qkv_x.few.x;
             if (!shared) arrange(b.fc_in, w.fc_in_x, w.pass, t, w.normed);
         }
+        to_low_rank(b.adapters, kQkv, w.normed, tokens, width, w.low[0]);
+        to_low_rank(b.adapters, kFcIn, w.normed, tokens, width, w.low[1]);
         block_input(b, w, queues);
         if (w.fc_out_x.apart(w.inner)) {
 #pragma omp for schedule(static) nowait
@@ -157,6 +167,8 @@ inline void run_block(const Block<M>& b) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) arrange(b.out_proj, w.out_x, w.pass, t, w.attended);
         }
+        to_low_rank(b.adapters, kOutProj, w.attended, tokens, width, w.low[0]);
+        to_low_rank(b.adapters, kFcOut, w.inner, tokens, b.fc_in.n, w.low[1]);
         block_output(b, w, queues);
     }
 #ifdef MOSS_ONEDNN

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_block, check_cache, check_dtype, check_shape
+from moss_jt.kernels.adapters import AdapterBank
+from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_dtype, check_shape
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
 from moss_jt.kernels.interface import (
@@ -55,6 +56,7 @@ block.keys = (uint16_t*)in8_p + layer;
 block.values = (uint16_t*)in9_p + layer;
 block.result = (float*)out0_p;
 block.workspace = (float*)out1_p;
+block.adapters = moss::Adapters{(const float*)in10_p, (const int32_t*)in11_p, (const int32_t*)in12_p, (int64_t)data["rank"]};
 block.tokens = in0_shape0;
 block.whole = (int64_t)data["whole"];
 block.heads = in8_shape2;
@@ -72,7 +74,7 @@ MATRIX_NAMES = (
     "fc_in",
     "fc_out",
 )  # as block.h calls them: Jittor defines a macro named out
-FIRST_MATRIX = 10  # the first input that belongs to a matrix
+FIRST_MATRIX = 13  # the first input that belongs to a matrix
 
 
 def dense_source() -> str:
@@ -118,6 +120,7 @@ class CpuOperators:
         config: the model's geometry.
         simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
             or what MOSS_JT_SIMD says.
+        adapters: that tokens may have.
 
     others_run  other threads may run Python while an operation computes, as a server's must; to be set where one thread alone
                 uses Jittor
@@ -126,7 +129,9 @@ class CpuOperators:
         ValueError: head_dim is odd, or this machine does not have ``simd``.
     """
 
-    def __init__(self, config: MossConfig, simd: str | None = None) -> None:
+    def __init__(
+        self, config: MossConfig, simd: str | None = None, adapters: AdapterBank | None = None
+    ) -> None:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
         self.config = config
@@ -136,6 +141,9 @@ class CpuOperators:
             raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
+        self.adapters = adapters
+        self.bank = self.no_order if adapters is None else jt.reuse_np_array(adapters.values)
+        self.directories = [] if adapters is None else [jt.array(layer) for layer in adapters.directory]
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
 
     @property
@@ -168,14 +176,22 @@ class CpuOperators:
         config, tokens = self.config, places.count
         check_shape("h", h, (tokens, config.n_embd))
         check_cache(keys, values, config, layer, places)
+        check_adapters(places, self.adapters, layer)
         checked = self._checked.get(weights)
         if checked is None:
             checked = self._checked[weights] = self._check(weights)
+        rank, adapters = 0, [self.no_order] * 3
+        if self.adapters is not None and places.adapters is not None:
+            rank, adapters = (
+                self.adapters.most_rank,
+                [self.bank, self.directories[layer], places.adapter_tokens],
+            )
         inputs = [
-            h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *checked.matrices
+            h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *adapters, *checked.matrices
         ]  # fmt: skip
         data = {
-            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "others_run": int(self.others_run)
+            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank,
+            "others_run": int(self.others_run),
         }  # fmt: skip
         positions = min(keys.shape[1], config.n_positions)
         floats = self._workspace(checked, tokens, tokens - places.whole, positions)
@@ -183,7 +199,8 @@ class CpuOperators:
         return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits], shapes, inputs, data)[0]
 
     def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
-        needs = CpuNeeds(self.config, checked.bits)
+        rank = 0 if self.adapters is None else self.adapters.most_rank
+        needs = CpuNeeds(self.config, checked.bits, rank)
         onednn = onednn_folder() is not None
         return needs.block_floats(tokens, positions, few=few, onednn=onednn)
 

@@ -224,23 +224,6 @@ class Launchers:
         self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, places, *sizes)
         return out
 
-    def dense(self, x: Array, weight: Array, whole: bool = False) -> Array:
-        """x (T, K) float32 times weight (N, K) float16 -> (T, N) float32; K is a multiple of 8."""
-        return self._summed(self.products([Product(x, weight)], whole)[0])
-
-    def packed(
-        self, x: Array, packed: Array, scales: Array, zeros: Array, bits: int, whole: bool = False
-    ) -> Array:
-        """x (T, K) float32 times a packed matrix (see moss_jt.store.quant) -> (T, N) float32; groups of a multiple of 32 inputs."""
-        return self._summed(self.products([Product(x, packed, bits, scales, zeros)], whole)[0])
-
-    def _summed(self, parts: Array) -> Array:
-        if parts.shape[0] == 1:
-            return parts.reshape(parts.shape[1:])
-        out = self.cupy.empty(parts.shape[1:], np.float32)
-        self.each("linear.cu", "add_parts", out.size, parts, out, parts.shape[0], out.size)
-        return out
-
     def products(self, products: Sequence[Product], whole: bool = False) -> list[Array]:
         """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed.
 

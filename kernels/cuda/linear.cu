@@ -323,12 +323,6 @@ PACKED(8, 4, 8, 4)
 PACKED(4, 8, 1, 4)
 PACKED(4, 4, 4, 4)
 
-// y[i] = the sum of all parts of x (parts, count), first to last.
-extern "C" __global__ void add_parts(IN(float) x, OUT(float) y, int parts, int count) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < count) y[i] = sum_of_parts(x, parts, count, i);
-}
-
 // All of a matrix (N, K) in float16, for long prompts and cuBLAS: scale * (q - zero), rounded once. A thread does 16 bytes of packed
 // weights. A field under 0x4b000000 is the float 2^23 + field, so that one subtraction gives it less its zero point, exactly, on any card.
 template <int kBits>

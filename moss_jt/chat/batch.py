@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -57,6 +58,7 @@ class Request:
 
     custom_id  OpenAI's name of the line; None for lines in our own form
     chat       its answer is a message
+    adapter    with which it is answered; None for the model alone
     """
 
     token_ids: list[int]
@@ -65,14 +67,19 @@ class Request:
     stop: list[str]
     custom_id: str | None = None
     chat: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a line does not say otherwise."""
+    """What holds where a line does not say otherwise.
+
+    adapters  that a line may name; it has none where it does not
+    """
 
     params: SamplingParams
     max_new_tokens: int
+    adapters: Collection[str] = ()
 
 
 def parse_line(line: str, tokenizer: Tokenizer, defaults: Defaults) -> Request:
@@ -119,7 +126,19 @@ def _request(
         stop=stops,
         custom_id=custom_id,
         chat=chat,
+        adapter=_adapter(fields, defaults.adapters),
     )
+
+
+def _adapter(fields: dict[str, Any], adapters: Collection[str]) -> str | None:
+    """The adapter that a line names, or asks for as its model, as requests to a server do."""
+    name = fields.get("adapter")
+    if name is None:
+        model = fields.get("model")
+        return model if isinstance(model, str) and model in adapters else None
+    if not isinstance(name, str) or name not in adapters:
+        raise MossError(f"there is no adapter {name!r:.80}; there are {', '.join(adapters) or 'none'}.")
+    return name
 
 
 def _check_names(fields: dict[str, Any], text: str) -> None:
@@ -127,7 +146,7 @@ def _check_names(fields: dict[str, Any], text: str) -> None:
     Raises:
         MossError: an option has a name that is none: it would be passed over, and the answer be another than was asked for.
     """
-    known = (text, "stop", "logit_bias", *SAMPLING, *LIMITS)
+    known = (text, "stop", "logit_bias", "adapter", *SAMPLING, *LIMITS)
     for name in fields.keys() - {*known, *IGNORED, *UNSUPPORTED}:
         close = get_close_matches(name, known, 1)
         meant = f"did you mean {close[0]}?" if close else 'what is your own goes into "metadata".'

@@ -12,9 +12,11 @@ from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Command, Event, Notice, Result, Text, Thought
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.commands.options import (
+    adapter_option,
     loaded,
     loading_options,
     model_folder,
+    only_adapter,
     read_text,
     sampling_arguments,
     sampling_options,
@@ -46,6 +48,7 @@ from moss_jt.terminal.turn_view import TurnView
     help="At most this many tokens in the answer.",
 )
 @sampling_options
+@adapter_option
 @loading_options
 def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: int, **options: Any) -> None:
     """Ask MODEL, by default the one used last, one question.
@@ -64,7 +67,8 @@ def command(words: tuple[str, ...], as_json: bool, quiet: bool, max_new_tokens: 
     folder = model_folder(model)
     arguments = chat_arguments(options, folder)
     with loaded(str(folder), options) as moss:
-        chat = moss.chat(**arguments, max_new_tokens=max_new_tokens, **sampling)
+        adapter = only_adapter(moss)
+        chat = moss.chat(**arguments, max_new_tokens=max_new_tokens, adapter=adapter, **sampling)
         if as_json:
             begin = time.monotonic()
             events = list(chat.send(question))

@@ -19,7 +19,13 @@ from moss_jt.chat.batch import (
     parse_line,
 )
 from moss_jt.commands.batch_files import Survey, Work, lines_of
-from moss_jt.commands.options import loaded, loading_options, sampling_arguments, sampling_options
+from moss_jt.commands.options import (
+    adapters_option,
+    loaded,
+    loading_options,
+    sampling_arguments,
+    sampling_options,
+)
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import SamplingParams
@@ -30,6 +36,7 @@ from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.output import bounded
 from moss_jt.terminal.screen import Screen
+from moss_jt.train.bank import named_folders
 
 if TYPE_CHECKING:
     from moss_jt.engine.generate import Generation
@@ -61,6 +68,7 @@ MOST_PARALLEL, CACHE_SHARE = 16, 4
     help="Room for N answers at once. [default: up to 16, as a quarter of the memory has room for]",
 )
 @sampling_options
+@adapters_option
 @loading_options
 def command(
     model: str, prompts: Path, answers: Path, max_new_tokens: int, parallel: int | None, **options: Any
@@ -68,8 +76,8 @@ def command(
     """Answer all PROMPTS with MODEL, many at once: each reading of the model serves a token of every answer.
 
     PROMPTS has one JSON object a line: {"messages": [..]} as in OpenAI's API, a line of its batch files, or {"prompt": TEXT}, a
-    text that is continued as it is. Options such as "temperature", "seed" and "max_new_tokens" may stand beside them. ANSWERS
-    gets a line for each, in the same order.
+    text that is continued as it is. Options such as "temperature", "seed", "max_new_tokens" and "adapter" may stand beside them.
+    ANSWERS gets a line for each, in the same order.
 
     Run it again after it was stopped, or after correcting lines that had errors: it does what is left. Exit code 1 when lines
     had errors.
@@ -79,7 +87,8 @@ def command(
     """
     store = open_store(model_folder(model))
     tokenizer = Tokenizer.from_file(store.tokenizer_path)
-    defaults = Defaults(SamplingParams(**sampling_arguments(options)), max_new_tokens)
+    params, adapters = SamplingParams(**sampling_arguments(options)), named_folders(options["adapters"])
+    defaults = Defaults(params, max_new_tokens, adapters.keys())
     survey = Survey.of(prompts, tokenizer, defaults)
     report(prompts, survey.faults)
     options["context"] = options["context"] or max(2, min(survey.longest, store.config.n_positions))
@@ -151,7 +160,8 @@ def _begun(
     try:
         request = parse_line(line, tokenizer, defaults)
         assert moss is not None
-        answer = moss.begin(request.token_ids, request.params, request.max_new_tokens, request.stop)
+        limits = request.max_new_tokens, request.stop
+        answer = moss.begin(request.token_ids, request.params, *limits, adapter=request.adapter)
     except MossError as error:
         return encoded(error_line(index, name, line, str(error)))
     return index, line, request, answer

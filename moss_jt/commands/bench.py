@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moss_jt.commands.options import draft_model_option, loaded, memory_options, model_argument, model_folder
+from moss_jt.commands.options import (
+    adapter_option,
+    draft_model_option,
+    loaded,
+    memory_options,
+    model_argument,
+    model_folder,
+    only_adapter,
+)
 from moss_jt.engine.engine import Engine
 from moss_jt.errors import MossError
 from moss_jt.plan.machine import peak_memory_bytes
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
 )
 @memory_options
 @draft_model_option
+@adapter_option
 def command(
     model: str | None,
     contexts: str,
@@ -69,6 +78,8 @@ def command(
         from moss_jt.measure.first_words import first_words, line_of
         from moss_jt.measure.side_by_side import measure_together, report_together
 
+        adapter = only_adapter(moss)
+        moss.model.adapter = None if adapter is None else moss.adapters[adapter].number
         times = measure(moss.model, lengths, moss.config.vocab_size, new_tokens, repeats)
         together = []
         if counts:
@@ -78,7 +89,7 @@ def command(
         drafts = None
         if moss.copy is not None:
             prompt = prompt_ids(max(lengths), moss.config.vocab_size)
-            answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0).finish()
+            answer = moss.generate(prompt, max_new_tokens=new_tokens, temperature=0, adapter=adapter).finish()
             drafts = draft_fields(answer.stats)
         words = list(first_words(moss.session(), moss.config.vocab_size)) if turns else []
         peak = peak_memory_bytes()

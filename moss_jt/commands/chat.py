@@ -11,10 +11,12 @@ from moss_jt.chat.keeping import Keeping
 from moss_jt.chat.saved import Conversation, Conversations, OpenConversation
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.commands.options import (
+    adapter_option,
     loaded,
     loading_options,
     model_argument,
     model_folder,
+    only_adapter,
     sampling_arguments,
     sampling_options,
 )
@@ -59,6 +61,7 @@ from moss_jt.terminal.screen import Screen
     help="At most this many tokens in an answer.",
 )
 @sampling_options
+@adapter_option
 @loading_options
 def command(
     model: str | None,
@@ -74,6 +77,7 @@ def command(
     moss-jt chat moss-tiny                     the small model that comes with the program
     moss-jt chat moss-moon-003-sft-plugin-int4 --memory 14GiB
     moss-jt chat --search-folder ~/notes       MOSS searches in your own text files
+    moss-jt chat --adapter my-adapter          with what moss-jt finetune has taught it
     moss-jt chat --resume                      go on where the last conversation ended
 
     Ctrl-C ends an answer. Type clear to forget the conversation, stop to leave, and /help for everything else.
@@ -105,7 +109,8 @@ def command(
         if (writer := keeping or opened) is not None:
             stack.enter_context(contextlib.closing(writer))
         moss = stack.enter_context(loaded(str(folder), options))
-        chat = moss.chat(**arguments, max_new_tokens=options["max_new_tokens"], **sampling)
+        most, adapter = options["max_new_tokens"], only_adapter(moss)
+        chat = moss.chat(**arguments, max_new_tokens=most, adapter=adapter, **sampling)
         dropped = 0 if held is None else chat.resume(held.turns)
         chat.keeper = keeping
         Terminal(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from moss_jt.backend.threads import compute_threads
+from moss_jt.commands.options import adapter_option
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.cached_text import pages_of
@@ -49,6 +50,7 @@ TOKENIZER_BYTES = 32 * MIB  # that loading a second model's takes
 @click.option(
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
+@adapter_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,
@@ -57,6 +59,7 @@ def command(
     context: int | None,
     max_tokens: int | None,
     memory: str | None,
+    adapters: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Perplexity of MODEL on a text; with --against, also how far its predictions are from another model's.
@@ -73,10 +76,10 @@ def command(
     context = _window(stores, names, context)
     token_ids = _token_ids(stores, names, file, max_tokens)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(moss) for moss in _load(stores, context, memory)]
+        loaded = [stack.enter_context(moss) for moss in _load(stores, context, memory, adapters)]
         predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
         with token_bar(file.name, predicted) as bar:
-            models = [EngineTokens(moss.engine) for moss in loaded]
+            models = [EngineTokens(moss.engine, next(iter(moss.adapters.values()), None)) for moss in loaded]
             together = min(moss.model.pages for moss in loaded) // pages_of(context)
             other = None if against is None else models[1]
             result = evaluate(token_ids, models[0], other, context, together, bar.update)
@@ -119,8 +122,9 @@ def _read(file: Path, max_tokens: int | None) -> str:
     return text
 
 
-def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Moss]:
-    """The models, one after the other, with room for as many windows as one pass scores where that costs little.
+def _load(stores: list[Store], context: int, memory: str | None, adapters: tuple[str, ...]) -> Iterator[Moss]:
+    """The models, one after the other, the first one with the adapters, with room for as many windows as one pass scores where that
+    costs little.
 
     Nothing is drafted: there is nothing to generate.
     """
@@ -131,7 +135,10 @@ def _load(stores: list[Store], context: int, memory: str | None) -> Iterator[Mos
     for store, share in zip(stores, _shares(stores, context, budget), strict=True):
         windows = share // 20 // sizes_of_store(store).cache_bytes(context)
         parallel = max(1, min(rows // context, windows))
-        moss = Moss.load(store.path, memory=share, context=context, draft="off", parallel=parallel)
+        moss = Moss.load(
+            store.path, memory=share, context=context, draft="off", parallel=parallel, adapters=adapters
+        )
+        adapters = ()
         moss.model.score_rows = rows
         yield moss
 

@@ -9,9 +9,11 @@ import click
 
 from moss_jt.chat.language import Language
 from moss_jt.commands.options import (
+    adapter_option,
     loaded,
     loading_options,
     model_argument,
+    only_adapter,
     read_text,
     sampling_arguments,
     sampling_options,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     "--json", "as_json", is_flag=True, help="Print one JSON object at the end, with tokens and times."
 )
 @sampling_options
+@adapter_option
 @loading_options
 def command(
     model: str | None,
@@ -79,6 +82,7 @@ def command(
             text,
             max_new_tokens=max_new_tokens,
             stop=[unescaped(one) for one in stop],
+            adapter=only_adapter(moss),
             **sampling_arguments(options),
         )
         progress = ReadingProgress(screen := Screen(sys.stderr), Asked(moss, generation))

@@ -87,6 +87,21 @@ draft_model_option = click.option(
     help="A copy of MODEL in fewer bits that writes ahead, for MODEL to verify in one pass: auto (where weights stream, if one was "
     "converted and fits), off, or its name or path. Changes the speed, never the text.",
 )
+_ADAPTER = "--adapter", "adapters"
+_ADAPTER_HELP = "A folder that moss-jt finetune or peft wrote"
+adapter_option = click.option(
+    *_ADAPTER,
+    multiple=True,
+    metavar="DIR",
+    help=f"{_ADAPTER_HELP}: MODEL with what was learned.",
+    callback=lambda context, parameter, given: at_most_one(given),
+)
+adapters_option = click.option(
+    *_ADAPTER,
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help=f"{_ADAPTER_HELP}, for requests that name it; by default it is called as the folder. May be given several times.",
+)
 loading_options = _all_of(
     memory_options,
     click.option(
@@ -116,6 +131,7 @@ LOADING = (
     "offload",
     "parallel",
     "prompt_cache",
+    "adapters",
 )
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
 
@@ -174,6 +190,23 @@ def loaded(model: str | None, options: dict[str, Any]) -> Iterator["Moss"]:
         if moss.notice:
             Screen(sys.stderr).line(f"moss-jt: {moss.notice}")
         yield moss
+
+
+def at_most_one(adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """
+    Raises:
+        UsageError: there are more.
+    """
+    if len(adapters) > 1:
+        raise click.UsageError(
+            "one --adapter at a time; moss-jt serve and moss-jt batch run several, chosen by request."
+        )
+    return adapters
+
+
+def only_adapter(moss: "Moss") -> str | None:
+    """The name of the adapter that a command was given."""
+    return next(iter(moss.adapters), None)
 
 
 def device_of(options: dict[str, Any]) -> str:

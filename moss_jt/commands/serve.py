@@ -9,6 +9,7 @@ import click
 
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.commands.options import (
+    adapters_option,
     loaded,
     loading_options,
     model_argument,
@@ -21,6 +22,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import model_home
 from moss_jt.terminal.screen import Screen
+from moss_jt.train.bank import named_folders
 
 MOST_KEY_BYTES = 1 << 16
 
@@ -92,6 +94,7 @@ MOST_KEY_BYTES = 1 << 16
     help="The most tokens of an answer in a conversation that the server keeps.",
 )
 @sampling_options
+@adapters_option
 @loading_options
 def command(
     model: str | None,
@@ -113,6 +116,7 @@ def command(
     moss-jt serve moss-tiny                        listens at http://127.0.0.1:8000
     moss-jt serve --parallel 4 --memory 16GiB
     moss-jt serve --host 0.0.0.0 --api-key-file keys.txt
+    moss-jt serve --adapter poems=my-adapter       requests for the model "poems" get it
 
     Ctrl-C ends it, and the answers that are being written.
     """
@@ -134,6 +138,9 @@ def command(
     sampling = SamplingParams(**sampling_arguments(options))
     folder = model_folder(model)
     chat = chat_arguments(options, folder)
+    adapters = [*named_folders(options["adapters"])]
+    if folder.name in adapters:
+        raise MossError(f"an adapter is called as the model, {folder.name}. Give it as NAME=DIR.")
     settings = Settings(
         home=model_home() / "conversations",
         host=host,
@@ -145,6 +152,7 @@ def command(
         plugin_settings=chat["settings"],
         streams=streams,
         system=chat["system"],
+        adapters=adapters,
         params=sampling,
         max_new_tokens=max_new_tokens,
         metrics=metrics,

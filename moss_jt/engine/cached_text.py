@@ -8,6 +8,7 @@ with whom, how often it was interrupted, or whether its pages were on disk in th
 import itertools
 from collections.abc import Callable, Sequence
 
+from moss_jt.engine.causal_model import LoadedAdapter
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.kernels.interface import PAGE
 
@@ -23,9 +24,17 @@ class CachedText:
     keep      so many of its first tokens begin other texts, too, in this process or a later one
     """
 
-    def __init__(self, pool: PagePool, whole_pages: bool = True) -> None:
-        """``whole_pages``: a pass can hold one; otherwise all comes token by token."""
+    def __init__(
+        self, pool: PagePool, whole_pages: bool = True, adapter: LoadedAdapter | None = None
+    ) -> None:
+        """
+        Args:
+            whole_pages: a pass can hold one; otherwise all comes token by token.
+            adapter: with which all of it is computed. Pages are only shared with texts that have the same one.
+        """
         self.pool = pool
+        self.adapter = None if adapter is None else adapter.number
+        self._origin = b"" if adapter is None else adapter.digest
         self._whole_pages = whole_pages
         self.pages: list[int] = []
         self.cached = 0
@@ -102,7 +111,7 @@ class CachedText:
         names: list[bytes] = []
         for page in range(min(length // PAGE, len(self._whole))):
             tokens = token_ids[page * PAGE : (page + 1) * PAGE]
-            names.append(beginning_of(names[-1] if names else b"", tokens, self._whole[page]))
+            names.append(beginning_of(names[-1] if names else self._origin, tokens, self._whole[page]))
         return names
 
     def _trim(self) -> list[int]:
@@ -169,7 +178,7 @@ class CachedText:
             or len(self._names) != page
         ):
             return None
-        before = self._names[-1] if self._names else b""
+        before = self._names[-1] if self._names else self._origin
         return beginning_of(before, token_ids[page * PAGE : (page + 1) * PAGE])
 
     def store(self, records: list[int]) -> None:

@@ -11,14 +11,28 @@ Rows = Literal["none", "last", "all"]
 Watcher = Callable[[int, float], None]
 
 
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter that a model has beside its weights.
+
+    number  among the model's
+    digest  of what decides the bits of what is computed with it
+    """
+
+    name: str
+    number: int
+    digest: bytes
+
+
 @dataclass(frozen=True, eq=False)
 class TokenRun:
     """New tokens of one sequence in a pass, at positions start .. of it.
 
-    pages  the sequence's pages in order, these tokens' included
-    whole  they are whole pages, computed as such: another way, and other bits, than token by token. It is the sequence
-           that says so, from its own text alone; so its keys and values are the same whoever shares the pass
-    rows   of which tokens the logits are wanted
+    pages    the sequence's pages in order, these tokens' included
+    whole    they are whole pages, computed as such: another way, and other bits, than token by token. It is the sequence
+             that says so, from its own text alone; so its keys and values are the same whoever shares the pass
+    rows     of which tokens the logits are wanted
+    adapter  with which they are computed, by its number among the model's; None for the model alone
     """
 
     pages: Sequence[int]
@@ -26,6 +40,7 @@ class TokenRun:
     token_ids: Sequence[int]
     whole: bool = False
     rows: Rows = "none"
+    adapter: int | None = None
 
 
 class CausalModel(Protocol):

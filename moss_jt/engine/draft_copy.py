@@ -20,7 +20,13 @@ from moss_jt.errors import MossError
 
 
 class CopyModel(Protocol):
-    """A moss_jt.engine.model.Model over the copy's weights and the model's own cache, or a scripted one."""
+    """A moss_jt.engine.model.Model over the copy's weights and the model's own cache, or a scripted one.
+
+    link_s  seconds for which weights were waited for: all of a copy's stay, so it waits for those that have not come yet
+    """
+
+    @property
+    def link_s(self) -> float: ...
 
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...
@@ -39,6 +45,7 @@ class Ahead:
     most          tokens that the draft may have
     end_ids       tokens after which nothing follows
     front         what prompt lookup proposes, and how likely each of its tokens is right
+    adapter       with which all of it is computed; the copy has the same ones as the model
     draft, sure   what was written, and how sure the copy was of each; nothing where the front is taken as it is
     """
 
@@ -50,6 +57,7 @@ class Ahead:
     end_ids: frozenset[int] = frozenset()
     front: Sequence[int] = ()
     front_chance: float = 0.0
+    adapter: int | None = None
     draft: list[int] = field(default_factory=list)
     sure: list[Sure] = field(default_factory=list)
     right: float = 1.0  # how likely all of the draft is right
@@ -108,10 +116,11 @@ class DraftCopy:
         for index in writing:
             text = texts[index]
             start, token_ids = text.start + len(text.draft), text.next_ids
-            runs.append(TokenRun(text.pages, start, token_ids, False, "all"))
-        begin = time.monotonic()
+            runs.append(TokenRun(text.pages, start, token_ids, False, "all", text.adapter))
+        begin, waited = time.monotonic(), self.model.link_s
         logits = self.model.forward_many(runs, lambda number: wanted(writing[number]))
-        self.pace.steps.note(sum(len(run.token_ids) for run in runs), time.monotonic() - begin)
+        seconds = time.monotonic() - begin - (self.model.link_s - waited)
+        self.pace.steps.note(sum(len(run.token_ids) for run in runs), seconds)
         for index, rows in zip(writing, logits, strict=True):
             self._choose(texts[index], rows)
 

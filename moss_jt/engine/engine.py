@@ -28,7 +28,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
-from moss_jt.engine.causal_model import CausalModel, Rows, TokenRun
+from moss_jt.engine.causal_model import CausalModel, LoadedAdapter, Rows, TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
 from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
@@ -140,9 +140,9 @@ class Engine:
 
     # For callers.
 
-    def new_text(self) -> CachedText:
-        """What the cache will have of a sequence."""
-        return CachedText(self.pool, self.model.pass_tokens >= PAGE)
+    def new_text(self, adapter: LoadedAdapter | None = None) -> CachedText:
+        """What the cache will have of a sequence that is computed with this adapter."""
+        return CachedText(self.pool, self.model.pass_tokens >= PAGE, adapter)
 
     def submit(self, job: Job) -> None:
         """Have the job done; :meth:`take` gives what comes of it, and :meth:`end` must be called.
@@ -398,11 +398,13 @@ class Engine:
             promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
             pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
             sampler = job.sampler.fork()
-            texts.append(Ahead(pages, part.start, job.tokens[-1], sampler, *limits, part.front, promise))
+            last, adapter = job.tokens[-1], job.text.adapter
+            texts.append(Ahead(pages, part.start, last, sampler, *limits, part.front, promise, adapter))
         self._copy.write(texts, lambda index: not parts[index].job.done)
         for part, text in zip(parts, texts, strict=True):
             part.draft, part.sure = text.draft, text.sure
-            part.runs = [TokenRun(text.pages, part.start, [text.last, *text.draft], False, "all")]
+            ids = [text.last, *text.draft]
+            part.runs = [TokenRun(text.pages, part.start, ids, False, "all", text.adapter)]
         return time.monotonic() - begin
 
     def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
@@ -637,7 +639,7 @@ class Engine:
         front = front[:most]
         extra = text.pages_for(1 + most) - certain
         start = text.compute(job.tokens, 1 + most)
-        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all")
+        run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all", text.adapter)
         flight.parts.append(Part(job, start, [run], front, front, most=most))
         flight.rows += 1 + most
         flight.logits += 1 + most
@@ -681,7 +683,8 @@ class Engine:
             rows = "last"
         if whole:
             flight.fresh.add(text.pages[-1])
-        part.runs.append(TokenRun(tuple(text.pages), start, job.tokens[start : start + count], whole, rows))
+        ids = job.tokens[start : start + count]
+        part.runs.append(TokenRun(tuple(text.pages), start, ids, whole, rows, text.adapter))
         part.prompt_tokens += count
         flight.prompt_tokens += count
         flight.rows += count

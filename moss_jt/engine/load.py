@@ -9,6 +9,7 @@ from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache, cache_positions
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up
+from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.needs import logit_rows
 from moss_jt.plan.residency import ResidencyPlan
@@ -29,17 +30,21 @@ class SwappedModel(Model):
             return super().forward_many(runs, wanted)
 
 
-def load_model(store: Store, plan: ResidencyPlan, host: HostUnits | None) -> Model:
+def load_model(
+    store: Store, plan: ResidencyPlan, host: HostUnits | None, adapters: AdapterBank | None = None
+) -> Model:
     """The store's model on the CPU, its weights where the plan says, or in Jittor's care.
 
     Args:
         host: holds the weights, and is closed with the model; None where Jittor swaps them.
+        adapters: that sequences may have.
 
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     warm_up(store.bits)
-    operators, cache = CpuOperators(store.config), KVCache(store.config, cache_positions(plan))
+    operators = CpuOperators(store.config, adapters=adapters)
+    cache = KVCache(store.config, cache_positions(plan))
     limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
     if host is None:
         swapped = Weights(store, plan, SwappedTensors(store, plan))

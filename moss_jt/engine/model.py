@@ -4,6 +4,7 @@ Letters: T new tokens, C n_embd, V vocabulary, R rows of logits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,8 @@ class Model:
         pass_tokens, logit_rows: the most new tokens and rows of logits of one pass; callers keep to them, because the
             workspace was planned for them.
         capacity: positions of one sequence; by default all that the cache has.
+
+    adapter  with which :meth:`forward` computes, by its number; None for the model alone
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Model:
         self.pages = kv_cache.pages
         self.score_rows = 2 * PAGE
         self.watcher: Watcher | None = None
+        self.adapter: int | None = None
         self._kv_cache: KVCache | None = kv_cache
 
     def page_views(self, page: int) -> list[np.ndarray] | None:
@@ -119,7 +123,8 @@ class Model:
                 was forked from the one that loaded it.
             ValueError: the tokens do not fit into the cache.
         """
-        return np.concatenate(self.forward_many(split(range(self._cache.pages), start_pos, token_ids, rows)))
+        runs = split(range(self._cache.pages), start_pos, token_ids, rows)
+        return np.concatenate(self.forward_many([replace(run, adapter=self.adapter) for run in runs]))
 
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
@@ -230,7 +235,8 @@ def _places(runs: Sequence[TokenRun]) -> Places:
     slots = np.repeat(np.arange(len(runs)), [len(run.token_ids) for run in runs])
     positions = [np.arange(run.start, run.start + len(run.token_ids)) for run in runs]
     whole = sum(len(run.token_ids) for run in runs if run.whole)
-    return places_of(slots, np.concatenate(positions), [run.pages for run in runs], whole)
+    pages, adapters = [run.pages for run in runs], [run.adapter for run in runs]
+    return places_of(slots, np.concatenate(positions), pages, whole, adapters)
 
 
 def _rows_of(

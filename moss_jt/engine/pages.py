@@ -14,6 +14,8 @@ import numpy as np
 def beginning_of(before: bytes, token_ids: Sequence[int], whole: bool = True) -> bytes:
     """The name of a text of full pages: of ``before``, the name of all pages but the last, and that one's tokens.
 
+    Before the first page stands nothing, or what names the adapter with which all of the text is computed.
+
     ``whole``: the last one is computed as a page, and not token by token.
     """
     way = b"" if whole else b"token by token"

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Tokens
 
 import numpy as np
 
+from moss_jt.engine.causal_model import LoadedAdapter
 from moss_jt.engine.engine import AHEAD, Engine
 from moss_jt.engine.job import Drafter, Job, Queued, StopReason, Timing
 from moss_jt.engine.logprobs import Logprob
@@ -25,6 +26,7 @@ class Sequence:
     Args:
         drafter: guesses what follows; its own for each sequence.
         background: others go first.
+        adapter: with which it is read and answered.
 
     token_ids    all text so far, prompts and answers
     stop_reason  why the last answer ended: "eos" (one of the stop ids), "stop" (see ``begin``), "length", "context" (it is
@@ -33,7 +35,13 @@ class Sequence:
     logprobs     how likely the last answer's tokens were, of those that were taken; empty where that was not asked for
     """
 
-    def __init__(self, engine: Engine, drafter: Drafter | None = None, background: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        drafter: Drafter | None = None,
+        background: bool = False,
+        adapter: LoadedAdapter | None = None,
+    ) -> None:
         self.engine = engine
         self.drafter = drafter
         self.background = background
@@ -41,7 +49,7 @@ class Sequence:
         self.stop_reason: StopReason | None = None
         self.timing = Timing()
         self.logprobs: list[Logprob] = []
-        self._text = engine.new_text()
+        self._text = engine.new_text(adapter)
         self._job: Job | None = None
         weakref.finalize(self, engine.drop, self._text)
 

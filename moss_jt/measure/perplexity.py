@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moss_jt.engine.causal_model import LoadedAdapter
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -29,14 +30,18 @@ class NextTokens(Protocol):
 
 
 class EngineTokens:
-    """A model's predictions by way of its engine, which reads in one pass what is asked for at once."""
+    """A model's predictions by way of its engine, which reads in one pass what is asked for at once.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    Args:
+        adapter: with which it reads; None for the model alone.
+    """
+
+    def __init__(self, engine: Engine, adapter: LoadedAdapter | None = None) -> None:
+        self._engine, self._adapter = engine, adapter
 
     def window(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Page after page."""
-        text = Text(self._engine)
+        text = Text(self._engine, adapter=self._adapter)
         text.extend(token_ids)
         page: list[np.ndarray] = []
         for first, logits in text.logits():

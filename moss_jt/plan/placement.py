@@ -68,6 +68,7 @@ def plan_here(
     context: int | None,
     parallel: int = 1,
     copy: Copy | None = None,
+    adapter_bytes: int = 0,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
@@ -77,6 +78,7 @@ def plan_here(
         context: tokens of the conversation; None for what the model has.
         parallel: for so many conversations the cache has room.
         copy: writes drafts, and must be resident.
+        adapter_bytes: what the model's adapters take.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -92,6 +94,7 @@ def plan_here(
         footprint_bytes=footprint_here(),
         parallel=parallel,
         copy=copy,
+        adapter_bytes=adapter_bytes,
     )
 
 
@@ -109,6 +112,7 @@ class GpuPlanner:
 
     gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
     copy        writes drafts, and must be on the card
+    adapter_bytes  what the model's adapters take there
     """
 
     store: Store
@@ -121,6 +125,7 @@ class GpuPlanner:
     offload: Offload
     parallel: int = 1
     copy: Copy | None = None
+    adapter_bytes: int = 0
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -163,6 +168,7 @@ class GpuPlanner:
             host_footprint_bytes=self.host_footprint_bytes,
             parallel=self.parallel,
             copy=self.copy,
+            adapter_bytes=self.adapter_bytes,
         )
         if self.offload != "stream":
             _check_host(plan, self.offload)

@@ -83,6 +83,7 @@ def _device_lines(plan: ResidencyPlan) -> list[str]:
         ("  stream buffers", plan.ring_bytes, f"{plan.ring_buffers}"),
         ("  resident weights", plan.bytes_on("device"), ""),
         *_copy_row(plan),
+        *([("  adapters", plan.adapter_bytes, "")] if plan.adapter_bytes else []),
         ("  at most", plan.peak_bytes, ""),
     ]
     return _rows(rows)

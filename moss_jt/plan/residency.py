@@ -94,7 +94,7 @@ class ResidencyPlan:
 
     ring_buffers is 0 where everything is resident. The host's fields are about a GPU's second tier only. The cache has room
     for ``parallel`` sequences of ``context`` tokens; more run at once when they are shorter. ``copy``: the same model in fewer
-    bits, all of which is on the device, with the model's own head, to write drafts.
+    bits, all of which is on the device, with the model's own head, to write drafts. Adapters are on the device, too.
     """
 
     sizes: ModelSizes
@@ -112,6 +112,7 @@ class ResidencyPlan:
     host_footprint_bytes: int = 0
     parallel: int = 1
     copy: ModelSizes | None = None
+    adapter_bytes: int = 0
 
     @property
     def streams(self) -> bool:
@@ -125,7 +126,7 @@ class ResidencyPlan:
     def peak_bytes(self) -> int:
         """The most that the plan lets the device hold at once; never above the budget."""
         fixed = self.footprint_bytes + self.kv_cache_bytes + self.workspace_bytes + self.sizes.small_bytes
-        return fixed + self.ring_bytes + self.copy_bytes + self.bytes_on("device")
+        return fixed + self.ring_bytes + self.copy_bytes + self.adapter_bytes + self.bytes_on("device")
 
     @property
     def copy_bytes(self) -> int:
@@ -210,6 +211,7 @@ def plan(
     footprint_bytes: int = FOOTPRINT_BYTES,
     parallel: int = 1,
     copy: "Copy | None" = None,
+    adapter_bytes: int = 0,
 ) -> ResidencyPlan:
     """A CPU plan: what is not resident streams from disk.
 
@@ -222,6 +224,7 @@ def plan(
         footprint_bytes: what the process holds without weights, cache and workspace.
         parallel: for so many sequences of that length the cache has room.
         copy: writes drafts, and must be resident.
+        adapter_bytes: what the model's adapters take.
 
     Raises:
         MossError: the budget is below the smallest that works; the message names that one.
@@ -231,6 +234,7 @@ def plan(
     if copy is not None:
         workspace += copy.needs.workspace_bytes(min(tokens, DRAFT_ROWS), context, threads, parallel)
     empty = _without_residents(sizes, context, budget_bytes, tokens, footprint_bytes, workspace, parallel)
+    empty = replace(empty, adapter_bytes=adapter_bytes)
     return _choose_resident(_with_copy(empty, None if copy is None else copy.sizes), "--memory")
 
 
@@ -254,6 +258,7 @@ def plan_gpu(
     host_footprint_bytes: int = GPU_HOST_FOOTPRINT_BYTES,
     parallel: int = 1,
     copy: "Copy | None" = None,
+    adapter_bytes: int = 0,
 ) -> ResidencyPlan:
     """A GPU plan: what is not resident streams from pinned host memory, and from disk where that is short too.
 
@@ -263,6 +268,7 @@ def plan_gpu(
         host_footprint_bytes: what the process holds on the host without weights.
         parallel: for so many sequences of ``context`` tokens the cache has room.
         copy: writes drafts, and must be on the card.
+        adapter_bytes: what the model's adapters take there.
 
     Raises:
         MossError: a budget is below the smallest that works; the message names that one.
@@ -278,7 +284,12 @@ def plan_gpu(
     empty = _without_residents(
         sizes, context, device_budget_bytes, tokens, footprint_bytes, workspace, parallel
     )
-    empty = replace(empty, host_budget_bytes=host_budget_bytes, host_footprint_bytes=host_footprint_bytes)
+    empty = replace(
+        empty,
+        host_budget_bytes=host_budget_bytes,
+        host_footprint_bytes=host_footprint_bytes,
+        adapter_bytes=adapter_bytes,
+    )
     with_copy = _with_copy(empty, None if copy is None else copy.sizes)
     return _choose_on_host(_choose_resident(with_copy, "--gpu-memory"))
 
@@ -427,6 +438,7 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
     fits = fits // CACHE_PAGE * CACHE_PAGE  # the cache is pages
     fits = fits if fits >= 64 else 0
     copy = "" if empty.copy is None else f"{gib(empty.copy_bytes_per_pass)} for the copy that drafts, "
+    adapters = f"{gib(empty.adapter_bytes)} for adapters, " if empty.adapter_bytes else ""
     context = f" or lower --context ({fits} tokens would fit)" if fits else ""
     bits = " or use an int8 or int4 model" if empty.sizes.bits == 16 else ""
     if empty.copy is not None:
@@ -435,7 +447,7 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
         f"{gib(empty.budget_bytes)} is too little for this model: it needs at least {gib_up(smallest)} "
         f"({smallest} bytes): {gib(empty.footprint_bytes)} for the process, {gib(empty.kv_cache_bytes)} for the "
         f"key/value cache of {cache_text(empty)}, {gib(empty.workspace_bytes + empty.sizes.small_bytes)} of "
-        f"workspace, {copy}and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}.",
+        f"workspace, {copy}{adapters}and {RING_BUFFERS} buffers for blocks. Raise {flag} to {gib_up(smallest)}{context}{bits}.",
         fits,
     )
 

@@ -48,7 +48,7 @@ def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering],
     Raises:
         ApiError: something is.
     """
-    moss = service.model(asked.model)
+    moss, adapter = service.model(asked.model), service.adapter(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs", "invalid_value")
     try:
@@ -72,11 +72,12 @@ def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering],
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     choices = range(asked.n or 1)
     if plugins:
-        turn = WantedTurn(conversation, plugins, params, most, stops, system)
+        turn = WantedTurn(conversation, plugins, params, most, stops, system, adapter)
         return [partial(write_turn, moss, turn, choice) for choice in choices]
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     stop_ids = encoder.special | moss.stop_ids
-    wanted = Wanted(token_ids, params, most, stop_ids, [*stops, *MARKERS], None, logprobs, lead=True)
+    limits = most, stop_ids, [*stops, *MARKERS], None, logprobs
+    wanted = Wanted(token_ids, params, *limits, lead=True, adapter=adapter)
     return [partial(write_plain, moss, wanted, choice) for choice in choices]
 
 
@@ -96,6 +97,7 @@ class ChatForm:
 
     def __init__(self, service: Service, asked: ChatRequest) -> None:
         self._service = service
+        self._model = service.adapter(asked.model) or service.name
         self._choices = asked.n or 1
         self._logprobs = bool(asked.logprobs)
         self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
@@ -176,7 +178,7 @@ class ChatForm:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._service.name,
+            "model": self._model,
             "system_fingerprint": self._service.fingerprint,
         }
 

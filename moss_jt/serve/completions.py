@@ -44,7 +44,7 @@ def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answe
     Raises:
         ApiError: something is wrong with the request.
     """
-    moss = service.model(asked.model)
+    moss, adapter = service.model(asked.model), service.adapter(asked.model)
     params = service.params(asked)
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     parts: list[Callable[[Answering], None]] = []
@@ -55,7 +55,7 @@ def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answe
         most = DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
         most = min(most, service.check_length(len(token_ids)))
         limits = most, moss.stop_ids, stops, None, asked.logprobs, bool(asked.echo)
-        wanted = Wanted(token_ids, params, *limits)
+        wanted = Wanted(token_ids, params, *limits, adapter=adapter)
         for _ in range(asked.n or 1):
             parts.append(partial(write_plain, moss, wanted, len(parts)))
     if len(parts) > MOST_CHOICES:
@@ -82,6 +82,7 @@ class CompletionForm:
 
     def __init__(self, service: Service, asked: CompletionRequest, choices: int) -> None:
         self._service = service
+        self._model = service.adapter(asked.model) or service.name
         self._choices = choices
         self._logprobs = asked.logprobs
         self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
@@ -133,7 +134,7 @@ class CompletionForm:
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._service.name,
+            "model": self._model,
             "system_fingerprint": self._service.fingerprint,
         }
 

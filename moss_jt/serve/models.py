@@ -24,13 +24,11 @@ def router(service: Service) -> APIRouter:
 
     async def models() -> dict[str, Any]:
         """Also while the model is loaded."""
-        return {"object": "list", "data": [model_fields(service)]}
+        return {"object": "list", "data": [model_fields(service, name) for name in service.names]}
 
     async def model(model_id: str) -> dict[str, Any]:
-        if model_id != service.name:
-            message = f"There is no model {model_id[:100]!r} here, only {service.name!r}."
-            raise ApiError(404, message, "model", "model_not_found")
-        return model_fields(service)
+        service.adapter(model_id)
+        return model_fields(service, model_id)
 
     for prefix in ("/v1", ""):
         for path, endpoint, tag in (
@@ -107,8 +105,10 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def model_fields(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "moss-jt"}
+def model_fields(service: Service, name: str) -> dict[str, Any]:
+    """The model's, or an adapter's, which has the model as its parent, as in vLLM's server."""
+    parent = {} if name == service.name else {"parent": service.name}
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "moss-jt", **parent}
 
 
 def _piece(raw: bytes) -> Any:

@@ -25,6 +25,7 @@ class Wanted:
     logprobs   so many of the likeliest tokens beside each; None for nothing of that
     echo       the text itself comes first
     lead       white space at the answer's beginning belongs to the format, and is none of it
+    adapter    with which it is read and continued; None for the model alone
     """
 
     token_ids: Sequence[int]
@@ -36,6 +37,7 @@ class Wanted:
     logprobs: int | None = None
     echo: bool = False
     lead: bool = False
+    adapter: str | None = None
 
 
 def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> None:
@@ -48,7 +50,7 @@ def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering)
     params = wanted.params
     if params.seed is not None:
         params = replace(params, seed=params.seed + choice)
-    text = moss.session()
+    text = moss.session(adapter=wanted.adapter)
     text.extend(wanted.token_ids)
     answering.when_cancelled(text.cancel)
     if choice == 0:
@@ -170,7 +172,7 @@ def _echo(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> No
 
 def _prompt_logprobs(moss: "Moss", wanted: Wanted, answering: Answering) -> list[Logprob]:
     assert wanted.logprobs is not None
-    text = moss.session()
+    text = moss.session(adapter=wanted.adapter)
     text.extend(wanted.token_ids)
     answering.when_cancelled(text.cancel)
     answering.status = Waiting(text).status

@@ -59,10 +59,26 @@ class Service:
         """
         if self.moss is None:
             raise ApiError(503, "Loading model", code="loading", retry_after_s=LOADING_RETRY_S)
-        if name is not None and name != self.name:
-            message = f"There is no model {name[:100]!r} here, only {self.name!r}."
-            raise ApiError(404, message, "model", "model_not_found")
+        if name is not None:
+            self.adapter(name)
         return self.moss
+
+    @property
+    def names(self) -> list[str]:
+        """What requests may name as their model: it, and its adapters."""
+        return [self.name, *self.settings.adapters]
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that a request has which names its model so; None for the model alone.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is not None and name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            message = f"There is no model {name[:100]!r} here, only {known}."
+            raise ApiError(404, message, "model", "model_not_found")
+        return None if name == self.name else name
 
     def params(self, asked: Sampling) -> SamplingParams:
         """How a request wants tokens chosen; the server's own way where it says nothing.

@@ -52,6 +52,7 @@ class Settings:
     streams    hosts that MOSS Vortex's interface may stream to, beside the one that asks
     home       where conversations are kept
     system     a meta instruction in the place of MOSS's own
+    adapters   names of those that the model is loaded with: a request has one by naming it as its model
     params, max_new_tokens  where a conversation does not say otherwise
     """
 
@@ -65,6 +66,7 @@ class Settings:
     plugin_settings: PluginSettings = field(default_factory=PluginSettings)
     streams: Sequence[str] = ()
     system: str | None = None
+    adapters: Sequence[str] = ()
     params: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = MAX_ANSWER_TOKENS
     metrics: bool = True

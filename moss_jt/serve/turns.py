@@ -104,12 +104,13 @@ class WantedTurn:
     max_new_tokens: int
     stops: Sequence[str] = ()
     system: str | None = None
+    adapter: str | None = None
 
 
 def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answering) -> None:
     """Write one choice of an answer to the last message."""
     encoder = PromptEncoder(moss.tokenizer)
-    session = ServedSession(moss.session())
+    session = ServedSession(moss.session(adapter=wanted.adapter))
     conversation, params = wanted.conversation, wanted.params
     context = ConversationContext(
         session, encoder.encode(conversation.instruction(wanted.plugins, wanted.system))

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular, parse_json, reading, replacing, writing
-from moss_jt.store.safetensors_header import DTYPES, MAX_HEADER_BYTES, read_header
+from moss_jt.store.safetensors_header import DTYPES, MAX_HEADER_BYTES, TensorSpec, read_header
 
 NAMES = {dtype.str: name for name, dtype in DTYPES.items() if dtype.names is None}
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -44,20 +45,26 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         MossError: it is none, or damaged.
     """
     header = read_header(path)
-    tensors = {}
     with reading(path), open_regular(path) as file:
-        for name, spec in header.tensors.items():
-            file.seek(spec.offset)
-            data = file.read(spec.nbytes)
-            if len(data) < spec.nbytes:
-                raise MossError(f"{path} is cut short.")
-            if spec.dtype_name == "BF16":
-                array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-            else:
-                array = np.frombuffer(data, spec.dtype)
-            wide = array.astype(np.float32) if spec.dtype_name in FLOATS else array
-            tensors[name] = wide.reshape(spec.shape)
-    return tensors
+        return {name: read_tensor(path, file, spec) for name, spec in header.tensors.items()}
+
+
+def read_tensor(path: Path, file: BinaryIO, spec: TensorSpec) -> np.ndarray:
+    """One tensor of an open safetensors file, floats as float32.
+
+    Raises:
+        MossError: it is cut short.
+    """
+    file.seek(spec.offset)
+    data = file.read(spec.nbytes)
+    if len(data) < spec.nbytes:
+        raise MossError(f"{path} is cut short.")
+    if spec.dtype_name == "BF16":
+        array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        array = np.frombuffer(data, spec.dtype)
+    wide = array.astype(np.float32) if spec.dtype_name in FLOATS else array
+    return wide.reshape(spec.shape)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Files of conversations as samples: JSON lines, JSON arrays, single objects, or a folder of such files."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moss_jt.chat.finished_turn import FIELDS
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular, read_small, reading
 from moss_jt.train.formats import Losses, form_of, read_sample
@@ -17,7 +19,7 @@ ENDINGS = (".json", ".jsonl")
 # One conversation has at most a few hundred kilobytes; a longer line is no conversation.
 MAX_LINE_BYTES = 16 << 20
 MAX_ARRAY_BYTES = 512 << 20
-NAMED_REFUSALS = 20
+NAMED_REFUSALS, NAMED_ORIGINS = 20, 5
 # Of a hundred samples, which the hash of their text chooses, so that the choice stays when lines are added.
 EVALUATION_PERCENT = 5
 
@@ -28,12 +30,14 @@ class DataReport:
 
     forms      name of a form -> samples of it
     losses     what was left out of samples
+    origins    the first lines of which something was left out, by what that was
     refused    the first lines that gave no sample: where, and why
     refusals   how many gave none
     """
 
     forms: Counter[str] = field(default_factory=Counter)
     losses: Losses = field(default_factory=Losses)
+    origins: dict[str, list[str]] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
     refusals: int = 0
 
@@ -42,10 +46,23 @@ class DataReport:
         if len(self.refused) < NAMED_REFUSALS:
             self.refused.append((where, reason))
 
+    @contextlib.contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """What is left out meanwhile is left out of what stands there."""
+        before = self.losses.counts.copy()
+        yield
+        for reason, count in self.losses.counts.items():
+            origins = self.origins.setdefault(reason, [])
+            if count > before[reason] and len(origins) < NAMED_ORIGINS:
+                origins.append(where)
+
     def lines(self) -> list[str]:
         """The report as sentences, most important first."""
         told = [f"{count} samples in {name}'s form" for name, count in self.forms.most_common()]
-        told += [f"left out: {count} {what}" for what, count in self.losses.counts.most_common()]
+        for what, count in self.losses.counts.most_common():
+            origins = self.origins.get(what, ())
+            more = ", ..." if len(origins) == NAMED_ORIGINS < count else ""
+            told.append(f"left out: {count} {what}" + (f" ({', '.join(origins)}{more})" if origins else ""))
         if self.refusals:
             told.append(f"{self.refusals} lines gave no sample:")
             told += [f"  {where}: {reason}" for where, reason in self.refused]
@@ -103,7 +120,8 @@ def _samples(
     for where, text in _objects(path):
         try:
             fields = json.loads(text)
-            sample = encoder.encode(read_sample(fields, report.losses), report.losses)
+            with report.at(where):
+                sample = encoder.encode(read_sample(fields, report.losses), report.losses)
         except (ValueError, RecursionError) as error:
             report.refuse(where, f"no JSON ({str(error)[:100]})")
         except MossError as error:
@@ -129,7 +147,7 @@ def _objects(path: Path) -> Iterator[tuple[str, str]]:
         for file in files:
             yield from _objects(file)
     elif path.suffix == ".jsonl":
-        yield from _lines(path)
+        yield from _conversations(_lines(path))
     else:
         yield from _records_of_file(path)
 
@@ -145,6 +163,40 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path} line {number}", line.decode("utf-8-sig", "replace")
 
 
+def _conversations(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The same, where several lines are one conversation, as moss-jt chat and moss-jt serve keep them, as one object."""
+    first, beginning, turns = "", None, list[Any]()
+    for where, text in lines:
+        fields = _saved_line(text)
+        if beginning is not None and fields is not None and "Human" in fields:
+            turns.append(fields)
+            continue
+        if beginning is not None:
+            yield first, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
+        if fields is None or "Human" in fields:
+            beginning = None
+            yield where, text
+        else:
+            first, beginning, turns = where, fields, []
+    if beginning is not None:
+        yield first, json.dumps({**beginning, "chat": turns}, ensure_ascii=False)
+
+
+def _saved_line(text: str) -> dict[str, Any] | None:
+    """What a line of a saved conversation says that is learned: how it begins, or a turn. None for any other line."""
+    if '"moss_jt"' not in text:
+        return None
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or "moss_jt" not in fields:
+        return None
+    if "meta_instruction" in fields and "chat" not in fields:
+        return {"meta_instruction": fields["meta_instruction"]}
+    return {name: fields[name] for name in FIELDS if name in fields} if "Human" in fields else None
+
+
 def _records_of_file(path: Path) -> Iterator[tuple[str, str]]:
     """A file of one object, an array of them, or, under the wrong ending, of lines."""
     data = read_small(path, MAX_ARRAY_BYTES).decode("utf-8-sig", "replace")
@@ -153,7 +205,7 @@ def _records_of_file(path: Path) -> Iterator[tuple[str, str]]:
     except (ValueError, RecursionError):
         if "\n" not in data.strip():
             raise MossError(f"{path} is not JSON.") from None
-        yield from _lines(path)
+        yield from _conversations(_lines(path))
         return
     if isinstance(fields, list):
         for number, one in enumerate(fields, 1):

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moss_jt.chat.prompt import COMMANDS, END_OF, HUMAN, MOSS, RESULTS, THOUGHTS, Segment
+from moss_jt.chat.finished_turn import FIELDS
+from moss_jt.chat.prompt import END_OF, MOSS, Segment
 from moss_jt.errors import MossError
 from moss_jt.train.conversation import (
     TRAINED_PLUGINS,
@@ -22,14 +23,6 @@ from moss_jt.train.conversation import (
     turn_of,
 )
 
-# MOSS's data files name the fields so, in this order; the markers stand in the texts themselves.
-MOSS_FIELDS = {
-    "Human": HUMAN,
-    "Inner Thoughts": THOUGHTS,
-    "Commands": COMMANDS,
-    "Tool Responses": RESULTS,
-    "MOSS": MOSS,
-}
 # ShareGPT's speakers, and what OpenAI calls them.
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -83,14 +76,18 @@ def _moss(fields: dict[str, Any], losses: Losses) -> Conversation:
     if not isinstance(turns, list):
         raise MossError("chat must be an object of turns.")
     meta = _text(fields.get("meta_instruction", ""), "meta_instruction")
-    return _conversation([Segment(meta, foreign=True)], [_moss_turn(turn) for turn in turns])
+    read = [_moss_turn(turn) for turn in turns]
+    answered = [turn for turn in read if turn.fields[MOSS].strip()]
+    for _ in range(len(read) - len(answered)):
+        losses.note("turns without an answer")
+    return _conversation([Segment(meta, foreign=True)], answered)
 
 
 def _moss_turn(turn: Any) -> TrainedTurn:
     if not isinstance(turn, dict) or "Human" not in turn or "MOSS" not in turn:
         raise MossError("each turn needs a Human and a MOSS.")
     return TrainedTurn(
-        {role: _inside(_text(turn[name], name), role) for name, role in MOSS_FIELDS.items() if name in turn}
+        {role: _inside(_text(turn[name], name), role) for name, role in FIELDS.items() if name in turn}
     )
 
 

@@ -17,6 +17,7 @@ from moss_jt.store.config import MossConfig
 Floats = NDArray[np.float32]
 # In the order of a block's tensors, as the operators call them.
 TARGETS = tuple(tensor.field for tensor in BLOCK if tensor.is_matrix)
+MOST_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class LoraSettings:
     layers: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 1024:
+        if not 1 <= self.rank <= MOST_RANK:
             raise MossError(
-                f"a rank of {self.rank} is not possible. Give --rank a number from 1 to 1024; 8 is usual."
+                f"a rank of {self.rank} is not possible. Give --rank a number from 1 to {MOST_RANK}; 8 is usual."
             )
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
@@ -71,7 +72,7 @@ class Adapter:
 
     def __init__(self, config: MossConfig, settings: LoraSettings) -> None:
         self.config, self.settings = config, settings
-        self._shapes = dict(_shapes(config, settings))
+        self._shapes = dict(pair_shapes(config, settings))
         self.values = np.zeros(sum(a[0] * a[1] + b[0] * b[1] for a, b in self._shapes.values()), np.float32)
         self.pairs = self.pairs_of(self.values)
 
@@ -107,9 +108,10 @@ class Adapter:
 Shape = tuple[int, int]
 
 
-def _shapes(
+def pair_shapes(
     config: MossConfig, settings: LoraSettings
 ) -> Iterator[tuple[tuple[int, str], tuple[Shape, Shape]]]:
+    """(block, target) -> the shapes of A and of B."""
     matrices = {tensor.field: tensor.shape(config) for tensor in BLOCK if tensor.is_matrix}
     for layer in range(settings.first_layer(config), config.n_layer):
         for target in TARGETS:

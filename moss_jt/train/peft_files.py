@@ -7,7 +7,8 @@ its adapter's B.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import numpy as np
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
-from moss_jt.store.files import read_json, write_text, writing
+from moss_jt.store.files import open_regular, read_json, reading, write_text, writing
 from moss_jt.store.qkv_order import head_runs
-from moss_jt.store.tensor_file import read_tensors, write_tensors
-from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.store.safetensors_header import TensorSpec, read_header
+from moss_jt.store.tensor_file import FLOATS, read_tensor, write_tensors
+from moss_jt.train.lora import MOST_RANK, Adapter, LoraSettings, Pair, pair_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
@@ -39,6 +41,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "layer_replication": ([],),
     "lora_bias": (False,),
     "use_qalora": (False,),
+    "alora_invocation_tokens": ([],),
+    "target_parameters": ([],),
+    "use_bdlora": (False,),
+    "arrow_config": (),
+    "corda_config": (),
+    "kasa_config": (),
+    "lora_ga_config": (),
+    "monteclora_config": (),
+    # Others (pissa, olora, loftq, ..) take something away from the model's own weights at first, which the files do not hold.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -89,6 +101,46 @@ def read_adapter(folder: Path, config: MossConfig) -> Adapter:
     Raises:
         MossError: it is no LoRA adapter, belongs to another model, is damaged, or has something that is not done.
     """
+    file = open_adapter(folder, config)
+    adapter = Adapter(config, file.settings)
+    for key, pair in file.pairs():
+        adapter.pairs[key].a[:], adapter.pairs[key].b[:] = pair
+    return adapter
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter that fits a model, of which the headers are read."""
+
+    folder: Path
+    config: MossConfig
+    settings: LoraSettings
+    specs: "Mapping[Key, TensorSpec]"
+
+    def pairs(self) -> Iterator[tuple[tuple[int, str], Pair]]:
+        """Its matrices, float32, in the model folder's order of rows.
+
+        Raises:
+            MossError: it is cut short, or has values that are no numbers.
+        """
+        path, order = self.folder / WEIGHTS, _row_order(self.config)
+        with reading(path), open_regular(path) as file:
+            for layer, target in sorted({(layer, target) for layer, target, _ in self.specs}):
+                a, b = (read_tensor(path, file, self.specs[layer, target, part]) for part in "AB")
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    raise MossError(
+                        f"{path}: the adapter of block {layer}, {target} has values that are no numbers. It is damaged, or its "
+                        "training blew up."
+                    )
+                yield (layer, target), Pair(a, b[order] if target == "qkv" else b)
+
+
+def open_adapter(folder: Path, config: MossConfig) -> AdapterFile:
+    """An adapter for a model of this geometry, checked by what its headers say: nothing is read that does not fit.
+
+    Raises:
+        MossError: as :func:`read_adapter`.
+    """
     if not (folder / CONFIG).is_file():
         raise MossError(
             f"{folder} is no adapter: it has no {CONFIG}. Name the folder that peft or moss-jt finetune wrote."
@@ -99,20 +151,18 @@ def read_adapter(folder: Path, config: MossConfig) -> Adapter:
         )
     fields = read_json(folder / CONFIG)
     _check_config(folder, fields)
-    tensors = _by_tensor(folder, read_tensors(folder / WEIGHTS))
-    adapter = Adapter(config, _settings(folder, fields, config, tensors))
-    order = _row_order(config)
-    for key, pair in adapter.pairs.items():
-        for name, values in zip("AB", pair, strict=True):
-            tensor = tensors.pop((*key, name), None)
-            if tensor is None or tensor.shape != values.shape:
-                shape = "missing" if tensor is None else f"of shape {tensor.shape}"
+    specs = _by_tensor(folder, read_header(folder / WEIGHTS).tensors)
+    settings = _settings(folder, fields, config, specs)
+    for (layer, target), shapes in pair_shapes(config, settings):
+        for part, shape in zip("AB", shapes, strict=True):
+            spec = specs.get((layer, target, part))
+            if spec is None or spec.shape != shape or spec.dtype_name not in FLOATS:
+                told = "missing" if spec is None else f"{spec.dtype_name} of shape {spec.shape}"
                 raise MossError(
-                    f"{folder}: lora_{name} of block {key[0]}, {key[1]} is {shape}; this model needs {values.shape}. "
+                    f"{folder}: lora_{part} of block {layer}, {target} is {told}; this model needs floats of shape {shape}. "
                     "The adapter belongs to another model, or is damaged."
                 )
-            values[:] = tensor[order] if key[1] == "qkv" and name == "B" else tensor
-    return adapter
+    return AdapterFile(folder, config, settings, specs)
 
 
 def _check_config(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -131,7 +181,7 @@ def _check_config(folder: Path, fields: Mapping[str, Any]) -> None:
 Key = tuple[int, str, str]  # block, target, A or B
 
 
-def _by_tensor(folder: Path, tensors: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
+def _by_tensor(folder: Path, tensors: Mapping[str, TensorSpec]) -> dict[Key, TensorSpec]:
     keyed = {}
     for name, tensor in tensors.items():
         match = KEY.fullmatch(name)
@@ -146,10 +196,12 @@ def _by_tensor(folder: Path, tensors: Mapping[str, np.ndarray]) -> dict[Key, np.
 
 
 def _settings(
-    folder: Path, fields: Mapping[str, Any], config: MossConfig, tensors: Mapping[Key, np.ndarray]
+    folder: Path, fields: Mapping[str, Any], config: MossConfig, tensors: Mapping[Key, TensorSpec]
 ) -> LoraSettings:
     """What the tensors and the configuration say together."""
     rank = int(fields["r"])
+    if not 1 <= rank <= MOST_RANK:
+        raise MossError(f"{folder} has a rank of {rank}; ranks from 1 to {MOST_RANK} are done.")
     layers = {layer for layer, _, _ in tensors}
     count = config.n_layer - min(layers)
     if max(layers) >= config.n_layer or layers != set(range(config.n_layer - count, config.n_layer)):

@@ -1,7 +1,7 @@
 // Runs the CPU's kernels over memory of exactly the size that they were promised, and says what they took of it.
 //
 // Each line of input is a pass: bits, tokens, start_pos, positions, heads, head_dim, pairs, inner, vocabulary, group_size,
-// ordered, floats of the block's workspace. Each line of output: the floats of it that were written to, and the most bytes
+// ordered, floats of the block's workspace, rank of the adapters. Each line of output: the floats of it that were written to, and the most bytes
 // that the threads held of their own so far, oneDNN's among them, since the first line. Compiled with a sanitizer, which
 // has allocators of its own, the second number is zero.
 #include <errno.h>
@@ -101,7 +101,7 @@ struct Arrays {
 };
 
 struct Line {
-    int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace;
+    int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace, rank;
 };
 
 static void set(Dense& m, Arrays& a, int64_t n, int64_t k, const Line&) {
@@ -149,6 +149,25 @@ static int64_t run(const Line& pass) {
     b.pages = pages.data();
     b.pages_per_slot = (int64_t)pages.size();
     b.whole = tokens % kPage == 0 ? tokens : 0;
+    // Two adapters: every third token has none, and the second one has a pair for qkv only.
+    std::vector<float> bank(pass.rank * (8 * width + 2 * pass.inner) + 8 * MOSS_BANK_UNIT, 0.01f);
+    std::vector<int32_t> directory(2 * kTargets * 3), of_token;
+    int64_t at = 0;
+    auto place = [&](int64_t floats) {
+        const int64_t unit = at;
+        at += (floats + MOSS_BANK_UNIT - 1) / MOSS_BANK_UNIT;
+        return (int32_t)unit;
+    };
+    const int64_t sizes[kTargets][2] = {{width, 3 * width}, {width, width}, {width, pass.inner}, {pass.inner, width}};
+    for (int target = 0; target < kTargets; target++) {
+        int32_t* entry = &directory[target * 3];
+        entry[0] = place(pass.rank * sizes[target][0]);
+        entry[1] = place(pass.rank * sizes[target][1]);
+        entry[2] = (int32_t)pass.rank;
+    }
+    std::copy(directory.begin(), directory.begin() + 3, directory.begin() + kTargets * 3);
+    for (int64_t t = 0; t < tokens; t++) of_token.push_back((int32_t)(t % 3) - 1);
+    b.adapters = Adapters{bank.data(), directory.data(), of_token.data(), pass.rank};
     b.heads = pass.heads;
     b.head_dim = pass.head_dim;
     b.pairs = pass.pairs;
@@ -173,8 +192,8 @@ int main() {
     size_t before = 0;
     Line p;
     for (bool first = true;
-         scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
-               &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace) == 12;
+         scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
+               &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace, &p.rank) == 13;
          first = false) {
         const int64_t taken = p.bits == 16 ? run<Dense>(p) : p.bits == 8 ? run<Int8>(p) : run<Int4>(p);
         head(p);

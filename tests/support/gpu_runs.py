@@ -118,7 +118,7 @@ def run_on_gpu(
     cases: Sequence[Case],
     prompts: list[list[int]],
     environment: dict[str, str],
-    timeout: float = 500,
+    timeout: float = 3000,
     text: list[int] | None = None,
 ) -> list[Run]:
     """The cases, of one way to offload, one after the other in a process; ``environment`` is added to this process's own.

@@ -122,6 +122,7 @@ class HashedCopy:
     def __init__(self, model: HashedModel, dice: random.Random) -> None:
         self._model, self._dice = model, dice
         self.agreement = dice.choice([0.0, 0.6, 0.95])
+        self.link_s = 0.0
 
     def forward_many(
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = lambda index: True
