@@ -93,6 +93,7 @@ def main() -> int:
             if missing:
                 screen.line("\n".join([say("failed", language), *missing]), "warning")
                 return 1
+            screen.line(say("page", language), "dim")
             if sys.stdin.isatty() and sys.stdout.isatty():
                 screen.line(say("your_turn", language) + "\n", "dim")
                 chat.language = language

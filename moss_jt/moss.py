@@ -36,9 +36,10 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
 from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
+from moss_jt.plan.drafting import seconds_per_draft
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
-from moss_jt.plan.residency import Copy, ResidencyPlan
+from moss_jt.plan.residency import Copy, ResidencyPlan, seconds_per_pass
 from moss_jt.plugins.interface import Plugin
 from moss_jt.plugins.registry import PluginSettings
 from moss_jt.store.config import MossConfig
@@ -204,7 +205,8 @@ class Moss:
         copy = None
         if choice.copy is not None:
             try:
-                copy = _load_copy(choice.copy, loaded, plan, draft, host)
+                pace = _pace(plan, _speeds(store, on_gpu))
+                copy = _load_copy(choice.copy, loaded, plan, draft, pace, host)
             except BaseException:
                 loaded.close()
                 raise
@@ -576,8 +578,22 @@ def _speeds(store: Store, on_gpu: bool) -> Speeds:
     return Speeds(disk, Speed(known or ASSUMED_MEMORY * GB, "measured" if known else "assumed"))
 
 
+def _pace(plan: ResidencyPlan, speeds: Speeds) -> DraftPace:
+    """What drafts and passes are expected to cost, until they have been measured."""
+    link = None if speeds.link is None else speeds.link.bytes_per_s
+    pass_s = seconds_per_pass(plan, speeds.disk.bytes_per_s, speeds.memory.bytes_per_s, link)
+    return DraftPace(
+        pass_s, step_s=seconds_per_draft(plan, speeds.memory.bytes_per_s, on_gpu=link is not None)
+    )
+
+
 def _load_copy(
-    store: Store, model: "Model", plan: ResidencyPlan, draft: str | int, host: HostUnits | None
+    store: Store,
+    model: "Model",
+    plan: ResidencyPlan,
+    draft: str | int,
+    pace: DraftPace,
+    host: HostUnits | None,
 ) -> DraftCopy:
     """``host``: holds the model's weights; None on a GPU."""
     if host is None:
@@ -589,7 +605,7 @@ def _load_copy(
 
         loaded = load_copy(store, model, plan, model_home(), host)
     longest = int(draft) if str(draft).isdigit() else LONGEST_DRAFT
-    return DraftCopy(loaded, DraftPace(), longest)
+    return DraftCopy(loaded, pace, longest)
 
 
 def _load(

@@ -246,6 +246,27 @@ def test_what_was_drafted_and_what_it_cost_is_told(models: Path) -> None:
     assert stats.seconds["drafting"] > 0 and stats.seconds["computing"] > 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("temperature", "least"), [(0.0, 8), (0.7, 6)])
+def test_tokens_per_pass_on_unseen_dialogues(models: Path, temperature: float, least: float) -> None:
+    """moss-tiny's answers in 100 conversations, with drafts of 16 by its int4 copy alone."""
+    tokens = passes = 0
+    with Moss.load(
+        models / "tiny", memory="2GiB", context=1024, draft="16", draft_model=models / "tiny-int4"
+    ) as moss:
+        assert moss.copy is not None
+        moss.copy.adaptive = False
+        for seed in range(100):
+            turns = dialogues(900_000 + seed, 1).split("<|MOSS|>:")
+            text = moss.session()
+            text.drafter = None
+            text.extend(moss.tokenizer.encode("<|MOSS|>:".join([*turns[: 2 + seed % 4], ""])))
+            params = SamplingParams(temperature=temperature, seed=seed)
+            tokens += len(list(text.decode(params, 100, moss.stop_ids))) - 1
+            passes += text.timing.passes
+    assert tokens / passes >= least
+
+
 def test_the_head_is_in_memory_once(models: Path) -> None:
     with load(models / "tiny", 0.4, models / "tiny-int4") as moss:
         heads = [unit for unit in moss.plan.units if unit.kind == "head"]

@@ -6,6 +6,7 @@ simulated CUDA runtime (test_sim_gpu.py) can show is not shown here: Jittor's ow
 
 import ctypes
 import itertools
+import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -186,6 +187,15 @@ def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
         model.close()
 
 
+def copy_for(model: Model, copied: Store, plan: ResidencyPlan) -> DraftCopy:
+    """All of it on the card, with the model's own head, over the model's cache."""
+    assert isinstance(model.weights, Weights)
+    weights = copy_weights(
+        copied, plan, model.weights, lambda blocks: StreamedUnits(copied, blocks, FileReader(False, 1e9))
+    )
+    return DraftCopy(model.with_weights(weights), DraftPace(), 5, adaptive=False)
+
+
 def test_a_copy_that_drafts_changes_nothing() -> None:
     """All of it on the card, with the model's own head, over the model's cache; the model streams, from the host or from disk."""
     store, copied = open_store(random_folder(TINY)), open_store(random_folder(TINY, 4))
@@ -207,12 +217,49 @@ def test_a_copy_that_drafts_changes_nothing() -> None:
         plan = plan_for(store, on_card, on_host, own)
         assert plan.streams and plan.copy is own.sizes
         model = gpu_model(store, plan)
-        assert isinstance(model.weights, Weights)
-        weights = copy_weights(
-            copied, plan, model.weights, lambda blocks: StreamedUnits(copied, blocks, FileReader(False, 1e9))
-        )
-        copy = DraftCopy(model.with_weights(weights), DraftPace(), 5, adaptive=False)
+        copy = copy_for(model, copied, plan)
         assert answer(model, copy) == expected
+        copy.close()
+        model.close()
+
+
+def talk(model: Model, copy: DraftCopy | None, seed: int) -> list[list[int]]:
+    """Turns greedy and sampled, answers left in their midst, a text that is cut, and one more up to the context's end."""
+    dice, engine = random.Random(seed), Engine(model, copy=copy)
+    text, said = Text(engine), []
+    text.extend(PROMPT)
+    for _ in range(2):
+        params = SamplingParams(
+            temperature=dice.choice([0.0, 0.7, 1.0]),
+            repetition_penalty=dice.choice([1.0, 1.2]),
+            seed=dice.randrange(99),
+        )
+        taken, answer = dice.randint(1, 7), text.decode(params, 8)
+        said.append([token for _, token in zip(range(taken), answer, strict=False)])
+        answer.close()
+        text.truncate(text.position - dice.randrange(len(said[-1]) + 1))
+        text.extend([dice.randrange(TINY.vocab_size) for _ in range(dice.randint(1, 9))])
+    said.append(list(text.decode(SamplingParams(temperature=dice.choice([0.0, 1.0]), seed=seed), 99)))
+    assert text.stop_reason == "context" and (text.timing.drafted > 12) == (copy is not None)
+    engine.close()
+    return said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(4))
+def test_dialogues_are_the_same_with_a_copy_that_drafts(seed: int) -> None:
+    """The model is resident, or streams from the host or from disk."""
+    store, copied = open_store(random_folder(TINY)), open_store(random_folder(TINY, 4))
+    resident = gpu_model(store, plan_for(store, 1, 1))
+    expected = talk(resident, None, seed)
+    resident.close()
+    own = Copy(sizes_of_store(copied), CudaNeeds(copied.config, copied.bits))
+    for on_card, on_host in ((1.0, 1.0), (0.4, 1.0), (0.0, 0.0)):
+        plan = plan_for(store, on_card, on_host, own)
+        assert plan.streams == (on_card < 1)
+        model = gpu_model(store, plan)
+        copy = copy_for(model, copied, plan)
+        assert talk(model, copy, seed) == expected
         copy.close()
         model.close()
 

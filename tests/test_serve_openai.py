@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,8 +12,9 @@ import openai
 import pytest
 
 from moss_jt.chat.prompt import PromptEncoder
+from moss_jt.serve.answering import Answers
 from moss_jt.serve.server import Server
-from tests.support.serving import NAME, client, shared_moss, shared_server, url
+from tests.support.serving import NAME, client, served, shared_moss, shared_server, url
 
 HELLO = [{"role": "user", "content": "Hello"}]
 SUM = [{"role": "user", "content": "What is 37 times 48?"}]
@@ -410,3 +412,15 @@ def test_what_the_server_is_can_be_asked(http: httpx.Client) -> None:
     metrics = http.get("/metrics")
     assert metrics.headers["content-type"].startswith("text/plain; version=")
     assert "mossjt_new_tokens_total" in metrics.text and 'interface="chat",outcome="done"' in metrics.text
+
+
+def test_metrics_may_be_off_and_a_full_server_has_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(shared_moss(), tmp_path, metrics=False) as server, client(server) as http:
+        assert http.get("/metrics").status_code == 501
+        assert http.get("/slots", params={"fail_on_no_slot": 1}).status_code == 200
+        monkeypatch.setattr(Answers, "running", 16)
+        full = http.get("/slots", params={"fail_on_no_slot": 1})
+        assert full.status_code == 503 and full.json()["error"]["code"] == "no_slot"
+        assert all(slot["is_processing"] for slot in http.get("/slots").json())

@@ -320,7 +320,7 @@ def soak(folder: Path, seconds: float, rounds: int, of_a_core: float) -> tuple[L
 
 
 def test_a_short_mixed_load_changes_nothing(tmp_path: Path) -> None:
-    load, _ = soak(tmp_path, 5.0, 1, float("inf"))
+    load, _ = soak(tmp_path, 3.0, 1, float("inf"))
     assert sum(load.counts.values()) > CLIENTS
 
 

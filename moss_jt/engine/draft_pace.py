@@ -19,7 +19,7 @@ LONGEST_DRAFT = FEW_TOKENS - 1
 FIRST_CHANCE = 0.9
 FORGETTING = 0.01
 SLOWEST = 0.02  # at least so much the latest outcome counts
-FIRST_WEIGHT = 4  # so many outcomes the first guess counts for
+FIRST_WEIGHT = 2  # so many outcomes the first guess counts for
 DOUBT = 8  # and so many of one length the outcomes of all
 
 # How sure the copy is: of a greedy token its probability; of a drawn one how far the draw was from another token's.

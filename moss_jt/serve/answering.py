@@ -103,7 +103,8 @@ class Answering:
                 break
             else:
                 try:
-                    await asyncio.wait_for(changed.wait(), silence_s)
+                    async with asyncio.timeout(silence_s):
+                        await changed.wait()
                 except TimeoutError:
                     yield ()
         if self.error is not None:

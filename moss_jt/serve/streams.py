@@ -92,7 +92,8 @@ class EventStream(Response):
         await send(start)
         async for text in self._events:
             message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-            await asyncio.wait_for(send(message), self._slow_reader_s)
+            async with asyncio.timeout(self._slow_reader_s):
+                await send(message)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -210,6 +210,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "failed": ("The demonstration failed:", "演示失败："),
     "your_turn": ("Your turn: the same conversation goes on.", "轮到你了：接着上面的对话继续聊吧。"),
+    "page": (
+        "The same in a browser: moss-jt serve moss-tiny, then open http://127.0.0.1:8000.",
+        "也可以用浏览器：运行 moss-jt serve moss-tiny，然后打开 http://127.0.0.1:8000。",
+    ),
 }
 
 

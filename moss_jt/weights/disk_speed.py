@@ -20,7 +20,7 @@ from moss_jt.weights.page_buffer import page_buffer
 # Enough to be past the start of a request, and 0.3 s on a disk of 1 GB/s.
 PROBE_BYTES = 160 * MIB
 PROBE_REQUEST = 16 * MIB
-# Reads at once, where several are tried, and by how much they must be faster than one.
+# Reads at once, where several are tried, and by how much they must be faster than one, as buffered reads than direct ones.
 IN_FLIGHT, WORTHWHILE = 4, 1.1
 
 
@@ -42,7 +42,8 @@ class DiskSpeed:
 
     @property
     def prefer_direct(self) -> bool:
-        return max(self.direct, self.several_direct) > max(self.buffered, self.several_buffered)
+        """Buffered reads only where they are clearly faster: they copy, which takes time of the processors that compute."""
+        return max(self.direct, self.several_direct) * WORTHWHILE > max(self.buffered, self.several_buffered)
 
     @property
     def in_flight(self) -> int:

@@ -180,9 +180,8 @@ async function follow(id, method, path, body) {
       $("status").textContent = state.about?.model ?? "";
       if (state.open?.id !== id) return;
       if (event.type === "start") begun(event.message, event.turn);
-      const near = nearEnd();
       view?.take(event);
-      if (near) toEnd();
+      if (atEnd) toEnd();
       if (event.type === "end") showTitle((state.open.title = event.title));
     }
   } finally {
@@ -208,16 +207,26 @@ async function settle(id) {
   if (state.open?.id !== id || conversation.answering) return;
   const last = conversation.turns.length - 1;
   const unkept = [...$("turns").children].slice(last + 1).filter((one) => one.tagName !== "ARTICLE" || one.querySelector(".notice"));
-  const near = nearEnd();
+  const stay = atEnd;
   $("turns").replaceChildren(...conversation.turns.map((turn, i) => TurnView.kept(turn, actionsOf(i, i === last)).root), ...unkept);
-  if (near) toEnd();
+  if (stay) toEnd();
 }
 
 const nearEnd = () => $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 120;
-const toEnd = () => $("turns").scrollTo({ top: $("turns").scrollHeight, behavior: "instant" });
-// Pictures come later than what is around them: whoever was at the end stays there.
+function toEnd() {
+  atEnd = true;
+  $("turns").scrollTo({ top: $("turns").scrollHeight, behavior: "instant" });
+}
+
+// Pictures come later than what is around them: whoever was at the end stays there, and only a reader's own scrolling leaves it.
 let atEnd = true;
-$("turns").addEventListener("scroll", () => (atEnd = nearEnd()));
+let touched = -Infinity;
+for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) {
+  $("turns").addEventListener(kind, () => (touched = performance.now()), { passive: true });
+}
+$("turns").addEventListener("scroll", () => {
+  if (performance.now() - touched < 1000) atEnd = nearEnd();
+});
 $("turns").addEventListener("load", () => atEnd && toEnd(), true);
 
 function busy(is) {
