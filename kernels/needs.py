@@ -30,6 +30,11 @@ LANES = 16
 GEMM_INPUTS = 512
 THREAD_FLOATS = 64 << 10
 
+# Training's products on the CPU: tokens of one at once, rows of a matrix that are widened for its transpose, tiles of a float32
+# result, and how many there must be before they are so large. Queries of a head that are worked on at once.
+TRAIN_TOKENS, BACK_ROWS = 512, 512
+TRAIN_ROWS, TRAIN_COLUMNS, FEW_TILES = 256, 512, 16
+QUERIES = 64
 # Floats by which the matrices of adapters are aligned.
 BANK_UNIT = 16
 
@@ -47,6 +52,12 @@ DEFINITIONS = {
     "MOSS_TILE_INPUTS": TILE_INPUTS,
     "MOSS_LEAST_TAKEN": LEAST_TAKEN,
     "MOSS_MOST_TAKEN": MOST_TAKEN,
+    "MOSS_TRAIN_TOKENS": TRAIN_TOKENS,
+    "MOSS_BACK_ROWS": BACK_ROWS,
+    "MOSS_TRAIN_ROWS": TRAIN_ROWS,
+    "MOSS_TRAIN_COLUMNS": TRAIN_COLUMNS,
+    "MOSS_FEW_TILES": FEW_TILES,
+    "MOSS_QUERIES": QUERIES,
     "MOSS_BANK_UNIT": BANK_UNIT,
 }
 
@@ -143,6 +154,15 @@ def _most_rows(rows: int, row_bytes: int) -> int:
 
 def _eights(rows: int) -> int:
     return max(1, rows // 8) * 8
+
+
+def training_thread_floats(config: MossConfig, longest: int) -> int:
+    """What one thread may hold of its own in training.h: scores and their slopes over a sample of ``longest`` tokens, a widened
+    tile, and what oneDNN copies of the largest product: rows, columns and inputs of either, and of one head over that sample.
+    """
+    tiles = max(TRAIN_TOKENS + TILE_ROWS, TRAIN_ROWS + TRAIN_COLUMNS) * GEMM_INPUTS
+    head = (longest + config.head_dim) * max(QUERIES, config.head_dim)
+    return 2 * QUERIES * longest + TILE_ROWS * TILE_INPUTS + max(tiles, head) + THREAD_FLOATS
 
 
 @dataclass(frozen=True)

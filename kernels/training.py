@@ -1,6 +1,7 @@
 """What training asks of its operators, whichever device runs them: products both ways, and derivatives.
 
-Letters as in moss_jt.kernels.interface. All activations and results are float32; matrices and vectors are a model's own.
+Letters as in moss_jt.kernels.interface. All activations and results are float32; matrices and vectors are a model's own, or, where
+they learn themselves, float32.
 """
 
 from typing import Protocol
@@ -36,7 +37,7 @@ class TrainingOperators(Protocol):
         ...
 
     def norm(self, h: Var, weight: Var, bias: Var) -> Var:
-        """Layer norm of h (T, C); weight and bias (C,) float16."""
+        """Layer norm of h (T, C); weight and bias (C,), both float16 or both float32."""
         ...
 
     def norm_back(self, g: Var, h: Var, weight: Var) -> tuple[Var, Var]:
@@ -44,7 +45,7 @@ class TrainingOperators(Protocol):
         ...
 
     def gelu(self, y: Var, bias: Var) -> Var:
-        """``gelu_new(y + bias)``; y (T, I), bias (I,) float16."""
+        """``gelu_new(y + bias)``; y (T, I), bias (I,) float16 or float32."""
         ...
 
     def gelu_back(self, g: Var, y: Var, bias: Var) -> Var:

@@ -107,7 +107,7 @@ def test_an_interruption_keeps_where_it_is(uninterrupted: Finetuning, tmp_path: 
     list(again.run())
     assert np.array_equal(again.adapter.values, uninterrupted.adapter.values)
     run.adapter.values[:] = 0  # as an update that was interrupted may leave them
-    run._updating = True
+    run._learner.updating = True
     run.keep()
     assert np.array_equal(training(tmp_path / "out").adapter.values, uninterrupted.adapter.values)
 

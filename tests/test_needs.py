@@ -34,8 +34,8 @@ MOSS_HEADS = replace(
 NARROW = geometry(64, 4, 8, n_positions=512, n_inner=2048)  # rows of few bytes: many are taken at once
 
 
-def compiled(folder: Path, simd: str, onednn: bool, *flags: str) -> Path:
-    """tests/native/needs.cc over the kernels' headers, as source.py compiles them, or with a sanitizer."""
+def compiled(folder: Path, simd: str, onednn: bool, *flags: str, source: str = "needs.cc") -> Path:
+    """A program of tests/native over the kernels' headers, as source.py compiles them, or with a sanitizer."""
     program = folder / f"needs-{simd}-{onednn}-{len(flags)}"
     definitions = {
         **DEFINITIONS,
@@ -49,7 +49,7 @@ def compiled(folder: Path, simd: str, onednn: bool, *flags: str) -> Path:
     command = [
         "g++", "-std=c++17", "-fopenmp", "-fno-fast-math", "-ffp-contract=off", "-w", *FLAGS[simd], *flags,
         *(f"-D{name}={value}" for name, value in definitions.items()),
-        f"-I{ROOT / 'kernels' / 'cpu'}", str(ROOT / "tests" / "native" / "needs.cc"), "-o", str(program), *link,
+        f"-I{ROOT / 'kernels' / 'cpu'}", str(ROOT / "tests" / "native" / source), "-o", str(program), *link,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "cannot find" in done.stderr and "asan" in done.stderr:
@@ -141,6 +141,28 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
                 assert held <= planned, (config, line)
             if onednn and config is MOSS_HEADS:
                 assert held > planned // 2, "the count is of something else"
+
+
+def test_training_s_threads_take_what_is_planned(tmp_path: Path) -> None:
+    if not (onednn_folder() / "lib").exists():
+        pytest.skip("there is no oneDNN here")
+    program = compiled(tmp_path, chosen_simd(), True, "-O1", source="training_needs.cc")
+    shapes = [(64, SMALL), (700, SMALL), (96, MOSS_HEADS), (2048, MOSS_HEADS)]
+    lines = [f"{tokens} {c.n_head} {c.head_dim} {c.n_inner}" for tokens, c in (shapes[0], *shapes)]
+    done = subprocess.run(
+        [str(program)],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    planned = 0
+    for (tokens, config), held in zip(shapes, map(int, done.stdout.split()[1:]), strict=True):
+        planned = max(planned, THREADS * 4 * needs.training_thread_floats(config, tokens))
+        assert held <= planned, (tokens, config)
+    assert held > planned // 2, "the count is of something else"
 
 
 def test_the_plan_counts_each_thread() -> None:

@@ -223,3 +223,21 @@ def test_planning_starts_no_jittor() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+def test_what_teaching_takes() -> None:
+    given = ["--train", "--compute-speed", "250", "--disk-speed", "3"]
+    lines = plan("moss-moon-003-sft", *given, "--memory", "8GiB").output.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == [
+        "An adapter",
+        "An adapter in the last blocks (--layers 8)",
+        "All weights (--full)",
+    ]
+    # 2 * 15.4 + 3 * 0.66 billion products of a token there and back, and half of that where the front is known.
+    assert "(3.8 tokens/s)" in lines[0] and "from the second epoch on 13.6" in lines[1]
+    assert "takes 104.90 GiB of memory, and the limit is 8.00 GiB" in lines[2]
+    assert "250 GFLOP/s given" in lines[3]
+    tiny = plan("moss-tiny", *given).output
+    assert "All weights (--full): at most" in tiny and "--layers" not in tiny
+    refused = plan("--train")
+    assert refused.exit_code == 2 and "--train needs a MODEL" in refused.output

@@ -19,6 +19,10 @@ inline F load_half_n(const uint16_t* p, int n) {
     return n == kLanes ? Simd::load_half(p) : Simd::load_half_partial(p, n);
 }
 
+// Vectors of a norm, and biases, are float16 where a model runs, and float32 where it learns.
+inline F load_wide_n(const uint16_t* p, int n) { return load_half_n(p, n); }
+inline F load_wide_n(const float* p, int n) { return load_n(p, n); }
+
 inline void store_n(float* p, F x, int n) {
     if (n == kLanes) return Simd::store(p, x);
     float lanes[kLanes];
@@ -27,8 +31,8 @@ inline void store_n(float* p, F x, int n) {
 }
 
 // (h - mean) / sqrt(variance + epsilon) * weight + bias, in two passes: E[x^2] - E[x]^2 would cancel.
-inline void layer_norm(const float* h, const uint16_t* weight, const uint16_t* bias, float epsilon, int64_t width,
-                       float* result) {
+template <class V>
+inline void layer_norm(const float* h, const V* weight, const V* bias, float epsilon, int64_t width, float* result) {
     F sum = Simd::zero(), squares = Simd::zero();
     for_lanes(width, [&](int64_t i, int n) { sum = Simd::add(sum, load_n(h + i, n)); });
     const float mean = Simd::sum(sum) / width;
@@ -45,7 +49,7 @@ inline void layer_norm(const float* h, const uint16_t* weight, const uint16_t* b
     const F factor = Simd::set1(1.0f / std::sqrt(Simd::sum(squares) / width + epsilon));
     for_lanes(width, [&](int64_t i, int n) {
         const F x = Simd::mul(Simd::sub(load_n(h + i, n), centre), factor);
-        store_n(result + i, Simd::fma(x, load_half_n(weight + i, n), load_half_n(bias + i, n)), n);
+        store_n(result + i, Simd::fma(x, load_wide_n(weight + i, n), load_wide_n(bias + i, n)), n);
     });
 }
 
@@ -58,9 +62,10 @@ inline F gelu(F x) {
 }
 
 // result[i] = gelu(x[i] + bias[i])
-inline void gelu_row(const float* x, const uint16_t* bias, int64_t count, float* result) {
+template <class V>
+inline void gelu_row(const float* x, const V* bias, int64_t count, float* result) {
     for_lanes(count, [&](int64_t i, int n) {
-        store_n(result + i, gelu(Simd::add(load_n(x + i, n), load_half_n(bias + i, n))), n);
+        store_n(result + i, gelu(Simd::add(load_n(x + i, n), load_wide_n(bias + i, n))), n);
     });
 }
 

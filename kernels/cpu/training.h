@@ -9,9 +9,11 @@
 
 namespace moss {
 
-constexpr int64_t kTrainTokens = 512;  // of a product at once
-constexpr int64_t kBackRows = 512;     // rows of a matrix that are widened at once for its transpose
-constexpr int64_t kQueries = 64;       // of one head at once
+// Of a product at once: tokens, and rows of a matrix that are widened for its transpose. Queries of one head at once.
+constexpr int64_t kTrainTokens = MOSS_TRAIN_TOKENS, kBackRows = MOSS_BACK_ROWS, kQueries = MOSS_QUERIES;
+// Tiles of a product of float32 matrices; where there are fewer than kFewTiles, tiles of a sixteenth: a gradient of a small
+// model's matrix is small, and many tokens deep.
+constexpr int64_t kProductRows = MOSS_TRAIN_ROWS, kProductColumns = MOSS_TRAIN_COLUMNS, kFewTiles = MOSS_FEW_TILES;
 
 // Columns of a matrix that one task takes of its transpose's product: small matrices give every thread something.
 inline int64_t back_inputs(int64_t k) { return k <= 1024 ? 128 : kTileRows * kTileInputs / kBackRows; }
@@ -85,11 +87,12 @@ inline void train_product_back(const M& m, const float* g, int64_t tokens, float
 // result (m, n) = plus (m, n, or nullptr for none) + alpha a (m, k) b (k, n), each perhaps given as its transpose.
 inline void train_multiply(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha, const float* a, const float* b,
                            const float* plus, float* result) {
-    constexpr int64_t kRows = 256, kColumns = 512;
+    const int64_t part = chunks(m, kProductRows) * chunks(n, kProductColumns) < kFewTiles ? 4 : 1;
+    const int64_t size_m = kProductRows / part, size_n = kProductColumns / part;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t i = 0; i < m; i += kRows)
-        for (int64_t j = 0; j < n; j += kColumns) {
-            const int64_t rows = std::min(kRows, m - i), columns = std::min(kColumns, n - j);
+    for (int64_t i = 0; i < m; i += size_m)
+        for (int64_t j = 0; j < n; j += size_n) {
+            const int64_t rows = std::min(size_m, m - i), columns = std::min(size_n, n - j);
             if (plus)
                 for (int64_t r = i; r < i + rows; r++)
                     std::copy(plus + r * n + j, plus + r * n + j + columns, result + r * n + j);
@@ -99,8 +102,9 @@ inline void train_multiply(bool ta, bool tb, int64_t m, int64_t n, int64_t k, fl
 }
 
 // h (T, C) -> (h - mean) / sqrt(variance + epsilon) * weight + bias
-inline void train_norm(const float* h, const uint16_t* weight, const uint16_t* bias, float epsilon, int64_t tokens,
-                       int64_t width, float* result) {
+template <class V>
+inline void train_norm(const float* h, const V* weight, const V* bias, float epsilon, int64_t tokens, int64_t width,
+                       float* result) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         layer_norm(h + t * width, weight, bias, epsilon, width, result + t * width);
@@ -108,8 +112,9 @@ inline void train_norm(const float* h, const uint16_t* weight, const uint16_t* b
 
 // What layer norm's result depends on, back to h; normed (T, C) becomes (h - mean) / sqrt(variance + epsilon), which the
 // gradients of weight and bias are made of.
-inline void train_norm_back(const float* g, const float* h, const uint16_t* weight, float epsilon, int64_t tokens,
-                            int64_t width, float* result, float* normed) {
+template <class V>
+inline void train_norm_back(const float* g, const float* h, const V* weight, float epsilon, int64_t tokens, int64_t width,
+                            float* result, float* normed) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const float *g_row = g + t * width, *row = h + t * width;
@@ -120,7 +125,7 @@ inline void train_norm_back(const float* g, const float* h, const uint16_t* weig
         for (int64_t i = 0; i < width; i++) variance += (row[i] - mean) * (row[i] - mean);
         const double factor = 1 / std::sqrt(variance / width + epsilon);
         for_lanes(width, [&](int64_t i, int n) {
-            store_n(out + i, Simd::mul(load_n(g_row + i, n), load_half_n(weight + i, n)), n);
+            store_n(out + i, Simd::mul(load_n(g_row + i, n), load_wide_n(weight + i, n)), n);
         });
         for (int64_t i = 0; i < width; i++) {
             x[i] = (float)((row[i] - mean) * factor);
@@ -133,19 +138,20 @@ inline void train_norm_back(const float* g, const float* h, const uint16_t* weig
 }
 
 // gelu(y + bias), and its derivative there times g.
-inline void train_gelu(const float* y, const uint16_t* bias, int64_t tokens, int64_t width, float* result) {
+template <class V>
+inline void train_gelu(const float* y, const V* bias, int64_t tokens, int64_t width, float* result) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < tokens; t++) gelu_row(y + t * width, bias, width, result + t * width);
 }
 
-inline void train_gelu_back(const float* g, const float* y, const uint16_t* bias, int64_t tokens, int64_t width,
-                            float* result) {
+template <class V>
+inline void train_gelu_back(const float* g, const float* y, const V* bias, int64_t tokens, int64_t width, float* result) {
     const F one = Simd::set1(1.0f), two = Simd::set1(2.0f), factor = Simd::set1(0.79788456f);
     const F cubic = Simd::set1(0.044715f), thrice = Simd::set1(3 * 0.044715f);
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         for_lanes(width, [&](int64_t i, int n) {
-            const F x = Simd::add(load_n(y + t * width + i, n), load_half_n(bias + i, n)), square = Simd::mul(x, x);
+            const F x = Simd::add(load_n(y + t * width + i, n), load_wide_n(bias + i, n)), square = Simd::mul(x, x);
             const F u = Simd::mul(factor, Simd::mul(x, Simd::fma(square, cubic, one)));
             // s = (1 + tanh u) / 2; d(x s) = s + x * 2 s (1 - s) * du
             const F s = Simd::div(one, Simd::add(one, exp(Simd::mul(u, Simd::set1(-2.0f)))));
@@ -202,6 +208,23 @@ inline void turn(const TrainAttention& a, const float* from, int64_t from_stride
     }
 }
 
+inline void softmax_row(float* row, int64_t count) {
+    F most = Simd::set1(row[0]), sum = Simd::zero();
+    const int64_t full = count / kLanes * kLanes;
+    for (int64_t j = 0; j < full; j += kLanes) most = Simd::max(most, Simd::load(row + j));
+    float largest = Simd::largest(most), total = 0;
+    for (int64_t j = full; j < count; j++) largest = std::max(largest, row[j]);
+    most = Simd::set1(largest);
+    for (int64_t j = 0; j < full; j += kLanes) {
+        const F power = exp(Simd::sub(Simd::load(row + j), most));
+        Simd::store(row + j, power);
+        sum = Simd::add(sum, power);
+    }
+    for (int64_t j = full; j < count; j++) total += row[j] = std::exp(row[j] - largest);
+    const F share = Simd::set1(1.0f / (total + Simd::sum(sum)));
+    for_lanes(count, [&](int64_t j, int n) { store_n(row + j, Simd::mul(load_n(row + j, n), share), n); });
+}
+
 // weights (queries, seen) of queries `first` .. of a head's sample, each over itself and what is before it.
 inline void softmax_weights(const TrainAttention& a, const HeadOfSpan& h, const Tokens& queries, float* weights) {
     const int64_t seen = queries.first + queries.count, stride = 2 * a.width();
@@ -211,10 +234,7 @@ inline void softmax_weights(const TrainAttention& a, const HeadOfSpan& h, const 
     for (int64_t i = 0; i < queries.count; i++) {
         float* row = weights + i * seen;
         const int64_t own = queries.first + i + 1;
-        float largest = row[0], total = 0;
-        for (int64_t j = 1; j < own; j++) largest = std::max(largest, row[j]);
-        for (int64_t j = 0; j < own; j++) total += row[j] = std::exp(row[j] - largest);
-        for (int64_t j = 0; j < own; j++) row[j] /= total;
+        softmax_row(row, own);
         std::fill(row + own, row + seen, 0.0f);
     }
 }
@@ -262,9 +282,12 @@ inline void train_attention_back(const TrainAttention& a, const float* g, float*
         for (int64_t i = 0; i < queries.count; i++) {
             const float* row = weights + i * seen;
             float* slope = slopes + i * seen;
-            float along = 0;
-            for (int64_t j = 0; j < seen; j++) along += row[j] * slope[j];
-            for (int64_t j = 0; j < seen; j++) slope[j] = row[j] * (slope[j] - along);
+            F along = Simd::zero();
+            for_lanes(seen, [&](int64_t j, int n) { along = Simd::fma(load_n(row + j, n), load_n(slope + j, n), along); });
+            const F less = Simd::set1(Simd::sum(along));
+            for_lanes(seen, [&](int64_t j, int n) {
+                store_n(slope + j, Simd::mul(load_n(row + j, n), Simd::sub(load_n(slope + j, n), less)), n);
+            });
         }
         const float* keys = a.turned + h.first * 2 * width + width + h.column;
         multiply(false, false, queries.count, a.head_dim, seen, a.scale(), slopes, seen, keys, 2 * width, false,

@@ -1,7 +1,7 @@
 """Training's operators on the CPU: each is one jt.code operation over training.h."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -21,19 +21,20 @@ const int64_t m = out0_shape0, n = out0_shape1, k = (int64_t)data["k"];
 moss::train_multiply(data["ta"], data["tb"], m, n, k, (float)data["alpha"], (const float*)in0_p, (const float*)in1_p,
                      data["plus"] ? (const float*)in2_p : nullptr, (float*)out0_p);
 """
+VECTORS = {"float16": "uint16_t", "float32": "float"}
 NORM = """
-moss::train_norm((const float*)in0_p, (const uint16_t*)in1_p, (const uint16_t*)in2_p, (float)data["epsilon"], in0_shape0,
+moss::train_norm((const float*)in0_p, (const VECTOR*)in1_p, (const VECTOR*)in2_p, (float)data["epsilon"], in0_shape0,
                  in0_shape1, (float*)out0_p);
 """
 NORM_BACK = """
-moss::train_norm_back((const float*)in0_p, (const float*)in1_p, (const uint16_t*)in2_p, (float)data["epsilon"], in0_shape0,
+moss::train_norm_back((const float*)in0_p, (const float*)in1_p, (const VECTOR*)in2_p, (float)data["epsilon"], in0_shape0,
                       in0_shape1, (float*)out0_p, (float*)out1_p);
 """
 GELU = """
-moss::train_gelu((const float*)in0_p, (const uint16_t*)in1_p, in0_shape0, in0_shape1, (float*)out0_p);
+moss::train_gelu((const float*)in0_p, (const VECTOR*)in1_p, in0_shape0, in0_shape1, (float*)out0_p);
 """
 GELU_BACK = """
-moss::train_gelu_back((const float*)in0_p, (const float*)in1_p, (const uint16_t*)in2_p, in0_shape0, in0_shape1,
+moss::train_gelu_back((const float*)in0_p, (const float*)in1_p, (const VECTOR*)in2_p, in0_shape0, in0_shape1,
                       (float*)out0_p);
 """
 ATTENTION = """
@@ -85,10 +86,14 @@ class CpuTrainingOperators:
         self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
 
     def product(self, x: Var, matrix: Matrix) -> Var:
+        if learns(matrix):
+            return self.multiply(x, matrix.weight, transpose_b=True)
         outputs, inputs = matrix_shape(matrix)
         return self._product("train_product", x, inputs, outputs, matrix)
 
     def product_back(self, g: Var, matrix: Matrix) -> Var:
+        if learns(matrix):
+            return self.multiply(g, matrix.weight)
         outputs, inputs = matrix_shape(matrix)
         return self._product("train_product_back", g, outputs, inputs, matrix)
 
@@ -126,23 +131,21 @@ class CpuTrainingOperators:
         return self._run(MULTIPLY, [(rows, columns)], [a, b, a if plus is None else plus], data)[0]
 
     def norm(self, h: Var, weight: Var, bias: Var) -> Var:
-        self._check_vectors(h, weight, bias)
-        return self._run(NORM, [tuple(h.shape)], [h, weight, bias], self._epsilon)[0]
+        source = self._over(NORM, h, weight, bias)
+        return self._run(source, [tuple(h.shape)], [h, weight, bias], self._epsilon)[0]
 
     def norm_back(self, g: Var, h: Var, weight: Var) -> tuple[Var, Var]:
         check_shape("g", g, tuple(h.shape))
-        self._check_vectors(h, weight)
-        back, normed = self._run(NORM_BACK, [tuple(h.shape)] * 2, [g, h, weight], self._epsilon)
+        source = self._over(NORM_BACK, h, weight)
+        back, normed = self._run(source, [tuple(h.shape)] * 2, [g, h, weight], self._epsilon)
         return back, normed
 
     def gelu(self, y: Var, bias: Var) -> Var:
-        self._check_vectors(y, bias)
-        return self._run(GELU, [tuple(y.shape)], [y, bias])[0]
+        return self._run(self._over(GELU, y, bias), [tuple(y.shape)], [y, bias])[0]
 
     def gelu_back(self, g: Var, y: Var, bias: Var) -> Var:
         check_shape("g", g, tuple(y.shape))
-        self._check_vectors(y, bias)
-        return self._run(GELU_BACK, [tuple(y.shape)], [g, y, bias])[0]
+        return self._run(self._over(GELU_BACK, y, bias), [tuple(y.shape)], [g, y, bias])[0]
 
     def attention(self, qkv: Var, spans: Var) -> Var:
         tokens, width = self._check_qkv(qkv, spans)
@@ -161,10 +164,14 @@ class CpuTrainingOperators:
     def _epsilon(self) -> dict[str, Any]:
         return {"epsilon": self.config.layer_norm_epsilon}
 
-    def _check_vectors(self, x: Var, *vectors: Var) -> None:
+    @staticmethod
+    def _over(source: str, x: Var, *vectors: Var) -> str:
+        """The source for vectors of their type, as wide as x."""
+        dtype = str(vectors[0].dtype)
         for vector in vectors:
             check_shape("a norm's or bias's vector", vector, (x.shape[1],))
-            check_dtype("a norm's or bias's vector", vector, "float16")
+            check_dtype("a norm's or bias's vector", vector, dtype if dtype in VECTORS else "float16")
+        return source.replace("VECTOR", VECTORS[dtype])
 
     def _check_qkv(self, qkv: Var, spans: Var) -> tuple[int, int]:
         tokens, width = qkv.shape[0], self.config.n_embd
@@ -181,6 +188,11 @@ class CpuTrainingOperators:
         data: dict[str, Any] | None = None,
     ) -> list[Var]:
         return run(self.simd, HEADER, source, list(shapes), inputs, data)
+
+
+def learns(matrix: Matrix) -> TypeGuard[DenseMatrix]:
+    """Whether it is of float32, as matrices are that learn themselves."""
+    return isinstance(matrix, DenseMatrix) and matrix.weight.dtype == "float32"
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, int]:

@@ -4,23 +4,31 @@ from itertools import groupby
 from pathlib import Path
 
 import click
+import numpy as np
+from click.core import ParameterSource
+from numpy.typing import NDArray
 
-from moss_jt.commands.convert import resumable, terminated_as_interrupted
+from moss_jt.commands.convert import resumable, run_conversion, terminated_as_interrupted
 from moss_jt.commands.progress import token_bar
+from moss_jt.commands.quant_options import QuantOptions
+from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.named import model_folder
+from moss_jt.convert.pipeline import recipe_for
 from moss_jt.errors import MossError
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.screen import Screen
-from moss_jt.train.api import DataSettings, encoder_for, start
+from moss_jt.train.api import DataSettings, encoder_for, start, start_full
 from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset, read_dataset
-from moss_jt.train.finetune import Finetuning, LearningSettings, Progress
+from moss_jt.train.finetune import LearningSettings, Progress, Training
+from moss_jt.train.fused import USUAL_RATES, FullSettings, OptimizerName
 from moss_jt.train.lora import TARGETS, LoraSettings
 from moss_jt.train.samples import TokenSample
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
+SAID_TOKENS = 40
 
 
 @click.command()
@@ -46,6 +54,16 @@ SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
 )
 @click.option("--alpha", type=float, help="How strongly adapters count.  [default: twice the rank]")
 @click.option("--targets", default=",".join(TARGETS), show_default=True, help="Matrices that have adapters.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="All weights of a float16 model learn, instead of an adapter. They must fit into the memory in float32.",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(list(USUAL_RATES)),
+    help="With --full: what each weight remembers; adamw takes three times the memory.  [default: adalomo]",
+)
 @click.option("--layers", type=int, metavar="N", help="Only the last N blocks have adapters.  [default: all]")
 @click.option(
     "--epochs", type=float, default=2.0, show_default=True, help="How often all samples are learned."
@@ -58,9 +76,21 @@ SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
     show_default=True,
     help="A step takes about so many tokens; the weights are read twice for it, however many.",
 )
-@click.option("--lr", type=float, default=1e-4, show_default=True, help="The largest learning rate.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's.")
-@click.option("--clip", type=float, default=1.0, show_default=True, help="The longest gradient.")
+@click.option(
+    "--lr",
+    type=float,
+    help="The largest learning rate.  [default: 1e-4; with --full 5e-4, adamw 2e-5, lomo 0.03]",
+)
+@click.option(
+    "--weight-decay", type=float, default=0.0, show_default=True, help="Of matrices; norms and biases keep."
+)
+@click.option(
+    "--clip",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="The longest gradient; inf for any. Of adamw and lomo it takes a second walk back; adalomo needs none.",
+)
 @click.option("--evaluate-every", type=int, metavar="STEPS", help="[default: ten times in all]")
 @click.option(
     "--length",
@@ -96,11 +126,13 @@ def command(
     rank: int,
     alpha: float | None,
     targets: str,
+    full: bool,
+    optimizer: OptimizerName | None,
     layers: int | None,
     epochs: float,
     steps: int | None,
     step_tokens: int,
-    lr: float,
+    lr: float | None,
     weight_decay: float,
     clip: float,
     evaluate_every: int | None,
@@ -110,7 +142,8 @@ def command(
     memory: str | None,
     gpu: bool,
 ) -> None:
-    """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is.
+    """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is. Or all of a small MODEL
+    learns, with --full.
 
     DATA is a file of JSON or JSON lines, or a folder of such files: MOSS's own form, OpenAI's messages, ShareGPT, Alpaca, prompt
     and completion, or text; the form is found out. The same command goes on where it ended, after a kill as well.
@@ -119,7 +152,9 @@ def command(
     moss-jt finetune moss-tiny dialogues.jsonl --out my-adapter --epochs 3
     moss-jt finetune moss-moon-003-sft data/ --memory 8GiB --layers 8
     moss-jt merge moss-moon-003-sft my-adapter --out my-moss
+    moss-jt finetune moss-tiny dialogues.jsonl --full --out my-tiny
     """
+    check_options(full, optimizer)
     if gpu:
         raise MossError(
             "training computes on the processor only. Leave --gpu away; --memory bounds the RAM that it takes. What was "
@@ -127,7 +162,7 @@ def command(
         )
     screen = Screen()
     store = open_store(model_folder(model))
-    out = Path(f"{store.path.name}-adapter") if out is None else out
+    out = Path(f"{store.path.name}-{'full' if full else 'adapter'}") if out is None else out
     tokenizer = Tokenizer.from_file(store.tokenizer_path)
     tokenizer.check_size(store.config.vocab_size)
     lora = LoraSettings(
@@ -135,20 +170,53 @@ def command(
     )
     lora.first_layer(store.config)
     course = CourseSettings(epochs, steps, step_tokens, seed)
+    all_of_it = FullSettings(optimizer or FullSettings.optimizer)
+    if lr is None:
+        lr = USUAL_RATES[all_of_it.optimizer] if full else LearningSettings.learning_rate
     learning = LearningSettings(lr, weight_decay=weight_decay, clip=clip, evaluate_every=evaluate_every)
     samples = encoder_for(store, tokenizer, DataSettings(length, mask))
     with token_bar("reading", 0, "samples") as bar:
         dataset = read_dataset(data, samples, judged_by, lambda count: bar.update(count - bar.n))
     show_data(screen, dataset, tokenizer)
-    training = start(store, dataset, out, lora=lora, course=course, learning=learning, memory=memory)
+    training: Training
+    if full:
+        training = start_full(
+            store, dataset, out, full=all_of_it, course=course, learning=learning, memory=memory
+        )
+    else:
+        training = start(store, dataset, out, lora=lora, course=course, learning=learning, memory=memory)
     if training.state.step:
         screen.line(f"{out} goes on after step {training.state.step} of {training.total}.")
     with terminated_as_interrupted(), resumable(out):
         try:
-            run(screen, training, out)
+            run(screen, training, dataset.evaluation, tokenizer)
         except KeyboardInterrupt:
             training.keep()
             raise
+        tell_result(screen, training, out)
+
+
+def check_options(full: bool, optimizer: OptimizerName | None) -> None:
+    """Raises UsageError where an option is of the other way of learning."""
+    if optimizer is not None and not full:
+        raise click.UsageError("--optimizer goes with --full; an adapter learns by AdamW.")
+    context = click.get_current_context()
+    for name in ("rank", "alpha", "targets", "layers"):
+        if full and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} is of adapters; with --full all weights learn.")
+
+
+def tell_result(screen: Screen, training: Training, out: Path) -> None:
+    """Where what was learned stands; of a model that learned as a whole a model folder is made."""
+    if training.best_folder == out:
+        screen.line(f"The adapter is in {out}; the last one, which may not be the best, in {out / 'last'}.")
+        return
+    source = open_local(training.best_folder)
+    run_conversion(
+        source, recipe_for(source), QuantOptions((), None, None, None, act_order=False), out / "model"
+    )
+    screen.line(f"{out / 'model'} is ready. Talk to it with: moss-jt chat {out / 'model'}")
+    screen.line(f"Checkpoints for other programs: {training.best_folder}, and {out / 'last'}.")
 
 
 def show_data(screen: Screen, dataset: Dataset, tokenizer: Tokenizer) -> None:
@@ -188,8 +256,8 @@ def show_sample(screen: Screen, sample: TokenSample, tokenizer: Tokenizer) -> No
         screen.write(text, "ok" if learned else "dim")
 
 
-def run(screen: Screen, training: Finetuning, out: Path) -> None:
-    """All steps, with a bar, and a line for each evaluation."""
+def run(screen: Screen, training: Training, judged: list[TokenSample], tokenizer: Tokenizer) -> None:
+    """All steps, with a bar; for each evaluation a line, and what the model would say to one of the samples."""
     with token_bar("learning", training.total, "step", done=training.state.step) as bar:
         for progress in training.run():
             bar.set_postfix_str(postfix(progress), refresh=False)
@@ -197,7 +265,19 @@ def run(screen: Screen, training: Finetuning, out: Path) -> None:
             if progress.evaluation is not None:
                 bar.clear()
                 screen.line(evaluation_line(progress))
-    screen.line(f"The adapter is in {out}; the last one, which may not be the best, in {out / 'last'}.")
+                number = progress.step % min(len(judged), SHOWN_SAMPLES)
+                screen.line(said(judged, number, progress.evaluation.likeliest, tokenizer))
+
+
+def said(judged: list[TokenSample], number: int, likeliest: NDArray[np.int64], tokenizer: Tokenizer) -> str:
+    """What sample ``number`` has at its end, and what the model says there: each token after the right ones before it."""
+    sample = judged[number]
+    before = sum(int(one.targets.sum()) for one in judged[:number])
+    positions = np.flatnonzero(sample.targets)[-SAID_TOKENS:]
+    last = before + int(sample.targets.sum())
+    ours = likeliest[last - len(positions) : last].tolist()
+    wanted, written = (tokenizer.decode(ids) for ids in (sample.token_ids[positions].tolist(), ours))
+    return f"  wanted: {' '.join(wanted.split())}\n  says:   {' '.join(written.split())}"
 
 
 def postfix(progress: Progress) -> str:

@@ -1,7 +1,9 @@
 """``moss-jt plan``: would a model run, how fast, and where would its weights live? Loads nothing, needs no GPU."""
 
 import contextlib
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,7 +13,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import home_disk_speed, memory_speed, product_speed
-from moss_jt.plan.first_word import first_word
+from moss_jt.plan.first_word import GFLOP, first_word
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.placement import gpu_budget, less_margin
 from moss_jt.plan.report import (
@@ -34,12 +36,18 @@ from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.published import BY_BITS, CONVERSION_BYTES, PUBLISHED, about_unpublished
 from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geometry, sizes_of_store
 from moss_jt.terminal.screen import Screen
+from moss_jt.train.course import CourseSettings
+from moss_jt.train.fused import FullSettings
+from moss_jt.train.lora import LoraSettings
+from moss_jt.train.outlook import TrainingOutlook, adapter_outlook, full_outlook
+from moss_jt.train.pace import Speeds as Pace
 from moss_jt.weights.disk_speed import disk_under
 
 # GFLOP/s of matrix products, assumed: two cores with AVX2, and a card of the lower middle class.
 ASSUMED_PRODUCTS, ASSUMED_GPU_PRODUCTS = 100.0, 10_000.0
 # A token is about a word: at this pace an answer comes as fast as it is read.
 READING_S = 0.5
+LAST_BLOCKS = 8  # of which an adapter is told beside one in all
 LEAST_CONTEXT = 512  # of a conversation that is any use
 # A shorter file says little about its disk.
 LEAST_PROBE_BYTES = 16 * MIB
@@ -86,6 +94,11 @@ LEAST_PROBE_BYTES = 16 * MIB
     metavar="GB/s",
     help="Of RAM, or the card's.  [default: measured, for a card 400]",
 )
+@click.option(
+    "--train",
+    is_flag=True,
+    help="What teaching MODEL would take: memory, and seconds per step (moss-jt finetune).",
+)
 def command(
     model: str | None,
     memory: str | None,
@@ -100,6 +113,7 @@ def command(
     compute_speed: float | None,
     link_speed: float | None,
     memory_speed: float | None,
+    train: bool,
 ) -> None:
     """Would MODEL run, how fast, and where would its weights live? Downloads and loads nothing.
 
@@ -111,6 +125,7 @@ def command(
     moss-jt plan moss-moon-003-sft-plugin --bits 4 --memory 14GiB
     moss-jt plan moss-moon-003-sft-plugin-int4 --gpu-memory 12GiB --host-memory 30GiB
     moss-jt plan moss-moon-003-sft-plugin --memory 16GiB --draft-bits 4
+    moss-jt plan moss-moon-003-sft --memory 8GiB --train
     """
     on_card = gpu or gpu_memory is not None
     if on_card and memory is not None:
@@ -123,6 +138,8 @@ def command(
         gpu_memory = this_cards_memory(gpu_memory, device or 0)
     elif gpu_memory is not None:
         gpu_memory = described_cards_memory(gpu_memory)
+    if train and (on_card or model is None):
+        raise click.UsageError("--train needs a MODEL, and computes on the processor: leave cards away.")
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()
@@ -133,6 +150,11 @@ def command(
         screen.line(f"\n{advice(amounts, context, speeds, on_card)}")
         return
     sizes, store = sizes_of(model, None if bits is None else int(bits))
+    if train:
+        disk = speed_of(disk_speed, disk_of(store) if here and disk_speed is None else None, ASSUMED_DISK)
+        for line in training_lines(sizes, memory, products_of(here, False, compute_speed), disk):
+            screen.line(line)
+        return
     chosen = plan_for(sizes, *amounts, context)
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
@@ -148,6 +170,34 @@ def command(
         if one:
             screen.line(one)
     screen.line("\n" + report(model, chosen, speeds))
+
+
+def training_lines(sizes: ModelSizes, memory: str | None, products: Speed, disk: Speed) -> list[str]:
+    """What an adapter takes, over all blocks and over the last eight, and what all weights take."""
+    here = process_memory()
+    budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
+    speeds, course, threads = (
+        Pace(products.bytes_per_s, disk.bytes_per_s),
+        CourseSettings(),
+        compute_threads(),
+    )
+    ways: dict[str, Callable[[], TrainingOutlook]] = {}
+    for layers in (None, LAST_BLOCKS):
+        if layers is None or layers < sizes.config.n_layer:
+            name = "An adapter" if layers is None else f"An adapter in the last blocks (--layers {layers})"
+            lora = LoraSettings(layers=layers)
+            ways[name] = functools.partial(adapter_outlook, sizes, lora, course, budget, threads, speeds)
+    if sizes.bits == 16:
+        all_of_it = FullSettings(), course, budget, threads, speeds
+        ways["All weights (--full)"] = functools.partial(full_outlook, sizes.config, *all_of_it)
+    lines = []
+    for name, outlook in ways.items():
+        try:
+            lines.append(f"{name}: {outlook()}.")
+        except MossError as error:
+            lines.append(f"{name}: {error}")
+    speed = f"{products.bytes_per_s / GFLOP:.0f} GFLOP/s {products.source}, the disk {disk}"
+    return [*lines, f"Products at {speed}; the memory that may be used: {gib(budget)}."]
 
 
 Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory

@@ -1,15 +1,19 @@
 """A training from a model folder and data, step by step as moss-jt finetune does it: samples, a plan, and the training itself."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.backend.device import decide
+from moss_jt.backend.threads import compute_threads
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import FLOAT32
 from moss_jt.measure.machine_speed import product_speed
-from moss_jt.plan.placement import hold, plan_here
-from moss_jt.plan.residency import ResidencyPlan, in_slabs, residents_from
+from moss_jt.plan.machine import memory_budget
+from moss_jt.plan.placement import footprint_here, hold, plan_here
+from moss_jt.plan.residency import ResidencyPlan, gib, gib_up, in_slabs, residents_from
+from moss_jt.store.config import MossConfig
 from moss_jt.store.files import read_small
 from moss_jt.store.locations import model_home
 from moss_jt.store.manifest import MANIFEST, sha256_of
@@ -18,10 +22,12 @@ from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset
-from moss_jt.train.finetune import Finetuning, LearningSettings
+from moss_jt.train.finetune import Finetuning, LearningSettings, Training
 from moss_jt.train.front import FrontRows
+from moss_jt.train.fused import COPIES_REMEMBERED, FullSettings
 from moss_jt.train.lora import Adapter, LoraSettings
-from moss_jt.train.needs import TrainingNeeds
+from moss_jt.train.masters import Masters, parameters_of
+from moss_jt.train.needs import FullNeeds, TrainingNeeds
 from moss_jt.train.pace import Speeds, cheapest
 from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
 from moss_jt.weights.disk_speed import disk_under
@@ -129,3 +135,65 @@ def _front(store: Store, data: Dataset, out: Path, first: int, about: dict[str, 
     tokens = sum(map(len, data.training)) + sum(map(len, data.evaluation))
     wanted = tokens * store.config.n_embd * FLOAT32
     return FrontRows(out / "state" / "front", {**about, "block": first}, store.config.n_embd, wanted)
+
+
+def planned_full(
+    config: MossConfig, data: Dataset, full: FullSettings, course: CourseSettings, memory: str | int | None
+) -> FullNeeds:
+    """What learning all weights takes; what blocks compute is kept where there is memory for it.
+
+    Raises:
+        MossError: the memory is too little; the message says how much it takes.
+    """
+    longest = max(len(sample) for sample in [*data.training, *data.evaluation])
+    needs = full_needs(config, longest, full, course)
+    budget, threads, footprint = memory_budget(memory), compute_threads(), footprint_here()
+    frugal = dataclasses.replace(needs, keeps=False)
+    if footprint + needs.bytes(threads) <= budget:
+        return needs
+    least = footprint + frugal.bytes(threads)
+    if least > budget:
+        raise MossError(
+            f"learning all weights of this model takes {gib_up(least)} of memory, and the limit is {gib(budget)}. Raise --memory, "
+            "lower --step-tokens or --length, or leave out --full: an adapter takes little."
+        )
+    return frugal
+
+
+def full_needs(config: MossConfig, longest: int, full: FullSettings, course: CourseSettings) -> FullNeeds:
+    """Of steps with samples of up to ``longest`` tokens."""
+    return FullNeeds(
+        config,
+        step_tokens=max(longest, course.step_tokens),
+        batch_tokens=max(longest, BATCH_TOKENS),
+        parameters=parameters_of(config, full.tied),
+        copies=COPIES_REMEMBERED[full.optimizer],
+        keeps=True,
+    )
+
+
+def start_full(
+    store: Store,
+    data: Dataset,
+    out: Path,
+    *,
+    full: FullSettings,
+    course: CourseSettings,
+    learning: LearningSettings,
+    memory: str | int | None = None,
+) -> Training:
+    """A training of all weights of a float16 model that is ready to run, as :func:`start` makes one of an adapter.
+
+    ``out/best`` and ``out/last`` become checkpoints, which moss-jt convert makes model folders of.
+
+    Raises:
+        MossError: the memory is too little, the model is quantized, ``out`` holds another training, or a file cannot be read.
+    """
+    needs = planned_full(store.config, data, full, course, memory)
+    decide("cpu", "stream", 0)
+    from moss_jt.train.full import FullLearner
+
+    masters = Masters.of_store(store, full.tied)
+    learner = FullLearner(masters, store.tokenizer_path, full, learning, needs.batch_tokens, needs.keeps)
+    about = {"model": sha256_of(read_small(store.path / MANIFEST))}
+    return Training(learner, data, course, learning, out, about)

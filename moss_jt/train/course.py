@@ -14,12 +14,14 @@ class CourseSettings:
     epochs, steps  how often all samples are learned, or how many steps there are; steps count where both are given
     step_tokens    a step takes whole samples of about so many tokens
     seed           of the samples' order, and of the adapter's beginning
+    in_order       samples come as they are given, in every epoch: somebody has thought about what comes first
     """
 
     epochs: float = 2.0
     steps: int | None = None
     step_tokens: int = 1024
     seed: int = 42
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs <= 0 or (self.steps is not None and self.steps < 1):
@@ -56,8 +58,11 @@ class Course:
             epoch += 1
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        """Every sample once, in an order of this epoch's own."""
-        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._lengths))
+        """Every sample once, in an order of this epoch's own, unless it is given."""
+        if self._settings.in_order:
+            order = np.arange(len(self._lengths))
+        else:
+            order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._lengths))
         steps: list[list[int]] = []
         left = 0
         for number in order.tolist():

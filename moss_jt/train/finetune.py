@@ -1,4 +1,4 @@
-"""A training from data to an adapter: steps, evaluations, the best and the last adapter kept, and what a user sees of it."""
+"""A training from data to what it learned: steps, evaluations, the best and the last kept, and what a user sees of it."""
 
 import dataclasses
 import hashlib
@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from moss_jt.store.files import write_text
 from moss_jt.train.course import Course, CourseSettings
+from moss_jt.train.curve import loss_curve
 from moss_jt.train.dataset import Dataset
-from moss_jt.train.lora import Adapter
+from moss_jt.train.events import EventFile
+from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import write_adapter
@@ -62,44 +65,102 @@ class Progress:
     evaluation: StepResult | None = None
 
 
-class Finetuning:
+class Learner(Protocol):
+    """What learns: an adapter over a frozen model, or all of a model.
+
+    arrays    everything that a step changes: what a training's state keeps
+    settings  of it, as JSON values: what makes a training this one
+    updating  it is in the middle of a change: an interruption now leaves nothing to be kept
+    """
+
+    arrays: dict[str, Floats]
+    settings: dict[str, Any]
+    updating: bool
+
+    def learn(self, samples: Sequence[TokenSample], rate: float, step: int) -> StepResult:
+        """One step, counted from 1; the result is from before it.
+
+        Raises:
+            MossError: the loss is no number any more, and nothing has learned from it.
+        """
+        ...
+
+    def evaluate(self, samples: Sequence[TokenSample]) -> StepResult: ...
+
+    def write(self, folder: Path) -> None:
+        """What has been learned, for use.
+
+        Raises:
+            MossError: the disk is full, or it fails.
+        """
+        ...
+
+
+class AdapterLearner:
+    """An adapter, by AdamW. ``base`` is the name of its model."""
+
+    def __init__(self, model: "TrainingModel", learning: LearningSettings, base: str) -> None:
+        self.adapter: Adapter = model.adapter
+        self._model, self._clip, self._base = model, learning.clip, base
+        self._optimizer = AdamW(len(self.adapter.values), learning.weight_decay)
+        first, second = self._optimizer.first, self._optimizer.second
+        self.arrays = {"values": self.adapter.values, "first": first, "second": second}
+        self.settings = {"lora": dataclasses.asdict(self.adapter.settings)}
+        self.updating = False
+
+    def learn(self, samples: Sequence[TokenSample], rate: float, step: int) -> StepResult:
+        result, gradient = self._model.step(samples)
+        clip(gradient, self._clip)
+        self.updating = True
+        self._optimizer.steps = step - 1
+        self._optimizer.step(self.adapter.values, gradient, rate)
+        self.updating = False
+        return result
+
+    def evaluate(self, samples: Sequence[TokenSample]) -> StepResult:
+        return self._model.evaluate(samples)
+
+    def write(self, folder: Path) -> None:
+        write_adapter(folder, self.adapter, self._base)
+
+
+class Training:
     """One training.
 
-    model    with the adapter that learns
+    learner  what learns
     data     samples to learn from, and to judge by
-    out      the adapter's folder: the best adapter stands in it, the last one in ``last/``
-    base     the name of the model
+    out      a folder: the best stands in ``best/``, or in it itself where ``in_itself``, the last in ``last/``; ``loss.svg`` is a
+             picture of the losses, and ``events/`` the same for TensorBoard, where that is installed
     about    what else makes this training this one, for going on: the model's checksum, options
     """
 
     def __init__(
         self,
-        model: "TrainingModel",
+        learner: Learner,
         data: Dataset,
         course: CourseSettings,
         learning: LearningSettings,
         out: Path,
-        base: str,
         about: dict[str, Any],
+        in_itself: bool = False,
     ) -> None:
-        self.adapter: Adapter = model.adapter
-        self._model, self._data, self._out, self._base = model, data, out, base
+        self._learner, self._data, self._out = learner, data, out
+        self.best_folder = out if in_itself else out / "best"
         self._learning = learning
         self._course = Course([len(sample) for sample in data.training], course)
         self.total = self._course.total
         self._schedule = Schedule(learning.learning_rate, self.total, learning.warm_up)
-        self._optimizer = AdamW(len(self.adapter.values), learning.weight_decay)
         identity = {
             **about,
             "course": dataclasses.asdict(course),
             "learning": dataclasses.asdict(learning),
-            "lora": dataclasses.asdict(self.adapter.settings),
+            **learner.settings,
             "data": digest_of([*data.training, *data.evaluation]),
         }
         self._folder = StateFolder(out / "state", identity)
-        self.state = self._folder.load(self.adapter.values, self._optimizer)
-        self._updating = False
+        self.state = self._folder.load(learner.arrays)
         self._every = learning.evaluate_every or max(1, self.total // 10)
+        self._events = EventFile(out / "events")
 
     def run(self) -> Iterator[Progress]:
         """All steps that are left; after each what it came to.
@@ -125,38 +186,58 @@ class Finetuning:
         Raises:
             MossError: the disk is full, or it fails.
         """
-        if not self._updating and self.state.step:
+        if not self._learner.updating and self.state.step:
             self._save()
 
     def _step(self, samples: Sequence[TokenSample]) -> Progress:
         begin = time.perf_counter()
         rate = self._schedule.at(self.state.step)
-        result, gradient = self._model.step(samples)
-        clip(gradient, self._learning.clip)
-        self._updating = True
-        self._optimizer.step(self.adapter.values, gradient, rate)
+        result = self._learner.learn(samples, rate, self.state.step + 1)
         self.state.step += 1
-        self._updating = False
         tokens = sum(map(len, samples))
         seconds = time.perf_counter() - begin
         self.state.log.append(_record(self.state.step, result, lr=rate, tokens=tokens))
         return Progress(self.state.step, self.total, result, rate, tokens, seconds)
 
     def _evaluate(self) -> StepResult | None:
-        """The adapter as it is on the samples kept for that; the best one yet is written."""
+        """What has been learned on the samples kept for that; the best yet is written."""
         if not self._data.evaluation:
-            write_adapter(self._out, self.adapter, self._base)
+            self._learner.write(self.best_folder)
             return None
-        result = self._model.evaluate(self._data.evaluation[:EVALUATED])
+        result = self._learner.evaluate(self._data.evaluation[:EVALUATED])
         self.state.log.append(_record(self.state.step, result, evaluation=True))
         if self.state.best is None or result.loss < self.state.best:
             self.state.best = result.loss
-            write_adapter(self._out, self.adapter, self._base)
+            self._learner.write(self.best_folder)
         return result
 
     def _save(self) -> None:
-        write_adapter(self._out / "last", self.adapter, self._base)
-        self._folder.save(self.state, self.adapter.values, self._optimizer)
+        self._learner.write(self._out / "last")
+        self._folder.save(self.state, self._learner.arrays)
+        write_text(self._out / "loss.svg", loss_curve(self.state.log))
+        self._events.write(self.state.log)
+
+
+class Finetuning(Training):
+    """A training of an adapter, which stands in ``out`` itself.
+
+    model  with the adapter that learns
+    base   the name of the model
+    """
+
+    def __init__(
+        self,
+        model: "TrainingModel",
+        data: Dataset,
+        course: CourseSettings,
+        learning: LearningSettings,
+        out: Path,
+        base: str,
+        about: dict[str, Any],
+    ) -> None:
+        learner = AdapterLearner(model, learning, base)
+        super().__init__(learner, data, course, learning, out, about, in_itself=True)
+        self.adapter, self._model = learner.adapter, model
 
 
 def _record(step: int, result: StepResult, **more: Any) -> dict[str, Any]:

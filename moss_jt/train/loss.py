@@ -1,7 +1,7 @@
 """Cross entropy over a vocabulary that comes slab by slab."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,13 @@ class StepResult:
     loss      mean over the targets of minus the logarithm of their probability
     accuracy  share of the targets that are the most likely token
     targets   how many there were
+    likeliest int64 [targets]; at each target the most likely token after the right ones before it
     """
 
     loss: float
     accuracy: float
     targets: int
+    likeliest: NDArray[np.int64] = field(compare=False, repr=False)
 
 
 def predictions(samples: Sequence[TokenSample]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -56,7 +58,7 @@ class Softmax:
     def result(self) -> StepResult:
         losses = np.log(self._total) + self._largest.astype(np.float64) - self._own
         hits = self._best == self._wanted
-        return StepResult(float(losses.mean()), float(hits.mean()), len(self._wanted))
+        return StepResult(float(losses.mean()), float(hits.mean()), len(self._wanted), self._best)
 
     def slope(self, part: slice, first: int, logits: Floats) -> Floats:
         """The mean loss's derivative by these logits; may overwrite them."""

@@ -5,7 +5,6 @@ next block's turn. The walk turns at the head, so that what was read last is use
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import DenseMatrix, Var
 from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
+from moss_jt.train.batches import Batch, batches_of
 from moss_jt.train.block import BlockTrainer, on_device
 from moss_jt.train.front import FrontRows, key_of
 from moss_jt.train.lora import Adapter, Floats, Pair
@@ -21,14 +21,6 @@ from moss_jt.train.needs import LOSS_ROWS
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.waiting import Waiting
 from moss_jt.weights.weights import HeadSlab, Weights
-
-
-@dataclass
-class _Batch:
-    """Samples that a block takes at once, and where their rows stand among those of the step."""
-
-    rows: slice
-    spans: Var
 
 
 class TrainingModel:
@@ -80,22 +72,10 @@ class TrainingModel:
             self._front.close()
         self._weights.close()
 
-    def _batches(self, samples: Sequence[TokenSample]) -> list[_Batch]:
-        batches: list[_Batch] = []
-        lengths: list[int] = []
-        begin = 0
-        for number, sample in enumerate(samples):
-            lengths.append(len(sample))
-            following = len(samples[number + 1]) if number + 1 < len(samples) else self._batch_tokens
-            if sum(lengths) + following > self._batch_tokens:
-                firsts = np.cumsum([0, *lengths[:-1]])
-                spans = jt.array(np.stack([firsts, lengths], axis=1).astype(np.int32))
-                batches.append(_Batch(slice(begin, begin + sum(lengths)), spans))
-                begin += sum(lengths)
-                lengths = []
-        return batches
+    def _batches(self, samples: Sequence[TokenSample]) -> list[Batch]:
+        return batches_of(samples, self._batch_tokens)
 
-    def _forward(self, batches: list[_Batch], samples: Sequence[TokenSample], with_gradient: bool) -> Floats:
+    def _forward(self, batches: list[Batch], samples: Sequence[TokenSample], with_gradient: bool) -> Floats:
         """What the last block makes of the samples (T, C). What going backwards needs waits for it."""
         first = self.adapter.first_layer
         known = {} if self._front is None else self._front.find(samples)
@@ -138,7 +118,7 @@ class TrainingModel:
         rows = known | computed
         return np.concatenate([rows[key_of(sample)] for sample in samples])
 
-    def _backward(self, batches: list[_Batch], g: Floats, gradients: dict[tuple[int, str], Pair]) -> None:
+    def _backward(self, batches: list[Batch], g: Floats, gradients: dict[tuple[int, str], Pair]) -> None:
         for layer, weights in self._weights.blocks_back(self.adapter.first_layer):
             adapters = on_device(self._of_layer(self.adapter.pairs, layer))
             own = self._of_layer(gradients, layer)

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moss_jt.kernels.needs import FLOAT32, GEMM_INPUTS, THREAD_FLOATS, TILE_INPUTS, TILE_ROWS
+from moss_jt.kernels.needs import FLOAT16, FLOAT32, training_thread_floats
+from moss_jt.store.architecture import block_tensors, bytes_of
 from moss_jt.store.config import MossConfig
 
 # Rows of which logits are computed at once.
 LOSS_ROWS = 256
-# As training.h: queries of a head at once, and rows of an sgemm's.
-QUERIES, PRODUCT_TOKENS = 64, 512
+# The writing of a checkpoint of a model, in copies of its float32 weights: all of it once more in float16.
+WRITTEN = 0.5
 # Values, their gradient, two moments, and a copy while they are written.
 COPIES_OF_PARAMETERS = 5
 
@@ -89,8 +90,7 @@ class TrainingNeeds:
         c = self.config
         block = self.batch_tokens * (20 * c.n_embd + 7 * c.n_inner)
         loss = 4 * LOSS_ROWS * (c.vocab_size + c.n_embd)
-        own = TILE_ROWS * TILE_INPUTS + (PRODUCT_TOKENS + TILE_ROWS) * GEMM_INPUTS + THREAD_FLOATS
-        own += 2 * QUERIES * self.batch_tokens
+        own = training_thread_floats(c, self.batch_tokens)
         floats = COPIES_OF_PARAMETERS * self.parameters + max(block, loss) + threads * own
         if self.keeping.uses_disk:
             floats += 2 * self.batch_tokens * self._kept_floats
@@ -99,3 +99,36 @@ class TrainingNeeds:
             3 * self.step_tokens * c.n_embd * FLOAT32 if self.keeping.inputs_on_disk else self.input_bytes
         )
         return floats * FLOAT32 + inputs + self.keeping.in_memory * self.kept_block_bytes
+
+
+@dataclass(frozen=True)
+class FullNeeds:
+    """Of a model all of whose weights learn, on the CPU. Nothing streams.
+
+    step_tokens, batch_tokens, keeps  as of TrainingNeeds
+    parameters                        of the model
+    copies                            of them that the optimizer remembers
+    """
+
+    config: MossConfig
+    step_tokens: int
+    batch_tokens: int
+    parameters: int
+    copies: int
+    keeps: bool
+
+    @property
+    def frozen(self) -> TrainingNeeds:
+        """What the same step takes where no weight learns."""
+        kept = Keeping(in_memory=self.config.n_layer if self.keeps else 0)
+        return TrainingNeeds(self.config, self.step_tokens, self.batch_tokens, 0, kept)
+
+    def bytes(self, threads: int) -> int:
+        """All of it, weights included. Of gradients there are the largest block's, or those of the head and the embedding; an
+        update makes two more of one tensor's size.
+        """
+        c = self.config
+        block = bytes_of(block_tensors(c, 16, 0)) // FLOAT16
+        gradients = max(block, 2 * c.vocab_size * c.n_embd) + 2 * max(c.vocab_size, c.n_inner) * c.n_embd
+        floats = int((1 + self.copies + WRITTEN) * self.parameters) + gradients
+        return floats * FLOAT32 + self.frozen.workspace_bytes(1, 1, threads)

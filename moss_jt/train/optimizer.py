@@ -41,30 +41,30 @@ class Schedule:
 
 
 class AdamW:
-    """Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW with its default betas and epsilon.
+    """Loshchilov and Hutter, arXiv 1711.05101, as torch.optim.AdamW with its default first beta and epsilon.
 
     first, second  (P,) float32, the moments
     steps          that were taken
     """
 
-    def __init__(self, size: int, weight_decay: float) -> None:
+    def __init__(self, size: int, weight_decay: float, beta_2: float = BETA_2) -> None:
         self.first, self.second = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self.steps = 0
-        self._decay = weight_decay
+        self._decay, self._beta_2 = weight_decay, beta_2
 
     def step(self, values: Floats, gradient: Floats, learning_rate: float) -> None:
         """One step, in place."""
         self.steps += 1
         correction_1 = 1 - BETA_1**self.steps
-        correction_2 = math.sqrt(1 - BETA_2**self.steps)
+        correction_2 = math.sqrt(1 - self._beta_2**self.steps)
         shrink = np.float32(1 - learning_rate * self._decay)
         for begin in range(0, len(values), CHUNK):
             part = slice(begin, begin + CHUNK)
             x, g, m, v = values[part], gradient[part], self.first[part], self.second[part]
             x *= shrink
             m += np.float32(1 - BETA_1) * (g - m)
-            v *= np.float32(BETA_2)
-            v += np.float32(1 - BETA_2) * g * g
+            v *= np.float32(self._beta_2)
+            v += np.float32(1 - self._beta_2) * g * g
             x -= (
                 np.float32(learning_rate / correction_1)
                 * m
@@ -78,17 +78,29 @@ def clip(gradient: Floats, most: float) -> float:
     Raises:
         MossError: it is no number.
     """
-    length = math.sqrt(sum(float(np.dot(part, part)) for part in _parts(gradient)))
-    if not math.isfinite(length):
-        raise MossError(
-            "the gradient is no number any more: training has blown up. The last good adapter stays. Lower --lr, and run the "
-            "same command again."
-        )
-    if length > most:
-        gradient *= np.float32(most / (length + 1e-6))
+    length = math.sqrt(squares_of(gradient))
+    factor = shortening(length, most)
+    if factor < 1:
+        gradient *= np.float32(factor)
     return length
 
 
-def _parts(gradient: Floats) -> list[np.ndarray]:
-    """In double precision: a sum of millions of squares."""
-    return [gradient[begin : begin + CHUNK].astype(np.float64) for begin in range(0, len(gradient), CHUNK)]
+def shortening(length: float, most: float) -> float:
+    """What a gradient of this length is to be multiplied with, as torch's clip_grad_norm_.
+
+    Raises:
+        MossError: it is no number.
+    """
+    if not math.isfinite(length):
+        raise MossError(
+            "the loss or its gradient is no number any more: training has blown up. What was good stays. Lower --lr, and run "
+            "the same command again."
+        )
+    return most / (length + 1e-6) if length > most else 1.0
+
+
+def squares_of(gradient: Floats) -> float:
+    """The sum of all squares, in double precision: there are millions. Not by BLAS, whose bits depend on its threads."""
+    flat = gradient.reshape(-1)
+    parts = (flat[begin : begin + CHUNK] for begin in range(0, len(flat), CHUNK))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)

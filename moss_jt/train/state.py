@@ -14,7 +14,6 @@ from moss_jt.errors import MossError
 from moss_jt.store.files import replacing, writing
 from moss_jt.store.tensor_file import read_metadata, read_tensors, write_tensors
 from moss_jt.train.lora import Floats
-from moss_jt.train.optimizer import AdamW
 
 STATE, LOG = "training.safetensors", "log.jsonl"
 
@@ -42,16 +41,15 @@ class StateFolder:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder, self._identity = folder, dict(identity)
 
-    def save(self, state: TrainingState, values: Floats, optimizer: AdamW) -> None:
+    def save(self, state: TrainingState, arrays: Mapping[str, Floats]) -> None:
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         with writing(self._folder / LOG), replacing(self._folder / LOG) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in state.log)
         about = {"step": state.step, "best": state.best, "identity": self._identity}
-        arrays = {"values": values, "first": optimizer.first, "second": optimizer.second}
         write_tensors(self._folder / STATE, arrays, {"training": json.dumps(about)})
 
-    def load(self, values: Floats, optimizer: AdamW) -> TrainingState:
+    def load(self, arrays: Mapping[str, Floats]) -> TrainingState:
         """The last state into these arrays; the beginning where there is none.
 
         Raises:
@@ -70,11 +68,10 @@ class StateFolder:
                 "before, or name another --out."
             )
         tensors = read_tensors(path)
-        for name, target in (("values", values), ("first", optimizer.first), ("second", optimizer.second)):
+        for name, target in arrays.items():
             if name not in tensors or tensors[name].shape != target.shape:
                 raise MossError(f"{path} is damaged. Remove {self._folder} to begin anew.")
             target[:] = tensors[name]
-        optimizer.steps = about["step"]
         return TrainingState(about["step"], about["best"], self._records(about["step"]))
 
     def _about(self, path: Path) -> dict[str, Any]:
