@@ -101,7 +101,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
             return result | {"s_per_token": seconds, "waiting_s": waiting, "expected": promise}
         right = statistics.mean(pace.judged)
         return result | {
-            **passes(pace.moments[arguments.learning :]),
+            **passes(pace.moments[min(arguments.learning, len(pace.moments) - 2) :]),
             "all_s_per_token": (times[-1] - times[0]) / (len(times) - 1),
             "first_right": statistics.mean(pace.first),
             "right": right,
