@@ -121,6 +121,21 @@ def test_a_block_gives_a_token_the_same_bits_in_every_short_pass(kind: str) -> N
         np.testing.assert_array_equal(in_passes(sizes), alone, str(sizes))
 
 
+def test_a_long_pass_begins_without_what_cupy_keeps_of_others() -> None:
+    """Its limit would count that: passes of growing length ended in a full card."""
+    freed: list[int] = []
+    pool = SimpleNamespace(free_all_blocks=lambda: freed.append(1))
+    cupy = type("Cupy", (FakeCupy,), {"get_default_memory_pool": staticmethod(lambda: pool)})
+    operators, memory = CudaOperators(CONFIG, cupy()), operators_and_cache(CONFIG)[1]
+    keys, values = (jt.reuse_np_array(array) for array in memory)
+    weights = in_one_memory(dense_block(BlockArrays.random(CONFIG, 1)))
+    for tokens, times in ((2, 0), (FEW_TOKENS + 1, 1), (FEW_TOKENS + 2, 2)):
+        for layer in (0, 1):
+            h = jt.ones((tokens, CONFIG.n_embd))
+            operators.block(h, weights, keys, values, layer, one_sequence(0, tokens)).sync()
+        assert len(freed) == times
+
+
 @pytest.mark.parametrize(("kind", "launches"), [("float16", 8), ("int4", 10), ("int8 act-order", 10)])
 def test_a_block_is_recorded_once_and_queued_from_then_on(
     monkeypatch: pytest.MonkeyPatch, kind: str, launches: int

@@ -395,9 +395,11 @@ def test_a_card_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.long
-def test_kills_at_any_moment_change_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "more"), [(40, []), (7, ["--layers", "1"])], ids=["all", "front kept"])
+def test_kills_at_any_moment_change_no_bit(tmp_path: Path, count: int, more: list[str]) -> None:
     lines = [
-        json.dumps({"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."}) for n in range(40)
+        json.dumps({"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."})
+        for n in range(count)
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     command = [
@@ -409,7 +411,7 @@ def test_kills_at_any_moment_change_no_bit(tmp_path: Path) -> None:
         str(tiny_model_folder()),
         str(tmp_path / "data.jsonl"),
     ]
-    command += ["--steps", "12", "--evaluate-every", "2", "--step-tokens", "300", "--out"]
+    command += ["--steps", "12", "--evaluate-every", "2", "--step-tokens", "300", *more, "--out"]
     begin = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     took, draw = time.monotonic() - begin, np.random.default_rng(3)

@@ -1,12 +1,11 @@
 // Packed matrices times a few tokens' inputs in digits: integer products, exact within each span of inputs.
 //
-// A span of 128 inputs shares a power of two 2^-k, and an input is X * 2^-k with an integer X of 24 bits: the largest
-// input of the span keeps its float32 precision, and each other one is rounded to a part in 2^24 of that largest, which
-// is what adding it to a float32 sum does as well. X is written in digits that the processor multiplies with fields:
-// three signed bytes (vpdpbusd, or vpmaddubsw for fields of 4 bits), or two words of 12 bits (vpmaddwd). sum q * X is
-// exact, and takes half of the instructions that widening each field to a float does. Then
-//   sum s * (q - z) * x  =  s * 2^-k * (sum q * X)  -  s * z * (sum x)   for each span,
-// where sum x is taken of the X * 2^-k, so that both terms round the inputs alike.
+// Inputs are written as for whole pages (words.h): a span of 128 has one scale u, and an input is u * X with an integer X of 16
+// bits. X is written in what the processor multiplies with fields: two signed bytes (vpdpbusd, or vpmaddubsw for fields of 4
+// bits), or one word (vpmaddwd). sum q * X is exact, and takes a third of the instructions that widening each field to a float
+// does. Then
+//   sum s * (q - z) * x  =  s * u * (sum q * X)  -  s * z * (sum x)   for each span,
+// where sum x is taken of the u * X, so that both terms round the inputs alike.
 #pragma once
 
 #include <cfloat>
@@ -16,19 +15,24 @@
 namespace moss {
 
 constexpr int kSpan = 128;
+constexpr float kLeastScale = 0x1p-100f;  // of a span's inputs
 
 // Floats of the memory that one token's inputs have: as many as inputs, and two for each span, in whole cache lines.
 inline int64_t input_floats(int64_t k) { return k + (k + 1023) / 1024 * 16; }
 
-// One token's inputs: the spans' digits, then 2^-k of each span, then the sum of each span.
+// One token's inputs: the spans' digits, then the scale of each span, then the sum of each span, both as vectors: zeros fill them.
 template <class Digits>
 struct DigitInputs {
     static constexpr int kSpanBytes = Digits::kInputBytes * kSpan;
+    int64_t vectors;  // floats of them
     uint8_t* digits;
     float *scales, *sums;
 
     DigitInputs(const float* x, int64_t k)
-        : digits((uint8_t*)x), scales((float*)(digits + k * Digits::kInputBytes)), sums(scales + k / kSpan) {}
+        : vectors((k / kSpan + kLanes - 1) / kLanes * kLanes),
+          digits((uint8_t*)x),
+          scales((float*)(digits + k * Digits::kInputBytes)),
+          sums(scales + vectors) {}
 };
 
 // The largest of the inputs, or NaN where one is not finite.
@@ -44,45 +48,39 @@ inline float largest_input(const float* x, int64_t count) {
 
 #if MOSS_SIMD > 0
 
-// X = (d2 * 256 + d1) * 256 + d0, signed bytes, the highest digit first.
+// X = d1 * 256 + d0, signed bytes, the higher ones first.
 struct ByteDigits {
-    static constexpr int kInputBytes = 3;
-    static constexpr float kMost = 8355000.0f;  // less than 127 * 2^16 + 127 * 2^8 + 127
-    static void write(int32_t* ints, uint8_t* digits) {
-        for (int d = kInputBytes - 1; d >= 0; d--)
-            for (int i = 0; i < kSpan; i++) {
-                digits[d * kSpan + i] = (uint8_t)ints[i];
-                ints[i] = (ints[i] + 128) >> 8;  // the low byte is a signed one
-            }
-    }
-};
-
-// X = w1 * 4096 + w0, signed words, the high ones first; of each vector's bytes the even ones, then the odd ones.
-struct WordDigits {
-    static constexpr int kInputBytes = 4, kVector = sizeof(Simd::I);
-    static constexpr float kMost = 8386000.0f;  // less than 2047 * 4096 + 2047
-    static void write(int32_t* ints, uint8_t* digits) {
-        int16_t *high = (int16_t*)digits, *low = high + kSpan;
+    static constexpr int kInputBytes = 2;
+    static constexpr float kMost = 127 * 256 + 127;
+    static void write(const int32_t* ints, uint8_t* digits) {
         for (int i = 0; i < kSpan; i++) {
-            const int at = i / kVector * kVector + i % 2 * (kVector / 2) + i % kVector / 2;
-            high[at] = (int16_t)((ints[i] + 2048) >> 12);
-            low[at] = (int16_t)(ints[i] - high[at] * 4096);
+            digits[i] = (uint8_t)((ints[i] + 128) >> 8);  // the low byte is a signed one
+            digits[kSpan + i] = (uint8_t)ints[i];
         }
     }
 };
 
-// The digits of one span, its 2^-k, and the sum of its inputs. Inputs that are not finite make both numbers NaN.
+// X as signed words: of each vector's bytes the even ones, then the odd ones.
+struct WordDigits {
+    static constexpr int kInputBytes = 2, kVector = sizeof(Simd::I);
+    static constexpr float kMost = 32767;
+    static void write(const int32_t* ints, uint8_t* digits) {
+        for (int i = 0; i < kSpan; i++) {
+            const int at = i / kVector * kVector + i % 2 * (kVector / 2) + i % kVector / 2;
+            ((int16_t*)digits)[at] = (int16_t)ints[i];
+        }
+    }
+};
+
+// The digits of one span, its scale, and the sum of its inputs. Inputs that are not finite make both numbers NaN.
 template <class Digits>
 inline void write_span(const float* x, uint8_t* digits, float& scale, float& sum) {
-    constexpr int kMostExponent = 120;
-    const float largest = largest_input(x, kSpan);
-    // Not as `largest < small`: that is false for NaN, and its exponent is no number.
-    const int exponent = largest * 0x1p120f >= Digits::kMost ? std::ilogb(Digits::kMost / largest) : kMostExponent;
-    const F power = Simd::set1((float)exponent);
+    const float largest = largest_input(x, kSpan), unit = std::max(largest / Digits::kMost, kLeastScale);
+    const F factor = Simd::set1(1.0f / unit);
     Simd::I total = Simd::zero_ints();
     int32_t ints[kSpan];
     for (int i = 0; i < kSpan; i += kLanes) {
-        const Simd::I rounded = Simd::round_to_ints(Simd::scale2(Simd::load(x + i), power));
+        const Simd::I rounded = Simd::round_to_ints(Simd::mul(Simd::load(x + i), factor));
         total = Simd::add_ints(total, rounded);
         Simd::store_ints(ints + i, rounded);
     }
@@ -90,8 +88,7 @@ inline void write_span(const float* x, uint8_t* digits, float& scale, float& sum
     Simd::store_ints(lanes, total);
     for (int lane : lanes) all += lane;
     Digits::write(ints, digits);
-    const bool finite = largest <= FLT_MAX;
-    scale = finite ? std::ldexp(1.0f, -exponent) : NAN;
+    scale = largest <= FLT_MAX ? unit : NAN;
     sum = scale * (float)all;
 }
 
@@ -127,7 +124,7 @@ struct SpanDigits {
 
 #if MOSS_VNNI
 
-// sum + the fields' products with one of the three bytes of their inputs, whose vectors begin at x[first].
+// sum + the fields' products with one of the two bytes of their inputs, whose vectors begin at x[first].
 template <class X>
 inline Simd::I add_digit(Simd::I sum, const Simd::I* fields, const X& x, int first) {
     MOSS_UNROLL
@@ -135,9 +132,15 @@ inline Simd::I add_digit(Simd::I sum, const Simd::I* fields, const X& x, int fir
     return sum;
 }
 
+// The fields' products with inputs of two bytes: each lane's are within 27 bits.
+template <class X>
+inline Simd::I byte_products(const Simd::I* fields, const X& x) {
+    return add_digit(Simd::times_256(add_digit(Simd::zero_ints(), fields, x, 0)), fields, x, kFieldVectors);
+}
+
 #else
 
-// The products of fields of 4 bits with one of the three bytes, in words: up to four times 2 * 15 * 128.
+// The products of fields of 4 bits with one of the two bytes, in words: up to four times 2 * 15 * 128.
 template <class X>
 inline Simd::I digit_words(const Simd::I* fields, const X& x, int first) {
     Simd::I products[kFieldVectors];
@@ -153,7 +156,7 @@ inline Simd::I digit_words(const Simd::I* fields, const X& x, int first) {
 // 16 bytes hold 16 inputs in their low nibbles and the next 16 in the high ones.
 struct NibbleFields {
     using Digits = ByteDigits;
-    static constexpr int kBits = 4, kInputVectors = 3 * kFieldVectors;
+    static constexpr int kBits = 4, kInputVectors = 2 * kFieldVectors;
     Simd::I fields[kFieldVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -170,16 +173,12 @@ struct NibbleFields {
         return (vector / 2 * kVectorBytes + i % kVectorBytes) * 2 + vector % 2 * 16;
     }
     template <class X>
-    F sum(const X& x) const {  // within 31 bits
+    F sum(const X& x) const {
 #if MOSS_VNNI
-        Simd::I sum = add_digit(Simd::zero_ints(), fields, x, 0);
-        sum = add_digit(Simd::times_256(sum), fields, x, kFieldVectors);
-        return Simd::to_floats(add_digit(Simd::times_256(sum), fields, x, 2 * kFieldVectors));
+        return Simd::to_floats(byte_products(fields, x));
 #else
         const Simd::I high = Simd::dot_words(digit_words(fields, x, 0), Simd::set1_words(256));
-        const Simd::I middle = Simd::dot_words(digit_words(fields, x, kFieldVectors), Simd::set1_words(1));
-        const Simd::I low = Simd::dot_words(digit_words(fields, x, 2 * kFieldVectors), Simd::set1_words(1));
-        return Simd::to_floats(Simd::add_ints(Simd::times_256(Simd::add_ints(high, middle)), low));
+        return Simd::to_floats(Simd::add_ints(high, Simd::dot_words(digit_words(fields, x, kFieldVectors), Simd::set1_words(1))));
 #endif
     }
 };
@@ -188,7 +187,7 @@ struct NibbleFields {
 
 struct ByteFields {
     using Digits = ByteDigits;
-    static constexpr int kBits = 8, kInputVectors = 3 * kFieldVectors;
+    static constexpr int kBits = 8, kInputVectors = 2 * kFieldVectors;
     Simd::I fields[kFieldVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -197,13 +196,9 @@ struct ByteFields {
         for (int v = 0; v < kFieldVectors; v++) fields[v] = Simd::load_ints(p + v * kVectorBytes);
     }
     static constexpr int input(int i) { return i; }
-    // A lane's products take 34 bits and more: the lowest digit's are added as floats.
     template <class X>
     F sum(const X& x) const {
-        Simd::I upper = add_digit(Simd::zero_ints(), fields, x, 0);
-        upper = add_digit(Simd::times_256(upper), fields, x, kFieldVectors);
-        const F lower = Simd::to_floats(add_digit(Simd::zero_ints(), fields, x, 2 * kFieldVectors));
-        return Simd::fma(Simd::to_floats(upper), Simd::set1(256.0f), lower);
+        return Simd::to_floats(byte_products(fields, x));
     }
 };
 
@@ -212,7 +207,7 @@ struct ByteFields {
 // As words, the even bytes of a vector and then the odd ones: a sum of two products of bytes is no word.
 struct ByteFields {
     using Digits = WordDigits;
-    static constexpr int kBits = 8, kWordVectors = 2 * kFieldVectors, kInputVectors = 2 * kWordVectors;
+    static constexpr int kBits = 8, kWordVectors = 2 * kFieldVectors, kInputVectors = kWordVectors;
     Simd::I fields[kWordVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -227,13 +222,10 @@ struct ByteFields {
     static constexpr int input(int i) { return i; }
     template <class X>
     F sum(const X& x) const {
-        Simd::I high = Simd::dot_words(fields[0], x[0]), low = Simd::dot_words(fields[0], x[kWordVectors]);
+        Simd::I sum = Simd::dot_words(fields[0], x[0]);
         MOSS_UNROLL
-        for (int v = 1; v < kWordVectors; v++) {
-            high = Simd::add_dot_words(high, fields[v], x[v]);
-            low = Simd::add_dot_words(low, fields[v], x[kWordVectors + v]);
-        }
-        return Simd::fma(Simd::to_floats(high), Simd::set1(4096.0f), Simd::to_floats(low));
+        for (int v = 1; v < kWordVectors; v++) sum = Simd::add_dot_words(sum, fields[v], x[v]);
+        return Simd::to_floats(sum);
     }
 };
 
@@ -253,6 +245,7 @@ struct DigitRow {
     template <class M>
     static void arrange(const M& m, const float* x, float* result) {
         const Inputs to(result, m.k);
+        std::fill(to.scales, to.sums + to.vectors, 0.0f);
         for (int64_t span = 0; span < m.k / kSpan; span++) {
             float inputs[kSpan];
             for (int i = 0; i < kSpan; i += 16)
@@ -317,8 +310,8 @@ inline void digit_block(const M& m, const int64_t* rows, const float* x, int64_t
             MOSS_UNROLL
             for (int t = 0; t < kTokens; t++) {
                 const Inputs in(x + t * ldx, m.k);
-                Simd::store(factors[r][t], Simd::mul(scale, load_n(in.scales + begin, count)));
-                sum[r][t] = Simd::sub(sum[r][t], Simd::mul(zero, load_n(in.sums + begin, count)));
+                Simd::store(factors[r][t], Simd::mul(scale, Simd::load(in.scales + begin)));
+                sum[r][t] = Simd::sub(sum[r][t], Simd::mul(zero, Simd::load(in.sums + begin)));
             }
         }
         for (int i = 0; i < count; i++) {

@@ -45,7 +45,7 @@ struct WordPage {
 // The inputs of a page's token t. Inputs that are not finite make the scale, and so the token's results, NaN.
 template <class M>
 inline void write_words(const M& m, const float* x, int64_t t, const WordPage& page) {
-    constexpr float kMost = 32767.0f, kLeastScale = 0x1p-100f;
+    constexpr float kMost = 32767.0f;
     float inputs[kSpan];
     for (int64_t span = 0; span < m.k / page.length; span++) {
         copy_inputs(m, x, span * page.length, page.length, inputs);

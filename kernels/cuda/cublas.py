@@ -76,25 +76,20 @@ class PageProducts:
             else:
                 padded = self._cupy.empty((size, x.shape[1]), np.float16)
                 padded[: some.shape[0]] = some
-                result[...] = self._product(padded, weight)[: some.shape[0]]
+                larger = self._cupy.empty((size, weight.shape[0]), np.float32)
+                multiply(self._cupy, padded, weight, larger)
+                result[...] = larger[: some.shape[0]]
             first += size
-
-    def _product(self, x: Array, weight: Array) -> Array:
-        out = self._cupy.empty((x.shape[0], weight.shape[0]), np.float32)
-        multiply(self._cupy, x, weight, out)
-        return out
 
     def _alike(self, weight: Array) -> list[int]:
         """Numbers of rows whose products give a page, wherever it lies among them, the reference's bits."""
         page = np.random.default_rng(0).standard_normal((PAGE, weight.shape[1])).astype(np.float16)
+        x = self._cupy.asarray(np.tile(page, (PRODUCT_ROWS // PAGE, 1)))
+        out = self._cupy.empty((PRODUCT_ROWS, weight.shape[0]), np.float32)
         bits = {}
         for size in SIZES:
-            x = self._cupy.asarray(np.tile(page, (size // PAGE, 1)))
-            pages = (
-                self._cupy.asnumpy(self._product(x, weight))
-                .view(np.uint32)
-                .reshape(-1, PAGE * weight.shape[0])
-            )
+            multiply(self._cupy, x[:size], weight, out[:size])
+            pages = self._cupy.asnumpy(out[:size]).view(np.uint32).reshape(size // PAGE, -1)
             if (pages == pages[0]).all():
                 bits[size] = pages[0].copy()
         runtime = self._cupy.cuda.runtime

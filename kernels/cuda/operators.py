@@ -121,11 +121,14 @@ class CudaOperators:
             h, weights.ln_1_weight.memory, self.rotary, keys, values, places.tokens, places.table
         ]  # fmt: skip
         if places.whole or tokens > FEW_TOKENS:
-            return _code(
-                h.shape,
-                inputs,
-                lambda a, out: work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out),
-            )
+
+            def long(a: Sequence[Array], out: Array) -> None:
+                if layer == 0:
+                    # CuPy's limit counts what it keeps of passes of other lengths, and CuPy gives none of that back for new ones.
+                    self.kernels.cupy.get_default_memory_pool().free_all_blocks()
+                work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out)
+
+            return _code(h.shape, inputs, long)
         key = tokens, shape[1], *places.table.shape
         if key not in recordings:
             recordings[key] = self._record(work, inputs, h.shape, layered=(3, 4))

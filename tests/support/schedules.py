@@ -20,7 +20,7 @@ from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.job import Job
-from moss_jt.engine.sampling import SamplingParams
+from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.engine.sequence import Answer
 from moss_jt.engine.sequence import Sequence as Text
 
@@ -39,8 +39,19 @@ DICE = SamplingParams(
 )
 
 
+def state_of(before: int, token: int, whole: bool) -> int:
+    """Keys and values of a position: a hash of the way that it was computed and of all that is before it."""
+    return hash((before, token, whole)) & 0xFFFFFFFFFF
+
+
+def logits_after(states: list[int], tokens: list[int]) -> list[float]:
+    """Of everything that a token sees, as attention does: itself and what is before it."""
+    seed = hash((tuple(states), tuple(tokens))) & 0xFFFFFFFF
+    return [((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)]
+
+
 class HashedModel:
-    """Keys and values of a position are a hash of the way that it was computed and of all that is before it."""
+    """See the module."""
 
     def __init__(self, pages: int, capacity: int, pass_tokens: int, logit_rows: int) -> None:
         self.pages, self.capacity = pages, capacity
@@ -72,7 +83,7 @@ class HashedModel:
                 assert (page, slot) not in written, "two runs write to one place"
                 written.add((page, slot))
                 before = self._at(run.pages, position - 1) if position else 1
-                self._cache[page][slot] = hash((before, token, run.whole)) & 0xFFFFFFFFFF
+                self._cache[page][slot] = state_of(before, token, run.whole)
                 self._tokens[page][slot] = token
         for index in order:
             actual[index] = self._logits(runs[index])
@@ -86,15 +97,10 @@ class HashedModel:
         first = {"none": count, "last": count - 1, "all": 0}[run.rows]
         if first == count:
             return np.empty((0, VOCABULARY), np.float32)
-        # Everything that the tokens see, as attention does.
-        past = [value for page in run.pages for value in self._cache[page]]
+        states = [state for page in run.pages for state in self._cache[page]]
         tokens = [token for page in run.pages for token in self._tokens[page]]
-        rows = []
-        for offset in range(first, count):
-            end = run.start + offset + 1
-            seed = hash((tuple(past[:end]), tuple(tokens[:end]))) & 0xFFFFFFFF
-            rows.append([((seed >> (4 * token)) & 15) / 3.0 for token in range(VOCABULARY)])
-        return np.array(rows, np.float32)
+        ends = range(run.start + first + 1, run.start + count + 1)
+        return np.array([logits_after(states[:end], tokens[:end]) for end in ends], np.float32)
 
     def read_page(self, page: int) -> np.ndarray:
         return np.array([self._cache[page], self._tokens[page]])
@@ -139,7 +145,7 @@ class HashedCopy:
         ):
             # What the model would write, so that a draft may come true.
             before = self._model._at(run.pages, position - 1) if position else 1
-            cache[page][slot] = hash((before, token, False)) & 0xFFFFFFFFFF
+            cache[page][slot] = state_of(before, token, False)
             tokens[page][slot] = token
         logits = self._model._logits(run)
         if self._dice.random() > self.agreement:
@@ -277,31 +283,84 @@ class Reader:
             self._text._end(self._job)
             self._text, self.done = None, True
 
-    def alone(self, capacity: int, pass_tokens: int) -> list[list[float]]:
-        """What an engine of its own would have said."""
-        most = 64 if pass_tokens >= PAGE else pass_tokens
-        own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
-        again = Reader(random.Random(0), capacity)
-        again.token_ids, again.scored = self.token_ids, self.scored
-        while not again.done:
-            again.act(own)
-            own.step()
-        return again.rows
+
+class Alone:
+    """A text, its keys and values, and what follows it, from the model's definition: nobody else, no pages, no passes, no drafts.
+
+    Args:
+        whole_pages: a pass has room for a whole page; otherwise all comes token by token.
+    """
+
+    def __init__(self, whole_pages: bool) -> None:
+        self._whole_pages = whole_pages
+        self.tokens: list[int] = []
+        self._ways: list[bool] = []  # of each page, whether it is computed as a whole
+        self._states: list[int] = []
+
+    def give(self, most: int) -> None:
+        """Text was added that is read up to a token: pages that it fills before that one are whole, the last token's never is."""
+        known = len(self._ways)
+        self._ways += [self._whole_pages and (page + 1) * PAGE <= most for page in range(known, self._pages)]
+        self._states.clear()
+
+    def leave_last(self) -> None:
+        """The text is to be continued: its last token's page comes token by token."""
+        self._ways[-1] = False
+
+    @property
+    def _pages(self) -> int:
+        return -(-len(self.tokens) // PAGE)
+
+    def add(self, token: int) -> None:
+        """The model has written this token."""
+        self.tokens.append(token)
+        self._ways += [False] * (self._pages - len(self._ways))
+
+    def cut(self, length: int) -> None:
+        """A whole page that is cut is one no longer."""
+        del self.tokens[length:]
+        del self._ways[self._pages :]
+        if length % PAGE and self._ways and self._ways[-1]:
+            del self._ways[-1]
+
+    def logits(self, length: int) -> list[float]:
+        """After so many tokens."""
+        for position in range(len(self._states), length):
+            before = self._states[-1] if position else 1
+            self._states.append(state_of(before, self.tokens[position], self._ways[position // PAGE]))
+        return logits_after(self._states[:length], self.tokens[:length])
 
 
-def play_alone(client: Client, capacity: int, pass_tokens: int) -> list[list[int]]:
-    """What the same client is told by an engine of its own, without drafts, in passes as long as they may be."""
-    most = 64 if pass_tokens >= PAGE else pass_tokens
-    own = SteppedEngine(HashedModel(-(-capacity // PAGE), capacity, most, 1))
-    alone = Client(random.Random(0), capacity)
-    alone.turns = client.turns
-    for said, stopped in zip(client.said, client.stopped, strict=True):
-        alone.begin(own, None)
-        while alone.answer is not None:
-            alone.take(len(said) if stopped else None)
-            if alone.answer is not None:
-                own.step()
-    return alone.said
+def told_alone(client: Client, capacity: int, whole_pages: bool) -> list[list[int]]:
+    """What the same client is told with nobody beside it."""
+    alone, told = Alone(whole_pages), []
+    for turn, said, stopped in zip(client.turns, client.said, client.stopped, strict=False):
+        alone.tokens += turn["text"][: capacity - len(alone.tokens)]
+        answer: list[int] = []
+        told.append(answer)
+        if len(alone.tokens) < capacity:
+            alone.give(len(alone.tokens) - 1)
+            alone.leave_last()
+            sampler = None if turn["params"].greedy else Sampler(turn["params"], alone.tokens)
+            most = min(turn["new"], capacity - len(alone.tokens), len(said) if stopped else capacity)
+            while len(answer) < most and not (answer and answer[-1] in turn["stop"]):
+                logits = alone.logits(len(alone.tokens))
+                if sampler is None:
+                    answer.append(logits.index(max(logits)))
+                else:
+                    answer.append(sampler.choose(np.array(logits, np.float32)))
+                    sampler.add(answer[-1])
+                alone.add(answer[-1])
+        if turn["cut"] is not None:
+            alone.cut(int(turn["cut"] * len(alone.tokens)))
+    return told
+
+
+def logits_alone(token_ids: list[int], whole_pages: bool) -> list[list[float]]:
+    alone = Alone(whole_pages)
+    alone.tokens += token_ids
+    alone.give(len(token_ids))
+    return np.array([alone.logits(end + 1) for end in range(len(token_ids))], np.float32).tolist()
 
 
 class Disk:
@@ -390,11 +449,12 @@ def run_schedule(seed: int) -> None:
         if all(one.done for one in [*clients, *readers]):
             break
     assert all(one.done for one in [*clients, *readers]), "somebody starves"
+    whole_pages = pass_tokens >= PAGE
     for reader in readers:
-        alone = reader.alone(capacity, pass_tokens)
+        alone = logits_alone(reader.token_ids, whole_pages)
         assert reader.rows == alone[: len(reader.rows)], "a text's logits depend on others"
     for client in clients:
-        assert client.said == play_alone(client, capacity, pass_tokens), "an answer depends on the others"
+        assert client.said == told_alone(client, capacity, whole_pages), "an answer depends on the others"
         client.text = None
     if failures < planned:
         gc.collect()  # an error's traceback refers to all that it came through
