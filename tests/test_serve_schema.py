@@ -54,6 +54,16 @@ def test_bounds_of_numbers_are_in_the_description() -> None:
     assert '"minimum":' in text and not set(re.findall(r'"(\w+)":', text)) & {"ge", "le", "gt", "lt"}
 
 
+def test_streams_are_in_the_description() -> None:
+    paths = client(shared_server()).get("/openapi.json").json()["paths"]
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert {*paths[path]["post"]["responses"]["200"]["content"]} == {
+            "application/json",
+            "text/event-stream",
+        }
+    assert {*paths["/v1/stream"]["get"]["responses"]["200"]["content"]} == {"text/event-stream"}
+
+
 def test_what_the_description_says_holds(tmp_path: Path) -> None:
     with served(shared_moss(), tmp_path, keys=["secret"]) as server:
         run(server, tmp_path, 1, "--phases", "coverage", "--header", "Authorization: Bearer secret")

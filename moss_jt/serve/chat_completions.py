@@ -21,7 +21,7 @@ from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import ChatRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, data_event
+from moss_jt.serve.streams import DONE, OR_STREAM, data_event
 from moss_jt.serve.turns import WantedTurn, write_turn
 from moss_jt.store.tokenizer import Tokenizer
 
@@ -36,9 +36,8 @@ def router(service: Service) -> APIRouter:
         return respond(service, request, parts, form, bool(asked.stream), "chat")
 
     for path in ("/v1/chat/completions", "/chat/completions"):
-        routes.add_api_route(
-            path, chat_completions, methods=["POST"], include_in_schema=path.startswith("/v1")
-        )
+        options: dict[str, Any] = {"include_in_schema": path.startswith("/v1"), "responses": OR_STREAM}
+        routes.add_api_route(path, chat_completions, methods=["POST"], **options)
     return routes
 
 

@@ -17,7 +17,7 @@ from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import CompletionRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, data_event
+from moss_jt.serve.streams import DONE, OR_STREAM, data_event
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, Tokenizer
 
 DEFAULT_TOKENS = 16
@@ -34,7 +34,8 @@ def router(service: Service) -> APIRouter:
         return respond(service, request, parts, form, bool(asked.stream), "completion")
 
     for path in ("/v1/completions", "/completions"):
-        routes.add_api_route(path, completions, methods=["POST"], include_in_schema=path.startswith("/v1"))
+        options: dict[str, Any] = {"include_in_schema": path.startswith("/v1"), "responses": OR_STREAM}
+        routes.add_api_route(path, completions, methods=["POST"], **options)
     return routes
 
 

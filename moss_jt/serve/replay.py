@@ -157,7 +157,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(404, "There is no answer of that name, or not any more.", code="not_found")
         return answering
 
-    @routes.get("/v1/stream")
+    @routes.get("/v1/stream", status_code=200, response_class=EventStream)
     async def resume(
         conv_id: str = Query(max_length=128), start: int = Query(0, ge=0, le=1 << 31, alias="from")
     ) -> Response:
