@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from moss_jt.train.finetune import Finetuning, LearningSettings
 from moss_jt.train.front import ROWS, FrontRows, key_of
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.loss import StepResult
 from moss_jt.train.needs import Keeping, TrainingNeeds
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import read_adapter
@@ -290,6 +292,43 @@ def test_a_loss_that_is_no_number_ends_the_training_and_what_was_good_stays(tmp_
     with pytest.raises(MossError, match=r"blown up.*--lr"):
         list(run.run())
     assert np.array_equal(read_adapter(tmp_path / "out" / "last", run.adapter.config).values, good)
+
+
+def test_an_evaluation_that_is_no_number_is_no_best_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, too, before which there is no best; and nothing that was kept is replaced."""
+    run = training(tmp_path / "out")
+    monkeypatch.setattr(run._learner, "evaluate", lambda samples: StepResult(math.nan, 0.0, 1, np.zeros(1, np.int64)))
+    with pytest.raises(MossError, match=r"evaluation is no number any more.*--lr"):
+        list(run.run())
+    assert not (tmp_path / "out").exists() and training(tmp_path / "out").state.step == 0
+
+
+@pytest.mark.parametrize("full", ["adapter_model.safetensors", "log.jsonl", "training.safetensors"])
+def test_a_full_disk_ends_with_what_to_do_and_the_last_good_adapter_stays(
+    uninterrupted: Finetuning, full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file has no room any more: what stood there stays, and the same training goes on with the same bits."""
+    run = training(tmp_path / "out")
+    list(islice(run.run(), 2))
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.name == full}
+    sync = os.fsync
+
+    def none_left(file: int) -> None:
+        if Path(f"/proc/self/fd/{file}").readlink().name == f"{full}.new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", none_left)
+    with pytest.raises(MossError, match=rf"the disk is full: .*{full}.* run it again to go on"):
+        list(run.run())
+    assert kept and all(path.read_bytes() == data for path, data in kept.items())
+    assert not [*(tmp_path / "out").rglob("*.new")]
+    monkeypatch.setattr(os, "fsync", sync)
+    again = training(tmp_path / "out")
+    list(again.run())
+    assert np.array_equal(again.adapter.values, uninterrupted.adapter.values)
 
 
 def test_damaged_states_are_refused(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def in_threads(moss: Moss) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.long)])
 def test_answers_with_adapters_do_not_depend_on_each_other(
     bits: int, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +148,9 @@ def moss_params():  # type: ignore[no-untyped-def]
     return SamplingParams(0.0)
 
 
-@pytest.mark.parametrize("name", ["all", "last", "qkv"])
+@pytest.mark.parametrize(
+    "name", ["all", *(pytest.param(name, marks=pytest.mark.long) for name in ("last", "qkv"))]
+)
 def test_running_with_an_adapter_is_running_what_it_was_merged_into(
     name: str, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -197,6 +199,8 @@ def test_names_of_adapters(adapters: dict[str, Path], tmp_path: Path) -> None:
     for given in ([path, path], {"": path}, {"a:b": path}, {"x" * (MOST_NAME + 1): path}, {"a b": path}):
         with pytest.raises(MossError, match="called"):
             named_folders(given)  # type: ignore[arg-type]
+    with pytest.raises(MossError, match="on the CPU only"):
+        Moss.load(random_folder(SMALL), device="gpu", adapters=path)
     with pytest.raises(MossError, match="is no adapter"):
         Moss.load(random_folder(SMALL), adapters=[tmp_path])
     with Moss.load(random_folder(SMALL), memory="2GiB", adapters=path) as moss:

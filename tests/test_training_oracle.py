@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moss_jt import Moss
 from moss_jt.errors import MossError
 from moss_jt.plan.placement import plan_here
 from moss_jt.store.architecture import BLOCK
@@ -184,3 +185,47 @@ def test_what_is_not_done_is_refused_by_name(
 
 def test_every_target_is_a_matrix_of_a_block() -> None:
     assert set(NAMES) == {tensor.field for tensor in BLOCK if tensor.is_matrix}
+
+
+def spread_of(logits: np.ndarray) -> float:
+    return float(np.abs(logits).max())
+
+
+def test_what_peft_learned_runs_here_with_the_same_logits(case: Case) -> None:
+    """Without being merged: torch's logits in float32 over the same float16 base."""
+    adapter = case.folder / f"{case.name}-last"
+    first = case.samples[0].token_ids.tolist()
+    with Moss.load(case.store.path, memory="2GiB", adapters=adapter) as moss:
+        actual, base = moss.logits(first, adapter=adapter.name), moss.logits(first)
+    expected = case.expected["logits"]
+    assert np.abs(actual - expected).max() <= TOLERANCE * spread_of(expected)
+    assert np.abs(base - expected).max() >= 10 * TOLERANCE * spread_of(expected)
+
+
+@pytest.mark.long
+def test_what_is_learned_here_has_the_same_logits_in_peft(oracle: Path, tmp_path: Path) -> None:
+    """Twenty steps of ours, as files; peft loads them over the same checkpoint, in a process of its own."""
+    asked = []
+    for name in CASES:
+        case = Case(oracle, name) if not (oracle / f"{name}-store").exists() else None
+        store = open_store(oracle / f"{name}-store") if case is None else case.store
+        adapter = read_adapter(oracle / f"{name}-first", store.config)
+        model = model_of(store, adapter, tmp_path)
+        expected = np.load(oracle / f"{name}.npz")
+        length = int(expected["lengths"][0])
+        sample = TokenSample(expected["ids"][:length], expected["targets"][:length])
+        optimizer = AdamW(len(adapter.values), 0.1)
+        for _ in range(5):
+            optimizer.step(adapter.values, model.step([sample])[1], 1e-2)
+        write_adapter(tmp_path / name, adapter, "a model")
+        with Moss.load(store.path, memory="2GiB", adapters=tmp_path / name) as moss:
+            ours = moss.logits(sample.token_ids.tolist(), adapter=name)
+        np.savez(tmp_path / f"{name}.npz", ids=sample.token_ids, logits=ours)
+        asked.append(name)
+    script = ORACLE.with_name("lora_logits.py")
+    command = [sys.executable, "-P", str(script), str(oracle), str(tmp_path), *asked]
+    environment = {**os.environ, "PYTHONPATH": str(ORACLE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert set(errors) == {*CASES} and all(error <= TOLERANCE for error in errors.values()), errors

@@ -15,7 +15,7 @@ from moss_jt.train.dataset import Dataset
 from moss_jt.train.events import EventFile
 from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
-from moss_jt.train.optimizer import AdamW, Schedule, clip
+from moss_jt.train.optimizer import AdamW, Schedule, check_finite, clip
 from moss_jt.train.peft_files import write_adapter
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.state import StateFolder
@@ -205,6 +205,7 @@ class Training:
             self._learner.write(self.best_folder)
             return None
         result = self._learner.evaluate(self._data.evaluation[:EVALUATED])
+        check_finite(result.loss, "the loss on the samples kept for evaluation")
         self.state.log.append(_record(self.state.step, result, evaluation=True))
         if self.state.best is None or result.loss < self.state.best:
             self.state.best = result.loss

@@ -21,7 +21,7 @@ from moss_jt.train.lora import Floats
 from moss_jt.train.loss import Softmax, StepResult, predictions
 from moss_jt.train.masters import EMBEDDING, Masters, block_name
 from moss_jt.train.needs import LOSS_ROWS
-from moss_jt.train.optimizer import shortening, squares_of
+from moss_jt.train.optimizer import check_finite, shortening, squares_of
 from moss_jt.train.samples import TokenSample
 
 Visit = Callable[[str, Floats], object]  # a tensor's name, and its gradient, which may be overwritten
@@ -57,7 +57,7 @@ class FullModel:
         """
         walk = _Walk(self, samples, with_gradient=True)
         factor = 1.0
-        shortening(walk.result.loss, math.inf)  # refuses what is no number before anything is changed
+        check_finite(walk.result.loss, "the loss")  # before anything is changed
         if not self.optimizer.normalises and math.isfinite(self._clip):
             squares: list[float] = []
             walk.back(lambda name, gradient: squares.append(squares_of(gradient)))

@@ -91,12 +91,20 @@ def shortening(length: float, most: float) -> float:
     Raises:
         MossError: it is no number.
     """
-    if not math.isfinite(length):
-        raise MossError(
-            "the loss or its gradient is no number any more: training has blown up. What was good stays. Lower --lr, and run "
-            "the same command again."
-        )
+    check_finite(length, "the loss or its gradient")
     return most / (length + 1e-6) if length > most else 1.0
+
+
+def check_finite(value: float, name: str) -> None:
+    """
+    Raises:
+        MossError: it is no number.
+    """
+    if not math.isfinite(value):
+        raise MossError(
+            f"{name} is no number any more: training has blown up. What was good stays. Begin again with a lower --lr and "
+            "another --out."
+        )
 
 
 def squares_of(gradient: Floats) -> float:
