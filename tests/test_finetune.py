@@ -299,7 +299,9 @@ def test_an_evaluation_that_is_no_number_is_no_best_adapter(
 ) -> None:
     """The first one, too, before which there is no best; and nothing that was kept is replaced."""
     run = training(tmp_path / "out")
-    monkeypatch.setattr(run._learner, "evaluate", lambda samples: StepResult(math.nan, 0.0, 1, np.zeros(1, np.int64)))
+    monkeypatch.setattr(
+        run._learner, "evaluate", lambda samples: StepResult(math.nan, 0.0, 1, np.zeros(1, np.int64))
+    )
     with pytest.raises(MossError, match=r"evaluation is no number any more.*--lr"):
         list(run.run())
     assert not (tmp_path / "out").exists() and training(tmp_path / "out").state.step == 0

@@ -205,7 +205,7 @@ def test_inputs_of_very_different_sizes(kind: str) -> None:
     keys, values = check_run.cache()
     expected = block_oracle.block_over_cache(states, oracle, keys, values, 0)
     for t in range(4):
-        assert_close(actual[t], expected[t], f"token {t}")
+        assert_close(actual[t], expected[t], f"token {t}", check_run.tolerance(0, 4))
     broken = states.copy()
     broken[3, 5] = np.inf
     again = Run(CpuOperators(config), weights, config, 8).step(broken, 0)

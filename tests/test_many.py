@@ -15,6 +15,7 @@ from moss_jt.moss import _load
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
+from moss_jt.weights.host_units import open_host_units
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
@@ -87,7 +88,7 @@ def test_answers_do_not_depend_on_each_other(bits: int, simd: str, monkeypatch: 
             assert {seed: logits[: len(expected[seed])] for seed, logits in actual.items()} == expected
 
 
-def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     digests = Digests(monkeypatch)
     folder = random_folder(SMALL)
     with Moss.load(folder, memory="2GiB", draft="off") as moss:
@@ -101,10 +102,8 @@ def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch) -> 
     smallest = plan(sizes, 256, resident.peak_bytes - 2 * MIB, **fixed)
     assert smallest.streams
     store = open_store(folder)
-    streaming = Moss(
-        _load(store, smallest, "auto"), Tokenizer.from_file(store.tokenizer_path), smallest, "off"
-    )
-    with streaming as moss:
+    model = _load(store, smallest, open_host_units(store, smallest, tmp_path))
+    with Moss(model, Tokenizer.from_file(store.tokenizer_path), smallest, "off") as moss:
         assert ask_in_threads(moss) == alone
         assert digests.take() == expected
 

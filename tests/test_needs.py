@@ -162,7 +162,8 @@ def test_training_s_threads_take_what_is_planned(tmp_path: Path) -> None:
     for (tokens, config), held in zip(shapes, map(int, done.stdout.split()[1:]), strict=True):
         planned = max(planned, THREADS * 4 * needs.training_thread_floats(config, tokens))
         assert held <= planned, (tokens, config)
-    assert held > planned // 2, "the count is of something else"
+    # One thread may have been quick enough to do it all.
+    assert held > planned // THREADS // 2, "the count is of something else"
 
 
 def test_the_plan_counts_each_thread() -> None:

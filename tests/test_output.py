@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -127,6 +127,12 @@ def written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         texts: list[str], *options: str, encoding: str = "utf-8", terminal: bool = False
     ) -> tuple[Any, bytes, str]:
         class Model:
+            adapters: ClassVar[dict[str, str]] = {}
+            loaded = 1.0
+
+            def watch(self, watcher: Any) -> None:
+                pass
+
             def generate(
                 self, prompt: str, *, max_new_tokens: int, stop: list[str], **rest: Any
             ) -> Generation:
