@@ -287,7 +287,7 @@ def command(arguments: list[str], environment: dict[str, str], **more: Any) -> s
 @with_jittor
 def test_the_command_line_generates_and_measures(resident: Run, environment: dict[str, str]) -> None:
     folder, environment = str(tiny_model_folder()), {**environment, "SIM_GPU_CARDS": "2"}
-    options = ["--gpu", "--device", "1", "--gpu-memory", "679MiB", "--host-memory", "4GiB", "--context", "64"]
+    options = ["--gpu", "--device", "1", "--gpu-memory", "689MiB", "--host-memory", "4GiB", "--context", "64"]
     process = command(
         ["generate", folder, "--prompt", "1 + 1 =", "--max-new-tokens", "4", "--json", *options], environment
     )
@@ -338,7 +338,7 @@ def test_a_plan_that_turns_out_too_large_shrinks_once(
 ) -> None:
     """Another program comes while the weights are loaded: what has no room any longer streams."""
     # Of which the weights are more than what a plan allows for all else; nothing is computed with them.
-    write_random_model(tmp_path / "large", replace(SMALL, n_embd=1024, n_inner=4096, n_layer=10))
+    write_random_model(tmp_path / "large", replace(SMALL, n_embd=1024, n_inner=4096, n_layer=12))
     sizes = sizes_of_store(open_store(tmp_path / "large"))
     complete = plan_gpu(sizes, 64, 1 << 40, 1 << 40)
     card = complete.peak_bytes * 11 // 10
