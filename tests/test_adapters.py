@@ -118,7 +118,7 @@ def test_a_token_has_its_adapter_in_its_products(level: str, kind: str) -> None:
                 assert (error <= 2.0**-11 * np.abs(exact) + 3e-5 * np.abs(exact).max()).all()
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float16", pytest.param("int8", marks=pytest.mark.long), "int4"])
 @pytest.mark.parametrize("simd", SIMD)
 def test_a_token_has_the_same_bits_in_any_company(kind: str, simd: str) -> None:
     """A whole page and then single tokens and a draft, alone and among others with other adapters; and without any, what

@@ -51,7 +51,10 @@ def values(run: Training) -> np.ndarray:
     return run._learner.arrays["values"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adalomo", *(pytest.param(name, marks=pytest.mark.long) for name in OPTIMIZERS if name != "adalomo")],
+)
 def test_a_training_goes_on_with_the_same_bits(optimizer: OptimizerName, tmp_path: Path) -> None:
     straight = training(tmp_path / "straight", optimizer)
     list(straight.run())
