@@ -3,8 +3,8 @@
     python lora_logits.py CHECKPOINTS ADAPTERS NAME..
 
 For each name loads CHECKPOINTS/NAME, as lora.py wrote it, with the adapter in ADAPTERS/NAME, and compares its logits for the
-``ids`` of ADAPTERS/NAME.npz with the ``logits`` there. The last line is a JSON object: of each name the largest difference, as a
-share of the largest logit.
+``ids`` of ADAPTERS/NAME.npz with the ``logits`` there. The last line is a JSON object: of each name the difference's root mean
+square as a share of the logits'.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
         given = np.load(adapters / f"{name}.npz")
         with torch.no_grad():
             logits = model(torch.from_numpy(given["ids"].astype(np.int64))[None]).logits[0].numpy()
-        errors[name] = float(np.abs(logits - given["logits"]).max() / np.abs(logits).max())
+        errors[name] = float(np.linalg.norm(logits - given["logits"]) / np.linalg.norm(logits))
     print(json.dumps(errors))
 
 
