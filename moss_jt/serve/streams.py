@@ -16,9 +16,7 @@ from moss_jt.serve.errors import ApiError
 DONE = "data: [DONE]\n\n"
 PING = ": still here\n\n"
 # What a description of an interface says, where an answer is a stream if that was asked for.
-OR_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 T = TypeVar("T")
 
