@@ -250,6 +250,10 @@ def test_kept_rows_that_are_damaged_or_another_model_s_are_computed_again(tmp_pa
     whole = index.read_bytes()
     index.write_bytes(whole[:-9])  # a kill in the midst of the last line: its group is not there
     assert front_of(tmp_path / "front").find(chosen).keys() == {list(rows)[1]}
+    for number in (1 << 40, 1 << 70):  # of tokens, and where they begin
+        group = [[key, number, number, 0] for key in rows]
+        index.write_bytes(whole.split(b"\n")[0] + b"\n" + json.dumps(group).encode() + b"\n")
+        assert not front_of(tmp_path / "front").find(chosen)
     index.write_bytes(b"[" * 100_000 + whole)
     assert not front_of(tmp_path / "front").find(chosen)
     front_of(tmp_path / "front").keep(rows)

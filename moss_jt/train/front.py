@@ -23,6 +23,8 @@ from moss_jt.train.samples import TokenSample
 ROWS, INDEX = "rows", "index.jsonl"
 # Of what is free on the disk, for the adapter, its states, and whatever else comes.
 LEFT_FREE = 4
+# No number of an index is larger: of bytes in a file, of tokens, of a checksum.
+LARGEST = 1 << 48
 
 
 class _Entry(NamedTuple):
@@ -70,7 +72,7 @@ class FrontRows:
         for sample in samples:
             key = key_of(sample)
             entry = self._entries.get(key)
-            if entry is None or key in rows:
+            if entry is None or entry.tokens != len(sample) or key in rows:
                 continue
             data = os.pread(self._file, self._bytes_of(entry.tokens), entry.offset)
             if len(data) == self._bytes_of(entry.tokens) and zlib.crc32(data) == entry.checksum:
@@ -122,7 +124,7 @@ class FrontRows:
             groups = [json.loads(line) for line in lines[1:]]
             for key, offset, tokens, checksum in (entry for group in groups for entry in group):
                 if not isinstance(key, str) or not all(
-                    isinstance(n, int) and n >= 0 for n in (offset, tokens, checksum)
+                    isinstance(n, int) and 0 <= n < LARGEST for n in (offset, tokens, checksum)
                 ):
                     return None, []
         except (OSError, ValueError, RecursionError, KeyError, IndexError, TypeError):
