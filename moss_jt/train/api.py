@@ -1,6 +1,5 @@
 """A training from a model folder and data, step by step as moss-jt finetune does it: samples, a plan, and the training itself."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,18 +145,15 @@ def planned_full(
         MossError: the memory is too little; the message says how much it takes.
     """
     longest = max(len(sample) for sample in [*data.training, *data.evaluation])
-    needs = full_needs(config, longest, full, course)
     budget, threads, footprint = memory_budget(memory), compute_threads(), footprint_here()
-    frugal = dataclasses.replace(needs, keeps=False)
-    if footprint + needs.bytes(threads) <= budget:
-        return needs
-    least = footprint + frugal.bytes(threads)
+    needs = full_needs(config, longest, full, course).within(budget - footprint, threads)
+    least = footprint + needs.bytes(threads)
     if least > budget:
         raise MossError(
             f"learning all weights of this model takes {gib_up(least)} of memory, and the limit is {gib(budget)}. Raise --memory, "
             "lower --step-tokens or --length, or leave out --full: an adapter takes little."
         )
-    return frugal
+    return needs
 
 
 def full_needs(config: MossConfig, longest: int, full: FullSettings, course: CourseSettings) -> FullNeeds:

@@ -1,6 +1,6 @@
 """The memory that a training step takes beside the weights. No Jittor here: plans are made before it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moss_jt.kernels.needs import FLOAT16, FLOAT32, training_thread_floats
@@ -132,3 +132,7 @@ class FullNeeds:
         gradients = max(block, 2 * c.vocab_size * c.n_embd) + 2 * max(c.vocab_size, c.n_inner) * c.n_embd
         floats = int((1 + self.copies + WRITTEN) * self.parameters) + gradients
         return floats * FLOAT32 + self.frozen.workspace_bytes(1, 1, threads)
+
+    def within(self, budget_bytes: int, threads: int) -> "FullNeeds":
+        """These where they fit; otherwise those of computing again what blocks have computed, whether they fit or not."""
+        return self if self.bytes(threads) <= budget_bytes else replace(self, keeps=False)

@@ -1,6 +1,5 @@
 """What teaching a model would take, before anything starts: memory, and seconds per step. The arithmetic is that of a training."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from moss_jt.errors import MossError
@@ -91,10 +90,8 @@ def full_outlook(
         MossError: the memory is too little; the message says how much it takes.
     """
     needs = full_needs(config, min(BATCH_TOKENS, course.step_tokens), full, course)
+    needs = needs.within(budget_bytes - FOOTPRINT_BYTES, threads)
     peak = FOOTPRINT_BYTES + needs.bytes(threads)
-    if peak > budget_bytes:
-        needs = dataclasses.replace(needs, keeps=False)
-        peak = FOOTPRINT_BYTES + needs.bytes(threads)
     if peak > budget_bytes:
         raise MossError(f"takes {gib_up(peak)} of memory, and the limit is {gib(budget_bytes)}.")
     products = parameters_of(config) - config.vocab_size * config.n_embd  # the embedding is looked up
