@@ -177,7 +177,7 @@ class Moss:
         if on_gpu:
             if files.names:
                 raise MossError(
-                    "adapters are computed on the CPU only. Go without --gpu, or make the adapter part of a model: moss-jt merge."
+                    "adapters are computed on the CPU only. Take the CPU, or make the adapter part of a model: moss-jt merge."
                 )
             card, _ = require_gpu(number)
             needs = CudaNeeds(store.config, store.bits)
