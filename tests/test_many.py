@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +49,27 @@ class Digests:
         return actual
 
 
-def ask_in_threads(moss: Moss) -> list[list[int]]:
-    """Each prompt in a thread of its own, with a seed of its own."""
+def ask(moss: Moss, number: int, names: Sequence[str | None] = (None,)) -> list[int]:
+    """A prompt's answer, with a seed and one of these adapters of its own."""
+    generation = moss.generate(
+        PROMPTS[number],
+        max_new_tokens=9,
+        temperature=1.5,
+        seed=number,
+        adapter=names[number % len(names)],
+    )
+    list(generation)
+    return generation.token_ids
+
+
+def ask_in_threads(moss: Moss, names: Sequence[str | None] = (None,)) -> list[list[int]]:
+    """Each prompt in a thread of its own."""
     answers: list[list[int]] = [[] for _ in PROMPTS]
 
-    def ask(number: int) -> None:
-        generation = moss.generate(PROMPTS[number], max_new_tokens=9, temperature=1.5, seed=number)
-        list(generation)
-        answers[number] = generation.token_ids
+    def keep(number: int) -> None:
+        answers[number] = ask(moss, number, names)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(PROMPTS))]
+    threads = [threading.Thread(target=keep, args=(number,)) for number in range(len(PROMPTS))]
     for thread in threads:
         thread.start()
     for thread in threads:

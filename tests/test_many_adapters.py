@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from moss_jt import Moss
 from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import DraftPace
+from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import open_store
@@ -21,8 +21,9 @@ from moss_jt.train.lora import TARGETS, LoraSettings
 from moss_jt.train.peft_files import CONFIG, WEIGHTS
 from tests.support.adapters import random_adapter
 from tests.support.random_models import SMALL, random_folder
-from tests.test_many import PROMPTS, Digests
+from tests.test_many import PROMPTS, Digests, ask, ask_in_threads
 
+GREEDY = SamplingParams(0.0)
 NAMES = [None, "all", "last", "qkv"]
 SETTINGS = {
     "all": LoraSettings(rank=3, alpha=5.0),
@@ -40,32 +41,6 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def answer(moss: Moss, number: int) -> list[int]:
-    generation = moss.generate(
-        PROMPTS[number],
-        max_new_tokens=9,
-        temperature=1.5,
-        seed=number,
-        adapter=NAMES[number % len(NAMES)],
-    )
-    list(generation)
-    return generation.token_ids
-
-
-def in_threads(moss: Moss) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in PROMPTS]
-
-    def ask(number: int) -> None:
-        answers[number] = answer(moss, number)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(PROMPTS))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    return answers
-
-
 @pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.long)])
 def test_answers_with_adapters_do_not_depend_on_each_other(
     bits: int, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -75,11 +50,11 @@ def test_answers_with_adapters_do_not_depend_on_each_other(
     digests = Digests(monkeypatch)
     folder = random_folder(SMALL, bits)
     with Moss.load(folder, memory="2GiB", draft="off", adapters=adapters, prompt_cache=0) as moss:
-        alone = [answer(moss, number) for number in range(len(PROMPTS))]
+        alone = [ask(moss, number, NAMES) for number in range(len(PROMPTS))]
         expected = digests.take()
     with Moss.load(folder, memory="2GiB", draft="off") as moss:
         for number in range(0, len(PROMPTS), len(NAMES)):
-            assert answer(moss, number) == alone[number], "the model alone"
+            assert ask(moss, number, NAMES) == alone[number], "the model alone"
         plain = digests.take()
         assert all(plain[number] == expected[number] for number in plain)
     for options in ({"parallel": 16}, {"parallel": 2, "draft": "lookup"}, {"parallel": 4, "copy": True}):
@@ -87,7 +62,7 @@ def test_answers_with_adapters_do_not_depend_on_each_other(
         with Moss.load(folder, memory="2GiB", adapters=adapters, **options) as moss:  # type: ignore[arg-type]
             if writes_ahead:
                 moss.engine._copy = DraftCopy(moss.model, DraftPace(), 5, adaptive=False)
-            assert in_threads(moss) == alone
+            assert ask_in_threads(moss, NAMES) == alone
             actual = digests.take()
             assert {seed: logits[: len(expected[seed])] for seed, logits in actual.items()} == expected
 
@@ -118,7 +93,7 @@ def test_what_was_read_with_one_adapter_is_no_other_s(adapters: dict[str, Path])
             choose(part, rows, flight)
 
         moss.engine._deliver = noted  # type: ignore[method-assign]
-        generation = moss._answer(session, [5], moss_params(), 1, None, None, begin=False)
+        generation = moss._answer(session, [5], GREEDY, 1, None, None, begin=False)
         list(generation)
         moss.engine._deliver = choose  # type: ignore[method-assign]
         return logits[-1][-1]
@@ -140,12 +115,6 @@ def test_what_was_read_with_one_adapter_is_no_other_s(adapters: dict[str, Path])
     with Moss.load(folder, memory="2GiB", adapters={"all": other}, prompt_cache="64MiB") as moss:
         assert np.array_equal(last_logits(moss, "all"), fresh)
     assert not np.array_equal(fresh, expected["all"])
-
-
-def moss_params():  # type: ignore[no-untyped-def]
-    from moss_jt.engine.sampling import SamplingParams
-
-    return SamplingParams(0.0)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +175,7 @@ def test_names_of_adapters(adapters: dict[str, Path], tmp_path: Path) -> None:
     with Moss.load(random_folder(SMALL), memory="2GiB", adapters=path) as moss:
         for call in (moss.generate, moss.logits, moss.begin):
             with pytest.raises(MossError, match=r"no adapter 'x'.*all"):
-                call([1], *([moss_params(), 1] if call == moss.begin else []), adapter="x")
+                call([1], *([GREEDY, 1] if call == moss.begin else []), adapter="x")
 
 
 Change = dict[str, np.ndarray]
