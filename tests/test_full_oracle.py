@@ -1,9 +1,6 @@
 """All weights learn as with torch in float32: the loss, every gradient, twenty steps of each optimizer, and the checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from moss_jt.train.fused import OPTIMIZERS, OptimizerName
 from moss_jt.train.masters import EMBEDDING, Masters
 from moss_jt.train.samples import TokenSample
 from tests.support.models import convert_checkpoint
+from tests.support.oracles import run_oracle
 
 ORACLE = Path(__file__).parent / "oracle" / "full.py"
 CASES: dict[str, OptimizerName] = {"adamw": "adamw", "lomo": "lomo", "adalomo": "adalomo", "tied": "adamw"}
@@ -53,10 +51,7 @@ class Case:
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("peft")  # and with it torch and transformers
     folder = tmp_path_factory.mktemp("full")
-    command = [sys.executable, "-P", str(ORACLE), str(folder), str(tiny_checkpoint())]
-    environment = {**os.environ, "PYTHONPATH": str(ORACLE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_oracle(ORACLE, folder, tiny_checkpoint())
     return folder
 
 

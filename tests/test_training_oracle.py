@@ -1,9 +1,6 @@
 """Adapters learn as with torch and peft in float32: loss, every gradient, twenty steps, and files in both directions."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from moss_jt.train.optimizer import AdamW, clip
 from moss_jt.train.peft_files import NAMES, read_adapter, write_adapter
 from moss_jt.train.samples import TokenSample
 from tests.support.models import convert_checkpoint
+from tests.support.oracles import run_oracle
 
 ORACLE = Path(__file__).parent / "oracle" / "lora.py"
 CASES = ("all", "qkv", "last")
@@ -75,10 +73,7 @@ def model_of(
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("lora")
-    command = [sys.executable, "-P", str(ORACLE), str(folder), str(tiny_checkpoint())]
-    environment = {**os.environ, "PYTHONPATH": str(ORACLE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_oracle(ORACLE, folder, tiny_checkpoint())
     return folder
 
 
@@ -223,10 +218,6 @@ def test_what_is_learned_here_has_the_same_logits_in_peft(oracle: Path, tmp_path
             ours = moss.logits(sample.token_ids.tolist(), adapter=name)
         np.savez(tmp_path / f"{name}.npz", ids=sample.token_ids, logits=ours)
         asked.append(name)
-    script = ORACLE.with_name("lora_logits.py")
-    command = [sys.executable, "-P", str(script), str(oracle), str(tmp_path), *asked]
-    environment = {**os.environ, "PYTHONPATH": str(ORACLE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
+    printed = run_oracle(ORACLE.with_name("lora_logits.py"), oracle, tmp_path, *asked)
+    errors = json.loads(printed.splitlines()[-1])
     assert set(errors) == {*CASES} and all(error <= TOLERANCE for error in errors.values()), errors
