@@ -1,7 +1,17 @@
 """What the operators check before native code or an index trusts a shape."""
 
 from moss_jt.kernels.adapters import AdapterBank
-from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Var
+from moss_jt.kernels.interface import (
+    PAGE,
+    BlockWeights,
+    ByteRows,
+    CacheRows,
+    DenseMatrix,
+    Matrix,
+    Places,
+    Var,
+    numbers_of,
+)
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 
@@ -52,14 +62,17 @@ def check_block(weights: BlockWeights, config: MossConfig) -> None:
             check_dtype(tensor.field, weight, "float16")
 
 
-def check_cache(keys: Var, values: Var, config: MossConfig, layer: int, places: Places) -> None:
+def check_cache(keys: CacheRows, values: CacheRows, config: MossConfig, layer: int, places: Places) -> None:
     """Raises ValueError unless the pages of ``places`` lie in both arrays of the cache, and the model has its positions."""
-    capacity = keys.shape[1]
-    for name, var in (("keys", keys), ("values", values)):
-        check_shape(name, var, (keys.shape[0], capacity, config.n_head, config.head_dim))
-        check_dtype(name, var, "float16")
-    if not 0 <= layer < keys.shape[0]:
-        raise ValueError(f"layer {layer} of a cache of {keys.shape[0]} layers")
+    layers, capacity = numbers_of(keys).shape[:2]
+    for name, rows in (("keys", keys), ("values", values)):
+        check_shape(name, numbers_of(rows), (layers, capacity, config.n_head, config.head_dim))
+        check_dtype(name, numbers_of(rows), "int8" if isinstance(keys, ByteRows) else "float16")
+        if isinstance(rows, ByteRows):
+            check_shape(f"scales of {name}", rows.scales, (layers, capacity // PAGE, config.n_head, PAGE))
+            check_dtype(f"scales of {name}", rows.scales, "float32")
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer {layer} of a cache of {layers} layers")
     pages, last = places.last_page + 1, places.last_position
     if pages * PAGE > capacity or last >= config.n_positions:
         raise ValueError(

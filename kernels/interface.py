@@ -1,7 +1,7 @@
 """What a model asks of its operators, whichever device runs them, and the weights that a block hands to them.
 
 Letters: T new tokens, C n_embd, H heads, D head_dim, I n_inner, V vocabulary, L layers, P positions of the cache, page
-after page; in matrices N outputs, K inputs, G groups. Activations are float32, weights and cache float16.
+after page; in matrices N outputs, K inputs, G groups. Activations are float32, weights float16, the cache float16 or int8.
 
 Operators are made for one model's geometry: ``PortableOperators(config)``, ``CpuOperators(config)``.
 """
@@ -105,6 +105,26 @@ class BlockWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class ByteRows:
+    """Keys or values in int8: a head's vector at a position is ``scale * numbers``, the scale a 127th of its largest number.
+
+    numbers  (L, P, H, D) int8
+    scales   (L, P // PAGE, H, PAGE) float32: a head's in a page lie together
+    """
+
+    numbers: Var
+    scales: Var
+
+
+CacheRows = Any  # keys or values: a Var (L, P, H, D) float16, or ByteRows
+
+
+def numbers_of(rows: CacheRows) -> Var:
+    """(L, P, H, D) float16 or int8"""
+    return rows.numbers if isinstance(rows, ByteRows) else rows
+
+
+@dataclass(frozen=True, eq=False)
 class Places:
     """Where the tokens of a pass belong; made and checked by moss_jt.kernels.places.places_of.
 
@@ -151,7 +171,9 @@ class Operators(Protocol):
         """What decides the last bits of a result, beside the sources and the processor."""
         ...
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+    def block(
+        self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
+    ) -> Var:
         """One CodeGen block: ``a = layer_norm(h); h + attention(a) + mlp(a)``.
 
         Writes the new keys (rotated) and values into the pages of each token's sequence in ``layer``; each token attends
@@ -159,7 +181,7 @@ class Operators(Protocol):
         its adapter adds is in its products.
 
         h             (T, C) float32
-        keys, values  (L, P, H, D) float16, written in place; page n is the positions PAGE * n ..
+        keys, values  (L, P, H, D), both float16 or both int8, written in place; page n is the positions PAGE * n ..
         Returns (T, C) float32.
 
         Raises:

@@ -71,12 +71,14 @@ def logit_rows(parallel: int) -> int:
 class CpuNeeds:
     """Of the CPU's operators over a model of this geometry whose blocks have ``bits`` bits per weight.
 
-    rank  the most of the model's adapters; 0 without any
+    rank        the most of the model's adapters; 0 without any
+    cache_bits  of keys and values, 16 or 8
     """
 
     config: MossConfig
     bits: int
     rank: int = 0
+    cache_bits: int = 16
 
     def block_floats(self, tokens: int, positions: int, *, onednn: bool, few: int | None = None) -> int:
         """The most that Workspace in block.h takes, the same all along the cache, so that memory is reused.
@@ -85,13 +87,16 @@ class CpuNeeds:
             positions: of the cache.
             few: of the tokens, so many are in no whole page; None for all, as all are without oneDNN.
 
-        The inputs of packed matrices are there once more, in the order and the form that these are quicker with.
+        The inputs of packed matrices are there once more, in the order and the form that these are quicker with. New values wait
+        to be quantised where the cache is int8; keys wait in what attention fills later.
         """
         c = self.config
         few = tokens if few is None or not onednn else few
         columns = 3 * c.n_embd + c.n_inner + 2 * self.rank
         if self.bits < 16:
             columns += 3 * _input_floats(c.n_embd) + _input_floats(c.n_inner)
+        if self.cache_bits == 8:
+            columns += c.n_embd
         partial = c.n_head * -(-positions // PAGE) * (c.head_dim + 2)
         return ALIGNMENT + tokens * columns + min(few, FEW_TOKENS) * partial
 

@@ -12,9 +12,22 @@ import numpy as np
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_shape
-from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, PackedMatrix, Places, Var
+from moss_jt.kernels.interface import (
+    PAGE,
+    BlockWeights,
+    ByteRows,
+    CacheRows,
+    DenseMatrix,
+    Matrix,
+    PackedMatrix,
+    Places,
+    Var,
+)
 from moss_jt.kernels.rotary_table import spread_rotary_table
 from moss_jt.store.config import MossConfig
+
+# The largest number of a vector below which it counts as zero in int8.
+LEAST_LARGEST = 1e-30
 
 
 def dequantize(matrix: PackedMatrix) -> Var:
@@ -74,7 +87,9 @@ class PortableOperators:
         normed = layer_norm(h, norm_weight, norm_bias, self.config.layer_norm_epsilon)
         return linear(normed, DenseMatrix(weight)) + bias.float32()
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+    def block(
+        self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
+    ) -> Var:
         check_shape("h", h, (places.count, self.config.n_embd))
         check_block(weights, self.config)
         check_cache(keys, values, self.config, layer, places)
@@ -106,7 +121,7 @@ class PortableOperators:
         """x (T, H, D), positions (T, 1)."""
         return x * self.cosines[positions] + x[:, :, self.swapped] * self.sines[positions]
 
-    def _attention(self, qkv: Var, keys: Var, values: Var, layer: int, places: Places) -> Var:
+    def _attention(self, qkv: Var, keys: CacheRows, values: CacheRows, layer: int, places: Places) -> Var:
         """qkv (T, 3C) -> (T, C), after writing the new keys and values.
 
         Every token is scored against all positions of all slots, and sees those of its own.
@@ -115,19 +130,16 @@ class PortableOperators:
         tokens, (slots, groups) = places.count, places.pages.shape
         new = index(places.positions)
         q, k, v = (part.reshape((tokens, heads, head_dim)) for part in jt.chunk(qkv, 3, dim=1))
-        new_layer = index(np.full(tokens, layer))
         cached = places.pages[:, :, None] * PAGE + np.arange(
             PAGE
         )  # (S, G, PAGE): where each slot's positions lie
         lies = cached.reshape(slots, -1)[places.slots, places.positions]
         for cache, rows in ((keys, self._rotate(k, new)), (values, v)):
-            cache[new_layer, index(lies)] = rows.reshape((tokens, 1, heads, head_dim)).float16()
+            _write(cache, rows, layer, lies)
         end = cached.size
-        every, every_layer = index(cached.reshape(-1)), index(np.full(end, layer))
         # (H, S, D) each
         past_k, past_v = (
-            cache[every_layer, every].reshape((end, heads, head_dim)).float32().transpose((1, 0, 2))
-            for cache in (keys, values)
+            _read(cache, layer, cached.reshape(-1)).transpose((1, 0, 2)) for cache in (keys, values)
         )
         position = np.arange(slots * groups * PAGE) % (groups * PAGE)
         seen = position <= places.positions[:, None]
@@ -136,3 +148,34 @@ class PortableOperators:
         scores = jt.nn.bmm_transpose(self._rotate(q, new).transpose((1, 0, 2)), past_k)
         weights = jt.nn.softmax(scores * (1 / math.sqrt(head_dim)) + mask, dim=-1)
         return jt.nn.bmm(weights, past_v).transpose((1, 0, 2)).reshape((tokens, heads * head_dim))
+
+
+def _write(cache: CacheRows, rows: Var, layer: int, lies: np.ndarray) -> None:
+    """rows (T, H, D) float32 to positions (T,) of a layer of the cache."""
+    tokens, heads, head_dim = rows.shape
+    in_layer, at = index(np.full(tokens, layer)), index(lies)
+    one_each = (tokens, 1, heads, head_dim)
+    if not isinstance(cache, ByteRows):
+        cache[in_layer, at] = rows.reshape(one_each).float16()
+        return
+    largest = jt.abs(rows).max(dim=-1, keepdims=True)
+    numbers = jt.round(rows * (127.0 / jt.maximum(largest, LEAST_LARGEST)))
+    cache.numbers[in_layer, at] = numbers.reshape(one_each).int8()
+    cache.scales[in_layer, *_scales_at(lies, heads)] = largest.reshape((tokens, heads)) / 127.0
+
+
+def _read(cache: CacheRows, layer: int, lies: np.ndarray) -> Var:
+    """Positions (S,) of a layer of the cache: (S, H, D) float32."""
+    in_layer = index(np.full(len(lies), layer))
+    rows = (cache.numbers if isinstance(cache, ByteRows) else cache)[in_layer, index(lies)].float32()
+    _, _, heads, head_dim = rows.shape
+    rows = rows.reshape((len(lies), heads, head_dim))
+    if not isinstance(cache, ByteRows):
+        return rows
+    scales = cache.scales[in_layer, *_scales_at(lies, heads)]
+    return rows * scales.reshape((len(lies), heads, 1))
+
+
+def _scales_at(lies: np.ndarray, heads: int) -> tuple[Var, Var, Var]:
+    """Where the scales of all heads at these positions are in a layer's (P // PAGE, H, PAGE)."""
+    return index(lies // PAGE), index(np.arange(heads)).reshape((1, heads)), index(lies % PAGE)

@@ -39,7 +39,7 @@ from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
 from moss_jt.plan.drafting import seconds_per_draft
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
-from moss_jt.plan.residency import Copy, ResidencyPlan, seconds_per_pass
+from moss_jt.plan.residency import Copy, ResidencyPlan, check_cache_bits, seconds_per_pass
 from moss_jt.plugins.interface import Plugin
 from moss_jt.plugins.registry import PluginSettings
 from moss_jt.store.config import MossConfig
@@ -127,6 +127,7 @@ class Moss:
         offload: str = "auto",
         parallel: int = 1,
         prompt_cache: str | int = PROMPT_CACHE,
+        cache_bits: int = 16,
         adapters: Given | None = None,
     ) -> Self:
         """Load a model folder.
@@ -154,6 +155,8 @@ class Moss:
                 shorter, and who finds no room waits.
             prompt_cache: what was read of a chat's beginning is kept beside the model and not read again, in another process
                 neither: so many bytes at most, as "2GiB"; those used longest ago go. 0 keeps none.
+            cache_bits: 8 keeps keys and values as int8: about half the memory, and answers that differ a little (``moss-jt eval``
+                tells how much). Drafts, streaming and others change nothing with it either. On the CPU only.
             adapters: folders that ``moss-jt finetune`` or peft wrote, by names of your choice; or one or several folders, each
                 perhaps as "NAME=FOLDER", otherwise called as it is. A text says with which it is read and continued,
                 ``moss.generate(.., adapter=NAME)``; otherwise it is the model alone. Texts with different adapters share passes.
@@ -170,6 +173,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
+        check_cache_bits(cache_bits, on_gpu)
         keep_bytes = prompt_cache_bytes(prompt_cache)
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
@@ -186,9 +190,9 @@ class Moss:
         def plan_with(copy: Store | None) -> ResidencyPlan:
             if on_gpu:
                 return replace(planner, copy=_copy_on(copy, CudaNeeds)).plan()
-            cpu_needs = partial(CpuNeeds, rank=files.rank)
-            own = cpu_needs(store.config, store.bits)
-            return plan_here(store, own, memory, context, parallel, _copy_on(copy, cpu_needs), files.n_bytes)
+            cpu_needs = partial(CpuNeeds, rank=files.rank, cache_bits=cache_bits)
+            own, drafts = cpu_needs(store.config, store.bits), _copy_on(copy, cpu_needs)
+            return plan_here(store, own, memory, context, parallel, drafts, files.n_bytes, cache_bits)
 
         choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
         plan = choice.plan
@@ -211,7 +215,7 @@ class Moss:
                 loaded.close()
                 raise
         hold(plan)
-        prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes)
+        prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes, cache_bits)
         took, cache = time.perf_counter() - begin, model_home() / "cache"
         moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts, named)
         moss.notice = choice.notice

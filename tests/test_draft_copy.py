@@ -161,6 +161,19 @@ def test_the_text_is_the_model_s_own_to_the_bit(
                 assert moss.engine.passes < plain / 2
 
 
+def test_over_a_cache_of_bytes_the_text_is_the_model_s_own(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = Digests(monkeypatch)
+    with load(models / "tiny", draft="off", cache_bits=8) as moss:
+        expected = ask_all(moss, 0.9)
+        logits = digests.take()
+    for copy in ("tiny-int4", "garbage"):
+        with load(models / "tiny", None, models / copy, parallel=2, cache_bits=8) as moss:
+            assert ask_all(moss, 0.9) == expected
+            assert digests.take() == logits
+
+
 def test_conversations_are_the_same_across_turns_cuts_and_stops(models: Path) -> None:
     """After an answer that was left in its midst, a text that was cut, and up to the context's very end."""
 

@@ -4,13 +4,14 @@ Tolerance: weights are exact in float32 whether they come as float16 or packed, 
 to 1e-5 of its largest value with the same block in float64. In whole pages packed matrices take inputs of 16 bits: a
 rounding of a 65534th of the largest of 128, by sums of errors that are independent, stays below 1e-4 of the block's
 largest value; tests/test_products.py has the bound of the product itself. The oracle attends to the cache that the operator wrote;
-that one is checked apart, against float16's half step of 2**-11 of each value.
+that one is checked apart, against float16's half step of 2**-11 of each value, or in int8 against half a scale.
 """
 
 import itertools
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,19 @@ import numpy as np
 import pytest
 
 from moss_jt.backend.jittor import jt
+from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import CpuOperators, let_others_run
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
-from moss_jt.kernels.interface import PAGE, BlockWeights, PackedMatrix, Places
+from moss_jt.kernels.interface import (
+    PAGE,
+    BlockWeights,
+    ByteRows,
+    CacheRows,
+    DenseMatrix,
+    PackedMatrix,
+    Places,
+)
 from moss_jt.kernels.places import one_sequence, places_of
 from moss_jt.kernels.portable import PortableOperators, dequantize
 from moss_jt.store import quant
@@ -71,12 +81,18 @@ class Run:
     """
 
     def __init__(
-        self, operators: Any, weights: BlockWeights, config: MossConfig, capacity: int, sequences: int = 1
+        self,
+        operators: Any,
+        weights: BlockWeights,
+        config: MossConfig,
+        capacity: int,
+        sequences: int = 1,
+        cache_bits: int = 16,
     ) -> None:
         self.operators, self.weights = operators, weights
         pages = -(-capacity // PAGE)
-        shape = (2, sequences * pages * PAGE, config.n_head, config.head_dim)
-        self.keys, self.values = (jt.array(np.zeros(shape, np.float16)) for _ in range(2))
+        cache = KVCache(replace(config, n_layer=2), sequences * pages * PAGE, bits=cache_bits)
+        self.keys, self.values = cache.keys, cache.values
         self.pages = np.random.default_rng(7).permutation(sequences * pages).reshape(sequences, pages)
 
     def whole(self, start_pos: int, tokens: int) -> int:
@@ -99,10 +115,33 @@ class Run:
         return self.operators.block(jt.array(h), self.weights, self.keys, self.values, 1, places).numpy()
 
     def cache(self, slot: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        keys, values = self.keys.numpy(), self.values.numpy()
-        assert not keys[0].any() and not values[0].any()
+        """Keys and values of a sequence as they are meant: (P, H, D)."""
         lies = (self.pages[slot][:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+        keys, values = (meant(rows) for rows in (self.keys, self.values))
+        assert not keys[0].any() and not values[0].any()
         return keys[1][lies], values[1][lies]
+
+    def steps(self, slot: int = 0) -> tuple[np.ndarray | float, np.ndarray | float]:
+        """Scales of the sequence's keys and values (P, H, 1), 0 in float16."""
+        lies = (self.pages[slot][:, None] * PAGE + np.arange(PAGE)).reshape(-1)
+        keys, values = (
+            by_position(rows)[1][lies] if isinstance(rows, ByteRows) else 0.0
+            for rows in (self.keys, self.values)
+        )
+        return keys, values
+
+
+def by_position(rows: ByteRows) -> np.ndarray:
+    """Scales (L, P, H, 1)."""
+    scales = rows.scales.numpy()
+    return scales.transpose(0, 1, 3, 2).reshape(len(scales), -1, scales.shape[2], 1)
+
+
+def meant(rows: CacheRows) -> np.ndarray:
+    """(L, P, H, D) float16, or of int8 what it stands for, in float64."""
+    if isinstance(rows, ByteRows):
+        return rows.numbers.numpy().astype(np.float64) * by_position(rows)
+    return rows.numpy()
 
 
 def random_states(config: MossConfig, tokens: int, seed: int = 2) -> np.ndarray:
@@ -125,9 +164,12 @@ def check_passes(run: Run, oracle: BlockArrays, passes: tuple[int, ...]) -> None
         actual = run.step(h, start)
         tolerance = run.tolerance(start, tokens)
         keys, values = run.cache()
-        for cache, exact in zip((keys, values), block_oracle.new_keys_values(h, oracle, start), strict=True):
-            error = np.abs(cache[start : start + tokens] - exact)
-            bound = 2.0**-11 * np.abs(exact) + tolerance * max(1, np.abs(exact).max())
+        new, in_bytes = slice(start, start + tokens), isinstance(run.keys, ByteRows)
+        exacts = block_oracle.new_keys_values(h, oracle, start)
+        for cache, steps, exact in zip((keys, values), run.steps(), exacts, strict=True):
+            error = np.abs(cache[new] - exact)
+            half_step = 0.5001 * steps[new] if in_bytes else 2.0**-11 * np.abs(exact)
+            bound = half_step + tolerance * max(1, np.abs(exact).max())
             assert (error <= bound).all(), f"cache, {tokens} tokens from {start}"
         assert_close(
             actual,
@@ -149,6 +191,9 @@ def compiled() -> None:
         for kind in (kind for kind, level in LEVELS if level == simd):
             run = Run(operators, make_block(kind, config)[0], config, 1)
             pending.append(operators.block(h, run.weights, run.keys, run.values, 1, one_sequence(0, 1)))
+        if simd in WIDTHS:
+            run = Run(operators, make_block("float16", config)[0], config, 1, cache_bits=8)
+            pending.append(operators.block(h, run.weights, run.keys, run.values, 1, one_sequence(0, 1)))
         if simd not in WIDTHS:
             continue
         head = [var(np.ones(shape, np.float16)) for shape in ((96,), (96,), (5, 96), (5,))]
@@ -168,6 +213,51 @@ def test_block_agrees_with_float64(name: str, kind: str, simd: str) -> None:
 def test_block_of_sizes_that_fill_no_vector(simd: str) -> None:
     weights, oracle = make_block("float16", ODD)
     check_passes(Run(CpuOperators(ODD, simd), weights, ODD, sum(PASSES)), oracle, PASSES)
+
+
+@pytest.mark.parametrize("simd", WIDTHS)
+@pytest.mark.parametrize("config", [GEOMETRIES["head of 256"], ODD], ids=["head of 256", "head of 26"])
+def test_a_cache_of_bytes_agrees_with_float64(config: MossConfig, simd: str) -> None:
+    weights, oracle = make_block("float16", config)
+    check_passes(Run(CpuOperators(config, simd), weights, config, sum(PASSES), cache_bits=8), oracle, PASSES)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_what_a_cache_of_bytes_costs_attention_is_bounded(spread: float) -> None:
+    """Of a query's scores each is off by at most e = sum |q| * scale / 2 / sqrt(D), so its weights by factors of e^(2e) and
+    e^(-2e), and its result by that share of the largest value and half a value's scale."""
+    config, tokens = GEOMETRIES["head of 256"], 2 * PAGE
+    arrays = BlockArrays.random(config, seed=1)
+    arrays.arrays["ln_1_weight"] = (arrays.arrays["ln_1_weight"] * spread).astype(np.float16)
+    run = Run(CpuOperators(config), dense_block(arrays), config, tokens, cache_bits=8)
+    states = random_states(config, tokens)
+    run.step(states, 0)
+    exact_keys, exact_values = block_oracle.new_keys_values(states, arrays, 0)
+    q = block_oracle.queries(states, arrays, 0)
+    exact = block_oracle.attention(q, exact_keys, exact_values, 0)
+    error = np.abs(block_oracle.attention(q, *run.cache(), 0) - exact).max(axis=2)  # (T, H)
+    key_steps, value_steps = (np.maximum.accumulate(steps[:, :, 0]) for steps in run.steps())
+    score = np.abs(q).sum(axis=2) * 0.501 * key_steps / config.head_dim**0.5
+    largest = np.maximum.accumulate(np.abs(exact_values).max(axis=2))
+    bound = np.expm1(2 * score) * largest + 0.501 * value_steps
+    assert (error <= bound).all(), (error / bound).max()
+    assert error.max() > 1e-4 * np.abs(exact).max(), "nothing was rounded"
+
+
+def test_vectors_of_nothing_and_of_too_much_in_bytes() -> None:
+    """A head of zeros has no scale to divide by, and what is not finite counts as float16's largest."""
+    config = GEOMETRIES["head of 24"]
+    weights, _ = make_block("float16", config)
+    run = Run(CpuOperators(config), weights, config, 3, cache_bits=8)
+    silent = replace(weights, qkv=DenseMatrix(var(np.zeros((3 * 96, 96), np.float16))))
+    run.weights = silent
+    assert np.isfinite(run.step(random_states(config, 1), 0)).all()
+    assert not run.cache()[0].any() and not run.cache()[1].any()
+    run.weights = replace(weights, qkv=DenseMatrix(var(np.full((3 * 96, 96), 60000, np.float16))))
+    h = random_states(config, 2)
+    h[1, 3] = np.inf
+    assert np.isfinite(run.step(h, 1)[0]).all()
+    assert np.isfinite(run.cache()[0]).all() and np.isclose(np.abs(run.cache()[0]).max(), 65504)
 
 
 @pytest.mark.parametrize("kind", ("int8", "int4"))
@@ -230,12 +320,17 @@ def test_every_field_and_zero_point_is_widened_exactly(bits: int) -> None:
 @pytest.mark.parametrize(("kind", "simd"), LEVELS)
 def test_a_token_does_not_depend_on_how_many_share_its_pass(kind: str, simd: str) -> None:
     """Bit for bit, for few tokens, across the border between two pages: drafts and what fills no page rely on it."""
+    ways = (63,), (1,) * 63, (2, 3, 4, 5, 9, 40), (22, 1, 24, 16), (7, 16, 40), (46, 17), (60, 3)
+    same_in_any_pass(kind, simd, ways)
+
+
+def same_in_any_pass(kind: str, simd: str, ways: tuple[tuple[int, ...], ...], cache_bits: int = 16) -> None:
     config = geometry(160, 4, 32, n_inner=544)
     weights, _ = make_block(kind, config)
     states = random_states(config, 120 + 63)
     results = []
-    for passes in ((63,), (1,) * 63, (2, 3, 4, 5, 9, 40), (22, 1, 24, 16), (7, 16, 40), (46, 17), (60, 3)):
-        run = Run(CpuOperators(config, simd), weights, config, 192)
+    for passes in ways:
+        run = Run(CpuOperators(config, simd), weights, config, 192, cache_bits=cache_bits)
         run.step(states[:64], 0)
         run.step(states[64:120], 64)
         ends = (120 + np.cumsum(passes)).tolist()
@@ -247,6 +342,11 @@ def test_a_token_does_not_depend_on_how_many_share_its_pass(kind: str, simd: str
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("simd", WIDTHS)
+def test_a_token_in_a_cache_of_bytes_does_not_depend_on_how_many_share_its_pass(simd: str) -> None:
+    same_in_any_pass("float16", simd, ((63,), (1,) * 63, (22, 1, 24, 16), (7, 16, 40)), 8)
 
 
 @pytest.mark.parametrize("simd", WIDTHS)
@@ -275,6 +375,20 @@ def test_portable_block_agrees_with_float64(kind: str) -> None:
     config = GEOMETRIES["head of 24"]
     weights, oracle = make_block(kind, config, ordered=kind == "int4")
     check_passes(Run(PortableOperators(config), weights, config, 16, sequences=2), oracle, (3, 1, 1))
+
+
+def test_portable_block_over_a_cache_of_bytes() -> None:
+    """It agrees with float64, and has the same bytes as the kernels but where float32 decides between two neighbours."""
+    config = GEOMETRIES["head of 24"]
+    weights, oracle = make_block("float16", config)
+    portable = Run(PortableOperators(config), weights, config, 70, sequences=2, cache_bits=8)
+    check_passes(portable, oracle, (63, 3, 1))
+    ours = Run(CpuOperators(config), weights, config, 70, sequences=2, cache_bits=8)
+    check_passes(ours, oracle, (63, 3, 1))
+    for rows, others in ((portable.keys, ours.keys), (portable.values, ours.values)):
+        apart = rows.numbers.numpy().astype(int) - others.numbers.numpy()
+        assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 0.01
+        assert np.allclose(rows.scales.numpy(), others.scales.numpy(), rtol=1e-5)
 
 
 def test_portable_head_agrees_with_float64() -> None:
@@ -358,14 +472,19 @@ def test_simd_width_is_chosen_by_the_machine_or_by_the_user(monkeypatch: pytest.
         chosen_simd()
 
 
-def together(operators: Any, weights: BlockWeights, config: MossConfig, texts: list[np.ndarray]) -> None:
+def together(
+    operators: Any,
+    weights: BlockWeights,
+    config: MossConfig,
+    texts: list[np.ndarray],
+    cache_bits: int = 16,
+) -> None:
     """Several texts of states in common passes give each what it has alone: results and cache, bit for bit.
 
     Each text is read as whole pages and then token by token; in common passes one text's answer meets another's prompt.
     """
     count, capacity = len(texts), max(map(len, texts))
-    alone = Run(operators, weights, config, capacity, count)
-    common = Run(operators, weights, config, capacity, count)
+    alone, common = (Run(operators, weights, config, capacity, count, cache_bits) for _ in range(2))
     # Pieces of each text: (start, end), whole pages first.
     plans = []
     for text in texts:
@@ -401,6 +520,15 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str, simd:
     lengths = np.random.default_rng(count).integers(1, 215, count)
     texts = [random_states(config, int(length), seed) for seed, length in enumerate(lengths)]
     together(CpuOperators(config, simd), weights, config, texts)
+
+
+@pytest.mark.parametrize("simd", WIDTHS)
+def test_a_sequence_in_a_cache_of_bytes_does_not_depend_on_the_others(simd: str) -> None:
+    config = geometry(320, 4, 32, n_inner=640)
+    weights, _ = make_block("float16", config)
+    lengths = np.random.default_rng(5).integers(1, 215, 5)
+    texts = [random_states(config, int(length), seed) for seed, length in enumerate(lengths)]
+    together(CpuOperators(config, simd), weights, config, texts, cache_bits=8)
 
 
 def test_portable_sequences_share_a_pass() -> None:

@@ -18,7 +18,7 @@ from moss_jt.kernels.cpu.simd import definitions as simd_definitions
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import DEFINITIONS, FEW_TOKENS, HEAD_ROWS, CpuNeeds
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
-from moss_jt.store.sizes import MIB
+from moss_jt.store.sizes import MIB, sizes_of_geometry
 from tests.support.block_oracle import geometry
 from tests.support.native_flags import FLAGS
 
@@ -58,13 +58,16 @@ def compiled(folder: Path, simd: str, onednn: bool, *flags: str, source: str = "
     return program
 
 
-def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-    """(floats of the workspace, bytes of the threads) after each pass: (bits, tokens, group_size, ordered, workspace, rank)."""
+def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """(floats of the workspace, bytes of keys and values of a layer, bytes of the threads) after each pass: (bits, tokens,
+    group_size, ordered, workspace, rank, cache_bits)."""
     lines = []
-    for bits, tokens, group_size, ordered, floats, rank in passes:
+    for bits, tokens, group_size, ordered, floats, rank, cache_bits in passes:
         start = config.n_positions - tokens  # the whole cache is seen
         shape = (config.n_positions, config.n_head, config.head_dim, config.rotary_dim // 2, config.n_inner)
-        lines.append((bits, tokens, start, *shape, config.vocab_size, group_size, ordered, floats, rank))
+        lines.append(
+            (bits, tokens, start, *shape, config.vocab_size, group_size, ordered, floats, rank, cache_bits)
+        )
     text = "\n".join(" ".join(map(str, line)) for line in (lines[0], *lines))  # the first is not counted
     done = subprocess.run(
         [str(program)],
@@ -77,7 +80,7 @@ def run(program: Path, config: MossConfig, passes: list[tuple[int, ...]]) -> lis
     assert done.returncode == 0, done.stderr[:3000]
     actual = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
     assert len(actual) == len(passes)
-    return [(taken, held) for taken, held in actual]
+    return [(taken, cache, held) for taken, cache, held in actual]
 
 
 @pytest.mark.parametrize("simd", sorted({chosen_simd(), "256", "0"} & set(available_simd())))
@@ -90,21 +93,22 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: str, tmp_path: P
             tokens,
             group_size,
             ordered,
-            CpuNeeds(SMALL, bits, rank).block_floats(tokens, SMALL.n_positions, onednn=False),
+            CpuNeeds(SMALL, bits, rank, cache_bits).block_floats(tokens, SMALL.n_positions, onednn=False),
             rank,
+            cache_bits,
         )
-        for bits, group_size, ordered, rank in (
-            (16, 0, 0, 0),
-            (16, 0, 0, 5),
-            (8, 128, 0, 0),
-            (8, 32, 1, 5),
-            (4, 128, 0, 5),
-            (4, 32, 1, 0),
+        for bits, group_size, ordered, rank, cache_bits in (
+            (16, 0, 0, 0, 16),
+            (16, 0, 0, 5, 8),
+            (8, 128, 0, 0, 8),
+            (8, 32, 1, 5, 16),
+            (4, 128, 0, 5, 16),
+            (4, 32, 1, 0, 8),
         )
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)
     ]
     actual = run(program, SMALL, passes)
-    for (*line, ordered, promised, _), (taken, _) in zip(passes, actual, strict=True):
+    for (*line, ordered, promised, _, _), (taken, _, _) in zip(passes, actual, strict=True):
         assert taken <= promised
         if ordered or line[0] == 16:
             assert promised - taken <= 2 * needs.ALIGNMENT, "the count is of something else"
@@ -117,8 +121,12 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
     program = compiled(tmp_path, chosen_simd(), onednn, "-O1")
     for config in (SMALL, MOSS_HEADS, NARROW):
         for bits in BITS:
-            group_size, rank = min(128, config.n_embd), 8 if bits == 8 else 0
-            own = CpuNeeds(config, bits, rank)
+            group_size, rank, cache_bits = (
+                min(128, config.n_embd),
+                8 if bits == 8 else 0,
+                16 if bits == 8 else 8,
+            )
+            own = CpuNeeds(config, bits, rank, cache_bits)
             passes = [
                 (
                     bits,
@@ -132,11 +140,14 @@ def test_blocks_and_threads_take_what_is_planned(onednn: bool, tmp_path: Path) -
                         few=0 if tokens % PAGE == 0 else tokens,
                     ),
                     rank,
+                    cache_bits,
                 )
                 for tokens in TOKENS
             ]
-            for line, (taken, held) in zip(passes, run(program, config, passes), strict=True):
-                assert taken <= line[-2]
+            sizes = sizes_of_geometry(replace(config, n_layer=1), bits, group_size, cache_bits)
+            for line, (taken, cache, held) in zip(passes, run(program, config, passes), strict=True):
+                assert taken <= line[-3]
+                assert cache == sizes.cache_bytes(config.n_positions)
                 planned = THREADS * 4 * own.thread_floats(line[1], config.n_positions)
                 assert held <= planned, (config, line)
             if onednn and config is MOSS_HEADS:

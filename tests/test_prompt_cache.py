@@ -289,9 +289,9 @@ def folder(tmp_path: Path) -> Path:
     )
 
 
-def chat_answer(folder: Path, limit: str, message: str) -> tuple[list[str], np.ndarray, int]:
+def chat_answer(folder: Path, limit: str, message: str, **loading: Any) -> tuple[list[str], np.ndarray, int]:
     """What is said to a message in a chat, the first page of the cache, and how many tokens were computed."""
-    with Moss.load(folder, memory="4GiB", prompt_cache=limit) as moss:
+    with Moss.load(folder, memory="4GiB", prompt_cache=limit, **loading) as moss:
         computed = 0
         forward = moss.model.forward_many
 
@@ -302,7 +302,8 @@ def chat_answer(folder: Path, limit: str, message: str) -> tuple[list[str], np.n
 
         moss.model.forward_many = counting  # type: ignore[method-assign]
         events = [str(event) for event in moss.chat(["calculator"], temperature=0).send(message)]
-        return events, np.stack(moss.model.page_views(0) or []), computed
+        views = moss.model.page_views(0) or []
+        return events, np.concatenate([view.reshape(-1).view(np.uint8) for view in views]), computed
 
 
 def test_the_same_bits_with_and_without(folder: Path) -> None:

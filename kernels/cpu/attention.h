@@ -1,8 +1,11 @@
-// Attention of new tokens, each over its own sequence's pages in one layer of the float16 cache.
+// Attention of new tokens, each over its own sequence's pages in one layer of the cache.
 //
 // Few rows: every (token, head, page) is softmaxed on its own and the pages are merged in their order, so that threads can
 // share one head's long past and the result depends on nothing but the token's position. Whole rows: two sgemms per head
 // and tile of positions, over a widened copy of its keys or values.
+//
+// Keys and values are rows of one kind or the other (HalfRows, ByteRows). Of numbers in int8 the scale is taken out of the
+// sums: a position's score is multiplied with its key's, its weight with its value's.
 #pragma once
 
 #include "gemm.h"
@@ -11,10 +14,31 @@ namespace moss {
 
 constexpr int64_t kFewTokens = MOSS_FEW_TOKENS;  // few rows that are worked on at once
 
+// One layer's keys or values in float16.
+struct HalfRows {
+    using Number = uint16_t;
+    static constexpr bool kScaled = false;
+    Number* numbers;  // (P, H, D)
+
+    static F load(const Number* p, int n) { return load_half_n(p, n); }
+};
+
+// In int8, each head's at a position with its scale.
+struct ByteRows {
+    using Number = int8_t;
+    static constexpr bool kScaled = true;
+    Number* numbers;  // (P, H, D)
+    float* scales;    // (P / kPage, H, kPage)
+
+    static F load(const Number* p, int n) {
+        return n == kLanes ? Simd::load_signed(p) : Simd::load_signed_partial(p, n);
+    }
+};
+
+template <class R>
 struct Attention {
     const float* q;          // (T, C), already divided by sqrt(head_dim)
-    const uint16_t* keys;    // (P, H, D) float16: one layer
-    const uint16_t* values;
+    R keys, values;
     float* result;           // (T, C)
     float* partial;          // (few tokens, H, pages, D + 2) at most: sums, then the largest score and the sum of weights
     const int32_t *places, *pages;  // (T, 2): slot and position; (slots, pages_per_slot)
@@ -24,9 +48,15 @@ struct Attention {
     int64_t width() const { return heads * head_dim; }
     int64_t slot(int64_t t) const { return places[2 * t]; }
     int64_t position(int64_t t) const { return places[2 * t + 1]; }
-    // Where a page of token t's sequence begins in keys and values.
-    int64_t page_at(int64_t t, int64_t group) const {
-        return pages[slot(t) * pages_per_slot + group] * kPage * width();
+    // Number of a page of token t's sequence, and where it begins in keys and values.
+    int64_t page(int64_t t, int64_t group) const { return pages[slot(t) * pages_per_slot + group]; }
+    int64_t page_at(int64_t t, int64_t group) const { return page(t, group) * kPage * width(); }
+    // x[j] times the scale of position j of the page, as far as there are any.
+    void scale(const R& rows, int64_t page, int64_t head, int64_t count, float* x) const {
+        if constexpr (R::kScaled) {
+            const float* scales = rows.scales + (page * heads + head) * kPage;
+            for_lanes(count, [&](int64_t j, int n) { store_n(x + j, Simd::mul(load_n(x + j, n), load_n(scales + j, n)), n); });
+        }
     }
 };
 
@@ -43,7 +73,8 @@ struct FewRows {
     int64_t count = 0;
     Run runs[kFewTokens];
 
-    FewRows(const Attention& a, int64_t first_, int64_t tokens_) : first(first_), tokens(tokens_) {
+    template <class R>
+    FewRows(const Attention<R>& a, int64_t first_, int64_t tokens_) : first(first_), tokens(tokens_) {
         for (int64_t t = first; t < first + tokens; t++) {
             const bool follows = t > first && a.slot(t) == a.slot(t - 1) && a.position(t) == a.position(t - 1) + 1;
             if (follows) runs[count - 1].tokens++;
@@ -61,18 +92,21 @@ struct FewRows {
         group = index;
         return runs[i];
     }
-    float* part(const Attention& a, int64_t t, int64_t head, int64_t group) const {
+    template <class R>
+    float* part(const Attention<R>& a, int64_t t, int64_t head, int64_t group) const {
         return a.partial + (((t - first) * a.heads + head) * groups + group) * (a.head_dim + 2);
     }
 };
 
 // Four positions further on: the cache is read four rows at a time.
-inline void prefetch_rows(const uint16_t* p, int64_t stride) { __builtin_prefetch(p + 4 * stride, 0, 2); }
+template <class Number>
+inline void prefetch_rows(const Number* p, int64_t stride) { __builtin_prefetch(p + 4 * stride, 0, 2); }
 
 // scores[j] = k[j] . q for four positions, of which the last `missing` do not exist: they repeat one that does.
-inline void four_scores(const uint16_t* k, int64_t stride, int64_t missing, const float* q, int64_t head_dim,
+template <class R>
+inline void four_scores(const typename R::Number* k, int64_t stride, int64_t missing, const float* q, int64_t head_dim,
                         float* scores) {
-    const uint16_t* rows[4];
+    const typename R::Number* rows[4];
     F sums[4];
     MOSS_UNROLL
     for (int j = 0; j < 4; j++) {
@@ -84,7 +118,7 @@ inline void four_scores(const uint16_t* k, int64_t stride, int64_t missing, cons
         MOSS_UNROLL
         for (int j = 0; j < 4; j++) {
             prefetch_rows(rows[j] + d, stride);
-            sums[j] = Simd::fma(load_half_n(rows[j] + d, n), x, sums[j]);
+            sums[j] = Simd::fma(R::load(rows[j] + d, n), x, sums[j]);
         }
     });
     Simd::sum4(sums[0], sums[1], sums[2], sums[3], scores);
@@ -113,9 +147,10 @@ inline float largest_of(const float* x, int64_t count) {
 }
 
 // sums[d] += weights[j] * v[j][d] for four positions, of which the last `missing` do not exist and have no weight.
-inline void weigh_four(const uint16_t* v, int64_t stride, int64_t missing, const float* weights, int64_t head_dim,
+template <class R>
+inline void weigh_four(const typename R::Number* v, int64_t stride, int64_t missing, const float* weights, int64_t head_dim,
                        float* sums) {
-    const uint16_t* rows[4];
+    const typename R::Number* rows[4];
     MOSS_UNROLL
     for (int j = 0; j < 4; j++) rows[j] = v + std::min<int64_t>(j, 3 - missing) * stride;
     for_lanes(head_dim, [&](int64_t d, int n) {
@@ -123,7 +158,7 @@ inline void weigh_four(const uint16_t* v, int64_t stride, int64_t missing, const
         MOSS_UNROLL
         for (int j = 0; j < 4; j++) {
             prefetch_rows(rows[j] + d, stride);
-            sum = Simd::fma(Simd::set1(weights[j]), load_half_n(rows[j] + d, n), sum);
+            sum = Simd::fma(Simd::set1(weights[j]), R::load(rows[j] + d, n), sum);
         }
         store_n(sums + d, sum, n);
     });
@@ -137,10 +172,12 @@ struct Task {
 
 constexpr int64_t kTaskTokens = 4, kScores = kPage + kLanes;
 
-inline void attend_task(const Attention& a, const FewRows& few, const Task& task) {
+template <class R>
+inline void attend_task(const Attention<R>& a, const FewRows& few, const Task& task) {
     const int64_t begin = task.group * kPage, at_page = a.page_at(task.first_token, task.group), stride = a.width();
     const int64_t tokens = task.end_token - task.first_token, heads = task.end_head - task.first_head;
-    const uint16_t *k = a.keys + at_page, *v = a.values + at_page;
+    const int64_t page = a.page(task.first_token, task.group);
+    const typename R::Number *k = a.keys.numbers + at_page, *v = a.values.numbers + at_page;
     float* all_scores = scratch<Widened>(tokens * heads * kScores);
     auto count = [&](int64_t t) { return std::min(kPage, a.position(t) + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
@@ -154,24 +191,27 @@ inline void attend_task(const Attention& a, const FewRows& few, const Task& task
     };
     for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
         const int64_t at = head * a.head_dim;
-        four_scores(k + j * stride + at, stride, missing, a.q + t * stride + at, a.head_dim, scores(t, head) + j);
+        four_scores<R>(k + j * stride + at, stride, missing, a.q + t * stride + at, a.head_dim, scores(t, head) + j);
     });
     for (int64_t t = task.first_token; t < task.end_token; t++)
         for (int64_t head = task.first_head; head < task.end_head; head++) {
             float *own = scores(t, head), *sums = few.part(a, t, head, task.group);
+            a.scale(a.keys, page, head, count(t), own);
             const float largest = largest_of(own, count(t));
             std::fill(sums, sums + a.head_dim, 0.0f);
             sums[a.head_dim] = largest;
             sums[a.head_dim + 1] = exponentials(own, count(t), largest);
+            a.scale(a.values, page, head, count(t), own);
         }
     for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
         const int64_t at = head * a.head_dim;
-        weigh_four(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim,
+        weigh_four<R>(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim,
                    few.part(a, t, head, task.group));
     });
 }
 
-inline void merge_groups(const Attention& a, const FewRows& few, int64_t t, int64_t head) {
+template <class R>
+inline void merge_groups(const Attention<R>& a, const FewRows& few, int64_t t, int64_t head) {
     const int64_t groups = a.position(t) / kPage + 1, head_dim = a.head_dim;
     float largest = few.part(a, t, head, 0)[head_dim], total = 0.0f;
     for (int64_t g = 1; g < groups; g++) largest = std::max(largest, few.part(a, t, head, g)[head_dim]);
@@ -190,13 +230,15 @@ inline void merge_groups(const Attention& a, const FewRows& few, int64_t t, int6
 }
 
 // Heads per task: enough tasks for all threads to end together, and long runs in memory.
-inline int64_t heads_per_task(const Attention& a, int64_t run_pages) {
+template <class R>
+inline int64_t heads_per_task(const Attention<R>& a, int64_t run_pages) {
     constexpr int64_t kTasksPerThread = 2, kLeastRun = 256;
     const int64_t wanted = (kTasksPerThread * omp_get_num_threads() + run_pages - 1) / run_pages;
     return std::min(a.heads, std::max((a.heads + wanted - 1) / wanted, (kLeastRun + a.head_dim - 1) / a.head_dim));
 }
 
-inline void attend_few(const Attention& a, const FewRows& few) {
+template <class R>
+inline void attend_few(const Attention<R>& a, const FewRows& few) {
     const int64_t step = heads_per_task(a, few.run_pages);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t i = 0; i < few.run_pages; i++)
@@ -219,24 +261,32 @@ constexpr int64_t kTilePositions = MOSS_TILE_POSITIONS;
 static_assert(kTilePositions % kPage == 0, "a tile is a number of pages");
 
 // One head's rows of a page.
-inline void widen_head(const uint16_t* rows, int64_t stride, int64_t head_dim, float* result) {
-    for (int64_t j = 0; j < kPage; j++)
+template <class R>
+inline void widen_head(const Attention<R>& a, const R& cache, int64_t page, int64_t head, float* result) {
+    const int64_t stride = a.width(), head_dim = a.head_dim;
+    const typename R::Number* rows = cache.numbers + page * kPage * stride + head * head_dim;
+    for (int64_t j = 0; j < kPage; j++) {
+        F scale = Simd::zero();
+        if constexpr (R::kScaled) scale = Simd::set1(cache.scales[(page * a.heads + head) * kPage + j]);
         for_lanes(head_dim, [&](int64_t d, int n) {
-            store_n(result + j * head_dim + d, load_half_n(rows + j * stride + d, n), n);
+            const F numbers = R::load(rows + j * stride + d, n);
+            store_n(result + j * head_dim + d, R::kScaled ? Simd::mul(numbers, scale) : numbers, n);
         });
+    }
 }
 
 // One head of the page whose tokens begin at row `first`.
-inline void attend_page(const Attention& a, int64_t head, int64_t first) {
+template <class R>
+inline void attend_page(const Attention<R>& a, int64_t head, int64_t first) {
     const int64_t seen = a.position(first) + kPage, stride = a.width(), offset = head * a.head_dim;
     const int64_t lds = (seen + kLanes - 1) / kLanes * kLanes;
     float* tile = scratch<Widened>(std::min(seen, kTilePositions) * a.head_dim + kPage * lds);
     float* scores = tile + std::min(seen, kTilePositions) * a.head_dim;
-    auto for_tiles = [&](const uint16_t* cache, auto body) {  // body(j, positions) with each tile's rows widened
+    auto for_tiles = [&](const R& cache, auto body) {  // body(j, positions) with each tile's rows widened
         for (int64_t j = 0; j < seen; j += kTilePositions) {
             const int64_t positions = std::min(kTilePositions, seen - j);
             for (int64_t i = 0; i < positions; i += kPage)
-                widen_head(cache + a.page_at(first, (j + i) / kPage) + offset, stride, a.head_dim, tile + i * a.head_dim);
+                widen_head(a, cache, a.page(first, (j + i) / kPage), head, tile + i * a.head_dim);
             body(j, positions);
         }
     };
@@ -259,7 +309,8 @@ inline void attend_page(const Attention& a, int64_t head, int64_t first) {
         for (int64_t d = 0; d < a.head_dim; d++) result[t * stride + d] /= totals[t];
 }
 
-inline void attend_whole(const Attention& a) {
+template <class R>
+inline void attend_whole(const Attention<R>& a) {
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t head = 0; head < a.heads; head++)
         for (int64_t first = 0; first < a.pass.whole; first += kPage) attend_page(a, head, first);
@@ -268,7 +319,8 @@ inline void attend_whole(const Attention& a) {
 #endif
 
 // To be called by every thread of a parallel region.
-inline void attend(const Attention& a) {
+template <class R>
+inline void attend(const Attention<R>& a) {
 #ifdef MOSS_ONEDNN
     if (a.pass.whole) attend_whole(a);
 #endif

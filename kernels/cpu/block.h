@@ -9,13 +9,14 @@
 
 namespace moss {
 
-template <class M>
+// M: the matrices' kind; R: the cache's, HalfRows or ByteRows.
+template <class M, class R = HalfRows>
 struct Block {
     const float* h;                                // (T, C)
     const uint16_t *norm_weight, *norm_bias;       // (C,)
     M qkv, out_proj, fc_in, fc_out;
     const uint16_t *fc_in_bias, *fc_out_bias;
-    uint16_t *keys, *values;                       // (P, H, D) of this layer, page after page
+    R keys, values;                                // of this layer, page after page
     const int32_t *places, *pages;                 // (T, 2): slot and position; (slots, pages_per_slot)
     const float* rotary;                           // (positions, 2, pairs)
     float* result;                                 // (T, C)
@@ -28,15 +29,16 @@ struct Block {
 };
 
 // Where the intermediate results lie in the workspace; kernels/needs.py counts the same.
-template <class M>
+template <class M, class R>
 struct Workspace {
     const Pass pass;
     float *normed, *q, *attended, *inner;              // (T, C), (T, C), (T, C), (T, I)
+    float *new_keys, *new_values;                      // (T, C) each, until a head is there to be quantised
     float* low[2];                                     // (T, most_rank): of two products at a time
     Inputs qkv_x, fc_in_x, out_x, fc_out_x;            // inputs in each matrix's own order
     float* partial;
 
-    explicit Workspace(const Block<M>& b) : pass(b.tokens, b.whole) {
+    explicit Workspace(const Block<M, R>& b) : pass(b.tokens, b.whole) {
         float* free = aligned(b.workspace);
         auto take = [&](int64_t columns) {
             float* part = free;
@@ -48,6 +50,8 @@ struct Workspace {
         q = take(width);
         attended = take(width);
         inner = take(inner_width);
+        new_keys = attended;  // which nothing is in before attention
+        new_values = R::kScaled ? take(width) : nullptr;
         auto inputs = [&](const M& m, float* plain) {
             const bool whole = pass.whole && (m.order || M::kInWords);
             const bool few = pass.whole < pass.tokens && (m.order || m.arranged());
@@ -65,15 +69,22 @@ struct Workspace {
     }
 };
 
-// Rows first .. end of the qkv product for all tokens: queries are scaled, keys and values go to the cache.
-template <class M>
-inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, int64_t end, int64_t ld) {
+// Where token t's position lies in the cache.
+template <class M, class R>
+inline int64_t row_in_cache(const Block<M, R>& b, int64_t t) {
+    const int64_t position = b.places[2 * t + 1];
+    return b.pages[b.places[2 * t] * b.pages_per_slot + position / kPage] * kPage + position % kPage;
+}
+
+// Rows first .. end of the qkv product for all tokens: queries are scaled, keys and values go to the cache, or, where they are
+// quantised, to the workspace: their scale needs all of a head.
+template <class M, class R>
+inline void keep_qkv(const Block<M, R>& b, const Workspace<M, R>& w, float* rows, int64_t first, int64_t end, int64_t ld) {
     const int64_t width = b.width(), head_dim = b.head_dim;
     const float scale = 1.0f / std::sqrt((float)head_dim);
     for (int64_t t = 0; t < b.tokens; t++) {
         const int64_t position = b.places[2 * t + 1];
-        const int64_t page = b.pages[b.places[2 * t] * b.pages_per_slot + position / kPage];
-        const int64_t at = (page * kPage + position % kPage) * width;
+        const int64_t at = row_in_cache(b, t) * width;
         const float* table = b.rotary + position * 2 * b.pairs;
         for (int64_t n = first; n < end;) {  // in segments, each within one head of one of the three parts
             const int64_t part = n / width, column = n % width, in_head = column % head_dim;
@@ -82,12 +93,31 @@ inline void keep_qkv(const Block<M>& b, float* q, float* rows, int64_t first, in
             if (part < 2 && in_head < 2 * b.pairs)
                 rotate_pairs(segment, table, b.pairs, in_head / 2, std::min(b.pairs - in_head / 2, count / 2));
             if (part == 0)
-                for (int64_t i = 0; i < count; i++) q[t * width + column + i] = segment[i] * scale;
+                for (int64_t i = 0; i < count; i++) w.q[t * width + column + i] = segment[i] * scale;
+            else if constexpr (R::kScaled)
+                std::memcpy((part == 1 ? w.new_keys : w.new_values) + t * width + column, segment, count * sizeof(float));
             else
-                narrow_row(segment, count, (part == 1 ? b.keys : b.values) + at + column);
+                narrow_row(segment, count, (part == 1 ? b.keys : b.values).numbers + at + column);
             n += count;
         }
     }
+}
+
+// The new keys and values to a cache of bytes. To be called by every thread of a parallel region.
+template <class M>
+inline void quantize_new(const Block<M, ByteRows>& b, const Workspace<M, ByteRows>& w) {
+    const int64_t head_dim = b.head_dim;
+    auto keep = [&](const float* rows, const ByteRows& cache, int64_t t, int64_t head) {
+        const int64_t row = row_in_cache(b, t), column = head * head_dim;
+        cache.scales[(row / kPage * b.heads + head) * kPage + row % kPage] =
+            quantize_row(rows + t * b.width() + column, head_dim, cache.numbers + row * b.width() + column);
+    };
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < b.tokens; t++)
+        for (int64_t head = 0; head < b.heads; head++) {
+            keep(w.new_keys, b.keys, t, head);
+            keep(w.new_values, b.values, t, head);
+        }
 }
 
 // Work that the threads share, one queue for each product's rows.
@@ -95,22 +125,23 @@ template <class M>
 struct Queues {
     RowQueue qkv, fc_in, output;
 
-    Queues(const Block<M>& b, const Pass& pass)
+    template <class R>
+    Queues(const Block<M, R>& b, const Pass& pass)
         : qkv(row_queue(b.qkv.n, b.qkv.row_bytes(), pass)),
           fc_in(row_queue(b.fc_in.n, b.fc_in.row_bytes(), pass)),
           output(row_queue(b.width(), b.out_proj.row_bytes() + b.fc_out.row_bytes(), pass)) {}
 };
 
 // Both products that read the normed input.
-template <class M>
-inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
+template <class M, class R>
+inline void block_input(const Block<M, R>& b, const Workspace<M, R>& w, Queues<M>& queues) {
     const int64_t tokens = b.tokens, inner = b.fc_in.n;
     const int64_t ld = std::max(queues.qkv.most_rows(), queues.fc_in.most_rows());
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.qkv.take(); rows.first < rows.end; rows = queues.qkv.take()) {
         product(b.qkv, rows.first, rows.end, w.qkv_x, w.pass, y, ld, false);
         add_low_rank(b.adapters, kQkv, w.low[0], tokens, b.qkv.n, rows, y, ld);
-        keep_qkv(b, w.q, y, rows.first, rows.end, ld);
+        keep_qkv(b, w, y, rows.first, rows.end, ld);
     }
     for (Rows rows = queues.fc_in.take(); rows.first < rows.end; rows = queues.fc_in.take()) {
         product(b.fc_in, rows.first, rows.end, w.fc_in_x, w.pass, y, ld, false);
@@ -119,10 +150,11 @@ inline void block_input(const Block<M>& b, const Workspace<M>& w, Queues<M>& que
             gelu_row(y + t * ld, b.fc_in_bias + rows.first, rows.end - rows.first, w.inner + t * inner + rows.first);
     }
 #pragma omp barrier
+    if constexpr (R::kScaled) quantize_new(b, w);
 }
 
-template <class M>
-inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& queues) {
+template <class M, class R>
+inline void block_output(const Block<M, R>& b, const Workspace<M, R>& w, Queues<M>& queues) {
     const int64_t tokens = b.tokens, width = b.width(), ld = queues.output.most_rows();
     float* y = scratch<Results>(ld * tokens);
     for (Rows rows = queues.output.take(); rows.first < rows.end; rows = queues.output.take()) {
@@ -139,11 +171,11 @@ inline void block_output(const Block<M>& b, const Workspace<M>& w, Queues<M>& qu
     }
 }
 
-template <class M>
-inline void run_block(const Block<M>& b) {
-    const Workspace<M> w(b);
-    const Attention attention{w.q,     b.keys,  b.values,         w.attended, w.partial, b.places,
-                              b.pages, w.pass,  b.pages_per_slot, b.heads,    b.head_dim};
+template <class M, class R>
+inline void run_block(const Block<M, R>& b) {
+    const Workspace<M, R> w(b);
+    const Attention<R> attention{w.q,     b.keys,  b.values,         w.attended, w.partial, b.places,
+                                 b.pages, w.pass,  b.pages_per_slot, b.heads,    b.head_dim};
     Queues<M> queues(b, w.pass);
     const int64_t tokens = b.tokens, width = b.width();
 #pragma omp parallel

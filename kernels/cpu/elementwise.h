@@ -79,16 +79,37 @@ inline void rotate_pairs(float* x, const float* table, int64_t table_pairs, int6
     }
 }
 
-// Float16, saturating: an infinity in the cache would make every later token NaN.
+// As float16 can hold it: an infinity in the cache would make every later token NaN.
+inline F saturated(F x) { return Simd::max(Simd::min(x, Simd::set1(65504.0f)), Simd::set1(-65504.0f)); }
+
 inline void narrow_row(const float* x, int64_t count, uint16_t* result) {
-    const F most = Simd::set1(65504.0f), least = Simd::set1(-65504.0f);
     for_lanes(count, [&](int64_t i, int n) {
-        const F narrowed = Simd::max(Simd::min(load_n(x + i, n), most), least);
+        const F narrowed = saturated(load_n(x + i, n));
         if (n == kLanes) return Simd::store_half(result + i, narrowed);
         uint16_t lanes[kLanes];
         Simd::store_half(lanes, narrowed);
         std::memcpy(result + i, lanes, n * sizeof(uint16_t));
     });
+}
+
+// x as result * the scale that is returned, which is a 127th of the largest: off by half a scale at most, and by what float32
+// rounds. What is smaller than all that matters is zero, for its scale has no reciprocal.
+inline float quantize_row(const float* x, int64_t count, int8_t* result) {
+    constexpr float kLeast = 1e-30f;
+    F most = Simd::zero();
+    for_lanes(count, [&](int64_t i, int n) {
+        const F some = saturated(load_n(x + i, n));
+        most = Simd::max(most, Simd::max(some, Simd::sub(Simd::zero(), some)));
+    });
+    const float largest = Simd::largest(most), reciprocal = largest < kLeast ? 0.0f : 127.0f / largest;
+    for_lanes(count, [&](int64_t i, int n) {
+        const F numbers = Simd::mul(saturated(load_n(x + i, n)), Simd::set1(reciprocal));
+        if (n == kLanes) return Simd::store_signed(result + i, numbers);
+        int8_t lanes[kLanes];
+        Simd::store_signed(lanes, numbers);
+        std::memcpy(result + i, lanes, n);
+    });
+    return reciprocal == 0.0f ? 0.0f : largest / 127.0f;
 }
 
 }  // namespace moss

@@ -12,17 +12,21 @@ from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
 from moss_jt.kernels.interface import (
     BlockWeights,
+    ByteRows,
+    CacheRows,
     DenseMatrix,
     Matrix,
     Operators,
     PackedMatrix,
     Places,
     Var,
+    numbers_of,
 )
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
 from moss_jt.store.config import MossConfig
+from moss_jt.store.sizes import CACHE_BITS
 
 HEAD = """
 moss::Head head{};
@@ -41,7 +45,7 @@ moss::run_head(head);
 """
 
 BLOCK = """
-moss::Block<moss::MATRIX> block{};
+moss::Block<moss::MATRIX, moss::ROWS> block{};
 block.h = (const float*)in0_p;
 block.norm_weight = (const uint16_t*)in1_p;
 block.norm_bias = (const uint16_t*)in2_p;
@@ -52,8 +56,8 @@ block.places = (const int32_t*)in6_p;
 block.pages = (const int32_t*)in7_p;
 block.pages_per_slot = in7_shape1;
 const int64_t layer = (int64_t)data["layer"] * in8_shape1 * in8_shape2 * in8_shape3;
-block.keys = (uint16_t*)in8_p + layer;
-block.values = (uint16_t*)in9_p + layer;
+block.keys = KEYS;
+block.values = VALUES;
 block.result = (float*)out0_p;
 block.workspace = (float*)out1_p;
 block.adapters = moss::Adapters{(const float*)in10_p, (const int32_t*)in11_p, (const int32_t*)in12_p, (int64_t)data["rank"]};
@@ -74,7 +78,15 @@ MATRIX_NAMES = (
     "fc_in",
     "fc_out",
 )  # as block.h calls them: Jittor defines a macro named out
-FIRST_MATRIX = 13  # the first input that belongs to a matrix
+# Keys or values of the layer, by the bits of a number: the type, and what it is made of.
+CACHE_ROWS = {
+    16: ("HalfRows", "moss::HalfRows{{(uint16_t*)in{numbers}_p + layer}}"),
+    8: (
+        "ByteRows",
+        "moss::ByteRows{{(int8_t*)in{numbers}_p + layer, (float*)in{scales}_p + layer / in8_shape3}}",
+    ),
+}
+FIRST_MATRIX = 15  # the first input that belongs to a matrix
 
 
 def dense_source() -> str:
@@ -99,7 +111,20 @@ def packed_source(bits: int) -> str:
     return BLOCK.replace("MATRICES", "\n".join(lines)).replace("MATRIX", kind)
 
 
-BLOCK_SOURCES = {16: dense_source(), 8: packed_source(8), 4: packed_source(4)}
+def block_source(bits: int, cache_bits: int) -> str:
+    """Of a block whose matrices and cache have so many bits."""
+    source = dense_source() if bits == 16 else packed_source(bits)
+    name, rows = CACHE_ROWS[cache_bits]
+    for place, text in (
+        ("ROWS", name),
+        ("KEYS", rows.format(numbers=8, scales=13)),
+        ("VALUES", rows.format(numbers=9, scales=14)),
+    ):
+        source = source.replace(place, text)
+    return source
+
+
+BLOCK_SOURCES = {(bits, cache): block_source(bits, cache) for bits in (16, 8, 4) for cache in CACHE_BITS}
 
 
 @dataclass(frozen=True)
@@ -172,7 +197,9 @@ class CpuOperators:
         shapes = [(rows, vocab), (CpuNeeds(self.config, 16).head_floats(rows),)]
         return run(self.simd, "head.h", HEAD, shapes, inputs, data)[0]
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
+    def block(
+        self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
+    ) -> Var:
         config, tokens = self.config, places.count
         check_shape("h", h, (tokens, config.n_embd))
         check_cache(keys, values, config, layer, places)
@@ -186,23 +213,24 @@ class CpuOperators:
                 self.adapters.most_rank,
                 [self.bank, self.directories[layer], places.adapter_tokens],
             )
+        cache_bits, scales = 16, [self.no_order] * 2
+        if isinstance(keys, ByteRows):
+            cache_bits, scales = 8, [keys.scales, values.scales]
         inputs = [
-            h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *adapters, *checked.matrices
+            h, *checked.vectors, self.rotary, places.tokens, places.table, numbers_of(keys), numbers_of(values), *adapters,
+            *scales, *checked.matrices,
         ]  # fmt: skip
         data = {
             "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank,
             "others_run": int(self.others_run),
         }  # fmt: skip
-        positions = min(keys.shape[1], config.n_positions)
-        floats = self._workspace(checked, tokens, tokens - places.whole, positions)
-        shapes = [(tokens, config.n_embd), (floats,)]
-        return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits], shapes, inputs, data)[0]
-
-    def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
-        rank = 0 if self.adapters is None else self.adapters.most_rank
-        needs = CpuNeeds(self.config, checked.bits, rank)
+        positions = min(numbers_of(keys).shape[1], config.n_positions)
+        most_rank = 0 if self.adapters is None else self.adapters.most_rank
+        needs = CpuNeeds(config, checked.bits, most_rank, cache_bits)
         onednn = onednn_folder() is not None
-        return needs.block_floats(tokens, positions, few=few, onednn=onednn)
+        floats = needs.block_floats(tokens, positions, few=tokens - places.whole, onednn=onednn)
+        shapes = [(tokens, config.n_embd), (floats,)]
+        return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits, cache_bits], shapes, inputs, data)[0]
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)

@@ -66,6 +66,16 @@ struct Simd {
     static F load_bytes_partial(const uint8_t* p, int n) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)));
     }
+    // The same of signed bytes, and numbers of at most 127 rounded to them.
+    static F load_signed(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+    }
+    static F load_signed_partial(const int8_t* p, int n) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask(n), p)));
+    }
+    static void store_signed(int8_t* p, F x) {
+        _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    }
     static void load_nibbles(const uint8_t* p, F* w) {
         const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
         w[0] = _mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
@@ -167,6 +177,19 @@ struct Simd {
         uint8_t padded[kLanes] = {};
         std::memcpy(padded, p, n);
         return load_bytes(padded);
+    }
+    static F load_signed(const int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+    }
+    static F load_signed_partial(const int8_t* p, int n) {
+        int8_t padded[kLanes] = {};
+        std::memcpy(padded, p, n);
+        return load_signed(padded);
+    }
+    static void store_signed(int8_t* p, F x) {
+        const __m256i ints = _mm256_cvtps_epi32(x);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+        _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
     }
     static void load_nibbles(const uint8_t* p, F* w) {
         const __m128i pairs = _mm_loadu_si128((const __m128i*)p), mask = _mm_set1_epi8(15);
@@ -282,6 +305,20 @@ struct Simd {
         uint8_t padded[kLanes] = {};
         std::memcpy(padded, p, n);
         return load_bytes(padded);
+    }
+    static F load_signed(const int8_t* p) {
+        typedef int8_t B __attribute__((vector_size(8)));
+        B bytes;
+        std::memcpy(&bytes, p, sizeof bytes);
+        return __builtin_convertvector(bytes, F);
+    }
+    static F load_signed_partial(const int8_t* p, int n) {
+        int8_t padded[kLanes] = {};
+        std::memcpy(padded, p, n);
+        return load_signed(padded);
+    }
+    static void store_signed(int8_t* p, F x) {
+        for (int i = 0; i < kLanes; i++) p[i] = (int8_t)std::nearbyint(x[i]);
     }
     static void load_nibbles(const uint8_t* p, F* w) {
         for (int v = 0; v < 4; v++) w[v] = widen_bytes(p + v % 2 * kLanes, v / 2 * 4, 15);

@@ -134,7 +134,7 @@ def report(prompts: Path, faults: dict[int, str]) -> None:
 def _parallel(store: Store, options: dict[str, Any]) -> int:
     if options["gpu"]:
         return 1
-    one = sizes_of_store(store).cache_bytes(options["context"])
+    one = sizes_of_store(store, options["cache_bits"]).cache_bytes(options["context"])
     return max(1, min(MOST_PARALLEL, memory_budget(options["memory"]) // CACHE_SHARE // one))
 
 

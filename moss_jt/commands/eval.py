@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moss_jt.backend.threads import compute_threads
-from moss_jt.commands.options import adapter_option
+from moss_jt.commands.options import adapter_option, cache_bits_option
 from moss_jt.commands.progress import token_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.cached_text import pages_of
@@ -50,6 +50,7 @@ TOKENIZER_BYTES = 32 * MIB  # that loading a second model's takes
 @click.option(
     "--memory", metavar="AMOUNT", help="RAM for the whole process: 8GiB, 80%.  [default: what is free]"
 )
+@cache_bits_option
 @adapter_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -59,6 +60,7 @@ def command(
     context: int | None,
     max_tokens: int | None,
     memory: str | None,
+    cache_bits: int,
     adapters: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -67,23 +69,26 @@ def command(
     FILE is UTF-8 text; <eoh>, <eom> and the like in it count as the special tokens. It is read in windows of --context
     tokens, each from an empty cache. Perplexity is per token, so only models with the same tokenizer compare. Tokens per pass
     are what drafts of 4 to 22 tokens by the one would bring the other on this text: see --draft-model of moss-jt chat.
+    --cache-bits and --adapter are MODEL's; OTHER has a cache of 16 bits and no adapter.
 
     \b
     moss-jt eval moss-moon-003-sft-int4 dialogues.txt --against moss-moon-003-sft
+    moss-jt eval moss-tiny dialogues.txt --cache-bits 8 --against moss-tiny      what a cache in int8 costs
     """
     names = [model] if against is None else [model, against]
     stores = [open_store(model_folder(name)) for name in names]
     context = _window(stores, names, context)
     token_ids = _token_ids(stores, names, file, max_tokens)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(moss) for moss in _load(stores, context, memory, adapters)]
+        loaded = [stack.enter_context(moss) for moss in _load(stores, context, memory, cache_bits, adapters)]
         predicted = len(token_ids) - -(-len(token_ids) // context)  # all but the first of each window
         with token_bar(file.name, predicted) as bar:
             models = [EngineTokens(moss.engine, next(iter(moss.adapters.values()), None)) for moss in loaded]
             together = min(moss.model.pages for moss in loaded) // pages_of(context)
             other = None if against is None else models[1]
             result = evaluate(token_ids, models[0], other, context, together, bar.update)
-    Screen().line(json_text(_fields(result, context)) if as_json else _table(result, model, against, context))
+    name = model if cache_bits == 16 else f"{model}, cache in int8"
+    Screen().line(json_text(_fields(result, context)) if as_json else _table(result, name, against, context))
 
 
 def _window(stores: list[Store], names: list[str], context: int | None) -> int:
@@ -122,9 +127,11 @@ def _read(file: Path, max_tokens: int | None) -> str:
     return text
 
 
-def _load(stores: list[Store], context: int, memory: str | None, adapters: tuple[str, ...]) -> Iterator[Moss]:
-    """The models, one after the other, the first one with the adapters, with room for as many windows as one pass scores where that
-    costs little.
+def _load(
+    stores: list[Store], context: int, memory: str | None, cache_bits: int, adapters: tuple[str, ...]
+) -> Iterator[Moss]:
+    """The models, one after the other, the first one with the adapters and with the cache's bits, with room for as many windows as
+    one pass scores where that costs little.
 
     Nothing is drafted: there is nothing to generate.
     """
@@ -132,18 +139,26 @@ def _load(stores: list[Store], context: int, memory: str | None, adapters: tuple
     budget = memory_budget(memory)
     rows = rows_at_once(vocabulary, len(stores), budget)
     budget -= workspace_bytes(vocabulary, len(stores), rows)
-    for store, share in zip(stores, _shares(stores, context, budget), strict=True):
-        windows = share // 20 // sizes_of_store(store).cache_bytes(context)
+    all_bits = [cache_bits, 16][: len(stores)]
+    shares = _shares(stores, all_bits, context, budget)
+    for store, bits, share in zip(stores, all_bits, shares, strict=True):
+        windows = share // 20 // sizes_of_store(store, bits).cache_bytes(context)
         parallel = max(1, min(rows // context, windows))
         moss = Moss.load(
-            store.path, memory=share, context=context, draft="off", parallel=parallel, adapters=adapters
+            store.path,
+            memory=share,
+            context=context,
+            draft="off",
+            parallel=parallel,
+            cache_bits=bits,
+            adapters=adapters,
         )
         adapters = ()
         moss.model.score_rows = rows
         yield moss
 
 
-def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
+def _shares(stores: list[Store], all_bits: list[int], context: int, budget: int) -> list[int]:
     """What the process may hold once each of the models is there.
 
     The first of two gets half of what there is for models, or what it needs at least; the other one the rest.
@@ -153,7 +168,8 @@ def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
     """
     if len(stores) == 1:
         return [budget]
-    first, second = (_smallest_bytes(store, context) for store in stores)
+    each = zip(stores, all_bits, strict=True)
+    first, second = (_smallest_bytes(store, bits, context) for store, bits in each)
     footprint = footprint_here()
     if budget < footprint + first + second:
         lacking = footprint + first + second - budget
@@ -165,9 +181,12 @@ def _shares(stores: list[Store], context: int, budget: int) -> list[int]:
     return [footprint + min(max(half, first), budget - footprint - second), budget]
 
 
-def _smallest_bytes(store: Store, context: int) -> int:
-    needs = CpuNeeds(store.config, store.bits)
-    return smallest_bytes(sizes_of_store(store), needs, context, compute_threads()) + TOKENIZER_BYTES
+def _smallest_bytes(store: Store, cache_bits: int, context: int) -> int:
+    needs, sizes = (
+        CpuNeeds(store.config, store.bits, cache_bits=cache_bits),
+        sizes_of_store(store, cache_bits),
+    )
+    return smallest_bytes(sizes, needs, context, compute_threads()) + TOKENIZER_BYTES
 
 
 def _fields(result: Evaluation, context: int) -> dict[str, Any]:

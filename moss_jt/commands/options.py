@@ -12,6 +12,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.engine.sampling import REPETITION_PENALTY, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import remember_last
+from moss_jt.store.sizes import CACHE_BITS
 from moss_jt.terminal.screen import Screen
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 model_argument = click.argument("model", required=False)
 
+cache_bits_option = click.option(
+    "--cache-bits",
+    type=click.Choice([str(bits) for bits in CACHE_BITS]),
+    default="16",
+    show_default=True,
+    callback=lambda context, parameter, given: int(given),
+    help="8 keeps the key/value cache as int8, in about half the memory: room for nearly twice the context. It changes answers a "
+    "little; moss-jt eval MODEL TEXT --cache-bits 8 --against MODEL says how much.",
+)
 memory_options = _all_of(
     click.option(
         "--gpu",
@@ -70,6 +80,7 @@ memory_options = _all_of(
         metavar="TOKENS",
         help="How many tokens all of the text may have. [default: as many as the model allows]",
     ),
+    cache_bits_option,
     click.option(
         "--offload",
         type=click.Choice(["auto", "stream", "swap", "unified"]),
@@ -131,6 +142,7 @@ LOADING = (
     "offload",
     "parallel",
     "prompt_cache",
+    "cache_bits",
     "adapters",
 )
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")

@@ -4,11 +4,13 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from moss_jt.backend.threads import compute_threads
+from moss_jt.commands.options import cache_bits_option
 from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
@@ -27,7 +29,16 @@ from moss_jt.plan.report import (
     number,
     report,
 )
-from moss_jt.plan.residency import BITS_NAMES, Copy, ResidencyPlan, TooLittleError, gib, plan, plan_gpu
+from moss_jt.plan.residency import (
+    BITS_NAMES,
+    Copy,
+    ResidencyPlan,
+    TooLittleError,
+    check_cache_bits,
+    gib,
+    plan,
+    plan_gpu,
+)
 from moss_jt.plan.verdict import duration, verdict
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.copies import copies_of, open_copy
@@ -80,6 +91,7 @@ LEAST_PROBE_BYTES = 16 * MIB
 @click.option(
     "--context", type=int, help="Tokens that the conversation may have.  [default: what the model has]"
 )
+@cache_bits_option
 @click.option("--disk-speed", type=float, metavar="GB/s", help="Sequential reads.  [default: measured]")
 @click.option(
     "--compute-speed",
@@ -109,6 +121,7 @@ def command(
     gpu_memory: str | None,
     host_memory: str | None,
     context: int | None,
+    cache_bits: int,
     disk_speed: float | None,
     compute_speed: float | None,
     link_speed: float | None,
@@ -140,14 +153,15 @@ def command(
         gpu_memory = described_cards_memory(gpu_memory)
     if train and (on_card or model is None):
         raise click.UsageError("--train needs a MODEL, and computes on the processor: leave cards away.")
+    check_cache_bits(cache_bits, on_card)
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()
     if model is None:
         speeds = speeds_of(None, here, on_card, disk_speed, memory_speed, link_speed)
         products = products_of(here, on_card, compute_speed)
-        screen.line(overview(amounts, context, speeds, products))
-        screen.line(f"\n{advice(amounts, context, speeds, on_card)}")
+        screen.line(overview(amounts, context, cache_bits, speeds, products))
+        screen.line(f"\n{advice(amounts, context, cache_bits, speeds, on_card)}")
         return
     sizes, store = sizes_of(model, None if bits is None else int(bits))
     if train:
@@ -155,6 +169,7 @@ def command(
         for line in training_lines(sizes, memory, products_of(here, False, compute_speed), disk):
             screen.line(line)
         return
+    sizes = replace(sizes, cache_bits=cache_bits)
     chosen = plan_for(sizes, *amounts, context)
     speeds = speeds_of(store, here, on_card, disk_speed, memory_speed, link_speed)
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
@@ -203,11 +218,11 @@ def training_lines(sizes: ModelSizes, memory: str | None, products: Speed, disk:
 Amounts = tuple[str | None, str | None, str | None]  # --memory, --gpu-memory, --host-memory
 
 
-def overview(amounts: Amounts, context: int | None, speeds: Speeds, products: Speed) -> str:
+def overview(amounts: Amounts, context: int | None, cache_bits: int, speeds: Speeds, products: Speed) -> str:
     """What each precision of MOSS brings: whoever has not chosen yet chooses by this."""
     lines = [f"{'MOSS as':<10}{'disk':>10}"]
     for bits, name in BITS_NAMES.items():
-        sizes = sizes_of_geometry(MOSS_MOON_003, bits)
+        sizes = sizes_of_geometry(MOSS_MOON_003, bits, cache_bits=cache_bits)
         try:
             chosen = plan_for(sizes, *amounts, context)
         except MossError as error:
@@ -219,12 +234,13 @@ def overview(amounts: Amounts, context: int | None, speeds: Speeds, products: Sp
     return "\n".join(lines)
 
 
-def advice(amounts: Amounts, context: int | None, speeds: Speeds, on_card: bool) -> str:
+def advice(amounts: Amounts, context: int | None, cache_bits: int, speeds: Speeds, on_card: bool) -> str:
     """Which one to take: the most exact that writes at the speed of reading, or else the fastest; and how to get it."""
     seconds = {}
     for bits in BITS_NAMES:
         with contextlib.suppress(MossError):
-            chosen = plan_for(sizes_of_geometry(MOSS_MOON_003, bits), *amounts, context)
+            sizes = sizes_of_geometry(MOSS_MOON_003, bits, cache_bits=cache_bits)
+            chosen = plan_for(sizes, *amounts, context)
             seconds[bits] = speeds.seconds(chosen)
     if not seconds:
         return "None of them runs in so little memory. moss-jt plan moss-moon-003-sft-plugin-int4 says what is missing."
@@ -289,7 +305,8 @@ def fewer_bits(sizes: ModelSizes, amounts: Amounts, context: int | None) -> dict
     for bits in (8, 4):
         if bits < sizes.bits:
             try:
-                plans[bits] = plan_for(sizes_of_geometry(sizes.config, bits), *amounts, context)
+                fewer = sizes_of_geometry(sizes.config, bits, cache_bits=sizes.cache_bits)
+                plans[bits] = plan_for(fewer, *amounts, context)
             except MossError:
                 plans[bits] = None
     return plans
@@ -379,8 +396,9 @@ def plan_for(
     context = sizes.config.n_positions if context is None else context
     if gpu_memory is None:
         budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
-        needs = CpuNeeds(sizes.config, sizes.bits)
-        own = None if copy is None else Copy(copy, CpuNeeds(copy.config, copy.bits))
+        cpu_needs = functools.partial(CpuNeeds, cache_bits=sizes.cache_bits)
+        needs = cpu_needs(sizes.config, sizes.bits)
+        own = None if copy is None else Copy(copy, cpu_needs(copy.config, copy.bits))
         return plan(sizes, needs, context, budget, threads=compute_threads(), copy=own)
     host = default_budget(here) if host_memory is None else parse_memory(host_memory, here.total_bytes)
     card = parse_memory(gpu_memory, 0)

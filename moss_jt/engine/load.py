@@ -42,9 +42,10 @@ def load_model(
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
-    warm_up(store.bits)
+    cache_bits = plan.sizes.cache_bits
+    warm_up(store.bits, cache_bits)
     operators = CpuOperators(store.config, adapters=adapters)
-    cache = KVCache(store.config, cache_positions(plan))
+    cache = KVCache(store.config, cache_positions(plan), bits=cache_bits)
     limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
     if host is None:
         swapped = Weights(store, plan, SwappedTensors(store, plan))
@@ -62,7 +63,7 @@ def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path, host:
     Raises:
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
-    warm_up(store.bits)
+    warm_up(store.bits, plan.sizes.cache_bits)
     assert isinstance(model.weights, Weights)
     weights = open_copy_weights(store, plan, home, model.weights, host)
     return model.with_weights(weights)

@@ -21,12 +21,13 @@ FOLDER = "prompt-cache"
 SUFFIXES = (".py", ".h", ".cu", ".cuh")
 
 
-def prompt_cache(store: Store, level: str, limit_bytes: int) -> PromptCache | None:
+def prompt_cache(store: Store, level: str, limit_bytes: int, cache_bits: int = 16) -> PromptCache | None:
     """Where pages of this model are kept: beside it, or in the user's cache where its folder cannot be written; None where nothing
     is to be kept, or nowhere.
 
     Args:
         level: of the operators, as they name it.
+        cache_bits: of keys and values: pages of others are none of this model's.
     """
     if limit_bytes <= 0:
         return None
@@ -37,7 +38,7 @@ def prompt_cache(store: Store, level: str, limit_bytes: int) -> PromptCache | No
             folder = own_folder("CACHE", ".cache") / FOLDER / name
         except MossError:
             return None
-    return PromptCache(folder, key_of(store, level), limit_bytes)
+    return PromptCache(folder, key_of(store, level, cache_bits), limit_bytes)
 
 
 def prompt_cache_bytes(amount: str | int) -> int:
@@ -55,12 +56,12 @@ def prompt_cache_bytes(amount: str | int) -> int:
     return parse_memory(amount, 0)
 
 
-def key_of(store: Store, level: str) -> str:
-    """The checksums of the model's weights, which its manifest has, the operators' sources and level, the processor and how
-    many threads compute."""
+def key_of(store: Store, level: str, cache_bits: int = 16) -> str:
+    """The checksums of the model's weights, which its manifest has, the operators' sources and level, the processor, how many
+    threads compute, and the cache's bits."""
     digest = hashlib.blake2b(digest_size=16)
     machine = [platform.machine(), *sorted(cpu_flags()), str(compute_threads())]
-    for part in (level, " ".join(machine)):
+    for part in (level, " ".join(machine), f"cache {cache_bits}"):
         digest.update(part.encode() + b"\0")
     digest.update(read_small(store.path / MANIFEST))
     for path in sorted(_sources()):

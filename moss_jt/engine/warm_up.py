@@ -16,6 +16,7 @@ import numpy as np
 from moss_jt.backend.gpu import says_full
 from moss_jt.backend.home import home_kept, log_path
 from moss_jt.backend.jittor import jt
+from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError, reason_of
 from moss_jt.kernels.cpu import source
 from moss_jt.kernels.cpu.operators import CpuOperators
@@ -34,8 +35,8 @@ PASSES = (2, PAGE)  # tokens: by our own products, and a whole page by cuBLAS
 Make = Callable[[tuple[int, ...], str], Weight]
 
 
-def warm_up(bits: int) -> None:
-    """Compile and load the CPU operators for weights of ``bits`` bits: milliseconds once that was done before.
+def warm_up(bits: int, cache_bits: int = 16) -> None:
+    """Compile and load the CPU operators for weights and a cache of so many bits: milliseconds once that was done before.
 
     Raises:
         MossError: the compiler failed; the message names the log.
@@ -43,9 +44,9 @@ def warm_up(bits: int) -> None:
     operators = CpuOperators(TINY)
 
     def run() -> None:
-        _run_all(operators, bits, _zeros, PASSES[:1])
+        _run_all(operators, bits, _zeros, PASSES[:1], cache_bits)
 
-    fingerprint = _fingerprint(f"{operators.simd} {bits}", source.FOLDER)
+    fingerprint = _fingerprint(f"{operators.simd} {bits} {cache_bits}", source.FOLDER)
     advice = "MOSS_JT_SIMD=0 chooses plain C++ instead of vector instructions."
     _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
 
@@ -103,18 +104,17 @@ def _fingerprint(text: str, folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...]) -> None:
+def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...], cache_bits: int = 16) -> None:
     fields = {}
     for tensor in BLOCK:
         shape = tensor.shape(TINY)
         fields[tensor.field] = _matrix(shape[0], bits, make) if tensor.is_matrix else make(shape, "float16")
     weights = BlockWeights(**fields)
-    cache = (1, TINY.n_positions, TINY.n_head, TINY.head_dim)
-    keys, values = _zeros(cache, "float16"), _zeros(cache, "float16")
+    cache = KVCache(TINY, TINY.n_positions, _zeros, bits=cache_bits)
     for tokens in passes:
         rows = jt.array(np.zeros((tokens, WIDTH), np.float32))
         places = one_sequence(0, tokens, tokens // PAGE * PAGE)
-        operators.block(rows, weights, keys, values, 0, places).sync()
+        operators.block(rows, weights, cache.keys, cache.values, 0, places).sync()
     vector, bias = _zeros((WIDTH,), "float16"), _zeros((TINY.vocab_size,), "float16")
     operators.head(rows, vector, vector, make((TINY.vocab_size, WIDTH), "float16"), bias).sync()
 

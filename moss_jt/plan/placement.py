@@ -69,6 +69,7 @@ def plan_here(
     parallel: int = 1,
     copy: Copy | None = None,
     adapter_bytes: int = 0,
+    cache_bits: int = 16,
 ) -> ResidencyPlan:
     """The plan for this process, which counts what it holds already; call it once the tokenizer is there.
 
@@ -79,6 +80,7 @@ def plan_here(
         parallel: for so many conversations the cache has room.
         copy: writes drafts, and must be resident.
         adapter_bytes: what the model's adapters take.
+        cache_bits: of keys and values.
 
     Raises:
         MossError: the limit is none, or too small; the message names the smallest that works.
@@ -86,7 +88,7 @@ def plan_here(
     budget = memory_budget(memory)
     context = store.config.n_positions if context is None else context
     return plan(
-        sizes_of_store(store),
+        sizes_of_store(store, cache_bits),
         needs,
         context,
         budget,

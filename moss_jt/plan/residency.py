@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import (
+    CACHE_BITS,
     CACHE_PAGE,
     FOOTPRINT_BYTES,
     GIB,
@@ -452,9 +453,23 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
     )
 
 
+def check_cache_bits(bits: int, on_gpu: bool) -> None:
+    """
+    Raises:
+        MossError: there is no cache of so many bits, or not on a GPU.
+    """
+    if bits not in CACHE_BITS:
+        raise MossError(f"a cache of {bits!r:.20} bits is not possible. Give 16, or 8 for int8.")
+    if on_gpu and bits != 16:
+        raise MossError(
+            "a cache in int8 (--cache-bits 8) is computed on the CPU only. On a GPU leave it at 16 bits."
+        )
+
+
 def cache_text(plan: ResidencyPlan) -> str:
-    """For how many tokens the cache is."""
-    return f"{plan.context} tokens" if plan.parallel == 1 else f"{plan.parallel} times {plan.context} tokens"
+    """For how many tokens the cache is, and of what numbers where these are not float16."""
+    times = "" if plan.parallel == 1 else f"{plan.parallel} times "
+    return f"{times}{plan.context} tokens{' in int8' if plan.sizes.cache_bits == 8 else ''}"
 
 
 def gib(n_bytes: int) -> str:

@@ -19,6 +19,7 @@ MEMORY_PAGE = 4096
 GIB = 1 << 30
 MIB = 1 << 20
 FLOAT16 = 2
+FLOAT32 = 4
 
 # What a process holds besides weights, cache and workspace, for MOSS: Python, NumPy and the tokenizer (155 MiB measured),
 # and what moss_jt.plan.placement adds for Jittor and all that comes later. A running model counts what it really holds.
@@ -26,6 +27,9 @@ FOOTPRINT_BYTES = 300 * MIB
 
 # Positions of a page of the cache, which share one of attention's partial results.
 CACHE_PAGE = 64
+
+# Bits of a number in the cache. Of 8, a head's vector at a position has a scale beside its numbers.
+CACHE_BITS = (16, 8)
 
 # New tokens of one pass while a prompt is read. A streamed model is read once per pass, so the more the better;
 # beyond this the workspace would cost more than the passes that it saves.
@@ -48,6 +52,7 @@ class ModelSizes:
     head_bytes        the head's weight
     small_bytes       the head's bias and the final layer norm, always in memory
     embedding_bytes   on disk only: a pass reads the few rows that it needs
+    cache_bits        of keys and values, 16 or 8
     """
 
     config: MossConfig
@@ -56,6 +61,7 @@ class ModelSizes:
     head_bytes: int
     small_bytes: int
     embedding_bytes: int
+    cache_bits: int = 16
 
     @property
     def weight_bytes(self) -> int:
@@ -63,8 +69,10 @@ class ModelSizes:
         return sum(self.block_bytes) + self.head_bytes + self.small_bytes + self.embedding_bytes
 
     def kv_cache_bytes(self, context: int) -> int:
-        """Keys and values of ``context`` positions in all blocks, float16."""
-        return 2 * self.config.n_layer * context * self.config.n_embd * FLOAT16
+        """Keys and values of ``context`` positions in all blocks: float16, or int8 with a float32 scale for each head's."""
+        c = self.config
+        position = c.n_embd * FLOAT16 if self.cache_bits == 16 else c.n_embd + c.n_head * FLOAT32
+        return 2 * c.n_layer * context * position
 
     def cache_bytes(self, context: int) -> int:
         """The pages that hold so many positions."""
@@ -87,19 +95,21 @@ def page_aligned(n_bytes: int) -> int:
     return -(-n_bytes // MEMORY_PAGE) * MEMORY_PAGE
 
 
-def sizes_of_store(store: Store) -> ModelSizes:
+def sizes_of_store(store: Store, cache_bits: int = 16) -> ModelSizes:
     """Sizes of a model folder, from its files' headers."""
     blocks = tuple(page_aligned(file.nbytes - file.data_offset) for file in store.blocks)
-    return _sizes(store.config, store.bits, blocks)
+    return _sizes(store.config, store.bits, blocks, cache_bits)
 
 
-def sizes_of_geometry(config: MossConfig, bits: int = 16, group_size: int = 128) -> ModelSizes:
+def sizes_of_geometry(
+    config: MossConfig, bits: int = 16, group_size: int = 128, cache_bits: int = 16
+) -> ModelSizes:
     """Sizes of a model that is not there: what its model folder would hold, without act-order."""
     block = page_aligned(bytes_of(block_tensors(config, bits, group_size)))
-    return _sizes(config, bits, (block,) * config.n_layer)
+    return _sizes(config, bits, (block,) * config.n_layer, cache_bits)
 
 
-def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes:
+def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...], cache_bits: int = 16) -> ModelSizes:
     head = head_tensors(config)
     weight = {HEAD_WEIGHT: head.pop(HEAD_WEIGHT)}
     return ModelSizes(
@@ -109,6 +119,7 @@ def _sizes(config: MossConfig, bits: int, blocks: tuple[int, ...]) -> ModelSizes
         head_bytes=bytes_of(weight),
         small_bytes=bytes_of(head),
         embedding_bytes=bytes_of(embedding_tensors(config)),
+        cache_bits=cache_bits,
     )
 
 

@@ -1,7 +1,8 @@
 // Runs the CPU's kernels over memory of exactly the size that they were promised, and says what they took of it.
 //
 // Each line of input is a pass: bits, tokens, start_pos, positions, heads, head_dim, pairs, inner, vocabulary, group_size,
-// ordered, floats of the block's workspace, rank of the adapters. Each line of output: the floats of it that were written to, and the most bytes
+// ordered, floats of the block's workspace, rank of the adapters, bits of the cache. Each line of output: the floats of it that were written
+// to, the bytes of keys and values, and the most bytes
 // that the threads held of their own so far, oneDNN's among them, since the first line. Compiled with a sanitizer, which
 // has allocators of its own, the second number is zero.
 
@@ -38,7 +39,31 @@ struct Arrays {
 };
 
 struct Line {
-    int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace, rank;
+    int64_t bits, tokens, start, positions, heads, head_dim, pairs, inner, vocabulary, group, ordered, workspace, rank, cache;
+};
+
+// Keys or values, in memory of exactly their size.
+template <class R>
+struct Rows;
+
+template <>
+struct Rows<HalfRows> {
+    std::vector<uint16_t> numbers;
+
+    explicit Rows(const Line& pass) : numbers(filled<uint16_t>(pass.positions * pass.heads * pass.head_dim)) {}
+    HalfRows rows() { return {numbers.data()}; }
+    int64_t bytes() const { return numbers.size() * sizeof(uint16_t); }
+};
+
+template <>
+struct Rows<ByteRows> {
+    std::vector<int8_t> numbers;
+    std::vector<float> scales;
+
+    explicit Rows(const Line& pass)
+        : numbers(filled<int8_t>(pass.positions * pass.heads * pass.head_dim)), scales(pass.positions * pass.heads, 0.01f) {}
+    ByteRows rows() { return {numbers.data(), scales.data()}; }
+    int64_t bytes() const { return numbers.size() + scales.size() * sizeof(float); }
 };
 
 static void set(Dense& m, Arrays& a, int64_t n, int64_t k, const Line&) {
@@ -56,25 +81,29 @@ static void set(Packed<Natural, Few>& m, Arrays& a, int64_t n, int64_t k, const 
     m = Packed<Natural, Few>{a.packed.data(), a.scales.data(), a.zeros.data(), pass.ordered ? a.order.data() : nullptr, n, k, groups};
 }
 
-template <class M>
-static int64_t run(const Line& pass) {
+struct Taken {
+    int64_t floats, cache_bytes;
+};
+
+template <class M, class R>
+static Taken run(const Line& pass) {
     const int64_t width = pass.heads * pass.head_dim, tokens = pass.tokens;
     Arrays arrays[4];
     auto vectors = filled<uint16_t>(std::max(width, pass.inner));
     auto h = std::vector<float>(tokens * width, 0.5f), result = h;
     auto rotary = std::vector<float>(pass.positions * 2 * pass.pairs, 0.5f);
-    auto keys = filled<uint16_t>(pass.positions * width), values = keys;
+    Rows<R> keys(pass), values(pass);
     auto* workspace = (uint32_t*)malloc(pass.workspace * sizeof(float));
     std::fill(workspace, workspace + pass.workspace, kUntouched);
-    Block<M> b{};
+    Block<M, R> b{};
     b.h = h.data();
     b.norm_weight = b.norm_bias = b.fc_in_bias = b.fc_out_bias = vectors.data();
     set(b.qkv, arrays[0], 3 * width, width, pass);
     set(b.out_proj, arrays[1], width, width, pass);
     set(b.fc_in, arrays[2], pass.inner, width, pass);
     set(b.fc_out, arrays[3], width, pass.inner, pass);
-    b.keys = keys.data();
-    b.values = values.data();
+    b.keys = keys.rows();
+    b.values = values.rows();
     b.rotary = rotary.data();
     b.result = result.data();
     b.workspace = (float*)workspace;
@@ -113,7 +142,12 @@ static int64_t run(const Line& pass) {
     int64_t taken = pass.workspace;
     while (taken > 0 && workspace[taken - 1] == kUntouched) taken--;
     free(workspace);
-    return taken;
+    return {taken, keys.bytes() + values.bytes()};
+}
+
+template <class R>
+static Taken run(const Line& pass) {
+    return pass.bits == 16 ? run<Dense, R>(pass) : pass.bits == 8 ? run<Int8, R>(pass) : run<Int4, R>(pass);
 }
 
 static void head(const Line& pass) {
@@ -129,12 +163,12 @@ int main() {
     size_t before = 0;
     Line p;
     for (bool first = true;
-         scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
-               &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace, &p.rank) == 13;
+         scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld %ld", &p.bits, &p.tokens, &p.start, &p.positions, &p.heads,
+               &p.head_dim, &p.pairs, &p.inner, &p.vocabulary, &p.group, &p.ordered, &p.workspace, &p.rank, &p.cache) == 14;
          first = false) {
-        const int64_t taken = p.bits == 16 ? run<Dense>(p) : p.bits == 8 ? run<Int8>(p) : run<Int4>(p);
+        const Taken taken = p.cache == 16 ? run<HalfRows>(p) : run<ByteRows>(p);
         head(p);
         if (first) before = held_now();  // what oneDNN compiled, and a little of ours
-        printf("%ld %zu\n", taken, first ? 0 : most_held() - before);
+        printf("%ld %ld %zu\n", taken.floats, taken.cache_bytes, first ? 0 : most_held() - before);
     }
 }

@@ -98,6 +98,11 @@ def new_keys_values(h: np.ndarray, weights: BlockArrays, start_pos: int) -> tupl
     return k, v
 
 
+def queries(h: np.ndarray, weights: BlockArrays, start_pos: int) -> np.ndarray:
+    """(T, H, D) float64, rotated."""
+    return _queries_keys_values(h, weights, start_pos)[1]
+
+
 def block(
     h: np.ndarray, weights: BlockArrays, keys: np.ndarray, values: np.ndarray, start_pos: int
 ) -> np.ndarray:
