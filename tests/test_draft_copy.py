@@ -161,6 +161,7 @@ def test_the_text_is_the_model_s_own_to_the_bit(
                 assert moss.engine.passes < plain / 2
 
 
+@pytest.mark.long
 def test_over_a_cache_of_bytes_the_text_is_the_model_s_own(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,9 +100,9 @@ def test_without_onednn_nothing_is_written_beyond_its_end(simd: str, tmp_path: P
         for bits, group_size, ordered, rank, cache_bits in (
             (16, 0, 0, 0, 16),
             (16, 0, 0, 5, 8),
-            (8, 128, 0, 0, 8),
+            (8, 128, 0, 0, 16),
             (8, 32, 1, 5, 16),
-            (4, 128, 0, 5, 16),
+            (4, 128, 0, 5, 8),
             (4, 32, 1, 0, 8),
         )
         for tokens in (1, FEW_TOKENS + 1, PAGE, 2 * PAGE)

@@ -11,7 +11,7 @@ from moss_jt.store.sizes import ModelSizes
 def plan(
     sizes: ModelSizes, context: int, budget_bytes: int, *, threads: int = 2, **more: Any
 ) -> ResidencyPlan:
-    needs = CpuNeeds(sizes.config, sizes.bits)
+    needs = CpuNeeds(sizes.config, sizes.bits, cache_bits=sizes.cache_bits)
     return residency.plan(sizes, needs, context, budget_bytes, threads=threads, **more)
 
 
