@@ -102,7 +102,7 @@ class DraftCopy:
         Raises:
             MossError: the copy's weights cannot be read.
         """
-        rate = self.pace.best(len(texts), self.longest)[1] if self.adaptive else 0.0
+        rate = self._rate(len(texts))
         writing = []
         for index, text in enumerate(texts):
             if self._front_suffices(text, len(texts), rate):
@@ -177,10 +177,15 @@ class DraftCopy:
 
     def go_on(self, text: Ahead) -> "WrittenOn | None":
         """Write on after a draft that this copy has written; None where nothing can follow it."""
-        views = self.model.page_views(0) if text.draft and text.sure and not text.ended else None
-        if views is None or text.most + text.beyond <= len(text.draft) + 1:
+        if not text.sure or text.draft[-1] in text.end_ids or self.model.page_views(0) is None:
             return None
-        return WrittenOn(self, text, self.pace.best(1, self.longest)[1])
+        if text.most + text.beyond <= len(text.draft) + 1:
+            return None
+        return WrittenOn(self, text, self._rate(1))
+
+    def _rate(self, texts: int) -> float:
+        """Tokens per second that drafts of the best length bring; 0 where all are as long as they may be."""
+        return self.pace.best(texts, self.longest)[1] if self.adaptive else 0.0
 
     def close(self) -> None:
         self.model.close()

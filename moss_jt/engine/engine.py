@@ -426,12 +426,9 @@ class Engine:
     def _written_on(self, part: Part) -> Ahead | None:
         """What the copy has written of this draft while the pass before it waited."""
         ahead, part.job.written_on = part.job.written_on, None
-        if ahead is None or ahead.start != part.start:
+        if ahead is None or ahead.start != part.start or len(ahead.draft) > part.most:
             return None
         ahead.pages, ahead.most, ahead.beyond = part.runs[0].pages, part.most, part.beyond
-        if len(ahead.draft) >= part.most:
-            del ahead.draft[part.most :], ahead.sure[part.most :]
-            ahead.ended = True
         return ahead
 
     def _write_on(self, flight: Pass) -> WrittenOn | None:
