@@ -433,9 +433,9 @@ class Engine:
 
     def _write_on(self, flight: Pass) -> WrittenOn | None:
         """Have the copy write on while the coming pass waits for weights, where it has written ahead of one text alone."""
-        on = flight.parts[0].on
+        on, job = flight.parts[0].on, flight.parts[0].job
         if on is not None:
-            self.model.meanwhile = on.step
+            self.model.meanwhile = lambda blocks: not job.done and on.step(blocks)
         return on
 
     def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
