@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    for bits, size in ((16, "1.59 GiB  2048 tokens\n"), (8, "827 MiB  2048 tokens in int8\n")):
+    for bits, size in ((16, "1.59 GiB  2048 tokens\n"), (8, "829 MiB  2048 tokens in int8\n")):
         speeds = ["--disk-speed", "1", "--memory-speed", "20", "--compute-speed", "100"]
         with pytest.raises(SystemExit):
             main(["plan", "moss-moon-003-sft", "--memory", "14GiB", "--cache-bits", str(bits), *speeds])
