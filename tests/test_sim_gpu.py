@@ -23,16 +23,12 @@ import pytest
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
-from moss_jt.convert.folder_source import folder_recipe
-from moss_jt.convert.pipeline import convert
-from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from tests.emulation import sim_gpu
 from tests.support.cut_files import last_line
 from tests.support.gpu_runs import (
-    ROOT,
     STREAMED,
     SWAPPED,
     UNIFIED,
@@ -234,77 +230,6 @@ def test_pages_of_the_cache_go_to_the_host_and_back(
     assert roomy["moved"] == {"read_page": 0, "write_page": 0}
     assert min(crowded["moved"].values()) >= 2
     assert crowded["answers"] == roomy["answers"]
-
-
-# The copy on the card, the model resident, from the host and from disk; as much of the card as the plan for that needs.
-DRAFTS = """
-import json, sys
-from pathlib import Path
-from moss_jt import Moss
-from moss_jt.engine.sampling import SamplingParams
-from moss_jt.kernels.needs import CudaNeeds
-from moss_jt.plan import placement
-from moss_jt.plan.residency import Copy
-from moss_jt.store.model_folder import open_store
-from moss_jt.store.sizes import sizes_of_store
-placement.resident_memory_bytes = lambda: 0
-folder, copied = Path(sys.argv[1]), Path(sys.argv[2])
-sys.path.append(sys.argv[3])
-from tests.support.plans import plan_gpu
-def answers(footprint, **options):
-    with Moss.load(folder, device="gpu", context=96, prompt_cache=0, **options) as moss:
-        if moss.copy is not None:
-            moss.copy.adaptive, moss.copy.longest = False, 6
-        said, drafted, accepted = [], 0, 0
-        for seed, temperature in enumerate((0.0, 0.9)):
-            text = moss.session()
-            text.drafter = None
-            text.extend(range(3, 28))
-            said.append(list(text.decode(SamplingParams(temperature=temperature, seed=seed), 20)))
-            drafted, accepted = drafted + text.timing.drafted, accepted + text.timing.accepted
-        return {"said": said, "drafted": drafted, "accepted": accepted, "streams": moss.plan.streams,
-                "tiers": sorted({unit.tier for unit in moss.plan.units}), "footprint": moss.plan.footprint_bytes}
-found = [answers(0, draft_model="off")]
-sizes, other = sizes_of_store(open_store(folder)), open_store(copied)
-copy = Copy(sizes_of_store(other), CudaNeeds(other.config, other.bits))
-limits = {"footprint_bytes": found[0]["footprint"], "copy": copy}
-everything = plan_gpu(sizes, 96, 1 << 40, 1 << 40, **limits)
-for share, on_host in ((1, 1), (0.5, 1), (0, 0)):
-    budget = everything.peak_bytes
-    if share < 1:
-        budget += 2 * max(sizes.block_bytes) - int((1 - share) * sum(sizes.block_bytes))
-    placed = plan_gpu(sizes, 96, budget, 1 << 40, **limits)
-    host = placement.GPU_LATER_BYTES + 2 * placed.buffer_bytes + on_host * sum(sizes.block_bytes)
-    found.append(answers(found[0]["footprint"], draft_model=copied, gpu_memory=budget, host_memory=host))
-print(json.dumps(found))
-"""
-
-
-@with_jittor
-@pytest.mark.parametrize(
-    "order",
-    [
-        ORDERS[1],
-        pytest.param(ORDERS[0], marks=pytest.mark.long),
-        pytest.param(ORDERS[2], marks=pytest.mark.long),
-    ],
-    ids=["either", "computation first", "copies first"],
-)
-def test_a_copy_that_drafts_changes_nothing(
-    resident: Run, environment: dict[str, str], order: dict[str, str], tmp_path: Path
-) -> None:
-    """Greedy and sampled, the copy on the card, the model there or streaming from the host or from disk."""
-    source, recipe = folder_recipe(tiny_model_folder())
-    settings = QuantSettings(4, 96, "rtn")
-    copied = tmp_path / "int4"
-    convert(source, quantized_recipe(recipe, source.config, settings, copied, None), copied)
-    decided = {**environment, **order, DEVICE_SWITCH: "gpu"}
-    done = run_python(DRAFTS, [str(tiny_model_folder()), str(copied), str(ROOT)], decided, 300)
-    assert done.returncode == 0, done.stderr
-    expected, *found = json.loads(done.stdout.splitlines()[-1])
-    assert [one["tiers"] for one in found] == [["device"], ["device", "host"], ["device", "disk"]]
-    for one in found:
-        assert one["said"] == expected["said"] and one["drafted"] > one["accepted"] > 10
 
 
 @with_jittor
