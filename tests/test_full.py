@@ -71,14 +71,36 @@ def test_a_training_goes_on_with_the_same_bits(optimizer: OptimizerName, tmp_pat
         training(tmp_path / "cut", optimizer, steps=7)
 
 
-def test_an_interruption_in_the_middle_of_an_update_keeps_the_state_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("interrupted", "kept"),
+    [("evaluate", 4), ("gradient", 3), ("update", 2)],
+)
+def test_an_interruption_loses_no_step_that_is_whole(
+    interrupted: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is written; then comes the interruption, in step 4 or in what follows it."""
     run = training(tmp_path / "out")
-    list(islice(run.run(), 2))
-    good = values(run).copy()
-    run._learner.updating = True
-    values(run)[:] = 0
+    seen = [values(run).copy()]
+    for _ in islice(run.run(), 3):
+        seen.append(values(run).copy())
+
+    def interrupt(*_: object) -> None:
+        values(run)[0] = 1e3 if interrupted == "update" else values(run)[0]
+        raise KeyboardInterrupt
+
+    model = run._learner.model
+    place = {
+        "evaluate": (run, "_evaluate"),
+        "gradient": (model._block, "back"),
+        "update": (model.optimizer, "update"),
+    }
+    monkeypatch.setattr(*place[interrupted], interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    seen.append(values(run).copy())
     run.keep()
-    assert np.array_equal(values(training(tmp_path / "out")), good)
+    again = training(tmp_path / "out")
+    assert again.state.step == kept and np.array_equal(values(again), seen[kept])
 
 
 @pytest.mark.long
