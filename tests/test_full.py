@@ -208,6 +208,8 @@ def test_the_curve_is_a_picture_of_the_log() -> None:
     x, y = map(float, judged.attrib["points"].split(","))
     assert 60 < x < 700 and 20 < y < 360
     assert {"0", "1500", "3000", "step"} <= {text.text for text in root.findall(f"{name}text")}
+    odd = ElementTree.fromstring(loss_curve([{"step": 425, "loss": 1.0}]))
+    assert {"0", "212", "425"} <= {text.text for text in odd.findall(f"{name}text")}
     assert ElementTree.fromstring(loss_curve([])).tag == f"{name}svg"
 
 
