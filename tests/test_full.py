@@ -16,6 +16,7 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.errors import MossError
+from moss_jt.kernels.cpu.training import CpuTrainingOperators
 from moss_jt.store.model_folder import open_store
 from moss_jt.train.api import full_needs, start_full
 from moss_jt.train.course import Course, CourseSettings
@@ -23,7 +24,7 @@ from moss_jt.train.curve import MOST_POINTS, loss_curve
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.events import EventFile
 from moss_jt.train.finetune import LearningSettings, Training
-from moss_jt.train.full_model import sums_by_row
+from moss_jt.train.full_model import FullModel, sums_by_row
 from moss_jt.train.fused import OPTIMIZERS, FullSettings, OptimizerName
 from moss_jt.train.masters import EMBEDDING, Masters, parameters_of
 from tests.support.models import tiny_model_folder
@@ -131,6 +132,27 @@ def test_one_thread_and_two_learn_the_same_bits(tmp_path: Path) -> None:
 def test_it_learns(optimizer: OptimizerName, tmp_path: Path) -> None:
     losses = [progress.result.loss for progress in training(tmp_path, optimizer, steps=15).run()]
     assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gathered_gradients_make_the_same_bits(optimizer: OptimizerName) -> None:
+    learned = []
+    for gathers in (False, True):
+        masters = Masters.random(TINY, 1)
+        rule = OPTIMIZERS[optimizer](masters, 0.05)
+        model = FullModel(masters, CpuTrainingOperators(TINY), rule, 64, True, gathers, 0.1)  # it does clip
+        for number in (1, 2, 3):
+            model.step(samples(4, 512, seed=number), RATES[optimizer], number)
+        learned.append(masters.values)
+    assert np.array_equal(*learned)
+
+
+def test_gradients_are_gathered_where_there_is_memory_for_them() -> None:
+    whole = full_needs(SMALL, 64, FullSettings(), CourseSettings())
+    assert whole.within(whole.bytes(2), 2) == whole
+    lean = whole.within(whole.bytes(2) - 1, 2)
+    assert lean == replace(whole, gathers=False) and whole.bytes(2) - lean.bytes(2) == 4 * whole.parameters
+    assert not lean.within(lean.bytes(2) - 1, 2).keeps
 
 
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path: Path) -> None:

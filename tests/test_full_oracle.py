@@ -35,11 +35,11 @@ class Case:
         parts = zip(*(np.split(self.expected[each], cuts) for each in ("ids", "targets")), strict=True)
         self.samples = [TokenSample(*both) for both in parts]
 
-    def model(self, batch_tokens: int = 64, keeps: bool = True, gathers: bool = False) -> FullModel:
+    def model(self, batch_tokens: int = 64, keeps: bool = True) -> FullModel:
         masters = Masters.of_store(self.store, self.settings["tied"])
         optimizer = OPTIMIZERS[self.optimizer](masters, self.settings["decay"])
         operators = CpuTrainingOperators(masters.config)
-        return FullModel(masters, operators, optimizer, batch_tokens, keeps, gathers, 1.0)
+        return FullModel(masters, operators, optimizer, batch_tokens, keeps, False, 1.0)
 
     def theirs(self, kind: str, name: str) -> np.ndarray:
         """torch's ``gradient`` or ``last`` of a tensor, in our order of rows."""
@@ -83,14 +83,6 @@ def test_twenty_steps_are_torch_s(case: Case) -> None:
         apart += np.square(tensor - last).sum()
         moved += np.square(last - before[name]).sum()
     assert np.sqrt(apart) <= 2e-3 * np.sqrt(moved)
-
-
-def test_gathered_gradients_make_the_same_bits(case: Case) -> None:
-    one, other = case.model(), case.model(gathers=True)
-    for number in (1, 2, 3):
-        for model in (one, other):
-            model.step(case.samples, case.settings["rate"], number)
-    assert np.array_equal(one.masters.values, other.masters.values)
 
 
 @pytest.mark.long
