@@ -44,23 +44,23 @@ struct Line {
 
 // Keys or values, in memory of exactly their size.
 template <class R>
-struct Held;
+struct CacheRows;
 
 template <>
-struct Held<HalfRows> {
+struct CacheRows<HalfRows> {
     std::vector<uint16_t> numbers;
 
-    explicit Held(const Line& pass) : numbers(filled<uint16_t>(pass.positions * pass.heads * pass.head_dim)) {}
+    explicit CacheRows(const Line& pass) : numbers(filled<uint16_t>(pass.positions * pass.heads * pass.head_dim)) {}
     HalfRows rows() { return {numbers.data()}; }
     int64_t bytes() const { return numbers.size() * sizeof(uint16_t); }
 };
 
 template <>
-struct Held<ByteRows> {
+struct CacheRows<ByteRows> {
     std::vector<int8_t> numbers;
     std::vector<float> scales;
 
-    explicit Held(const Line& pass)
+    explicit CacheRows(const Line& pass)
         : numbers(filled<int8_t>(pass.positions * pass.heads * pass.head_dim)), scales(pass.positions * pass.heads, 0.01f) {}
     ByteRows rows() { return {numbers.data(), scales.data()}; }
     int64_t bytes() const { return numbers.size() + scales.size() * sizeof(float); }
@@ -92,7 +92,7 @@ static Taken run(const Line& pass) {
     auto vectors = filled<uint16_t>(std::max(width, pass.inner));
     auto h = std::vector<float>(tokens * width, 0.5f), result = h;
     auto rotary = std::vector<float>(pass.positions * 2 * pass.pairs, 0.5f);
-    Held<R> keys(pass), values(pass);
+    CacheRows<R> keys(pass), values(pass);
     auto* workspace = (uint32_t*)malloc(pass.workspace * sizeof(float));
     std::fill(workspace, workspace + pass.workspace, kUntouched);
     Block<M, R> b{};
