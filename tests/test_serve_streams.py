@@ -185,7 +185,7 @@ def test_a_long_silence_is_broken_by_comments(tmp_path: Path) -> None:
 
 def test_kept_answers_and_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play() -> None:
-        monkeypatch.setattr(answering, "MOST_THREADS", 4)
+        monkeypatch.setattr(answering, "MOST_PARTS", 4)
         monkeypatch.setattr(answering, "MOST_EVENTS", 25)
         gate = threading.Event()
         answers = answering.Answers(most=10, kept=3, kept_s=600)

@@ -171,9 +171,7 @@ def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, an
 
 
 async def _answer(prompt: Prompt, answering: Answering) -> dict[str, Any]:
-    pieces: list[str] = []
-    async for part in answering.follow(3600):
-        pieces += part
+    pieces = await answering.whole()
     written = "".join(pieces)
     return {
         "pred": prompt.text + written,
