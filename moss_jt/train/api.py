@@ -39,7 +39,7 @@ BATCH_TOKENS = 512
 class DataSettings:
     """
     length  tokens that a sample has at most; None for what the model has, and 2048 at most
-    mask    what counts in the loss, see moss_jt.train.conversation.turn_pieces
+    mask    what counts in the loss, see moss_jt.train.conversation.turn_segments
     """
 
     length: int | None = None
