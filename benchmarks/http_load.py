@@ -147,16 +147,17 @@ def measure(arguments: argparse.Namespace) -> None:
         server.ready(moss)
         size = moss.config.vocab_size
         command = [sys.executable, __file__, "--port", str(server.ports[0]), "--vocabulary", str(size)]
-        command += ["--clients", str(arguments.clients), "--tokens", str(arguments.tokens)]
+        command += ["--clients", str(arguments.clients)]
         command += ["--prompt-tokens", str(arguments.prompt_tokens)]
         texts = prompts(arguments.clients, arguments.prompt_tokens, size)
         rows = []
         for number in range(arguments.rounds + 1):
-            count, seconds = direct(moss, texts, arguments.tokens)
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            tokens = arguments.tokens if number else 2  # the first warms up
+            count, seconds = direct(moss, texts, tokens)
+            done = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True)
             row = {"engine_tokens_per_s": count / seconds, "engine_tokens": count, **json.loads(done.stdout)}
             row["share"] = row["tokens_per_s"] / row["engine_tokens_per_s"]
-            if number:  # the first warms up
+            if number:
                 rows.append(row)
                 print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
         print(json.dumps({"share": round(statistics.median(row["share"] for row in rows), 4)}))
