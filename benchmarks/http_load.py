@@ -154,7 +154,9 @@ def measure(arguments: argparse.Namespace) -> None:
         for number in range(arguments.rounds + 1):
             tokens = arguments.tokens if number else 2  # the first warms up
             count, seconds = direct(moss, texts, tokens)
-            done = subprocess.run([*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True
+            )
             row = {"engine_tokens_per_s": count / seconds, "engine_tokens": count, **json.loads(done.stdout)}
             row["share"] = row["tokens_per_s"] / row["engine_tokens_per_s"]
             if number:
