@@ -86,8 +86,7 @@ class Answering:
     def _wake(self) -> None:
         self._told = False
         for changed in self._waiting:
-            if not changed.done():
-                changed.set_result(True)
+            _tell(changed, True)
         if self.ended:
             self._over.set()
 
@@ -134,7 +133,7 @@ class Answering:
         """Whether something came within so many seconds."""
         loop = asyncio.get_running_loop()
         changed: asyncio.Future[bool] = loop.create_future()
-        timer = loop.call_later(most_s, lambda: changed.done() or changed.set_result(False))
+        timer = loop.call_later(most_s, _tell, changed, False)
         self._waiting.add(changed)
         try:
             return await changed
@@ -162,6 +161,11 @@ class Answering:
 Step = Callable[[], bool]
 # Writes its part of an answer, in a thread, or begins it; the step then goes on with it, in the loop.
 Part = Callable[[Answering], Step | None]
+
+
+def _tell(waiting: asyncio.Future[bool], came: bool) -> None:
+    if not waiting.done():
+        waiting.set_result(came)
 
 
 class Answers:
