@@ -36,7 +36,7 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
 from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
-from moss_jt.plan.drafting import seconds_per_draft
+from moss_jt.plan.drafting import seconds_per_draft, token_share
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import Copy, ResidencyPlan, seconds_per_pass
@@ -192,7 +192,9 @@ class Moss:
 
         choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
         plan = choice.plan
-        make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
+        make_drafter(
+            draft, plan.streams, token_share(plan)
+        )  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         bank, named = files.load()
         host = None
@@ -244,7 +246,7 @@ class Moss:
         Raises:
             MossError: there is no such adapter.
         """
-        drafter = make_drafter(self._draft, self.plan.streams)
+        drafter = make_drafter(self._draft, self.plan.streams, token_share(self.plan))
         return Text(self.engine, drafter, background, self._adapter(adapter))
 
     def _adapter(self, name: str | None) -> LoadedAdapter | None:
