@@ -16,7 +16,6 @@ from moss_jt.backend.threads import compute_threads
 from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.pipeline import convert
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
-from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds
@@ -27,7 +26,6 @@ from moss_jt.store.files import read_json, write_json
 from moss_jt.store.manifest import MANIFEST, sealed
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
-from moss_jt.weights.host_units import HostUnits
 from tests.support.dialogues import dialogues
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan
@@ -105,16 +103,6 @@ def load(
     if moss.copy is not None:
         moss.copy.adaptive = False
     return moss
-
-
-@pytest.fixture(autouse=True)
-def late_weights(monkeypatch: pytest.MonkeyPatch) -> random.Random:
-    """In half of the cases that a pass wants streamed weights they are not there: the copy writes on at many a moment of a pass."""
-    dice, is_there = random.Random(5), HostUnits.is_there
-    monkeypatch.setattr(
-        HostUnits, "is_there", lambda units, number: is_there(units, number) and dice.random() < 0.5
-    )
-    return dice
 
 
 class Digests:
@@ -256,35 +244,6 @@ def test_what_was_drafted_and_what_it_cost_is_told(models: Path) -> None:
     assert 0 < stats.accepted <= stats.drafted
     assert stats.passes <= stats.new_tokens - stats.accepted
     assert stats.seconds["drafting"] > 0 and stats.seconds["computing"] > 0
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_what_the_copy_wrote_while_a_pass_waited_is_the_next_draft(
-    models: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same text, with fewer tokens that had to be drafted between the passes."""
-    steps = 0
-    step = DraftCopy._step
-
-    def counted(copy: DraftCopy, *arguments: Any) -> None:
-        nonlocal steps
-        steps += 1
-        step(copy, *arguments)
-
-    monkeypatch.setattr(DraftCopy, "_step", counted)
-    found = []
-    for late in (False, True):
-        monkeypatch.setattr(HostUnits, "is_there", lambda units, number, late=late: not late)
-        with load(models / "tiny", 0.4, models / "tiny-int4", draft="off") as moss:
-            assert moss.copy is not None
-            moss.copy.longest, steps = 4, 0
-            text = moss.session()
-            text.extend(moss.tokenizer.encode("<|Human|>: Tell me about the sea.<eoh>"))
-            answer = list(text.decode(make_params(temperature=temperature, seed=2), 60))
-            found.append((answer, text.timing.passes, steps))
-    (expected, passes, before), (answer, others, between) = found
-    assert answer == expected and abs(others - passes) <= 3
-    assert 3 * passes < before and between < before / 2
 
 
 @pytest.mark.long

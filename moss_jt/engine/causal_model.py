@@ -9,9 +9,6 @@ import numpy as np
 Rows = Literal["none", "last", "all"]
 # Called within a pass of several tokens, block after block, with how many tokens it has and which share of the blocks is done.
 Watcher = Callable[[int, float], None]
-# Called while a pass waits for weights, with how many blocks it has computed: some work, after which they are looked for again.
-# Whether there is more of it.
-Meanwhile = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,7 @@ class CausalModel(Protocol):
     logit_rows   the most rows of logits of one pass, for answers
     score_rows   the same for scoring texts, whose logits are many
     link_s       seconds for which weights were waited for, in all passes so far
-    meanwhile    what is done then, instead of waiting; None for nothing
     """
-
-    meanwhile: Meanwhile | None
 
     @property
     def capacity(self) -> int: ...

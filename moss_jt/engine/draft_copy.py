@@ -4,14 +4,11 @@ There is no second cache, and no prompt is read twice: the copy reads the keys a
 writes provisional ones for its own tokens behind them, where the verifying pass puts the model's. It chooses with the same
 random numbers, penalties and cut-offs with which the model's tokens will be chosen there. So its tokens come true
 where its logits are near enough, and where they do not, nothing is left of them.
-
-While the verifying pass waits for weights, it writes on: what follows if all of the draft comes true. Where that is so, the
-next draft is there already.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +17,6 @@ from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace, Sure
 from moss_jt.engine.sampling import Sampler
 from moss_jt.errors import MossError
-from moss_jt.kernels.interface import PAGE
 
 
 class CopyModel(Protocol):
@@ -36,8 +32,6 @@ class CopyModel(Protocol):
         self, runs: Sequence[TokenRun], wanted: Callable[[int], bool] = ...
     ) -> list[np.ndarray]: ...
 
-    def page_views(self, page: int) -> Sequence[np.ndarray] | None: ...
-
     def close(self) -> None: ...
 
 
@@ -49,7 +43,6 @@ class Ahead:
     last          that token
     sampler       chooses as the model's will; a fork of its own
     most          tokens that the draft may have
-    beyond        positions after those which the pages have, too
     end_ids       tokens after which nothing follows
     front         what prompt lookup proposes, and how likely each of its tokens is right
     adapter       with which all of it is computed; the copy has the same ones as the model
@@ -61,7 +54,6 @@ class Ahead:
     last: int
     sampler: Sampler
     most: int
-    beyond: int = 0
     end_ids: frozenset[int] = frozenset()
     front: Sequence[int] = ()
     front_chance: float = 0.0
@@ -102,7 +94,7 @@ class DraftCopy:
         Raises:
             MossError: the copy's weights cannot be read.
         """
-        rate = self._rate(len(texts))
+        rate = self.pace.best(len(texts), self.longest)[1] if self.adaptive else 0.0
         writing = []
         for index, text in enumerate(texts):
             if self._front_suffices(text, len(texts), rate):
@@ -110,7 +102,7 @@ class DraftCopy:
             else:
                 writing.append(index)
         while writing := [
-            index for index in writing if wanted(index) and self.is_worth_going_on(texts[index], rate)
+            index for index in writing if wanted(index) and self._is_worth_going_on(texts[index], rate)
         ]:
             rows = sum(len(texts[index].next_ids) for index in writing)
             promised = sum(self._promise(texts[index]) for index in writing)
@@ -119,22 +111,18 @@ class DraftCopy:
             self._step(texts, writing, wanted)
 
     def _step(self, texts: Sequence[Ahead], writing: Sequence[int], wanted: Callable[[int], bool]) -> None:
-        """One pass of the copy, what it chooses, and what it cost."""
-        begin, waited = time.monotonic(), self.model.link_s
-        rows = self.pass_of(texts, writing, wanted)
-        self.pace.steps.note(rows, time.monotonic() - begin - (self.model.link_s - waited))
-
-    def pass_of(self, texts: Sequence[Ahead], writing: Sequence[int], wanted: Callable[[int], bool]) -> int:
-        """One pass of the copy, and what it chooses; returns how many tokens it had."""
+        """One pass of the copy, and what it chooses."""
         runs = []
         for index in writing:
             text = texts[index]
             start, token_ids = text.start + len(text.draft), text.next_ids
             runs.append(TokenRun(text.pages, start, token_ids, False, "all", text.adapter))
+        begin, waited = time.monotonic(), self.model.link_s
         logits = self.model.forward_many(runs, lambda number: wanted(writing[number]))
+        seconds = time.monotonic() - begin - (self.model.link_s - waited)
+        self.pace.steps.note(sum(len(run.token_ids) for run in runs), seconds)
         for index, rows in zip(writing, logits, strict=True):
             self._choose(texts[index], rows)
-        return sum(len(run.token_ids) for run in runs)
 
     def _choose(self, text: Ahead, logits: np.ndarray) -> None:
         """The copy's tokens for rows of logits, up to the first that is not what lookup proposed."""
@@ -159,7 +147,7 @@ class DraftCopy:
         """How likely the draft's next token comes to be the text's."""
         return text.right * self.pace.chance(len(text.draft))
 
-    def is_worth_going_on(self, text: Ahead, rate: float) -> bool:
+    def _is_worth_going_on(self, text: Ahead, rate: float) -> bool:
         most = min(text.most, self.longest)
         if text.ended or len(text.draft) >= most:
             return False
@@ -175,88 +163,5 @@ class DraftCopy:
             tokens += right
         return texts * tokens / self.pace.passes.of(texts * (1 + len(text.front))) > rate
 
-    def go_on(self, text: Ahead) -> "WrittenOn | None":
-        """Write on after a draft that this copy has written; None where nothing can follow it."""
-        if not text.sure or text.draft[-1] in text.end_ids or self.model.page_views(0) is None:
-            return None
-        if text.most + text.beyond <= len(text.draft) + 1:
-            return None
-        return WrittenOn(self, text, self._rate(1))
-
-    def _rate(self, texts: int) -> float:
-        """Tokens per second that drafts of the best length bring; 0 where all are as long as they may be."""
-        return self.pace.best(texts, self.longest)[1] if self.adaptive else 0.0
-
     def close(self) -> None:
         self.model.close()
-
-
-class WrittenOn:
-    """What follows a draft if all of it comes true, and the copy's own next token; written while the pass waits for weights.
-
-    The draft's last token is computed by that pass, too, at the same place. What the pass wrote there, in the blocks that it has
-    behind it, is put back after the copy has computed it.
-
-    next     None until the copy's next token is known
-    seconds  that it took
-    """
-
-    def __init__(self, copy: DraftCopy, text: Ahead, rate: float) -> None:
-        self._copy = copy
-        self._text = text
-        self._rate = rate
-        self.next: Ahead | None = None
-        self.seconds = 0.0
-
-    def step(self, blocks: int) -> bool:
-        """Write one token more; whether that was worth it.
-
-        Args:
-            blocks: so many of the model's are computed in the pass.
-        """
-        begin = time.monotonic()
-        worth = self._begin(blocks) if self.next is None else self._continue(self.next)
-        self.seconds += time.monotonic() - begin
-        return worth
-
-    def _begin(self, blocks: int) -> bool:
-        text, copy = self._text, self._copy
-        position = text.start + len(text.draft)
-        views = copy.model.page_views(text.pages[position // PAGE]) or ()
-        places = [view[position % PAGE] for view in views]
-        saved = [place.copy() for place in places]
-        follows = replace(
-            text,
-            start=position,
-            last=text.draft[-1],
-            most=1,
-            front=(),
-            draft=[],
-            sure=[],
-            right=1.0,
-        )
-        copy.pass_of([follows], [0], lambda index: True)
-        layers = len(places) // 2  # keys of all blocks, then values
-        for number, (place, values) in enumerate(zip(places, saved, strict=True)):
-            if number % layers < blocks:
-                place[...] = values
-        if not follows.draft or follows.draft[0] in text.end_ids:
-            return False
-        most = min(copy.longest, text.most + text.beyond - len(text.draft) - 1)
-        self.next = replace(
-            follows,
-            start=position + 1,
-            last=follows.draft[0],
-            most=most,
-            draft=[],
-            sure=[],
-            right=1.0,
-            ended=False,
-        )
-        return True
-
-    def _continue(self, text: Ahead) -> bool:
-        if not self._copy.is_worth_going_on(text, self._rate):
-            return False
-        self._copy.pass_of([text], [0], lambda index: True)
-        return not text.ended

@@ -3,8 +3,7 @@
 A draft of n tokens that come true one after the other with chances a, b, c .. brings 1 + a + ab + abc .. tokens, and costs
 n passes of the copy and one of the model that verifies n + 1 tokens. The best length by what is known beforehand gives a rate,
 tokens per second; while a draft is written, a further token is worth it as long as what it promises is above its cost at
-that rate. So an uncertain draft ends early, and a sure one goes on. Where all of a draft comes true, and the copy's own next token,
-what was written on meanwhile is the next draft, and costs only what the pass did not wait anyway.
+that rate. So an uncertain draft ends early, and a sure one goes on.
 """
 
 from bisect import bisect
@@ -27,9 +26,6 @@ DOUBT = 8  # and so many of one length the outcomes of all
 # How sure the copy is: of a greedy token its probability; of a drawn one how far the draw was from another token's.
 GREEDY = (0.4, 0.6, 0.8, 0.9, 0.97, 0.995), (0.4, 0.55, 0.7, 0.82, 0.91, 0.97, 0.995)
 DRAWN = (0.01, 0.03, 0.1, 0.2, 0.4), (0.5, 0.6, 0.75, 0.88, 0.95, 0.98)
-
-# Of how long a pass waits for weights: how much the latest counts.
-LATEST = 0.2
 
 # Of passes: how much the ones before count, and how much the first guess of what one more token adds, in tokens squared.
 DECAY, TRUST = 0.9, 10.0
@@ -124,11 +120,6 @@ class DraftPace:
             greedy: [Learned(first, SURE_WEIGHT) for first in firsts]
             for greedy, (_, firsts) in ((True, GREEDY), (False, DRAWN))
         }
-        self._idle_s = 0.0  # for which a pass waits for weights, where the copy can write on meanwhile
-
-    def note_idle(self, seconds: float) -> None:
-        """A pass waited so long for weights, and the copy could have written on all the while."""
-        self._idle_s += LATEST * (seconds - self._idle_s)
 
     def chance(self, depth: int) -> float:
         """That the draft's token after so many others is right if those before are: as for any, until enough were seen there."""
@@ -148,11 +139,6 @@ class DraftPace:
             right *= self.chance(drafted - 1)
             tokens += right
             seconds = drafted * step + self.passes.of(sequences * (drafted + 1))
-            if (
-                sequences == 1
-            ):  # written while the pass before waited, where that one's draft came true to the end
-                goes_on = right * self.chance(min(drafted, LONGEST_DRAFT - 1))
-                seconds -= goes_on * min(drafted * step, self._idle_s)
             if sequences * tokens / seconds > rate:
                 length, rate = drafted, sequences * tokens / seconds
         return length, rate

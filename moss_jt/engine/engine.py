@@ -29,7 +29,7 @@ import numpy as np
 from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
 from moss_jt.engine.causal_model import CausalModel, LoadedAdapter, Rows, TokenRun
-from moss_jt.engine.draft_copy import Ahead, DraftCopy, WrittenOn
+from moss_jt.engine.draft_copy import Ahead, DraftCopy
 from moss_jt.engine.draft_pace import Sure
 from moss_jt.engine.job import Job, Queued
 from moss_jt.engine.kept_pages import KeptPages
@@ -52,13 +52,11 @@ IDLE_S = 5.0
 
 @dataclass
 class PassTimes:
-    """Seconds of a pass: of the model, of the copy before it, and of the model's those in which it waited for weights, and those
-    in which the copy wrote on instead."""
+    """Seconds of a pass: of the model, of the copy before it, and of the model's those in which it waited for weights."""
 
     pass_s: float = 0.0
     drafting_s: float = 0.0
     link_s: float = 0.0
-    meanwhile_s: float = 0.0
 
 
 @dataclass
@@ -68,8 +66,6 @@ class Part:
     front  what prompt lookup proposes
     sure   how sure the copy is of each of the draft's tokens, where it has written it
     most   tokens that the draft may have
-    beyond positions after those which the text's pages have, too
-    on     what the copy writes while the pass waits
     """
 
     job: Job
@@ -79,8 +75,6 @@ class Part:
     draft: list[int] = field(default_factory=list)
     sure: list[Sure] = field(default_factory=list)
     most: int = 0
-    beyond: int = 0
-    on: WrittenOn | None = None
     prompt_tokens: int = 0
 
 
@@ -142,6 +136,7 @@ class Engine:
         self._tickets = 0
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._listeners: list[Callable[[], None]] = []
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
 
     # For callers.
@@ -188,12 +183,25 @@ class Engine:
                     del error  # it refers to all who pass it on, and they must be free to go
             return None
 
+    def listen(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have this called whenever there may be something new to be taken, once for all jobs of a pass; returns what ends that.
+
+        Any thread calls it, holding the engine's lock perhaps: it must not wait for anything.
+        """
+        self._listeners.append(call)
+        return lambda: self._listeners.remove(call)
+
+    def _tell(self) -> None:
+        for call in [*self._listeners]:
+            call()
+
     def end(self, job: Job, length: int) -> None:
         """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
             job.out.clear()
             job.ready.notify_all()
+            self._tell()
             if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
@@ -361,14 +369,10 @@ class Engine:
             times.drafting_s = self._write_ahead(flight)
             runs += [(part, run) for part in flight.parts for run in part.runs]
             begin, waited = time.monotonic(), self.model.link_s
-            on = self._write_on(flight)
             logits = self.model.forward_many([run for _, run in runs], wanted)
             times.pass_s, times.link_s = time.monotonic() - begin, self.model.link_s - waited
-            if on is not None:
-                times.meanwhile_s = on.seconds
         except BaseException as raised:  # noqa: BLE001  the callers get it
             error = raised
-        self.model.meanwhile = None
         with self.lock:
             self._flight = None
             self._busy = True
@@ -378,7 +382,6 @@ class Engine:
                     self._copy.pace.passes.note(
                         len([token for _, run in runs for token in run.token_ids]), times.pass_s
                     )
-                    self._copy.pace.note_idle(times.link_s + times.meanwhile_s)
             rows = iter(logits)
             for part in flight.parts:
                 own = [next(rows, None) for _ in part.runs]
@@ -395,6 +398,7 @@ class Engine:
                     self._fail(part.job, raised)
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
+        self._tell()
 
     def _write_ahead(self, flight: Pass) -> float:
         """Have the copy write drafts, where there is one; returns the seconds that took."""
@@ -406,11 +410,8 @@ class Engine:
         for part in parts:
             job = part.job
             assert job.sampler is not None
-            if (ahead := self._written_on(part)) is not None:
-                texts.append(ahead)
-                continue
             promise = job.drafter.promise if job.drafter is not None and part.front else 0.0
-            pages, limits = part.runs[0].pages, (part.most, part.beyond, frozenset(job.stop_ids))
+            pages, limits = part.runs[0].pages, (part.most, frozenset(job.stop_ids))
             sampler = job.sampler.fork()
             last, adapter = job.tokens[-1], job.text.adapter
             texts.append(Ahead(pages, part.start, last, sampler, *limits, part.front, promise, adapter))
@@ -419,24 +420,7 @@ class Engine:
             part.draft, part.sure = text.draft, text.sure
             ids = [text.last, *text.draft]
             part.runs = [TokenRun(text.pages, part.start, ids, False, "all", text.adapter)]
-        if len(flight.parts) == 1:
-            parts[0].on = self._copy.go_on(texts[0])
         return time.monotonic() - begin
-
-    def _written_on(self, part: Part) -> Ahead | None:
-        """What the copy has written of this draft while the pass before it waited."""
-        ahead, part.job.written_on = part.job.written_on, None
-        if ahead is None or ahead.start != part.start or len(ahead.draft) > part.most:
-            return None
-        ahead.pages, ahead.most, ahead.beyond = part.runs[0].pages, part.most, part.beyond
-        return ahead
-
-    def _write_on(self, flight: Pass) -> WrittenOn | None:
-        """Have the copy write on while the coming pass waits for weights, where it has written ahead of one text alone."""
-        on, job = flight.parts[0].on, flight.parts[0].job
-        if on is not None:
-            self.model.meanwhile = lambda blocks: not job.done and on.step(blocks)
-        return on
 
     def _deliver(self, part: Part, logits: Sequence[np.ndarray], flight: Pass) -> None:
         job, text = part.job, part.job.text
@@ -456,15 +440,12 @@ class Engine:
                 text.grown(position + 1)
             if part.most:
                 self._free(text.back_to(length + accepted))
-            if part.on is not None and accepted == len(part.draft) and not job.done:
-                ahead = part.on.next
-                job.written_on = ahead if ahead is not None and ahead.last == job.tokens[-1] else None
             timing = job.timing
             timing.decode_s = time.monotonic() - job.first_s
             if not first:
                 timing.drafted += len(part.draft)
                 timing.accepted += accepted
-                timing.drafting_s += flight.times.drafting_s + flight.times.meanwhile_s
+                timing.drafting_s += flight.times.drafting_s
                 timing.link_s += flight.times.link_s
                 self._learn(part, accepted, job.tokens[length:], flight)
         if job.sampler is None and text.cached >= job.end:
@@ -493,6 +474,7 @@ class Engine:
         job.error, job.done = error, True
         self._remove(job)
         job.ready.notify_all()
+        self._tell()
 
     # Who has room.
 
@@ -671,15 +653,10 @@ class Engine:
         while text.pages_for(1 + most) > certain + spare_pages:
             most -= 1
         front = front[:most]
-        beyond = 0
-        if self._copy is not None and sharing == 1 and not flight.parts:
-            beyond = max(0, min(most, job.capacity - length - most))
-            while beyond and text.pages_for(1 + most + beyond) > certain + spare_pages:
-                beyond -= 1
-        extra = text.pages_for(1 + most + beyond) - certain
-        start = text.compute(job.tokens, 1 + most + beyond)
+        extra = text.pages_for(1 + most) - certain
+        start = text.compute(job.tokens, 1 + most)
         run = TokenRun(tuple(text.pages), start, [job.tokens[-1], *front], False, "all", text.adapter)
-        flight.parts.append(Part(job, start, [run], front, front, most=most, beyond=beyond))
+        flight.parts.append(Part(job, start, [run], front, front, most=most))
         flight.rows += 1 + most
         flight.logits += 1 + most
         return extra

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from moss_jt.engine.cached_text import CachedText
-from moss_jt.engine.draft_copy import Ahead
 from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import Sampler
 
@@ -82,7 +81,6 @@ class Job:
     deadline    of time.monotonic, after which it ends
     background  it waits for those that are not
     ahead       so much may there be in ``out``; None for any number
-    written_on  what a copy has written of what comes next while the latest pass waited
     scores      so many tokens' logits were given; what lost its pages on the way is computed again, and not given again
     out         what the caller has not taken: tokens, each with a Chosen, or logits
     ready       is told when something is there to be taken
@@ -103,7 +101,6 @@ class Job:
     deadline: float | None = None
     background: bool = False
     ahead: int | None = None
-    written_on: Ahead | None = None
     scores: int = 0
     out: deque[tuple[int, Any]] = field(default_factory=deque)
     timing: Timing = field(default_factory=Timing)

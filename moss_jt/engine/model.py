@@ -11,7 +11,7 @@ import numpy as np
 
 from moss_jt.backend.device import check_process
 from moss_jt.backend.jittor import jt
-from moss_jt.engine.causal_model import Meanwhile, Rows, TokenRun, Watcher
+from moss_jt.engine.causal_model import Rows, TokenRun, Watcher
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE, BlockWeights, Operators, Places, Var
@@ -49,7 +49,6 @@ class Weights(Protocol):
     streams: bool
     block_bytes: int
     link_s: float
-    meanwhile: Meanwhile | None
     norm_weight: Var
     norm_bias: Var
 
@@ -106,14 +105,6 @@ class Model:
     @property
     def link_s(self) -> float:
         return self.weights.link_s
-
-    @property
-    def meanwhile(self) -> Meanwhile | None:
-        return self.weights.meanwhile
-
-    @meanwhile.setter
-    def meanwhile(self, work: Meanwhile | None) -> None:
-        self.weights.meanwhile = work
 
     def read_page(self, page: int) -> np.ndarray:
         return self._cache.read_page(page)

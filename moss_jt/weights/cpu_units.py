@@ -21,8 +21,7 @@ class CpuUnits:
     def __init__(self, host: HostUnits) -> None:
         host.begin()
         self.streams, self.closed_at_exit = host.streams, host.closed_at_exit
-        self.walk, self.take, self.is_there = host.walk, host.take, host.is_there
-        self.end, self.close = host.end, host.close
+        self.walk, self.take, self.end, self.close = host.walk, host.take, host.end, host.close
 
     def weight(self, memory: np.ndarray, tensor: UnitTensor) -> Var:
         """A Var over the unit's own memory."""

@@ -97,12 +97,6 @@ class HostUnits:
         self.arrivals.wait(number)
         return UnitMemory(number, self._memories[number])
 
-    def is_there(self, number: int) -> bool:
-        if number not in self._streamed or self._ring is None:
-            return True  # what arrives does so once, and what could be done meanwhile needs it, too
-        self._ring.hand_back()
-        return self._ring.is_ready(number)
-
     def end(self) -> None:
         if self._ring is not None:
             self._ring.hand_back()

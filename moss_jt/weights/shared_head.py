@@ -32,9 +32,6 @@ class SharedHead:
         head = self._heads.get(number)
         return self._own.take(number) if head is None else UnitMemory(("head", number), head().memory)
 
-    def is_there(self, number: int) -> bool:
-        return True
-
     def weight(self, memory: object, tensor: UnitTensor) -> Weight:
         return self._own.weight(memory, tensor)
 

@@ -44,10 +44,6 @@ class Units(Protocol):
         """
         ...
 
-    def is_there(self, number: int) -> bool:
-        """Whether taking the unit next would not wait. Nothing may read the one that was taken last any more."""
-        ...
-
     def weight(self, memory: Any, tensor: UnitTensor) -> Weight:
         """The tensor in a unit's memory, for the operators."""
         ...
@@ -72,9 +68,6 @@ class HeldUnits:
 
     def take(self, number: int) -> UnitMemory:
         return UnitMemory(number, self._memories[number])
-
-    def is_there(self, number: int) -> bool:
-        return True
 
     def end(self) -> None:
         pass
@@ -102,7 +95,6 @@ class Weights:
     block_bytes: of the largest block.
     norm_weight, norm_bias: the final layer norm's Vars, (C,) float16.
     link_s: seconds for which units were waited for.
-    meanwhile: called as long as a unit is not there, with how many blocks were walked over, until it says that there is no more.
     """
 
     def __init__(self, store: Store, plan: ResidencyPlan, units: Units) -> None:
@@ -111,7 +103,6 @@ class Weights:
         self.streams = units.streams
         self.block_bytes = max(plan.sizes.block_bytes)
         self.link_s = 0.0
-        self.meanwhile: Callable[[int], bool] | None = None
         self._units = units
         self._tensors = [tensors_of(store, unit) for unit in plan.units]
         alike: dict[Hashable, int] = {}  # units whose tensors lie alike share what is made over a memory
@@ -210,11 +201,6 @@ class Weights:
         self._closing()
 
     def _weights_of(self, number: int) -> Any:
-        if self.meanwhile is not None:
-            unit = self.plan.units[number]
-            walked = unit.index if unit.kind == "block" else len(self._blocks)
-            while not self._units.is_there(number) and self.meanwhile(walked):
-                pass
         begin = time.monotonic()
         key, memory = self._units.take(number)
         self.link_s += time.monotonic() - begin

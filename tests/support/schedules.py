@@ -14,8 +14,8 @@ from unittest import mock
 
 import numpy as np
 
-from moss_jt.engine import cached_text, draft_copy, engine, pace
-from moss_jt.engine.causal_model import Meanwhile, TokenRun
+from moss_jt.engine import cached_text, engine, pace
+from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_pace import DraftPace
 from moss_jt.engine.engine import Engine
@@ -57,12 +57,8 @@ class HashedModel:
         self.pages, self.capacity = pages, capacity
         self.pass_tokens, self.logit_rows, self.score_rows = pass_tokens, logit_rows, max(PAGE, logit_rows)
         self.link_s = 0.0
-        self.meanwhile: Meanwhile | None = None
-        self._cache = np.zeros((pages, PAGE), np.int64)
-        self._tokens = np.full((pages, PAGE), -1)
-        self.late: Callable[[], bool] = lambda: (
-            False
-        )  # whether weights are waited for, when they are asked for
+        self._cache = [[0] * PAGE for _ in range(pages)]
+        self._tokens = [[-1] * PAGE for _ in range(pages)]
         self.between: Callable[[], None] = lambda: None  # what happens between two blocks
 
     def forward_many(
@@ -73,7 +69,6 @@ class HashedModel:
         assert sum(rows.get(p.rows, len(p.token_ids)) for p in runs) <= max(self.logit_rows, self.score_rows)
         written: set[tuple[int, int]] = set()
         self.between()
-        self._wait(0)
         kept = [wanted(index) for index in range(len(runs))]
         actual: list[np.ndarray] = [np.empty((0, VOCABULARY), np.float32) for _ in runs]
         # As in a block: all keys and values are there before anyone looks at them, in an order of their own.
@@ -90,25 +85,20 @@ class HashedModel:
                 before = self._at(run.pages, position - 1) if position else 1
                 self._cache[page][slot] = state_of(before, token, run.whole)
                 self._tokens[page][slot] = token
-        self._wait(1)
         for index in order:
             actual[index] = self._logits(runs[index])
         return actual
 
-    def _wait(self, blocks: int) -> None:
-        while self.meanwhile is not None and self.late() and self.meanwhile(blocks):
-            pass
-
     def _at(self, pages: Sequence[int], position: int) -> int:
-        return int(self._cache[pages[position // PAGE]][position % PAGE])
+        return self._cache[pages[position // PAGE]][position % PAGE]
 
     def _logits(self, run: TokenRun) -> np.ndarray:
         count = len(run.token_ids)
         first = {"none": count, "last": count - 1, "all": 0}[run.rows]
         if first == count:
             return np.empty((0, VOCABULARY), np.float32)
-        states = [state for page in run.pages for state in self._cache[page].tolist()]
-        tokens = [token for page in run.pages for token in self._tokens[page].tolist()]
+        states = [state for page in run.pages for state in self._cache[page]]
+        tokens = [token for page in run.pages for token in self._tokens[page]]
         ends = range(run.start + first + 1, run.start + count + 1)
         return np.array([logits_after(states[:end], tokens[:end]) for end in ends], np.float32)
 
@@ -116,7 +106,7 @@ class HashedModel:
         return np.array([self._cache[page], self._tokens[page]])
 
     def write_page(self, page: int, data: np.ndarray) -> None:
-        self._cache[page], self._tokens[page] = data
+        self._cache[page], self._tokens[page] = data.tolist()
 
 
 class SteppedEngine(Engine):
@@ -163,9 +153,6 @@ class HashedCopy:
             for page, slot in slots:
                 cache[page][slot] = self._dice.randrange(99)
         return logits
-
-    def page_views(self, page: int) -> list[np.ndarray]:
-        return [self._model._cache[page][:, None], self._model._tokens[page][:, None]]
 
     def close(self) -> None:
         pass
@@ -417,8 +404,6 @@ def run_schedule(seed: int) -> None:
     if dice.random() < 0.4:
         pace = DraftPace(dice.choice([0.0001, 1.0]), 0.0, dice.choice([0.00001, 0.01]))
         copy = DraftCopy(HashedCopy(model, dice), pace, dice.randint(1, 6), dice.random() < 0.5)
-        lateness = dice.choice([0.0, 0.5, 0.9])
-        model.late = lambda: dice.random() < lateness
     own = SteppedEngine(model, copy=copy)
     disk = Disk(dice) if dice.random() < 0.7 else None
     own._file = disk  # type: ignore[assignment]
@@ -483,7 +468,7 @@ def run_schedules(seeds: Iterable[int]) -> None:
     with ExitStack() as stack:
         gc.freeze()  # what was there before need not be looked at by every collection
         stack.callback(gc.unfreeze)
-        for module in (engine, cached_text, pace, draft_copy):
+        for module in (engine, cached_text, pace):
             stack.enter_context(mock.patch.object(module, "PAGE", PAGE))
         for seed in seeds:
             try:
