@@ -7,7 +7,7 @@ const WORDS = {
   en: {
     skip: "To the message", newChat: "New chat", conversations: "Conversations", closeList: "Close the list",
     openList: "Open the list of conversations", settings: "Settings", turns: "Conversation", plugins: "Plugins",
-    message: "Message to MOSS", send: "Send", stop: "Stop", system: "Who MOSS is (its own words when empty)",
+    message: "Message to MOSS", send: "Send", stop: "Stop", system: "Who MOSS is (its own words when empty)", model: "Model",
     cancel: "Cancel", save: "Save", ok: "OK", key: "Key …", keyTitle: "Key of this server", theme: "Light or dark",
     rename: "Rename", remove: "Delete", removeTitle: "Delete this conversation?", copy: "Copy", copied: "Copied",
     retry: "Another answer", edit: "Edit and ask again", thoughts: "Inner thoughts", sources: "Sources",
@@ -34,7 +34,7 @@ const WORDS = {
   zh: {
     skip: "跳到输入框", newChat: "新对话", conversations: "对话列表", closeList: "关闭列表", openList: "打开对话列表",
     settings: "设置", turns: "对话", plugins: "插件", message: "给 MOSS 发消息", send: "发送", stop: "停止",
-    system: "MOSS 的身份说明（留空则用默认）", cancel: "取消", save: "保存", ok: "确定", key: "密钥…",
+    system: "MOSS 的身份说明（留空则用默认）", model: "模型", cancel: "取消", save: "保存", ok: "确定", key: "密钥…",
     keyTitle: "服务器的访问密钥", theme: "浅色或深色", rename: "重命名", remove: "删除", removeTitle: "删除这个对话？",
     copy: "复制", copied: "已复制", retry: "重新回答", edit: "修改后重问", thoughts: "内心想法", sources: "来源",
     untitled: "新对话", empty: "向 MOSS 提个问题吧。", loading: "正在加载模型…", lost: "连接中断，正在重试…",
