@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from moss_jt.backend.allocator import use_few_arenas
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import let_others_run
 from moss_jt.serve.app import make_app
@@ -59,6 +60,7 @@ class Server:
 
     def start(self) -> None:
         """Begin to answer: before the model is loaded, that it is not."""
+        use_few_arenas()
         self._thread.start()
 
     def ready(self, moss: "Moss") -> None:
