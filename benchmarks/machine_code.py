@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="sm_90")
     options = parser.parse_args()
     print("kernel              registers  shared  blocks  in flight  KiB in flight  main loop")
-    for name in ("linear.cu", "attention.cu", "elementwise.cu"):
+    for name in ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu"):
         cubin, report = nvrtc.compile_cubin(source(name), options.architecture, folder())
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(cubin)

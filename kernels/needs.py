@@ -167,10 +167,14 @@ def training_thread_floats(config: MossConfig, longest: int) -> int:
 
 @dataclass(frozen=True)
 class CudaNeeds:
-    """Of the GPU's operators: memory on the card."""
+    """Of the GPU's operators: memory on the card.
+
+    rank  the most of the model's adapters; 0 without any
+    """
 
     config: MossConfig
     bits: int
+    rank: int = 0
 
     def workspace_bytes(self, tokens: int) -> int:
         """Results within one pass of ``tokens`` new tokens, where passes of many tokens widen packed weights.
@@ -181,7 +185,7 @@ class CudaNeeds:
         c = self.config
         if tokens >= PAGE:
             tokens = max(tokens, PRODUCT_ROWS)
-        per_token = 12 * c.n_embd + 4 * c.n_inner
+        per_token = 12 * c.n_embd + 4 * c.n_inner + 2 * self.rank
         widened = 0 if self.bits == 16 else max(c.n_inner, 3 * c.n_embd) * c.n_embd * FLOAT16
         logits = 2 * HEAD_ROWS * c.vocab_size
         return (tokens * per_token + logits) * FLOAT32 + widened
@@ -191,7 +195,7 @@ class CudaNeeds:
 
         Per token: eight results of width C and two of width I; the inputs of packed matrices in digits, by full chunks; what
         K's splitting adds to four products (see SPLIT_OUTPUTS); attention's partial results, one per head and
-        PAGE positions. And a page of memory for the gaps between them.
+        PAGE positions; what adapters make of four inputs. And a page of memory for the gaps between them.
         """
         c = self.config
         partial = c.n_head * -(-context // PAGE) * (c.head_dim + 4)
@@ -199,5 +203,5 @@ class CudaNeeds:
         split = sum(min(SPLIT_OUTPUTS, n * ((k - 1) // SPLIT_INPUTS)) for n, k in shapes)
         spans = 3 * -(-c.n_embd // SPLIT_INPUTS) + -(-c.n_inner // SPLIT_INPUTS)
         digits = 0 if self.bits == 16 else spans * SPLIT_INPUTS
-        per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial
+        per_token = 8 * c.n_embd + 2 * c.n_inner + digits + split + partial + 4 * self.rank
         return min(tokens, FEW_TOKENS) * per_token * FLOAT32 + page_aligned(1)

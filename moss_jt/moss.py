@@ -36,7 +36,7 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
 from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
-from moss_jt.plan.drafting import seconds_per_draft
+from moss_jt.plan.drafting import seconds_per_draft, token_share
 from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import Copy, ResidencyPlan, seconds_per_pass
@@ -174,31 +174,32 @@ class Moss:
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
         files = AdapterFiles(store.config, adapters)
+        cpu_needs, cuda_needs = partial(CpuNeeds, rank=files.rank), partial(CudaNeeds, rank=files.rank)
         if on_gpu:
-            if files.names:
-                raise MossError(
-                    "adapters are computed on the CPU only. Take the CPU, or make the adapter part of a model: moss-jt merge."
-                )
             card, _ = require_gpu(number)
-            needs = CudaNeeds(store.config, store.bits)
-            planner = gpu_planner(store, needs, card, gpu_memory, host_memory, context, way, parallel)
+            needs, limits = (
+                CudaNeeds(store.config, store.bits, files.rank),
+                (gpu_memory, host_memory, context),
+            )
+            planner = gpu_planner(store, needs, card, *limits, way, parallel, files.n_bytes)
 
         def plan_with(copy: Store | None) -> ResidencyPlan:
             if on_gpu:
-                return replace(planner, copy=_copy_on(copy, CudaNeeds)).plan()
-            cpu_needs = partial(CpuNeeds, rank=files.rank)
+                return replace(planner, copy=_copy_on(copy, cuda_needs)).plan()
             own = cpu_needs(store.config, store.bits)
             return plan_here(store, own, memory, context, parallel, _copy_on(copy, cpu_needs), files.n_bytes)
 
         choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
         plan = choice.plan
-        make_drafter(draft, plan.streams)  # what is wrong with it is said before Jittor starts
+        make_drafter(
+            draft, plan.streams, token_share(plan)
+        )  # what is wrong with it is said before Jittor starts
         decide(kind, way, number)
         bank, named = files.load()
         host = None
         if on_gpu:
-            planner = replace(planner, copy=_copy_on(choice.copy, CudaNeeds))
-            loaded, plan = _load_on_gpu(store, planner, way)
+            planner = replace(planner, copy=_copy_on(choice.copy, cuda_needs))
+            loaded, plan = _load_on_gpu(store, planner, way, bank)
         else:
             host = open_host_units(store, plan, model_home()) if way != "swap" else None
             loaded = _load(store, plan, host, bank)
@@ -244,7 +245,7 @@ class Moss:
         Raises:
             MossError: there is no such adapter.
         """
-        drafter = make_drafter(self._draft, self.plan.streams)
+        drafter = make_drafter(self._draft, self.plan.streams, token_share(self.plan))
         return Text(self.engine, drafter, background, self._adapter(adapter))
 
     def _adapter(self, name: str | None) -> LoadedAdapter | None:
@@ -624,9 +625,11 @@ def _load(
         raise
 
 
-def _load_on_gpu(store: Store, planner: GpuPlanner, offload: Offload) -> tuple["Model", ResidencyPlan]:
+def _load_on_gpu(
+    store: Store, planner: GpuPlanner, offload: Offload, adapters: AdapterBank | None
+) -> tuple["Model", ResidencyPlan]:
     """The same on a GPU, with the plan for what CUDA takes on the card."""
     from moss_jt.engine.gpu_load import load_gpu_model
 
-    model = load_gpu_model(store, planner, model_home(), offload)
+    model = load_gpu_model(store, planner, model_home(), offload, adapters)
     return model, model.plan

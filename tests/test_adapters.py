@@ -10,13 +10,15 @@ from moss_jt.backend.jittor import jt
 from moss_jt.kernels.adapters import TARGETS, AdapterBank, AdapterShape
 from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
+from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.interface import PAGE, BlockWeights
 from moss_jt.kernels.places import places_of
 from moss_jt.kernels.portable import PortableOperators
 from moss_jt.store.config import MossConfig
+from tests.emulation.emulator import FakeCupy, aligned
 from tests.support import block_oracle
 from tests.support.block_oracle import BlockArrays, geometry
-from tests.support.operator_weights import dense_block, packed_block
+from tests.support.operator_weights import dense_block, in_one_memory, packed_block
 
 CONFIG = geometry(160, 4, 8, n_inner=352)
 LAYER = 1
@@ -57,10 +59,12 @@ class Texts:
     """Sequences with an adapter each, over one cache whose pages lie in disorder."""
 
     def __init__(self, operators: Any, weights: BlockWeights, adapters: list[int | None], pages: int) -> None:
-        self.operators, self.weights, self.adapters = operators, weights, adapters
+        self.operators, self.adapters = operators, adapters
+        self.weights = in_one_memory(weights) if isinstance(operators, CudaOperators) else weights
         count = len(adapters) * pages
         shape = (2, count * PAGE, CONFIG.n_head, CONFIG.head_dim)
-        self.keys, self.values = (jt.array(np.zeros(shape, np.float16)) for _ in range(2))
+        self.memory = [aligned(np.zeros(shape, np.float16)) for _ in range(2)]
+        self.keys, self.values = (jt.reuse_np_array(array) for array in self.memory)
         self.pages = np.random.default_rng(7).permutation(count).reshape(len(adapters), pages)
 
     def read(self, pieces: list[tuple[int, np.ndarray, int]]) -> np.ndarray:
@@ -77,7 +81,8 @@ class Texts:
 
     def cache(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         lies = (self.pages[slot][:, None] * PAGE + np.arange(PAGE)).reshape(-1)
-        return self.keys.numpy()[LAYER][lies], self.values.numpy()[LAYER][lies]
+        keys, values = (array[LAYER][lies] for array in self.memory)
+        return keys, values
 
 
 def states(tokens: int, seed: int) -> np.ndarray:
@@ -85,13 +90,15 @@ def states(tokens: int, seed: int) -> np.ndarray:
 
 
 OPERATORS = [("portable", kind) for kind in ("float16", "int8")] + [
-    (simd, kind) for simd in SIMD for kind in ("float16", "int8", "int4")
+    (simd, kind) for simd in (*SIMD, "cuda") for kind in ("float16", "int8", "int4")
 ]
 
 
 def operators_of(level: str, bank: AdapterBank | None) -> Any:
     if level == "portable":
         return PortableOperators(CONFIG, bank)
+    if level == "cuda":
+        return CudaOperators(CONFIG, FakeCupy(), bank)
     return CpuOperators(CONFIG, level, bank)
 
 
@@ -118,14 +125,21 @@ def test_a_token_has_its_adapter_in_its_products(level: str, kind: str) -> None:
                 assert (error <= 2.0**-11 * np.abs(exact) + 3e-5 * np.abs(exact).max()).all()
 
 
-@pytest.mark.parametrize("kind", ["float16", pytest.param("int8", marks=pytest.mark.long), "int4"])
-@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize(
+    ("simd", "kind"),
+    [
+        *[(simd, kind) for simd in SIMD for kind in ("float16", "int4")],
+        *[pytest.param(simd, "int8", marks=pytest.mark.long) for simd in SIMD],
+        ("cuda", "float16"),
+        pytest.param("cuda", "int4", marks=pytest.mark.long),
+    ],
+)
 def test_a_token_has_the_same_bits_in_any_company(kind: str, simd: str) -> None:
     """A whole page and then single tokens and a draft, alone and among others with other adapters; and without any, what
     operators without adapters give."""
     bank = random_bank()
     weights, _ = weights_of(kind)
-    adapters: list[int | None] = [0, None, 2, 1, 0]
+    adapters: list[int | None] = [0, None, 2] if simd == "cuda" else [0, None, 2, 1, 0]
     pieces = [[(0, PAGE), (PAGE, PAGE + 1), (PAGE + 1, PAGE + 24)] for _ in adapters]
     pieces[1] = [(0, PAGE), (PAGE, PAGE + 5), (PAGE + 5, PAGE + 6)]
     h = [states(PAGE + 24, 20 + slot) for slot in range(len(adapters))]
@@ -133,7 +147,10 @@ def test_a_token_has_the_same_bits_in_any_company(kind: str, simd: str) -> None:
     among = Texts(operators_of(simd, bank), weights, adapters, 2)
     plain = Texts(operators_of(simd, None), weights, [None] * len(adapters), 2)
     for turn in range(3):
-        now = [(slot, h[slot][slice(*pieces[slot][turn])], pieces[slot][turn][0]) for slot in range(5)]
+        now = [
+            (slot, h[slot][slice(*pieces[slot][turn])], pieces[slot][turn][0])
+            for slot in range(len(adapters))
+        ]
         rows = among.read(now)
         first = 0
         for piece in now:
@@ -149,7 +166,7 @@ def test_a_token_has_the_same_bits_in_any_company(kind: str, simd: str) -> None:
 
 def test_an_adapter_that_is_not_there_is_refused() -> None:
     weights, _ = weights_of("float16")
-    for level in ("portable", chosen_simd()):
+    for level in ("portable", chosen_simd(), "cuda"):
         for bank, number in ((random_bank(), 4), (random_bank(), -2), (None, 0)):
             texts = Texts(operators_of(level, bank), weights, [number], 1)
             with pytest.raises(ValueError, match="adapters"):

@@ -1,7 +1,7 @@
 """CUDA kernels on the CPU, from their own source, launched by their own launch code: against NumPy, and against planted faults."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moss_jt.kernels.adapters import TARGETS
 from moss_jt.kernels.cuda.cublas import rows_that_fill
 from moss_jt.kernels.cuda.launchers import (
     ENOUGH_BLOCKS,
@@ -17,6 +18,7 @@ from moss_jt.kernels.cuda.launchers import (
     LEAST_CHUNKS,
     Launchers,
     Product,
+    TokenAdapters,
     folder,
 )
 from moss_jt.kernels.interface import PAGE
@@ -293,10 +295,11 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
         run.attention(*one_page, whole=True)
     run.layer_norm(normal((1, 6144)), half((6144,)), half((6144,)), 1e-5)
     conflicts = {}
-    for name in ("linear.cu", "attention.cu", "elementwise.cu"):
+    add_adapters(run, normal((1, 1024)), normal((1, 40)), [0])
+    for name in ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu"):
         conflicts |= run.module(name).conflicts
     with_shared = {kernel: worst for kernel, worst in conflicts.items() if worst}
-    assert len(with_shared) == 8 + 4, "products, two attentions and what combines one, layer norm"
+    assert len(with_shared) == 8 + 5, "products, two attentions and what combines one, layer norm, adapters"
     assert set(with_shared.values()) == {1}, with_shared
     planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
     dense(planted, normal((1, 512)), half((8, 512)))
@@ -304,6 +307,57 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     planted = Launchers(Planted("kKeyRow = kKeyVectors + 1", "kKeyRow = kKeyVectors"))
     planted.attention(*one_page, whole=True)
     assert planted.module("attention.cu").conflicts["attention_of_pages"] > 1
+
+
+def bank_of(widths: tuple[int, int], ranks: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Adapters of these ranks, 0 for none, for out and fc_out, each of so many inputs and outputs: bank, directory, pairs."""
+    directory = np.zeros((len(ranks), 4, 3), np.int32)
+    parts: list[np.ndarray] = [np.full(16, np.nan, np.float32)]
+    pairs, draw = [], np.random.default_rng(8)
+    for number, rank in enumerate(ranks):
+        pairs.append([])
+        for target, width in zip(("out", "fc_out"), widths, strict=True):
+            a, b = (draw.standard_normal((rank, width)).astype(np.float32) for _ in range(2))
+            pairs[-1].append((a, b))
+            if rank:
+                begins = []
+                for matrix in (a, b):
+                    begins.append(sum(map(len, parts)) // 16)
+                    parts.append(np.append(matrix, np.full(-matrix.size % 16, np.nan, np.float32)))
+                directory[number, TARGETS.index(target)] = *begins, rank
+    return aligned(np.concatenate(parts)), aligned(directory), pairs
+
+
+def add_adapters(
+    run: Launchers, x: np.ndarray, x_2: np.ndarray, of_token: list[int], before: float = 0.0
+) -> list[np.ndarray]:
+    """Two products of three and two parts, full of ``before``, to which adapters of ranks 3, 0 and 5 have added."""
+    bank, directory, _ = bank_of((x.shape[1], x_2.shape[1]), (3, 0, 5))
+    adapters = TokenAdapters(bank, directory, aligned(np.array(of_token, np.int32)), 5)
+    results = [aligned(np.full((parts, *one.shape), before, np.float32)) for parts, one in ((3, x), (2, x_2))]
+    run.add_adapters(adapters, ("out", x, results[0]), ("fc_out", x_2, results[1]))
+    return results
+
+
+def test_adapters_add_their_products_to_one_part() -> None:
+    """Tokens of several adapters, of one that has nothing, and of none; alone a token gets the same bits."""
+    of_token = [2, -1, 0, 1, 2]
+    inputs = normal((5, 1036), 1), normal((5, 44), 2)
+    _, _, pairs = bank_of((1036, 44), (3, 0, 5))
+    results = add_adapters(kernels(), *inputs, of_token, 2.0)
+    for index, (x, actual) in enumerate(zip(inputs, results, strict=True)):
+        assert (actual[1:] == 2).all()
+        for token, number in enumerate(of_token):
+            a, b = pairs[number][index] if number >= 0 else (np.zeros((0, x.shape[1])),) * 2
+            expected = 2 + a.astype(np.float64) @ x[token] @ b
+            bound = 4 * FLOAT32_STEP * np.sqrt(x.shape[1]) * (np.abs(a) @ np.abs(x[token]) @ np.abs(b) + 2)
+            assert (np.abs(actual[0, token] - expected) <= bound).all(), (index, token)
+            assert (number in (-1, 1)) == bool((actual[0, token] == 2).all())
+    for token in range(5):
+        rows = [aligned(x[token : token + 1]) for x in inputs]
+        alone = add_adapters(kernels(), *rows, [of_token[token]], 2.0)
+        for one, together in zip(alone, results, strict=True):
+            np.testing.assert_array_equal(one[0, 0], together[0, token])
 
 
 def test_gathered_inputs() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.cuda.launchers import Launchers
+from moss_jt.kernels.cuda.launchers import Launchers, TokenAdapters
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, queue
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, PackedMatrix
@@ -202,6 +202,10 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             operators._block(recorder, h, weights, lambda weight: weight, tables, 0, h)
             taken = recorder.recording().workspace_bytes - inputs
             assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
+            adapters, rank = TokenAdapters(h, h, h, 24), 24
+            operators._block(recorder, h, weights, lambda weight: weight, tables, 0, h, adapters)
+            taken = recorder.recording().workspace_bytes - inputs - taken
+            assert taken <= CudaNeeds(config, bits, rank).short_pass_bytes(tokens, context), (config, tokens)
 
 
 def test_what_a_card_is_told_is_what_the_table_says() -> None:

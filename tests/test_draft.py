@@ -7,12 +7,12 @@ import pytest
 from moss_jt.engine.draft import (
     DEFAULT_LONGEST,
     LONGEST_DRAFT,
-    RESIDENT_TOKEN_COST,
     STREAMED_TOKEN_COST,
     PromptLookup,
     make_drafter,
 )
 from moss_jt.errors import MossError
+from moss_jt.plan.drafting import CPU_TOKEN_SHARES
 
 
 def streamed() -> PromptLookup:
@@ -40,7 +40,7 @@ def test_drafts_keep_to_their_limits() -> None:
     assert len(streamed().propose([7] * 9)) == DEFAULT_LONGEST
     assert len(streamed().propose([7] * 9, most=3)) == 3
     assert streamed().propose([7] * 9, most=0) == []
-    assert len(PromptLookup(2, 0.0).propose([7] * 9)) == 2
+    assert len(PromptLookup(2, token_cost=0.0).propose([7] * 9)) == 2
 
 
 def naive(text: list[int]) -> list[int]:
@@ -74,7 +74,7 @@ def test_a_cut_conversation_is_noticed() -> None:
 
 
 def test_free_tokens_are_always_drafted_and_dear_ones_only_if_likely() -> None:
-    streaming, resident = PromptLookup(token_cost=0.0), PromptLookup(token_cost=RESIDENT_TOKEN_COST)
+    streaming, resident = PromptLookup(token_cost=0.0), PromptLookup(token_cost=CPU_TOKEN_SHARES[16])
     weak = [1, 8, 2, 3, 4, 1]  # one token in common
     strong = [1, 2, 3, 4, 9, 8, 1, 2, 3, 4]
     assert len(streaming.propose(weak)) == DEFAULT_LONGEST
@@ -83,7 +83,7 @@ def test_free_tokens_are_always_drafted_and_dear_ones_only_if_likely() -> None:
 
 
 def test_it_learns_from_what_came_true() -> None:
-    drafter = PromptLookup(token_cost=RESIDENT_TOKEN_COST)
+    drafter = PromptLookup(token_cost=CPU_TOKEN_SHARES[16])
     strong = [1, 2, 3, 4, 9, 8, 1, 2, 3, 4]
     first = len(drafter.propose(strong))
     for _ in range(20):
@@ -100,7 +100,7 @@ def test_it_learns_from_what_came_true() -> None:
 
 
 def test_it_learns_what_a_token_costs() -> None:
-    drafter = PromptLookup(token_cost=RESIDENT_TOKEN_COST)
+    drafter = PromptLookup(token_cost=CPU_TOKEN_SHARES[16])
     strong = [1, 2, 3, 4, 9, 8, 1, 2, 3, 4]
     first = len(drafter.propose(strong))
     drafter.learn(0, 0, 1.0)
@@ -111,15 +111,15 @@ def test_it_learns_what_a_token_costs() -> None:
 
 
 def test_what_the_option_means() -> None:
-    assert make_drafter("off", True) is None and make_drafter("auto", False) is None
+    assert make_drafter("off", True, 0.2) is None and make_drafter("auto", False, 0.2) is None
     automatic, always, three = (
-        make_drafter("auto", True),
-        make_drafter("lookup", False),
-        make_drafter(3, False),
+        make_drafter("auto", True, 0.2),
+        make_drafter("lookup", False, 0.2),
+        make_drafter(3, False, 0.2),
     )
     assert automatic is not None and automatic._token_cost == STREAMED_TOKEN_COST
-    assert always is not None and always.longest == DEFAULT_LONGEST
+    assert always is not None and always.longest == DEFAULT_LONGEST and always._token_cost == 0.2
     assert three is not None and three.longest == 3
     for wrong in ("some", 0, -1, LONGEST_DRAFT + 1, "9" * 30, "²", ""):
         with pytest.raises(MossError, match="is not a kind of draft"):
-            make_drafter(wrong, True)
+            make_drafter(wrong, True, 0.2)

@@ -71,6 +71,27 @@ def test_how_sure_it_is_counts() -> None:
     assert pace.chance_of(0, SURE) > 0.9 and pace.chance_of(0, UNSURE) < 0.6
 
 
+@pytest.mark.parametrize("agreement", [0.93, 0.99])
+def test_a_copy_that_is_never_sure_and_mostly_right_drafts_far_after_a_few_passes(
+    agreement: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As random models do: their best token has next to no probability. A pass takes as long as 30 drafted tokens."""
+    pass_s, step_s, dice = 12.0, 0.4, random.Random(3)
+    tokens = seconds = 0.0
+    for _ in range(30):
+        copy = DraftCopy(Certain(lambda token: 0.1), DraftPace(pass_s, 0.0, step_s, 0.0))
+        monkeypatch.setattr(copy.pace.steps, "note", lambda tokens, seconds: None)  # not the clock's
+        for _ in range(10):
+            text = ahead(1)
+            copy.write([text])
+            right = next((n for n in range(len(text.draft)) if dice.random() > agreement), len(text.draft))
+            copy.pace.learn(text.draft, text.sure, [*text.draft[:right], 0])
+            tokens += right + 1
+            seconds += pass_s + step_s * len(text.draft)
+    best = max(tokens_per_pass(agreement, n) / (pass_s + n * step_s) for n in range(LONGEST_DRAFT + 1))
+    assert tokens / seconds > 0.88 * best
+
+
 class Certain:
     """Goes on counting, and is as sure as it is told for each token."""
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moss_jt.plan import residency
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import sizes_of_store
+from moss_jt.train.api import start
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings
@@ -217,6 +219,7 @@ def test_the_frozen_front_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
     assert losses[:first] == plain[:first]  # the same computation
     assert np.allclose(losses, plain, rtol=1e-5)
     assert all(fronts[:first]) and not any(fronts[first:])
+    assert not (tmp_path / "front").exists()  # the training is over
 
 
 def test_a_training_with_its_front_kept_goes_on_with_the_same_bits(tmp_path: Path) -> None:
@@ -228,6 +231,26 @@ def test_a_training_with_its_front_kept_goes_on_with_the_same_bits(tmp_path: Pat
         run._model.close()
     assert run.state.step == 9
     assert np.array_equal(run.adapter.values, whole.adapter.values)
+
+
+def test_another_training_s_front_stays_when_this_one_is_refused(tmp_path: Path) -> None:
+    data = Dataset(samples(12, 1000), samples(3, 1000, seed=1), DataReport())
+
+    def started(lora: LoraSettings, width: int = SMALL.n_embd) -> Finetuning:
+        store = open_store(random_folder(replace(SMALL, n_embd=width)))
+        course, learning = CourseSettings(steps=6, step_tokens=100), LearningSettings(evaluate_every=2)
+        return start(store, data, tmp_path, lora=lora, course=course, learning=learning, memory="4GiB")
+
+    run = started(LAST)
+    list(islice(run.run(), 3))
+    run._model.close()
+    rows = (tmp_path / "state" / "front" / ROWS).read_bytes()
+    for lora, width in ((LAST, 64), (LoraSettings(rank=2, layers=2), SMALL.n_embd)):
+        with pytest.raises(MossError, match="holds another training"):
+            started(lora, width)
+        assert (tmp_path / "state" / "front" / ROWS).read_bytes() == rows
+    list(started(LAST).run())
+    assert not (tmp_path / "state" / "front").exists()
 
 
 def test_kept_rows_that_are_damaged_or_another_model_s_are_computed_again(tmp_path: Path) -> None:

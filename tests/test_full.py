@@ -16,6 +16,7 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.errors import MossError
+from moss_jt.kernels.cpu.training import CpuTrainingOperators
 from moss_jt.store.model_folder import open_store
 from moss_jt.train.api import full_needs, start_full
 from moss_jt.train.course import Course, CourseSettings
@@ -23,7 +24,7 @@ from moss_jt.train.curve import MOST_POINTS, loss_curve
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.events import EventFile
 from moss_jt.train.finetune import LearningSettings, Training
-from moss_jt.train.full_model import sums_by_row
+from moss_jt.train.full_model import FullModel, sums_by_row
 from moss_jt.train.fused import OPTIMIZERS, FullSettings, OptimizerName
 from moss_jt.train.masters import EMBEDDING, Masters, parameters_of
 from tests.support.models import tiny_model_folder
@@ -71,14 +72,36 @@ def test_a_training_goes_on_with_the_same_bits(optimizer: OptimizerName, tmp_pat
         training(tmp_path / "cut", optimizer, steps=7)
 
 
-def test_an_interruption_in_the_middle_of_an_update_keeps_the_state_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("interrupted", "kept"),
+    [("evaluate", 4), ("gradient", 3), ("update", 2)],
+)
+def test_an_interruption_loses_no_step_that_is_whole(
+    interrupted: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is written; then comes the interruption, in step 4 or in what follows it."""
     run = training(tmp_path / "out")
-    list(islice(run.run(), 2))
-    good = values(run).copy()
-    run._learner.updating = True
-    values(run)[:] = 0
+    seen = [values(run).copy()]
+    for _ in islice(run.run(), 3):
+        seen.append(values(run).copy())
+
+    def interrupt(*_: object) -> None:
+        values(run)[0] = 1e3 if interrupted == "update" else values(run)[0]
+        raise KeyboardInterrupt
+
+    model = run._learner.model
+    place = {
+        "evaluate": (run, "_evaluate"),
+        "gradient": (model._block, "back"),
+        "update": (model.optimizer, "update"),
+    }
+    monkeypatch.setattr(*place[interrupted], interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    seen.append(values(run).copy())
     run.keep()
-    assert np.array_equal(values(training(tmp_path / "out")), good)
+    again = training(tmp_path / "out")
+    assert again.state.step == kept and np.array_equal(values(again), seen[kept])
 
 
 @pytest.mark.long
@@ -109,6 +132,27 @@ def test_one_thread_and_two_learn_the_same_bits(tmp_path: Path) -> None:
 def test_it_learns(optimizer: OptimizerName, tmp_path: Path) -> None:
     losses = [progress.result.loss for progress in training(tmp_path, optimizer, steps=15).run()]
     assert np.mean(losses[-5:]) < 0.98 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_gathered_gradients_make_the_same_bits(optimizer: OptimizerName) -> None:
+    learned = []
+    for gathers in (False, True):
+        masters = Masters.random(TINY, 1)
+        rule = OPTIMIZERS[optimizer](masters, 0.05)
+        model = FullModel(masters, CpuTrainingOperators(TINY), rule, 64, True, gathers, 0.1)  # it does clip
+        for number in (1, 2, 3):
+            model.step(samples(4, 512, seed=number), RATES[optimizer], number)
+        learned.append(masters.values)
+    assert np.array_equal(*learned)
+
+
+def test_gradients_are_gathered_where_there_is_memory_for_them() -> None:
+    whole = full_needs(SMALL, 64, FullSettings(), CourseSettings())
+    assert whole.within(whole.bytes(2), 2) == whole
+    lean = whole.within(whole.bytes(2) - 1, 2)
+    assert lean == replace(whole, gathers=False) and whole.bytes(2) - lean.bytes(2) == 4 * whole.parameters
+    assert not lean.within(lean.bytes(2) - 1, 2).keeps
 
 
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path: Path) -> None:
@@ -186,6 +230,8 @@ def test_the_curve_is_a_picture_of_the_log() -> None:
     x, y = map(float, judged.attrib["points"].split(","))
     assert 60 < x < 700 and 20 < y < 360
     assert {"0", "1500", "3000", "step"} <= {text.text for text in root.findall(f"{name}text")}
+    odd = ElementTree.fromstring(loss_curve([{"step": 425, "loss": 1.0}]))
+    assert {"0", "212", "425"} <= {text.text for text in odd.findall(f"{name}text")}
     assert ElementTree.fromstring(loss_curve([])).tag == f"{name}svg"
 
 

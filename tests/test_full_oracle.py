@@ -38,7 +38,8 @@ class Case:
     def model(self, batch_tokens: int = 64, keeps: bool = True) -> FullModel:
         masters = Masters.of_store(self.store, self.settings["tied"])
         optimizer = OPTIMIZERS[self.optimizer](masters, self.settings["decay"])
-        return FullModel(masters, CpuTrainingOperators(masters.config), optimizer, batch_tokens, keeps, 1.0)
+        operators = CpuTrainingOperators(masters.config)
+        return FullModel(masters, operators, optimizer, batch_tokens, keeps, False, 1.0)
 
     def theirs(self, kind: str, name: str) -> np.ndarray:
         """torch's ``gradient`` or ``last`` of a tensor, in our order of rows."""

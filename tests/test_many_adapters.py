@@ -168,8 +168,6 @@ def test_names_of_adapters(adapters: dict[str, Path], tmp_path: Path) -> None:
     for given in ([path, path], {"": path}, {"a:b": path}, {"x" * (MOST_NAME + 1): path}, {"a b": path}):
         with pytest.raises(MossError, match="called"):
             named_folders(given)  # type: ignore[arg-type]
-    with pytest.raises(MossError, match="on the CPU only"):
-        Moss.load(random_folder(SMALL), device="gpu", adapters=path)
     with pytest.raises(MossError, match="is no adapter"):
         Moss.load(random_folder(SMALL), adapters=[tmp_path])
     with Moss.load(random_folder(SMALL), memory="2GiB", adapters=path) as moss:

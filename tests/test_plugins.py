@@ -24,8 +24,9 @@ from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.folder_search import FolderSearch, passages, terms
 from moss_jt.plugins.image import ImagePlugin, file_stem
 from moss_jt.plugins.interface import Item, Outcome, Source, Style
+from moss_jt.plugins.numbered_results import body_of
 from moss_jt.plugins.registry import PluginSettings, make_plugins
-from moss_jt.plugins.run import MAX_CALLS, body_of, call_with_limit, iterate_results, run_commands
+from moss_jt.plugins.run import MAX_CALLS, call_with_limit, iterate_results, run_commands
 from moss_jt.plugins.search import Search, make_search
 from moss_jt.plugins.solver import Solver, solve
 from moss_jt.plugins.web_search import Ddgs, SearXNG, Serper

@@ -26,8 +26,9 @@ from moss_jt.plugins.folder_search import FolderSearch
 from moss_jt.plugins.http import check_address, fetch
 from moss_jt.plugins.image import OPENAI_ADDRESS, ImagePlugin
 from moss_jt.plugins.interface import Item, Outcome, Source, Style
+from moss_jt.plugins.numbered_results import body_of
 from moss_jt.plugins.registry import PluginSettings, make_plugins
-from moss_jt.plugins.run import body_of, call_with_limit, items_per_search, run_commands
+from moss_jt.plugins.run import call_with_limit, items_per_search, run_commands
 from moss_jt.plugins.text_files import page_text, text_files
 from tests.support.models import tiny_model_folder
 from tests.support.shared import shared

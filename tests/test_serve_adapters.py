@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import openai
 import pytest
 
 from moss_jt import Moss
+from moss_jt.chat.events import Text, Thought
 from moss_jt.store.model_folder import open_store
 from moss_jt.train.lora import LoraSettings
 from tests.support.adapters import random_adapter
@@ -98,3 +100,82 @@ def test_chats_have_adapters_with_plugins_and_without(http: httpx.Client, moss: 
             assert answer.model == name
             texts.append(answer.model_dump_json(include={"choices"}))
         assert len({*texts}) == len(NAMES)
+
+
+MESSAGE = "What is 37 times 48?"
+
+
+def kept_events(http: httpx.Client, conversation: dict[str, Any]) -> list[tuple[str, str]]:
+    """What MOSS thought and said last, as the server keeps it."""
+    events = http.get(f"/api/conversations/{conversation['id']}").json()["turns"][-1]["events"]
+    return [(one["type"], one["text"]) for one in events if one["type"] in ("text", "thought")]
+
+
+def test_a_conversation_of_the_page_has_an_adapter(http: httpx.Client, moss: Moss) -> None:
+    """From its beginning, or in its midst: what the Python interface's chat says; and as whom, when the server has let go of it."""
+    assert http.get("/api/server").json()["models"] == NAMES
+    sampling = {"temperature": 0, "max_new_tokens": 16}
+    said = {}
+    for name in NAMES:
+        asked = {"sampling": sampling, "plugins": []} | ({} if name == NAME else {"model": name})
+        begun = http.post("/api/conversations", json=asked).json()
+        assert begun["model"] == name
+        http.post(f"/api/conversations/{begun['id']}/turns", json={"message": MESSAGE})
+        said[name] = kept_events(http, begun)
+        chat = moss.chat(temperature=0, max_new_tokens=16, adapter=None if name == NAME else name)
+        exact: dict[str, str] = {}
+        for event in chat.send(MESSAGE):
+            if isinstance(event, Text | Thought):
+                exact[event.kind] = exact.get(event.kind, "") + event.text
+        assert said[name] == [*exact.items()]
+    assert len({str(events) for events in said.values()}) == len(NAMES)
+    path = f"/api/conversations/{begun['id']}"
+    for name in reversed(NAMES):
+        assert http.patch(path, json={"model": name}).json()["model"] == name
+        http.post(f"{path}/retry")
+        assert kept_events(http, begun) == said[name]
+    missing = http.patch(path, json={"model": "verse"})
+    assert missing.status_code == 404 and "'poems'" in missing.json()["error"]["message"]
+    assert http.get(path).json()["model"] == NAME
+    assert http.post("/api/conversations", json={"model": "verse"}).status_code == 404
+
+
+def test_a_kept_conversation_goes_on_with_its_adapter(moss: Moss, tmp_path: Path) -> None:
+    """In the next server; in one without that adapter, with the model alone."""
+    for adapters, expected in (([*moss.adapters], "prose"), ([], NAME)):
+        with served(moss, tmp_path, adapters=adapters) as server, client(server) as http:
+            if adapters:
+                asked = {"model": "poems", "sampling": {"max_new_tokens": 4}}
+                path = f"/api/conversations/{http.post('/api/conversations', json=asked).json()['id']}"
+                http.post(f"{path}/turns", json={"message": MESSAGE})
+                http.patch(path, json={"model": "prose"})
+        with served(moss, tmp_path, adapters=adapters) as server, client(server) as http:
+            assert http.get(path).json()["model"] == expected
+
+
+def test_the_reference_s_conversations_have_adapters(http: httpx.Client) -> None:
+    def ask(**more: Any) -> dict[str, Any]:
+        body = {"prompt": MESSAGE, "max_length": 400, "temperature": 0, **more}
+        answer: dict[str, Any] = http.post("/", json=body, timeout=60).json()
+        return answer
+
+    first = {name: ask(model=name) for name in NAMES}
+    assert ask()["response"] == first[NAME]["response"]
+    assert len({one["response"] for one in first.values()}) == len(NAMES)
+    second = {name: ask(uid=first[name]["uid"]) for name in NAMES}
+    assert len({one["response"] for one in second.values()}) == len(NAMES)
+    again = ask(model="poems")
+    assert ask(uid=again["uid"], model="poems")["response"] == second["poems"]["response"]
+    changed = ask(uid=ask(model="prose")["uid"], model="poems")
+    assert changed["history"][0][1] == first["prose"]["response"]
+    assert http.post("/", json={"prompt": "x", "model": "verse"}).status_code == 404
+
+
+def test_vortex_s_requests_have_adapters(http: httpx.Client) -> None:
+    def ask(**more: Any) -> str:
+        body = {"x": PROMPT, "max_iterations": 12, "temperature": 0, **more}
+        return str(http.post("/inference", json=body).json()["new_generations"])
+
+    told = [ask(model=name) for name in NAMES]
+    assert len({*told}) == len(NAMES) and ask() == told[0]
+    assert http.post("/inference", json={"x": PROMPT, "model": "verse"}).status_code == 404

@@ -38,6 +38,15 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+// The sum of what all threads of a block of kWarps warps have, for all of them.
+template <int kWarps, typename Shared>
+__device__ __forceinline__ float block_sum(float value, Shared& sums) {
+    value = warp_sum(value);
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    return warp_sum(threadIdx.x % kWarp < kWarps ? sums[threadIdx.x % kWarp] : 0.0f);
+}
+
 // Element i of what a product gave in parts (parts, count): their sum, first to last.
 __device__ __forceinline__ float sum_of_parts(IN(float) x, int parts, long long count, long long i) {
     float sum = x[i];

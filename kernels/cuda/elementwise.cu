@@ -10,15 +10,6 @@ __device__ __forceinline__ float add_four(uint4 four, float from, int power) {
     return sum;
 }
 
-// The sum of what all threads have, for all of them.
-template <typename Shared>
-__device__ __forceinline__ float block_sum(float value, Shared& sums) {
-    value = warp_sum(value);
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    return warp_sum(threadIdx.x % kWarp < kNormWarps ? sums[threadIdx.x % kWarp] : 0.0f);
-}
-
 // One row per block, kNormThreads threads, four numbers a thread at once; mean and variance in two passes, as the reference does. A row
 // of up to kHeld * 4 * kNormThreads numbers is read once. Width is a multiple of 4.
 extern "C" __global__ void layer_norm(IN(float) x, IN(__half) weight, IN(__half) bias, OUT(float) y, int width, float epsilon) {
@@ -37,13 +28,13 @@ extern "C" __global__ void layer_norm(IN(float) x, IN(__half) weight, IN(__half)
 #pragma unroll
     for (int h = 0; h < kHeld; h++) sum += add_four(held[h], 0.0f, 1);
     for (int i = first + kHeld * kStep; i < width; i += kStep) sum += add_four(load_vector(x, row + i), 0.0f, 1);
-    const float mean = block_sum(sum, means) / width;
+    const float mean = block_sum<kNormWarps>(sum, means) / width;
     float squares = 0;
 #pragma unroll
     for (int h = 0; h < kHeld; h++)
         if (first + h * kStep < width) squares += add_four(held[h], mean, 2);
     for (int i = first + kHeld * kStep; i < width; i += kStep) squares += add_four(load_vector(x, row + i), mean, 2);
-    const float inverse = rsqrtf(block_sum(squares, variances) / width + epsilon);
+    const float inverse = rsqrtf(block_sum<kNormWarps>(squares, variances) / width + epsilon);
     for (int i = threadIdx.x; i < width; i += kNormThreads)
         y[row + i] = (x[row + i] - mean) * inverse * __half2float(weight[i]) + __half2float(bias[i]);
 }

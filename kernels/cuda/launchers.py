@@ -6,13 +6,14 @@ and the tests can launch the same code on the CPU.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
+from moss_jt.kernels.adapters import TARGETS
 from moss_jt.kernels.cuda.cublas import Array, PageProducts, multiply
 from moss_jt.kernels.interface import PAGE
 
@@ -20,6 +21,7 @@ WARP = 32
 WARPS_PER_BLOCK = 4
 THREADS = WARP * WARPS_PER_BLOCK
 NORM_THREADS = 512  # kNormThreads in elementwise.cu
+RANK_THREADS = 256  # kRankThreads in adapters.cu
 # Blocks that fill a card: K is split until a product has as many, but no part is shorter than LEAST_CHUNKS of a warp's loads. 132
 # multiprocessors with four to six blocks each are the most that these kernels meet.
 ENOUGH_BLOCKS = 800
@@ -93,6 +95,25 @@ class Product:
             raise ValueError(
                 f"activations of {self.x.shape[1]} do not fit a matrix of {self.inputs} inputs in {groups} groups"
             )
+
+
+@dataclass(frozen=True)
+class TokenAdapters:
+    """Which adapter each of some tokens has, in one block of the model: see moss_jt.kernels.adapters.
+
+    bank       (n,) float32
+    directory  (adapters, len(TARGETS), 3) int32, of the block
+    of_token   (T,) int32: an adapter's number, or -1
+    most_rank  of all adapters
+    """
+
+    bank: Array
+    directory: Array
+    of_token: Array
+    most_rank: int
+
+    def __getitem__(self, rows: slice) -> "TokenAdapters":
+        return replace(self, of_token=self.of_token[rows])
 
 
 def folder() -> str:
@@ -223,6 +244,28 @@ class Launchers:
         self.launch("attention.cu", "attention", grid, *arrays, partial, places, pages, *sizes)
         self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, places, *sizes)
         return out
+
+    def add_adapters(
+        self, adapters: TokenAdapters, first: tuple[str, Array, Array], second: tuple[str, Array, Array]
+    ) -> None:
+        """Add to two products what the tokens' adapters do.
+
+        Args:
+            first, second: a target, its product's activations (T, K), and what the product gave: (parts, T, N) float32, of whose
+                first part the adapters' becomes a part.
+        """
+        tables = adapters.bank, adapters.directory, adapters.of_token
+        pairs = [(TARGETS.index(target), x, y) for target, x, y in (first, second)]
+        tokens, rank = first[1].shape[0], adapters.most_rank
+        low = self.cupy.empty((2, tokens, rank), np.float32)
+        inputs = [value for target, x, _ in pairs for value in (x, target, x.shape[1])]
+        grid = (rank, tokens, 2)
+        self.launch(
+            "adapters.cu", "to_low_rank", grid, *tables, *inputs, low, tokens, rank, threads=RANK_THREADS
+        )
+        outputs = [value for target, _, y in pairs for value in (y[:1], target, y.shape[2])]
+        grid = (-(-max(y.shape[2] for _, _, y in pairs) // THREADS), tokens, 2)
+        self.launch("adapters.cu", "add_low_rank", grid, *tables, low, *outputs, tokens, rank)
 
     def products(self, products: Sequence[Product], whole: bool = False) -> list[Array]:
         """One or two products of the same bits, of few tokens in one launch; each (parts, T, N) float32, to be summed.

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from moss_jt.backend.jittor import jt
-from moss_jt.kernels.checks import check_block, check_cache, check_shape
-from moss_jt.kernels.cuda.launchers import Array, Launchers, Product
+from moss_jt.kernels.adapters import AdapterBank
+from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_shape
+from moss_jt.kernels.cuda.launchers import Array, Launchers, Product, TokenAdapters
 from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, Recording, launch_address, queue
 from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Region, Var
 from moss_jt.kernels.needs import FEW_TOKENS
@@ -32,12 +33,16 @@ class CudaOperators:
     Args:
         config: the model's geometry; head_dim a multiple of 8 and at most 256.
         cupy: the module, or what stands in for it in tests.
+        adapters: that tokens may have; they are copied to the card.
     """
 
-    def __init__(self, config: MossConfig, cupy: Any) -> None:
+    def __init__(self, config: MossConfig, cupy: Any, adapters: AdapterBank | None = None) -> None:
         self.config = config
+        self.adapters = adapters
         self.kernels = Launchers(cupy)
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
+        self._bank = None if adapters is None else jt.array(adapters.values)
+        self._directories = [] if adapters is None else [jt.array(layer) for layer in adapters.directory]
         self._launch = launch_address(cupy)
         self._layouts: dict[Hashable, dict[tuple[int, ...], Recording]] = {}
         self._blocks = weakref.WeakKeyDictionary[BlockWeights, dict[tuple[int, ...], Recording]]()
@@ -107,6 +112,7 @@ class CudaOperators:
         tokens, shape = places.count, tuple(keys.shape)
         check_shape("h", h, (tokens, self.config.n_embd))
         check_cache(keys, values, self.config, layer, places)
+        check_adapters(places, self.adapters, layer)
         recordings = self._blocks.get(weights)
         if recordings is None:
             recordings = self._blocks[weights] = self._checked(weights)
@@ -115,11 +121,16 @@ class CudaOperators:
             def at(region: Region) -> Array:
                 return _at(a[1], region)
 
-            self._block(kernels, a[0], weights, at, a[2:7], places.whole, out)
+            adapters = TokenAdapters(a[7], a[8], a[9], rank) if rank else None
+            self._block(kernels, a[0], weights, at, a[2:7], places.whole, out, adapters)
 
         inputs = [
             h, weights.ln_1_weight.memory, self.rotary, keys, values, places.tokens, places.table
         ]  # fmt: skip
+        rank = 0
+        if self.adapters is not None and places.adapters is not None:
+            rank = self.adapters.most_rank
+            inputs += [self._bank, self._directories[layer], places.adapter_tokens]
         if places.whole or tokens > FEW_TOKENS:
 
             def long(a: Sequence[Array], out: Array) -> None:
@@ -129,7 +140,7 @@ class CudaOperators:
                 work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out)
 
             return _code(h.shape, inputs, long)
-        key = tokens, shape[1], *places.table.shape
+        key = tokens, rank, shape[1], *places.table.shape
         if key not in recordings:
             recordings[key] = self._record(work, inputs, h.shape, layered=(3, 4))
         layer_bytes = layer * shape[1] * shape[2] * shape[3] * 2
@@ -165,6 +176,7 @@ class CudaOperators:
         tables: Sequence[Array],
         whole: int,
         out: Array,
+        adapters: TokenAdapters | None = None,
     ) -> None:
         """The block over arrays on the device; tables: rotary, the layer's keys and values, places and pages of the tokens.
 
@@ -177,6 +189,8 @@ class CudaOperators:
             normed = kernels.layer_norm(h[some], *norm, self.config.layer_norm_epsilon)
             products = [_product(weights.qkv, at, normed), _product(weights.fc_in, at, normed)]
             qkv, inner = kernels.products(products, by_page)
+            if adapters is not None:
+                kernels.add_adapters(adapters[some], ("qkv", normed, qkv), ("fc_in", normed, inner))
             q = kernels.rotary_cache(qkv, rotary, keys, values, places[some], pages)
             inputs.append((some, by_page, q, kernels.bias_gelu(inner, at(weights.fc_in_bias))))
         for some, by_page, q, inner in inputs:
@@ -184,6 +198,8 @@ class CudaOperators:
             # The larger matrix first: its blocks are the longer ones.
             products = [_product(weights.fc_out, at, inner), _product(weights.out, at, context)]
             added = kernels.sum_of_products(products, by_page)
+            if adapters is not None:  # the last part is the second product's
+                kernels.add_adapters(adapters[some], ("fc_out", inner, added), ("out", context, added[-1:]))
             kernels.add_block(h[some], added, at(weights.fc_out_bias), out[some])
 
     def _checked(self, weights: BlockWeights) -> dict[tuple[int, ...], Recording]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moss_jt.chat.events import Result
 from moss_jt.chat.prompt import NONE, PromptEncoder, Segment, neutral, picture_results, results
-from moss_jt.plugins.run import CallResult
+from moss_jt.plugins.numbered_results import CallResult
 
 
 def shown_result(result: CallResult) -> Result:

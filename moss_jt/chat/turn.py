@@ -28,7 +28,8 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.interface import Plugin, Source
-from moss_jt.plugins.run import MAX_CALLS, CallResult, iterate_results
+from moss_jt.plugins.numbered_results import CallResult
+from moss_jt.plugins.run import MAX_CALLS, iterate_results
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK
 
 MAX_ANSWER_TOKENS = 1024

@@ -89,7 +89,7 @@ SAID_TOKENS = 40
     type=float,
     default=1.0,
     show_default=True,
-    help="The longest gradient; inf for any. Of adamw and lomo it takes a second walk back; adalomo needs none.",
+    help="The longest gradient; inf for any. adalomo needs none; of adamw and lomo it may take a second walk back.",
 )
 @click.option("--evaluate-every", type=int, metavar="STEPS", help="[default: ten times in all]")
 @click.option(
@@ -258,6 +258,7 @@ def show_sample(screen: Screen, sample: TokenSample, tokenizer: Tokenizer) -> No
 
 def run(screen: Screen, training: Training, judged: list[TokenSample], tokenizer: Tokenizer) -> None:
     """All steps, with a bar; for each evaluation a line, and what the model would say to one of the samples."""
+    shown = 0
     with token_bar("learning", training.total, "step", done=training.state.step) as bar:
         for progress in training.run():
             bar.set_postfix_str(postfix(progress), refresh=False)
@@ -265,8 +266,9 @@ def run(screen: Screen, training: Training, judged: list[TokenSample], tokenizer
             if progress.evaluation is not None:
                 bar.clear()
                 screen.line(evaluation_line(progress))
-                number = progress.step % min(len(judged), SHOWN_SAMPLES)
+                number = shown % min(len(judged), SHOWN_SAMPLES)
                 screen.line(said(judged, number, progress.evaluation.likeliest, tokenizer))
+                shown += 1
 
 
 def said(judged: list[TokenSample], number: int, likeliest: NDArray[np.int64], tokenizer: Tokenizer) -> str:

@@ -20,9 +20,8 @@ FIRST_CHANCE = {1: 0.15, 2: 0.35, 3: 0.55, 4: 0.7}
 LEARNING = 0.1
 FORGETTING = 0.01
 
-# What one more token adds to a pass, as a share of a pass of one token, until it has been measured.
+# What one more token adds to a pass of weights that stream, as a share of a pass of one token, until it has been measured.
 STREAMED_TOKEN_COST = 0.01
-RESIDENT_TOKEN_COST = 0.25
 
 
 class PromptLookup:
@@ -33,7 +32,7 @@ class PromptLookup:
         token_cost: what one more token adds to a pass at first, as a share of a pass of one token.
     """
 
-    def __init__(self, longest: int = DEFAULT_LONGEST, token_cost: float = RESIDENT_TOKEN_COST) -> None:
+    def __init__(self, longest: int = DEFAULT_LONGEST, *, token_cost: float) -> None:
         self.longest = longest
         self._token_cost = token_cost
         self._single_s: float | None = None
@@ -99,20 +98,23 @@ class PromptLookup:
         return best
 
 
-def make_drafter(draft: str | int, streams: bool) -> PromptLookup | None:
+def make_drafter(draft: str | int, streams: bool, token_share: float) -> PromptLookup | None:
     """The drafter that ``--draft`` asks for: auto, lookup, off, or the longest draft's length; None for none.
+
+    Args:
+        token_share: what one more token adds to a pass where the weights do not stream, as a share of a pass of one.
 
     Raises:
         MossError: it is none of these.
     """
     text = str(draft)
-    cost = STREAMED_TOKEN_COST if streams else RESIDENT_TOKEN_COST
+    cost = STREAMED_TOKEN_COST if streams else token_share
     if text == "off" or (text == "auto" and not streams):
         return None
     if text in ("auto", "lookup"):
         return PromptLookup(token_cost=cost)
     if text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= LONGEST_DRAFT:
-        return PromptLookup(int(text), cost)
+        return PromptLookup(int(text), token_cost=cost)
     raise MossError(
         f"{draft!r} is not a kind of draft: give auto, lookup, off or a length from 1 to {LONGEST_DRAFT}."
     )

@@ -20,6 +20,7 @@ FIRST_CHANCE = 0.9
 FORGETTING = 0.01
 SLOWEST = 0.02  # at least so much the latest outcome counts
 FIRST_WEIGHT = 2  # so many outcomes the first guess counts for
+SURE_WEIGHT = 0.5  # and so many the guess of what being so sure means, which is another in every model
 DOUBT = 8  # and so many of one length the outcomes of all
 
 # How sure the copy is: of a greedy token its probability; of a drawn one how far the draw was from another token's.
@@ -33,13 +34,14 @@ DECAY, TRUST = 0.9, 10.0
 class Learned:
     """A mean that follows what it is told, quickly at first."""
 
-    def __init__(self, first: float) -> None:
+    def __init__(self, first: float, weight: float = FIRST_WEIGHT) -> None:
         self.value = self._first = first
+        self._weight = weight
         self.count = 0.0  # of outcomes, as far as they still count
 
     def note(self, outcome: float) -> None:
         self.count = min(self.count + 1, 1 / SLOWEST)
-        self.value += max(SLOWEST, 1 / (self.count + FIRST_WEIGHT)) * (outcome - self.value)
+        self.value += max(SLOWEST, 1 / (self.count + self._weight)) * (outcome - self.value)
 
     def forget(self) -> None:
         self.count *= 1 - FORGETTING
@@ -114,7 +116,10 @@ class DraftPace:
         self.steps = PassCost(step_s, step_share)
         self._all = Learned(FIRST_CHANCE)
         self._by_depth = [Learned(FIRST_CHANCE) for _ in range(LONGEST_DRAFT)]
-        self._by_margin = {True: [*map(Learned, GREEDY[1])], False: [*map(Learned, DRAWN[1])]}
+        self._by_margin = {
+            greedy: [Learned(first, SURE_WEIGHT) for first in firsts]
+            for greedy, (_, firsts) in ((True, GREEDY), (False, DRAWN))
+        }
 
     def chance(self, depth: int) -> float:
         """That the draft's token after so many others is right if those before are: as for any, until enough were seen there."""

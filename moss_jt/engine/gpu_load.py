@@ -14,6 +14,7 @@ from moss_jt.engine.kv_cache import KVCache, cache_positions, device_memory
 from moss_jt.engine.model import Model
 from moss_jt.engine.warm_up import warm_up_gpu
 from moss_jt.errors import MossError
+from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.plan.placement import GpuPlanner, StartedCard, less_margin
@@ -25,7 +26,9 @@ from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.weights import Units, Weights
 
 
-def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offload) -> GpuModel:
+def load_gpu_model(
+    store: Store, planner: GpuPlanner, home: Path, offload: Offload, adapters: AdapterBank | None = None
+) -> GpuModel:
     """See :func:`moss_jt.engine.load.load_model`. The plan is made anew with what CUDA takes on this card.
 
     A plan that turns out too large, because other programs use the card too, shrinks once to what is free.
@@ -39,7 +42,7 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
     started = StartedCard(free_now(cupy), cuda_takes(cupy))
     plan = _plan_again(planner, started)
     try:
-        return _load(store, plan, home, offload, cupy)
+        return _load(store, plan, home, offload, cupy, adapters)
     except FULL as error:
         if not says_full(error):
             raise
@@ -53,7 +56,7 @@ def load_gpu_model(store: Store, planner: GpuPlanner, home: Path, offload: Offlo
         f"Loading again with {gib(smaller.budget_bytes)}, of which {gib(smaller.bytes_on('device'))} are weights.\n"
     )
     try:
-        return _load(store, smaller, home, offload, cupy)
+        return _load(store, smaller, home, offload, cupy, adapters)
     except FULL as error:
         raise_if_full(error, smaller)
         raise
@@ -124,11 +127,19 @@ def _plan_again(planner: GpuPlanner, started: StartedCard, at_most: int | None =
         ) from error
 
 
-def _load(store: Store, plan: ResidencyPlan, home: Path, offload: Offload, cupy: Any) -> GpuModel:
-    results = CudaNeeds(store.config, store.bits).workspace_bytes(plan.pass_tokens)
+def _load(
+    store: Store,
+    plan: ResidencyPlan,
+    home: Path,
+    offload: Offload,
+    cupy: Any,
+    adapters: AdapterBank | None,
+) -> GpuModel:
+    rank = 0 if adapters is None else adapters.most_rank
+    results = CudaNeeds(store.config, store.bits, rank).workspace_bytes(plan.pass_tokens)
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
-    operators = CudaOperators(store.config, cupy)
+    operators = CudaOperators(store.config, cupy, adapters)
     cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:

@@ -12,9 +12,9 @@ from moss_jt.plan.residency import ResidencyPlan, seconds_per_pass
 AGREEMENT = 0.93
 # Tokens of a draft, at most: moss_jt.kernels.needs.FEW_TOKENS with the one before it.
 LONGEST = 22
-# What one more token adds to a pass over weights in memory, as a share of it. Measured on the CPU, of float16 weights on two
-# cores with AVX-512; a guess on cards.
-CPU_TOKEN_SHARE, GPU_TOKEN_SHARE = 0.16, 0.02
+# What one more token adds to a pass over weights in memory, as a share of a pass of one. Measured on the CPU, of float16 and int4
+# weights on two cores with AVX-512; int8 is taken for int4, and on cards it is a guess.
+CPU_TOKEN_SHARES, GPU_TOKEN_SHARE = {16: 0.16, 8: 0.48, 4: 0.48}, 0.02
 # Of the memory's speed, what the CPU's products reach with the packed weights of a copy. Measured in the same way.
 CPU_COPY_SHARE = 0.75
 
@@ -38,6 +38,11 @@ def tokens_per_pass(agreement: float, drafted: int) -> float:
     return float(drafted + 1) if agreement == 1 else (1 - agreement ** (drafted + 1)) / (1 - agreement)
 
 
+def token_share(plan: ResidencyPlan) -> float:
+    """What one more token adds to a pass, as a share of a pass of one, where no link decides how long it takes."""
+    return CPU_TOKEN_SHARES[plan.sizes.bits] if plan.host_budget_bytes is None else GPU_TOKEN_SHARE
+
+
 def seconds_per_draft(plan: ResidencyPlan, memory_bytes_per_s: float, on_gpu: bool) -> float:
     """Of a token that the copy writes."""
     return plan.copy_bytes_per_pass / memory_bytes_per_s / (1.0 if on_gpu else CPU_COPY_SHARE)
@@ -55,7 +60,7 @@ def outlook(
     link_s = seconds_per_pass(plan, *speeds)
     if plan.copy is None:
         return Outlook(0, 1.0, 0.0, link_s)
-    share = CPU_TOKEN_SHARE if link_bytes_per_s is None else GPU_TOKEN_SHARE
+    share = token_share(plan)
     read_s = plan.weight_bytes_per_pass / memory_bytes_per_s
     step_s = seconds_per_draft(plan, memory_bytes_per_s, on_gpu=link_bytes_per_s is not None)
     outlooks = [

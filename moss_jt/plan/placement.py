@@ -184,11 +184,13 @@ def gpu_planner(
     context: int | None,
     offload: Offload,
     parallel: int = 1,
+    adapter_bytes: int = 0,
 ) -> GpuPlanner:
     """For this process, which counts what it holds on the host already.
 
     Args:
         host_memory: the limit in RAM; None for what is free less a margin.
+        adapter_bytes: what the model's adapters take on the card, and on the host, from where they are copied.
 
     Raises:
         MossError: a limit is none, or the card cannot do what ``offload`` needs.
@@ -198,9 +200,20 @@ def gpu_planner(
             f"{card.name} cannot share managed memory with the host here (WSL and Windows' drivers do not). Use --offload stream."
         )
     context = store.config.n_positions if context is None else context
-    footprint = footprint_here(GPU_LATER_BYTES)
+    footprint = footprint_here(GPU_LATER_BYTES) + adapter_bytes
     budget = memory_budget(host_memory)
-    return GpuPlanner(store, needs, card, gpu_memory, budget, footprint, context, offload, parallel)
+    return GpuPlanner(
+        store,
+        needs,
+        card,
+        gpu_memory,
+        budget,
+        footprint,
+        context,
+        offload,
+        parallel,
+        adapter_bytes=adapter_bytes,
+    )
 
 
 def gpu_budget(text: str | int | None, card: Card) -> int:

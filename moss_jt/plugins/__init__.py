@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 from moss_jt.errors import MossError
+from moss_jt.plugins.numbered_results import body_of
 from moss_jt.plugins.registry import make_plugins
-from moss_jt.plugins.run import body_of, run_commands
+from moss_jt.plugins.run import run_commands
 
 
 def execute(commands: str, plugins: Iterable[str]) -> str:

@@ -1,30 +1,17 @@
-"""Runs the calls of one turn and writes their answers in the trained form."""
+"""Runs the calls of one turn, each within its time."""
 
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from moss_jt.errors import Reason
 from moss_jt.plugins.calls import Call, parse_commands
 from moss_jt.plugins.failures import failure_of
-from moss_jt.plugins.interface import (
-    NO_RESULT,
-    Item,
-    Outcome,
-    Plugin,
-    Source,
-    Style,
-    outcome_fault,
-    plugin_fault,
-)
+from moss_jt.plugins.interface import NO_RESULT, Outcome, Plugin, Style, outcome_fault, plugin_fault
+from moss_jt.plugins.numbered_results import CallResult, written
 
 # The most calls in a recorded turn.
 MAX_CALLS = 10
-# A search result is cut here, quotation mark and escapes included, as in the recorded dialogues.
-MAX_ITEM_CHARACTERS = 400
-MAX_LINES_CHARACTERS = 2_000
 # No call is begun later than this after the first.
 TURN_S = 600.0
 # The recorded services answered in this order, whatever the order of the commands.
@@ -33,27 +20,6 @@ SERVICE_ORDER = {"Search": 0, "Calculate": 1, "Solve": 2, "Text2Image": 3}
 MAX_LEFT_BEHIND = 8
 
 _left_behind: list[threading.Thread] = []
-
-
-@dataclass(frozen=True)
-class CallResult:
-    """One call and its answer.
-
-    text     its part of the Results field, as trained
-    numbers  the citation numbers of its items; they run on through the turn
-    sources  where these items come from, in the same order
-    picture  the file that was drawn
-    failure  why there is no answer, for the user
-    """
-
-    call: Call
-    plugin: str
-    text: str
-    found: bool
-    numbers: tuple[int, ...] = ()
-    sources: tuple[Source, ...] = ()
-    picture: Path | None = None
-    failure: str = ""
 
 
 class _Unusable:
@@ -141,35 +107,3 @@ def call_with_limit(plugin: Plugin, argument: str, wanted: int) -> Outcome:
         return outcomes[0]
     _left_behind.append(thread)
     return Outcome(failure=Reason("it took longer than {seconds:g} s", seconds=plugin.timeout_s))
-
-
-def written(call: Call, plugin: Plugin, outcome: Outcome, number: int) -> CallResult:
-    """An answer as it stands in the Results field; items are numbered from ``number``."""
-    if plugin.style == "items" and outcome.items:
-        numbers = tuple(range(number, number + len(outcome.items)))
-        lines = [f"<|{n}|>: {item_text(item)}" for n, item in zip(numbers, outcome.items, strict=True)]
-        sources = tuple(item.source for item in outcome.items)
-        return CallResult(call, plugin.name, "\n".join([f"{call.text} =>", *lines]), True, numbers, sources)
-    if plugin.style == "picture" and outcome.picture is not None:
-        return CallResult(call, plugin.name, outcome.text, True, picture=outcome.picture)
-    text = outcome.text[:MAX_LINES_CHARACTERS]
-    has_result = bool(text) and plugin.style in ("value", "lines")
-    failure = "" if has_result else outcome.failure or Reason("nothing was found")
-    if plugin.style == "value":
-        return CallResult(
-            call, plugin.name, f"{call.text} => '{text or NO_RESULT}'", has_result, failure=failure
-        )
-    answer = text if has_result else NO_RESULT
-    return CallResult(call, plugin.name, f"{call.text} =>\n{answer}", has_result, failure=failure)
-
-
-def item_text(item: Item) -> str:
-    """A search result as Python prints the string, cut after MAX_ITEM_CHARACTERS: a long one loses its closing mark."""
-    quoted = repr(item.text)
-    label = " ".join(item.label.split())
-    return (f"{label}: {quoted}" if label else quoted)[:MAX_ITEM_CHARACTERS]
-
-
-def body_of(results: Sequence[CallResult]) -> str:
-    """The body of the Results field: the answers in the order of the calls, or ``None`` where nothing was called."""
-    return "\n".join(result.text for result in results) or "None"

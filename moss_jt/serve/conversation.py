@@ -16,6 +16,7 @@ from moss_jt.engine.causal_model import Watcher
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.plugins.interface import Plugin
+from moss_jt.plugins.registry import PluginSettings
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, log
 from moss_jt.serve.settings import Settings
@@ -30,10 +31,10 @@ TITLE_CHARACTERS = 60
 class _Model:
     """moss_jt.chat.chat.ChatModel, whose session can be served."""
 
-    def __init__(self, moss: "Moss") -> None:
+    def __init__(self, moss: "Moss", adapter: str | None) -> None:
         self.tokenizer = moss.tokenizer
         self._moss = moss
-        self._session = ServedSession(moss.session())
+        self._session = ServedSession(moss.session(adapter=adapter))
 
     def session(self) -> ServedSession:
         return self._session
@@ -66,6 +67,7 @@ class ServedConversation:
     answering  its answer: the one that is being written, or the last one
     asked      the first event of that
     damaged    lines of its file that could not be read
+    adapter    with which it is read and answered: the one that its file has as its model, where the model has it; otherwise None
     """
 
     def __init__(
@@ -86,16 +88,30 @@ class ServedConversation:
         self.asked: dict[str, Any] = {}
         self.damaged = held.damaged
         self.updated = opened.path.stat().st_mtime
-        self._opened = opened
-        self._model = _Model(moss)
+        self.adapter = held.about.model if held.about.model in settings.adapters else None
+        self._moss, self._opened = moss, opened
         params, most = sampling_of(held.about.sampling, settings.params, settings.max_new_tokens)
         system = settings.system if held.about.system is None else held.about.system
-        self.chat = Chat(
-            self._model, plugins, settings=settings.plugin_settings, system=system, max_new_tokens=most
-        )
+        self._model, self.chat = self._begun(plugins, settings.plugin_settings, system, most)
         self.chat.params = params
-        self._name = moss.name
-        self.chat.resume(self.turns)
+
+    def _begun(
+        self, plugins: Sequence[Plugin], settings: PluginSettings | None, system: str | None, most: int
+    ) -> tuple[_Model, Chat]:
+        """A chat of all turns, for the adapter that is chosen."""
+        model = _Model(self._moss, self.adapter)
+        chat = Chat(model, plugins, settings=settings, system=system, max_new_tokens=most)
+        chat.resume(self.turns)
+        return model, chat
+
+    def answer_with(self, adapter: str | None) -> None:
+        """Go on with this adapter, None for the model alone. With another one all of it is read anew."""
+        if adapter == self.adapter:
+            return
+        before, self.adapter = self.chat, adapter
+        begin = before.plugins, before.settings, before.system, before.max_new_tokens
+        self._model, self.chat = self._begun(*begin)
+        self.chat.params = before.params
 
     @property
     def id(self) -> str:
@@ -115,7 +131,7 @@ class ServedConversation:
         Raises:
             MossError: the disk fails.
         """
-        about = about_chat(self.chat, self._name)
+        about = about_chat(self.chat, self.adapter or self._moss.name)
         self.about = replace(about, title=self.about.title if title is None else title)
         self._opened.keep(self.about, self.turns)
         self.updated = self._opened.path.stat().st_mtime

@@ -46,6 +46,7 @@ class Change(BaseModel):
     plugins: list[str] | None = Field(None, max_length=50)
     system: str | None = Field(None, max_length=100_000)
     sampling: Sampling | None = None
+    model: str | None = Field(None, max_length=200, description="The model's name, or an adapter's.")
 
 
 class Message(BaseModel):
@@ -55,13 +56,21 @@ class Message(BaseModel):
 
 def router(service: Service, shelf: Shelf) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["conversations"])
+    _add_server(routes, service)
+    _add_conversations(routes, service, shelf)
+    _add_answers(routes, service, shelf)
+    _add_pictures(routes, service)
+    return routes
 
+
+def _add_server(routes: APIRouter, service: Service) -> None:
     @routes.get("/server")
     async def server() -> dict[str, Any]:
         """What a page must know of the server; also while the model is loaded."""
         settings = service.settings
         return {
             "model": service.name,
+            "models": service.names,
             "ready": service.moss is not None,
             "context": None if service.moss is None else service.moss.model.capacity,
             "plugins": [{"name": one.name, "label": one.label} for one in settings.plugins],
@@ -69,6 +78,8 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             "sampling": sampling_fields(settings.params, settings.max_new_tokens),
         }
 
+
+def _add_conversations(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     @routes.get("/conversations")
     async def conversations() -> dict[str, Any]:
         """Those used last first."""
@@ -76,22 +87,25 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
 
     @routes.post("/conversations", status_code=201)
     async def create(asked: Change) -> dict[str, Any]:
-        service.model()
+        service.model(asked.model)
         settings = service.settings
         plugins = tuple(plugin.name for plugin in service.plugins(asked.plugins))
         params, most = changed(asked.sampling, service, settings.params, settings.max_new_tokens)
         sampling = sampling_fields(params, most)
-        about = About("", asked.system, plugins, sampling, title=asked.title or "")
-        return conversation_fields(await shelf.create(about))
+        model = service.adapter(asked.model) or ""
+        about = About("", asked.system, plugins, sampling, model=model, title=asked.title or "")
+        return conversation_fields(service, await shelf.create(about))
 
     @routes.get("/conversations/{name}")
     async def conversation(name: str) -> dict[str, Any]:
         """All of it. While an answer is being written, take that from /answer."""
-        return conversation_fields(await shelf.find(name))
+        return conversation_fields(service, await shelf.find(name))
 
     @routes.patch("/conversations/{name}")
     async def change(name: str, asked: Change) -> dict[str, Any]:
         async with shelf.changing(name) as kept:
+            if asked.model is not None:
+                await service.aside(kept.answer_with, service.adapter(asked.model))
             if asked.plugins is not None or asked.system is not None:
                 plugins = kept.chat.plugins if asked.plugins is None else service.plugins(asked.plugins)
                 system = kept.chat.system if asked.system is None else asked.system or service.settings.system
@@ -102,13 +116,15 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
                     asked.sampling, service, chat.params, chat.max_new_tokens
                 )
             await shelf.keep(kept, asked.title)
-            return conversation_fields(kept)
+            return conversation_fields(service, kept)
 
     @routes.delete("/conversations/{name}", status_code=204)
     async def remove(name: str) -> Response:
         await shelf.remove(name)
         return Response(status_code=204)
 
+
+def _add_answers(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     async def answered(name: str, question: Question) -> Response:
         kept = await shelf.ask(name, question)
         return EventStream(events_of(service, kept, 0), service.settings.limits.slow_reader_s)
@@ -147,6 +163,8 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             kept.answering.cancel()
         return Response(status_code=204)
 
+
+def _add_pictures(routes: APIRouter, service: Service) -> None:
     @routes.get("/pictures/{name}", status_code=200, response_class=FileResponse)
     async def picture(name: str) -> Response:
         """A picture that MOSS had drawn."""
@@ -159,8 +177,6 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             "X-Content-Type-Options": "nosniff",
         }
         return FileResponse(path, headers=headers)
-
-    return routes
 
 
 def _is_picture(path: Path, folder: Path) -> bool:
@@ -227,12 +243,13 @@ def sampling_fields(params: SamplingParams, max_new_tokens: int) -> dict[str, An
     return {**{name: getattr(params, name) for name in SAMPLING}, "max_new_tokens": max_new_tokens}
 
 
-def conversation_fields(kept: ServedConversation) -> dict[str, Any]:
+def conversation_fields(service: Service, kept: ServedConversation) -> dict[str, Any]:
     chat = kept.chat
     return {
         "id": kept.id,
         "title": kept.title,
         "updated": int(kept.updated),
+        "model": kept.adapter or service.name,
         "plugins": [plugin.name for plugin in chat.plugins],
         "system": kept.about.system,
         "sampling": sampling_fields(chat.params, chat.max_new_tokens),

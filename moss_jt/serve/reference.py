@@ -34,6 +34,11 @@ class Asked(BaseModel):
     max_length: Positive = Field(2048, description="Of prompt and answer together.")
     top_p: Annotated[float, Field(ge=0.0001, le=1)] = 0.8
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.7
+    model: str | None = Field(
+        None,
+        max_length=200,
+        description="Ours: the model's name, or an adapter's, from this answer on. Without it: as before, at first the model.",
+    )
 
 
 def router(service: Service, shelf: Shelf) -> APIRouter:
@@ -42,8 +47,11 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
     @routes.post("/", response_model=None)
     async def ask(asked: Asked, request: Request) -> Response:
         """Answer a prompt; without a uid, or with one that is not known, a conversation begins."""
-        service.model()
+        service.model(asked.model)
         conversation = await conversation_of(shelf, asked.uid)
+        if asked.model is not None:
+            async with shelf.changing(conversation.id):
+                await service.aside(conversation.answer_with, service.adapter(asked.model))
         params = dataclasses.replace(
             conversation.chat.params,
             temperature=asked.temperature,
@@ -73,9 +81,7 @@ async def conversation_of(shelf: Shelf, uid: str | None) -> ServedConversation:
 
 
 async def _body(conversation: ServedConversation, answering: Answering) -> dict[str, Any]:
-    text = ""
-    async for part in answering.follow(3600):
-        text += "".join(fields["text"] for fields in part if fields["type"] == "text")
+    text = "".join(fields["text"] for fields in await answering.whole() if fields["type"] == "text")
     return {
         "response": MARK + text,
         "history": [[turn.message, MARK + turn.answer] for turn in conversation.turns],

@@ -59,6 +59,7 @@ class Asked(BaseModel):
     calculator: bool = Field(False, alias="Calculator")
     equation_solver: bool = Field(False, alias="Equation solver")
     text_to_image: bool = Field(False, alias="Text-to-image")
+    model: str | None = Field(None, max_length=200, description="Ours: the model's name, or an adapter's.")
 
 
 @dataclass
@@ -94,11 +95,11 @@ def router(service: Service) -> APIRouter:
     @routes.post("/inference", response_model=None)
     async def inference(asked: Asked, request: Request) -> Response:
         """Write on, up to the answer's end, or that of its commands."""
-        moss = service.model()
+        moss, adapter = service.model(asked.model), service.adapter(asked.model)
         prompt = await service.aside(prompt_of, moss, asked)
         params = params_of(asked)
         target = None if asked.url is None else await allowed(asked.url, service, request)
-        answering = service.answers.start([partial(write, moss, asked, prompt, params)])
+        answering = service.answers.start([partial(write, moss, asked, prompt, params, adapter)])
         if target is not None:
             task = asyncio.get_running_loop().create_task(stream(target, answering))
             service.tasks.add(task)
@@ -149,9 +150,16 @@ def prompt_of(moss: "Moss", asked: Asked) -> Prompt:
     return Prompt(text, [*prefix, *token_ids])
 
 
-def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, answering: Answering) -> None:
+def write(
+    moss: "Moss",
+    asked: Asked,
+    prompt: Prompt,
+    params: SamplingParams,
+    adapter: str | None,
+    answering: Answering,
+) -> None:
     """Write on; the log gets each token's text, special tokens included."""
-    text = moss.session()
+    text = moss.session(adapter=adapter)
     text.extend(prompt.token_ids)
     answering.when_cancelled(text.cancel)
     answering.status = Waiting(text).status
@@ -171,9 +179,7 @@ def write(moss: "Moss", asked: Asked, prompt: Prompt, params: SamplingParams, an
 
 
 async def _answer(prompt: Prompt, answering: Answering) -> dict[str, Any]:
-    pieces: list[str] = []
-    async for part in answering.follow(3600):
-        pieces += part
+    pieces = await answering.whole()
     written = "".join(pieces)
     return {
         "pred": prompt.text + written,

@@ -1,5 +1,6 @@
 """A training from a model folder and data, step by step as moss-jt finetune does it: samples, a plan, and the training itself."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from moss_jt.train.masters import Masters, parameters_of
 from moss_jt.train.needs import FullNeeds, TrainingNeeds
 from moss_jt.train.pace import Speeds, cheapest
 from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
+from moss_jt.train.state import StateFolder
 from moss_jt.weights.disk_speed import disk_under
 
 # Tokens that a block takes at once, or one sample where that is longer.
@@ -39,7 +41,7 @@ BATCH_TOKENS = 512
 class DataSettings:
     """
     length  tokens that a sample has at most; None for what the model has, and 2048 at most
-    mask    what counts in the loss, see moss_jt.train.conversation.turn_pieces
+    mask    what counts in the loss, see moss_jt.train.conversation.turn_segments
     """
 
     length: int | None = None
@@ -123,6 +125,8 @@ def start(
 
     adapter = Adapter.random(store.config, lora, course.seed)
     about = {"model": sha256_of(read_small(store.path / MANIFEST))}
+    # Refused first: a front of another model or of other blocks would replace what that training has kept.
+    StateFolder(out / "state", {**about, "lora": dataclasses.asdict(lora)}).check()
     front = _front(store, data, out, adapter.first_layer, about) if adapter.first_layer else None
     model = load_training(store, plan, model_home(), adapter, needs, out / "state", front)
     hold(plan)
@@ -139,7 +143,7 @@ def _front(store: Store, data: Dataset, out: Path, first: int, about: dict[str, 
 def planned_full(
     config: MossConfig, data: Dataset, full: FullSettings, course: CourseSettings, memory: str | int | None
 ) -> FullNeeds:
-    """What learning all weights takes; what blocks compute is kept where there is memory for it.
+    """What learning all weights takes; what blocks compute is kept, and gradients are gathered, where there is memory for it.
 
     Raises:
         MossError: the memory is too little; the message says how much it takes.
@@ -165,6 +169,7 @@ def full_needs(config: MossConfig, longest: int, full: FullSettings, course: Cou
         parameters=parameters_of(config, full.tied),
         copies=COPIES_REMEMBERED[full.optimizer],
         keeps=True,
+        gathers=True,
     )
 
 
@@ -190,6 +195,6 @@ def start_full(
     from moss_jt.train.full import FullLearner
 
     masters = Masters.of_store(store, full.tied)
-    learner = FullLearner(masters, store.tokenizer_path, full, learning, needs.batch_tokens, needs.keeps)
+    learner = FullLearner(masters, store.tokenizer_path, full, learning, needs)
     about = {"model": sha256_of(read_small(store.path / MANIFEST))}
     return Training(learner, data, course, learning, out, about)

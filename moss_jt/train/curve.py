@@ -59,7 +59,7 @@ class _Frame:
             _, y = self.at(Point(0, loss))
             lines.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - MARGIN}" stroke="#ddd"/>')
             lines.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
-        for step in (0, self._last / 2, self._last):
+        for step in sorted({0, self._last // 2, self._last}):
             x, y = self.at(Point(step, 0))
             lines.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{step:g}</text>')
         middle = (LEFT + WIDTH - MARGIN) / 2

@@ -70,7 +70,7 @@ class Learner(Protocol):
 
     arrays    everything that a step changes: what a training's state keeps
     settings  of it, as JSON values: what makes a training this one
-    updating  it is in the middle of a change: an interruption now leaves nothing to be kept
+    updating  it has begun to change, and the step is not counted yet: an interruption now leaves nothing to be kept
     """
 
     arrays: dict[str, Floats]
@@ -114,7 +114,6 @@ class AdapterLearner:
         self.updating = True
         self._optimizer.steps = step - 1
         self._optimizer.step(self.adapter.values, gradient, rate)
-        self.updating = False
         return result
 
     def evaluate(self, samples: Sequence[TokenSample]) -> StepResult:
@@ -194,6 +193,7 @@ class Training:
         rate = self._schedule.at(self.state.step)
         result = self._learner.learn(samples, rate, self.state.step + 1)
         self.state.step += 1
+        self._learner.updating = False
         tokens = sum(map(len, samples))
         seconds = time.perf_counter() - begin
         self.state.log.append(_record(self.state.step, result, lr=rate, tokens=tokens))
@@ -239,6 +239,11 @@ class Finetuning(Training):
         learner = AdapterLearner(model, learning, base)
         super().__init__(learner, data, course, learning, out, about, in_itself=True)
         self.adapter, self._model = learner.adapter, model
+
+    def run(self) -> Iterator[Progress]:
+        """As of Training; when all is done, what the frozen blocks made of the samples is removed."""
+        yield from super().run()
+        self._model.remove_front()
 
 
 def _record(step: int, result: StepResult, **more: Any) -> dict[str, Any]:

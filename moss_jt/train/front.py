@@ -105,6 +105,11 @@ class FrontRows:
             os.close(self._file)
         self._file = -1
 
+    def remove(self) -> None:
+        """Nothing is to be learned from them any more."""
+        self.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _bytes_of(self, tokens: int) -> int:
         return tokens * self._width * 4
 

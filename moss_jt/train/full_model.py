@@ -1,7 +1,8 @@
 """One step of a model all of whose weights learn: forwards, and backwards with the update in the same walk.
 
 A block's gradients exist while the walk is in that block, and no others (LOMO, arXiv 2306.09782). Where gradients are clipped,
-the walk back is made twice: the first time for their length alone.
+the walk back is made twice: the first time for their length alone. Where there is memory for all gradients, they are gathered
+instead: the bits are the same, it takes one walk, and what is interrupted before its end has changed nothing.
 """
 
 import math
@@ -33,7 +34,8 @@ class FullModel:
 
     batch_tokens  a block takes whole samples of about so many tokens at once
     keeps         what blocks compute is kept from the way there to the way back
-    clip          the longest gradient; infinite for any, which saves a walk. Optimizers that normalise need none.
+    gathers       all gradients exist at once, and the update begins when they are there
+    clip          the longest gradient; infinite for any. Optimizers that normalise need none.
     """
 
     def __init__(
@@ -43,32 +45,53 @@ class FullModel:
         optimizer: FusedOptimizer,
         batch_tokens: int,
         keeps: bool,
+        gathers: bool,
         clip: float,
     ) -> None:
         self.masters, self.optimizer = masters, optimizer
         self._operators, self._block = operators, FullBlock(operators)
-        self._batch_tokens, self._keeps, self._clip = batch_tokens, keeps, clip
+        self._batch_tokens, self._keeps, self._gathers, self._clip = batch_tokens, keeps, gathers, clip
 
-    def step(self, samples: Sequence[TokenSample], rate: float, number: int) -> StepResult:
-        """Learn from these samples; ``number`` counts steps from 1. The result is of the weights before it.
+    def step(
+        self,
+        samples: Sequence[TokenSample],
+        rate: float,
+        number: int,
+        before_update: Callable[[], object] = lambda: None,
+    ) -> StepResult:
+        """Learn from these samples; ``number`` counts steps from 1. The result is of the weights before it. ``before_update`` is
+        called when the first of them is about to change.
 
         Raises:
             MossError: the loss or the gradient's length is no number any more; nothing has learned from it.
         """
         walk = _Walk(self, samples, with_gradient=True)
-        factor = 1.0
         check_finite(walk.result.loss, "the loss")  # before anything is changed
-        if not self.optimizer.normalises and math.isfinite(self._clip):
-            squares: list[float] = []
-            walk.back(lambda name, gradient: squares.append(squares_of(gradient)))
-            factor = shortening(math.sqrt(sum(squares)), self._clip)
+        clipped = not self.optimizer.normalises and math.isfinite(self._clip)
+        gathered: dict[str, Floats] = {}
+        squares: list[float] = []
+
+        def look(name: str, gradient: Floats) -> None:
+            if clipped:
+                squares.append(squares_of(gradient))
+            if self._gathers:
+                gathered[name] = gradient
+
+        if clipped or self._gathers:
+            walk.back(look)
+        factor = shortening(math.sqrt(sum(squares)), self._clip) if clipped else 1.0
 
         def update(name: str, gradient: Floats) -> None:
             if factor < 1:
                 gradient *= np.float32(factor)
             self.optimizer.update(name, gradient, rate, number)
 
-        walk.back(update)
+        before_update()
+        if self._gathers:
+            for name, gradient in gathered.items():
+                update(name, gradient)
+        else:
+            walk.back(update)
         return walk.result
 
     def gradients(self, samples: Sequence[TokenSample]) -> tuple[StepResult, dict[str, Floats]]:

@@ -66,6 +66,12 @@ class TrainingModel:
         hidden = self._forward(self._batches(samples), samples, with_gradient=False)
         return self._loss(hidden, samples, with_gradient=False)[0]
 
+    def remove_front(self) -> None:
+        """What is kept of samples will not be needed again."""
+        if self._front is not None:
+            self._front.remove()
+            self._front = None
+
     def close(self) -> None:
         self._waiting.close()
         if self._front is not None:

@@ -108,6 +108,7 @@ class FullNeeds:
     step_tokens, batch_tokens, keeps  as of TrainingNeeds
     parameters                        of the model
     copies                            of them that the optimizer remembers
+    gathers                           all gradients exist at once
     """
 
     config: MossConfig
@@ -116,6 +117,7 @@ class FullNeeds:
     parameters: int
     copies: int
     keeps: bool
+    gathers: bool
 
     @property
     def frozen(self) -> TrainingNeeds:
@@ -124,15 +126,21 @@ class FullNeeds:
         return TrainingNeeds(self.config, self.step_tokens, self.batch_tokens, 0, kept)
 
     def bytes(self, threads: int) -> int:
-        """All of it, weights included. Of gradients there are the largest block's, or those of the head and the embedding; an
-        update makes two more of one tensor's size.
+        """All of it, weights included. Of gradients there are all, or the largest block's, or those of the head and the embedding;
+        an update makes two more of one tensor's size.
         """
         c = self.config
         block = bytes_of(block_tensors(c, 16, 0)) // FLOAT16
         gradients = max(block, 2 * c.vocab_size * c.n_embd) + 2 * max(c.vocab_size, c.n_inner) * c.n_embd
-        floats = int((1 + self.copies + WRITTEN) * self.parameters) + gradients
+        floats = int((1 + self.copies + WRITTEN + self.gathers) * self.parameters) + gradients
         return floats * FLOAT32 + self.frozen.workspace_bytes(1, 1, threads)
 
     def within(self, budget_bytes: int, threads: int) -> "FullNeeds":
-        """These where they fit; otherwise those of computing again what blocks have computed, whether they fit or not."""
-        return self if self.bytes(threads) <= budget_bytes else replace(self, keeps=False)
+        """These where they fit; otherwise without gathered gradients; otherwise those of computing again what blocks have
+        computed, too, whether they fit or not.
+        """
+        lean = replace(self, gathers=False)
+        for needs in (self, lean):
+            if needs.bytes(threads) <= budget_bytes:
+                return needs
+        return replace(lean, keeps=False)

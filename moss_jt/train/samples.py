@@ -35,7 +35,7 @@ class SampleEncoder:
     encoder      the model's
     end_of_text  the id that ends a text without turns: the model's own end, ``<|endoftext|>`` for base models
     length       tokens that a sample has at most
-    mask         what counts in the loss, see moss_jt.train.conversation.turn_pieces
+    mask         what counts in the loss, see moss_jt.train.conversation.turn_segments
     """
 
     def __init__(self, encoder: PromptEncoder, end_of_text: int, length: int, mask: Mask) -> None:

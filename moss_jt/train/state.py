@@ -32,7 +32,8 @@ class TrainingState:
 
 
 class StateFolder:
-    """The state of a training whose settings and data are ``identity``: another's is refused.
+    """The state of a training whose settings and data are ``identity``, or those of them that are known yet: another's is
+    refused.
 
     Raises:
         MossError: the folder holds another training.
@@ -49,15 +50,15 @@ class StateFolder:
         about = {"step": state.step, "best": state.best, "identity": self._identity}
         write_tensors(self._folder / STATE, arrays, {"training": json.dumps(about)})
 
-    def load(self, arrays: Mapping[str, Floats]) -> TrainingState:
-        """The last state into these arrays; the beginning where there is none.
+    def check(self) -> dict[str, Any] | None:
+        """What is known of the last state; None where there is none.
 
         Raises:
             MossError: it belongs to another training, or is damaged.
         """
         path = self._folder / STATE
         if not path.exists():
-            return TrainingState()
+            return None
         about = self._about(path)
         differing = [
             name for name in self._identity if about["identity"].get(name) != json_like(self._identity[name])
@@ -67,6 +68,18 @@ class StateFolder:
                 f"{self._folder.parent} holds another training: {', '.join(differing)} differ. Go on with the same command as "
                 "before, or name another --out."
             )
+        return about
+
+    def load(self, arrays: Mapping[str, Floats]) -> TrainingState:
+        """The last state into these arrays; the beginning where there is none.
+
+        Raises:
+            MossError: it belongs to another training, or is damaged.
+        """
+        about = self.check()
+        if about is None:
+            return TrainingState()
+        path = self._folder / STATE
         tensors = read_tensors(path)
         for name, target in arrays.items():
             if name not in tensors or tensors[name].shape != target.shape:

@@ -105,8 +105,14 @@ const showTitle = (title) => {
   document.title = title ? `${title} · MOSS` : "MOSS";
 };
 
+// What answers: the model, or the adapter that the conversation has.
+const showModel = () => {
+  $("status").textContent = state.open?.model ?? state.about?.model ?? "";
+};
+
 function showEmpty() {
   state.open = state.view = null;
+  if (state.about?.ready) showModel();
   history.replaceState(null, "", location.pathname);
   showTitle("");
   $("turns").replaceChildren(element("p", "empty", words().empty));
@@ -122,6 +128,7 @@ async function openConversation(id) {
   state.plugins = [...conversation.plugins];
   history.replaceState(null, "", `#${id}`);
   showTitle(conversation.title);
+  showModel();
   showPlugins();
   const last = conversation.turns.length - 1;
   $("turns").replaceChildren(...conversation.turns.map((turn, i) => TurnView.kept(turn, actionsOf(i, i === last)).root));
@@ -177,8 +184,8 @@ async function follow(id, method, path, body) {
   if (body) begun(body.message, null);
   try {
     for await (const event of server.answer(id, method, path, body, lost)) {
-      $("status").textContent = state.about?.model ?? "";
       if (state.open?.id !== id) return;
+      showModel();
       if (event.type === "start") begun(event.message, event.turn);
       view?.take(event);
       if (atEnd) toEnd();
@@ -262,6 +269,9 @@ async function openSettings() {
     history.replaceState(null, "", `#${state.open.id}`);
     await refresh();
   }
+  const { models } = state.about;
+  $("models").hidden = models.length < 2;
+  $("model").replaceChildren(...models.map((name) => new Option(name, name, false, name === state.open.model)));
   const own = state.open.sampling ?? {};
   $("fields").replaceChildren(
     ...SAMPLING.map((name) => {
@@ -287,8 +297,10 @@ async function saveSettings() {
     [...$("fields").querySelectorAll("input")].map((input) => [input.name, input.value === "" ? null : Number(input.value)]),
   );
   const id = state.open.id;
-  await server.json("PATCH", `api/conversations/${id}`, { sampling, system: $("system").value });
+  const model = $("model").value;
+  await server.json("PATCH", `api/conversations/${id}`, { sampling, system: $("system").value, model });
   state.open = { ...state.open, ...(await server.json("GET", `api/conversations/${id}`)) };
+  showModel();
 }
 
 // What people press.
