@@ -136,6 +136,22 @@ class CheckedBlock:
     matrices: list[Var]
 
 
+@dataclass(frozen=True)
+class CheckedPass:
+    """What all blocks of a pass have alike: the cache, which has its pages; the operation's inputs, and the numbers beside them."""
+
+    keys: CacheRows
+    values: CacheRows
+    cache_bits: int
+    inputs: list[Var]
+    scales: list[Var]
+    data: dict[str, float]
+    shapes: dict[int, list[tuple[int, ...]]]  # of the results, by bits of the block's matrices
+
+    def is_of(self, keys: CacheRows, values: CacheRows, layer: int) -> bool:
+        return keys is self.keys and values is self.values and 0 <= layer < numbers_of(keys).shape[0]
+
+
 class CpuOperators:
     """See :class:`moss_jt.kernels.interface.Operators`.
 
@@ -170,6 +186,7 @@ class CpuOperators:
         self.bank = self.no_order if adapters is None else jt.reuse_np_array(adapters.values)
         self.directories = [] if adapters is None else [jt.array(layer) for layer in adapters.directory]
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
+        self._passes: weakref.WeakKeyDictionary[Places, CheckedPass] = weakref.WeakKeyDictionary()
 
     @property
     def level(self) -> str:
@@ -200,37 +217,45 @@ class CpuOperators:
     def block(
         self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
     ) -> Var:
-        config, tokens = self.config, places.count
-        check_shape("h", h, (tokens, config.n_embd))
-        check_cache(keys, values, config, layer, places)
+        check_shape("h", h, (places.count, self.config.n_embd))
         check_adapters(places, self.adapters, layer)
+        of_pass = self._passes.get(places)
+        if of_pass is None or not of_pass.is_of(keys, values, layer):
+            of_pass = self._passes[places] = self._check_pass(keys, values, layer, places)
         checked = self._checked.get(weights)
         if checked is None:
             checked = self._checked[weights] = self._check(weights)
+        shapes = of_pass.shapes.get(checked.bits)
+        if shapes is None:
+            shapes = of_pass.shapes[checked.bits] = self._shapes(checked.bits, of_pass, places)
         rank, adapters = 0, [self.no_order] * 3
         if self.adapters is not None and places.adapters is not None:
             rank, adapters = (
                 self.adapters.most_rank,
                 [self.bank, self.directories[layer], places.adapter_tokens],
             )
+        inputs = [h, *checked.vectors, *of_pass.inputs, *adapters, *of_pass.scales, *checked.matrices]
+        data = {"layer": layer, "rank": rank, "others_run": int(self.others_run), **of_pass.data}
+        source = BLOCK_SOURCES[checked.bits, of_pass.cache_bits]
+        return run(self.simd, "block.h", source, shapes, inputs, data)[0]
+
+    def _check_pass(self, keys: CacheRows, values: CacheRows, layer: int, places: Places) -> CheckedPass:
+        check_cache(keys, values, self.config, layer, places)
         cache_bits, scales = 16, [self.no_order] * 2
         if isinstance(keys, ByteRows):
             cache_bits, scales = 8, [keys.scales, values.scales]
-        inputs = [
-            h, *checked.vectors, self.rotary, places.tokens, places.table, numbers_of(keys), numbers_of(values), *adapters,
-            *scales, *checked.matrices,
-        ]  # fmt: skip
-        data = {
-            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank,
-            "others_run": int(self.others_run),
-        }  # fmt: skip
-        positions = min(numbers_of(keys).shape[1], config.n_positions)
-        most_rank = 0 if self.adapters is None else self.adapters.most_rank
-        needs = CpuNeeds(config, checked.bits, most_rank, cache_bits)
-        onednn = onednn_folder() is not None
-        floats = needs.block_floats(tokens, positions, few=tokens - places.whole, onednn=onednn)
-        shapes = [(tokens, config.n_embd), (floats,)]
-        return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits, cache_bits], shapes, inputs, data)[0]
+        inputs = [self.rotary, places.tokens, places.table, numbers_of(keys), numbers_of(values)]
+        data = {"whole": places.whole, "epsilon": self.config.layer_norm_epsilon}
+        return CheckedPass(keys, values, cache_bits, inputs, scales, data, {})
+
+    def _shapes(self, bits: int, of_pass: CheckedPass, places: Places) -> list[tuple[int, ...]]:
+        """Of a block's result and of its workspace."""
+        rank = 0 if self.adapters is None else self.adapters.most_rank
+        positions = min(numbers_of(of_pass.keys).shape[1], self.config.n_positions)
+        few, onednn = places.count - places.whole, onednn_folder() is not None
+        needs = CpuNeeds(self.config, bits, rank, of_pass.cache_bits)
+        floats = needs.block_floats(places.count, positions, few=few, onednn=onednn)
+        return [(places.count, self.config.n_embd), (floats,)]
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)
