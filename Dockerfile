@@ -17,6 +17,9 @@ ENV MOSS_JT_HOME=/data/moss-jt JITTOR_HOME=/data
 USER moss
 VOLUME /data
 EXPOSE 8000
+# A large model takes minutes to load, and /health says 503 until it is there.
+HEALTHCHECK --start-period=15m --interval=30s --timeout=5s \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 # Docker's own port mapping decides who reaches it; without a key nobody does: give MOSS_JT_API_KEY.
 ENTRYPOINT ["moss-jt", "serve", "--host", "0.0.0.0"]
 CMD ["moss-tiny"]

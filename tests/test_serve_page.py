@@ -249,6 +249,36 @@ def test_a_lost_connection_is_taken_up_again(page: Any) -> None:
     assert text.count("Interstellar") == 1 and "The Matrix" in text
 
 
+# A stream that first tells how far its prompt is read, and goes on when it is let.
+READING = """
+    const asked = window.fetch;
+    const told = 'event: progress\\ndata: {"type":"progress","total":640,"processed":64,"expected_s":8.2}\\n\\n';
+    window.fetch = async (address, options) => {
+        if (!/turns$/.test(address)) return asked(address, options);
+        const reader = (await asked(address, options)).body.getReader();
+        const pieces = [new TextEncoder().encode(told)];
+        return new Response(new ReadableStream({
+            async pull(stream) {
+                if (pieces.length) return stream.enqueue(pieces.pop());
+                while (!window.goOn) await new Promise((done) => setTimeout(done, 20));
+                const {value, done} = await reader.read();
+                if (done) stream.close(); else stream.enqueue(value);
+            },
+        }));
+    };
+"""
+
+
+def test_how_long_a_prompt_takes_is_told(page: Any) -> None:
+    page.add_init_script(READING)
+    open_page(page, shared_server())
+    page.fill("#message", "Hello")
+    page.click("#send")
+    page.get_by_text("Reading: 64 of 640 tokens, about 9 s left").wait_for()
+    page.evaluate("window.goOn = true")
+    page.locator("article .foot button").first.wait_for()
+
+
 def test_both_languages_and_themes(page: Any) -> None:
     open_page(page, shared_server())
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -185,7 +185,7 @@ def test_a_long_silence_is_broken_by_comments(tmp_path: Path) -> None:
 
 def test_kept_answers_and_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play() -> None:
-        monkeypatch.setattr(answering, "MOST_THREADS", 4)
+        monkeypatch.setattr(answering, "MOST_PARTS", 4)
         monkeypatch.setattr(answering, "MOST_EVENTS", 25)
         gate = threading.Event()
         answers = answering.Answers(most=10, kept=3, kept_s=600)
@@ -199,6 +199,49 @@ def test_kept_answers_and_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -
             one = answers.start([lambda one: [one.put(event) for event in range(10)] and None], str(number))
             assert sum([len(part) async for part in one.follow(5)]) == 10
         assert [answers.find(str(number)) is not None for number in range(6)] == [False] * 3 + [True] * 3
+
+    asyncio.run(play())
+
+
+def test_a_pass_of_many_answers_wakes_the_loop_once_and_needs_no_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every answer's thread woke up for each of its tokens, and the loop for each of them: half of a small model's time."""
+    wakes: list[int] = []
+    answer = answering.Bell._answer
+
+    def count(bell: answering.Bell) -> None:
+        wakes.append(sum(thread.name == "moss-jt answer" for thread in threading.enumerate()))
+        answer(bell)
+
+    monkeypatch.setattr(answering.Bell, "_answer", count)
+    server, moss = shared_server(), shared_moss()
+    asked = {**LONG, "prompt": "once and no threads", "max_tokens": 60, "n": 12, "stream": True}
+    with slowed(moss, 0.01) as passes, client(server) as http:
+        answered = http.post("/v1/completions", json=asked)
+    events = [json.loads(line[6:]) for line in answered.text.splitlines() if line.startswith("data: {")]
+    assert sum(len(event["choices"]) for event in events) >= 12 * 60, "an event for each token"
+    assert len(passes) >= 60 and len(wakes) < 2 * len(passes) + 30
+    assert wakes[-20:] == [0] * 20
+
+
+def test_a_bell_that_is_rung_at_any_moment_is_answered() -> None:
+    async def play() -> None:
+        bell, heard, all_heard = answering.Bell(asyncio.get_running_loop()), [], asyncio.Event()
+
+        def hear() -> None:
+            heard.append(1)
+            if len(heard) == 4000:
+                all_heard.set()
+
+        def ring() -> None:
+            for _ in range(1000):
+                bell.ring(hear)
+
+        for _ in range(4):
+            threading.Thread(target=ring).start()
+        async with asyncio.timeout(20):
+            await all_heard.wait()
 
     asyncio.run(play())
 

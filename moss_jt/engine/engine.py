@@ -136,6 +136,7 @@ class Engine:
         self._tickets = 0
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._listeners: list[Callable[[], None]] = []
         weakref.finalize(self, _close_at_exit, weakref.ref(self))
 
     # For callers.
@@ -182,12 +183,25 @@ class Engine:
                     del error  # it refers to all who pass it on, and they must be free to go
             return None
 
+    def listen(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have this called whenever there may be something new to be taken, once for all jobs of a pass; returns what ends that.
+
+        Any thread calls it, holding the engine's lock perhaps: it must not wait for anything.
+        """
+        self._listeners.append(call)
+        return lambda: self._listeners.remove(call)
+
+    def _tell(self) -> None:
+        for call in [*self._listeners]:
+            call()
+
     def end(self, job: Job, length: int) -> None:
         """The caller wants no more of this job, and its text ends after ``length`` tokens. Who waits for it waits no longer."""
         with self.lock:
             job.done = True
             job.out.clear()
             job.ready.notify_all()
+            self._tell()
             if self._busy:  # a generator that the collector of garbage closes, at any moment of the thread's
                 self._late.append((job, length))
                 return
@@ -384,6 +398,7 @@ class Engine:
                     self._fail(part.job, raised)
             self._busy = False
             error = None  # or it would refer to itself, by way of this call
+        self._tell()
 
     def _write_ahead(self, flight: Pass) -> float:
         """Have the copy write drafts, where there is one; returns the seconds that took."""
@@ -459,6 +474,7 @@ class Engine:
         job.error, job.done = error, True
         self._remove(job)
         job.ready.notify_all()
+        self._tell()
 
     # Who has room.
 

@@ -122,6 +122,7 @@ class Generation:
     text       the new text so far, without the end token and without a stop string
     logprobs   of each new token so far, how likely the model found it; empty where that was not asked for
     stats      see GenerationStats
+    ended      nothing more comes
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Generation:
         check_top(logprobs)
         self.token_ids: list[int] = []
         self.text = ""
+        self.ended = False
         self.stats = GenerationStats(sequence.position)
         self.stats.seconds["load"] = load_s
         self._sequence = sequence
@@ -188,38 +190,58 @@ class Generation:
         """Have no more of it; it is gone within one block. An answer that was begun may be closed from any thread."""
         self._tokens.close()
 
+    def ready(self) -> Iterator[str]:
+        """Of an answer that was begun, the pieces that are there: nothing is waited for. ``ended``: they were the last."""
+        assert isinstance(self._tokens, Answer)
+        while not self.ended and self._tokens.ready:
+            token = next(self._tokens, None)
+            if piece := self._finish() if token is None else self._read(token):
+                yield piece
+
     def _run(self) -> Iterator[str]:
         for token in self._tokens:
-            self._count(token)
+            if piece := self._read(token):
+                yield piece
+            if self.ended:
+                return
             if token in self._stop_ids:
                 break
-            piece = self._show(self._stops.push(self._decoder.push(token)))
-            if self._stops.stopped:
-                self.stats.stop_reason = "stop"
-            if piece:
-                yield piece
-            if self._stops.stopped:
-                self._tokens.close()
-                return
-        self.stats.stop_reason = self._sequence.stop_reason
-        rest = self._stops.push(self._decoder.finish())
-        if self._stops.stopped:
-            self.stats.stop_reason = "stop"
-        piece = self._show(rest + self._stops.finish())
-        if piece:
+        if piece := self._finish():
             yield piece
 
-    def _count(self, token: int) -> None:
-        timing = self._sequence.timing
+    def _read(self, token: int) -> str:
+        """What is to be shown now that this token has come."""
         self.token_ids.append(token)
         self.stats.new_tokens += 1
-        if self.stats.new_tokens == 1:
-            self.stats.cached_tokens = max(0, self.stats.prompt_tokens - timing.prefill_tokens)
-        self.stats.stop_reason = self._sequence.stop_reason
-        self.stats.passes = timing.passes
-        self.stats.drafted, self.stats.accepted = timing.drafted, timing.accepted
+        self._note()
+        if token in self._stop_ids:
+            return ""
+        piece = self._show(self._stops.push(self._decoder.push(token)))
+        if self._stops.stopped:
+            self._tokens.close()
+            self._end("stop")
+        return piece
+
+    def _finish(self) -> str:
+        """What is to be shown now that no more tokens come."""
+        rest = self._stops.push(self._decoder.finish())
+        self._end("stop" if self._stops.stopped else self._sequence.stop_reason)
+        return self._show(rest + self._stops.finish())
+
+    def _end(self, reason: str | None) -> None:
+        self.ended = True
+        self._note()  # the last pass's time may have come after its token
+        self.stats.stop_reason = reason
+
+    def _note(self) -> None:
+        timing, stats = self._sequence.timing, self.stats
+        if stats.new_tokens == 1:
+            stats.cached_tokens = max(0, stats.prompt_tokens - timing.prefill_tokens)
+        stats.stop_reason = self._sequence.stop_reason
+        stats.passes = timing.passes
+        stats.drafted, stats.accepted = timing.drafted, timing.accepted
         drafting, waiting = timing.drafting_s, timing.link_s
-        self.stats.seconds.update(
+        stats.seconds.update(
             prefill=timing.prefill_s,
             decode=timing.decode_s,
             drafting=drafting,

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator
 from collections.abc import Sequence as Tokens
+from typing import Any
 
 import numpy as np
 
@@ -241,7 +242,7 @@ class Answer:
         if self._job.done and not self._job.out and self._job.error is None:
             self.close()
             raise StopIteration
-        taken = sequence.engine.take(self._job)
+        taken = self._at_hand() or sequence.engine.take(self._job)
         if taken is None:
             self.close()
             raise StopIteration
@@ -251,6 +252,18 @@ class Answer:
         if about.logprob is not None:
             sequence.logprobs.append(about.logprob)
         return token
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next token is there, or none comes any more: who asks for it has not to wait."""
+        return bool(self._job.out) or self._job.done
+
+    def _at_hand(self) -> tuple[int, Any] | None:
+        """A token that is there, without the engine's lock, which is held for long; where nobody waits for it to be taken."""
+        try:
+            return self._job.out.popleft() if self._job.ahead is None else None
+        except IndexError:
+            return None
 
     def close(self) -> None:
         self._sequence._end(self._job)

@@ -1,74 +1,98 @@
-"""Answers that are being written: a thread for each, which waits for the engine, and a log of what came, which the loop reads.
+"""Answers that are being written, each with a log of what came, from which the loop sends.
 
-The loop never waits for the engine, and the engine never for a reader: a slow or lost one changes nothing for the others, and an
-answer can be read again from any position.
+A thread begins each part of an answer. It may write all of it, waiting for the engine as it goes; or it hands on a step, which
+writes what the engine has ready, and which the loop takes whenever the engine has computed. So a pass of many answers costs one
+wake-up, whatever their number.
+
+The loop never waits for the engine, and the engine never for the loop or a reader: a slow or lost one changes nothing for the
+others, and an answer can be read again from any position.
 """
 
 import asyncio
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from moss_jt.serve.errors import STOPPING, ApiError, failure_of
 
-# Threads that write answers, one for each choice; and events of all answers that are kept to be taken up again.
-MOST_THREADS = 512
+# Parts of all answers, one for each choice; and events of all answers that are kept to be taken up again.
+MOST_PARTS = 512
 MOST_EVENTS = 200_000
+
+
+class Bell:
+    """Has the loop call something, from any thread and without waiting: one wake-up serves all that comes until it has its turn."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._calls: deque[Callable[[], None]] = deque()
+        self._rung = False
+
+    def ring(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        if not self._rung:
+            self._rung = True
+            try:
+                self._loop.call_soon_threadsafe(self._answer)
+            except RuntimeError:
+                pass  # the loop is closed: nobody reads any more
+
+    def _answer(self) -> None:
+        while True:
+            while self._calls:
+                self._calls.popleft()()
+            self._rung = False
+            if not self._calls:  # or else it came after the last look, and found the bell rung
+                return
+            self._rung = True
 
 
 class Answering:
     """One answer. What is written goes through :meth:`put`, from any thread.
 
-    parts   threads that write it
+    parts   how many write it
+    log     what came so far
     error   what ended it, where that was an error
     ended   nothing more comes
     status  what it waits for at this moment, to be told in a stream that is silent: queue position, progress; None for nothing
     form    how it is worded, for whoever takes it up again
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, parts: int = 1) -> None:
+    def __init__(self, bell: Bell, parts: int = 1) -> None:
         self.parts = parts
+        self.log: list[Any] = []
         self.error: ApiError | None = None
         self.ended = False
         self.ended_at = 0.0
         self.cancelled = threading.Event()
         self.status: Callable[[], dict[str, Any] | None] = lambda: None
         self.form: Any = None
-        self._loop = loop
-        self._log: list[Any] = []
-        self._changed = asyncio.Event()
+        self._bell = bell
+        self._waiting: set[asyncio.Future[bool]] = set()
+        self._over = asyncio.Event()
         self._told = False
         self._to_cancel: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
-    @property
-    def events(self) -> int:
-        """How many there are so far."""
-        return len(self._log)
-
     def put(self, event: Any) -> None:
-        self._log.append(event)
-        self._tell()
-
-    def _tell(self) -> None:
-        if not self._told:  # one call serves all that comes until the loop has its turn
+        self.log.append(event)
+        if not self._told:
             self._told = True
-            try:
-                self._loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:
-                pass  # the loop is closed: nobody reads any more
+            self._bell.ring(self._wake)
 
     def _wake(self) -> None:
         self._told = False
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        for changed in self._waiting:
+            _tell(changed, True)
+        if self.ended:
+            self._over.set()
 
     def end(self, error: ApiError | None = None) -> None:
         self.error, self.ended, self.ended_at = error, True, time.monotonic()
-        self._told = False
-        self._tell()
+        self._bell.ring(self._wake)
 
     def when_cancelled(self, call: Callable[[], None]) -> None:
         """Have something called, once, when nobody wants the answer any more: at once where that is so already."""
@@ -94,21 +118,54 @@ class Answering:
         """
         position = 0
         while True:
-            changed = self._changed
-            if position < len(self._log):
-                part = self._log[position:]
+            if position < len(self.log):
+                part = self.log[position:]
                 position += len(part)
                 yield part
             elif self.ended:
                 break
-            else:
-                try:
-                    async with asyncio.timeout(silence_s):
-                        await changed.wait()
-                except TimeoutError:
-                    yield ()
+            elif not await self._change(silence_s):
+                yield ()
         if self.error is not None:
             raise self.error
+
+    async def _change(self, most_s: float) -> bool:
+        """Whether something came within so many seconds."""
+        loop = asyncio.get_running_loop()
+        changed: asyncio.Future[bool] = loop.create_future()
+        timer = loop.call_later(most_s, _tell, changed, False)
+        self._waiting.add(changed)
+        try:
+            return await changed
+        finally:
+            timer.cancel()
+            self._waiting.discard(changed)
+
+    async def over(self) -> None:
+        """Wait until nothing more comes."""
+        await self._over.wait()
+
+    async def whole(self) -> Sequence[Any]:
+        """All that was put, once nothing more comes.
+
+        Raises:
+            ApiError: the answer failed.
+        """
+        await self.over()
+        if self.error is not None:
+            raise self.error
+        return self.log
+
+
+# Writes what is there of a part of an answer, without waiting for more; returns whether that was all.
+Step = Callable[[], bool]
+# Writes its part of an answer, in a thread, or begins it; the step then goes on with it, in the loop.
+Part = Callable[[Answering], Step | None]
+
+
+def _tell(waiting: asyncio.Future[bool], came: bool) -> None:
+    if not waiting.done():
+        waiting.set_result(came)
 
 
 class Answers:
@@ -118,14 +175,16 @@ class Answers:
         self.stopping = False
         self._most, self._kept, self._kept_s = most, kept, kept_s
         self._running: set[Answering] = set()
+        self._steps: list[Step] = []
+        self._bell: Bell | None = None
         self._named: OrderedDict[str, Answering] = OrderedDict()
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def start(self, parts: Sequence[Callable[[Answering], None]], name: str | None = None) -> Answering:
-        """An answer that these write, each in a thread of its own; to be called in the loop.
+    def start(self, parts: Sequence[Part], name: str | None = None) -> Answering:
+        """An answer that these write; to be called in the loop.
 
         Args:
             name: under which it can be found again.
@@ -135,25 +194,33 @@ class Answers:
         """
         if self.stopping:
             raise ApiError(503, STOPPING, code="stopping", retry_after_s=30)
-        threads = sum(answering.parts for answering in self._running)
-        if len(self._running) >= self._most or (self._running and threads + len(parts) > MOST_THREADS):
+        written = sum(answering.parts for answering in self._running)
+        if len(self._running) >= self._most or (self._running and written + len(parts) > MOST_PARTS):
             message = f"The server is busy with {len(self._running)} answers."
             raise ApiError(429, message, code="too_many_requests", retry_after_s=5)
-        answering = Answering(asyncio.get_running_loop(), len(parts))
+        self._bell = bell = self._bell or Bell(asyncio.get_running_loop())
+        answering = Answering(bell, len(parts))
         self._running.add(answering)
         left = _Count(len(parts))
 
-        def write(part: Callable[[Answering], None]) -> None:
-            error: ApiError | None = None
-            try:
-                part(answering)
-            except BaseException as raised:  # noqa: BLE001  the client is told, whatever it is
-                error = failure_of(raised)
+        def over(error: ApiError | None) -> None:
+            if error is not None:
                 answering.cancel()
             answering.error = answering.error or error
             if left.down() == 0:
                 self._running.discard(answering)
                 answering.end(answering.error)
+
+        def write(part: Part) -> None:
+            try:
+                step = part(answering)
+            except BaseException as raised:  # noqa: BLE001  the client is told, whatever it is
+                over(failure_of(raised))
+                return
+            if step is None:
+                over(None)
+            else:
+                bell.ring(partial(self._go_on, partial(_take, step, over)))
 
         if name is not None:
             self._keep(name, answering)
@@ -161,15 +228,27 @@ class Answers:
             threading.Thread(target=write, args=(part,), name="moss-jt answer", daemon=True).start()
         return answering
 
+    def _go_on(self, step: Step) -> None:
+        if not step():
+            self._steps.append(step)
+
+    def computed(self) -> None:
+        """There may be something new for the answers that are written; to be called from any thread."""
+        if self._bell is not None:
+            self._bell.ring(self._step)
+
+    def _step(self) -> None:
+        self._steps = [step for step in self._steps if not step()]
+
     def _keep(self, name: str, answering: Answering) -> None:
         self._named.pop(name, None)
         self._named[name] = answering
         old = time.monotonic() - self._kept_s
-        events = sum(kept.events for kept in self._named.values())
+        events = sum(len(kept.log) for kept in self._named.values())
         for other, kept in [*self._named.items()]:
             many = len(self._named) > self._kept or events > MOST_EVENTS
             if kept.ended and (many or kept.ended_at < old):
-                events -= kept.events
+                events -= len(kept.log)
                 del self._named[other]
 
     def find(self, name: str) -> Answering | None:
@@ -196,6 +275,17 @@ class Answers:
         while self._running and time.monotonic() < end:
             await asyncio.sleep(0.02)
         return not self._running
+
+
+def _take(step: Step, over: Callable[[ApiError | None], None]) -> bool:
+    try:
+        done = step()
+    except BaseException as raised:  # noqa: BLE001  as in a thread
+        over(failure_of(raised))
+        return True
+    if done:
+        over(None)
+    return done
 
 
 class _Count:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,14 +14,14 @@ from moss_jt.chat.field_reader import MARKERS
 from moss_jt.chat.messages import Message, conversation_of
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
-from moss_jt.serve.answering import Answering
+from moss_jt.serve.answering import Part
 from moss_jt.serve.errors import ApiError, bad_value
 from moss_jt.serve.events import Extra, Finished, Thinking, Token, Usage, Words
 from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import ChatRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, OR_STREAM, data_event
+from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
 from moss_jt.serve.turns import WantedTurn, write_turn
 from moss_jt.store.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def prepared(service: Service, asked: ChatRequest) -> list[Callable[[Answering], None]]:
+def prepared(service: Service, asked: ChatRequest) -> list[Part]:
     """What writes the choices. Whatever is wrong with the request is said here.
 
     Raises:
@@ -102,6 +102,7 @@ class ChatForm:
         self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         self._progress = bool(asked.return_progress)
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._chunks = Chunks(self._head("chat.completion.chunk"))
 
     def first(self) -> Iterator[str]:
         for index in range(self._choices):
@@ -109,14 +110,7 @@ class ChatForm:
 
     def event(self, event: Any) -> Iterator[str]:
         if isinstance(event, Words):
-            tokens = {
-                "content": [token_fields(self._service.model().tokenizer, token) for token in event.tokens]
-            }
-            yield self._chunk(
-                event.choice,
-                {"content": event.text},
-                {"logprobs": {**tokens, "refusal": None}} if self._logprobs else {},
-            )
+            yield self._chunk(event.choice, {"content": event.text}, self._likely(event.tokens))
         elif isinstance(event, Thinking):
             yield self._chunk(event.choice, {"reasoning_content": event.text})
         elif isinstance(event, Extra):
@@ -129,9 +123,7 @@ class ChatForm:
 
     def last(self, usage: Usage) -> Iterator[str]:
         if self._usage:
-            yield data_event(
-                {**self._head("chat.completion.chunk"), "choices": [], "usage": usage_fields(usage)}
-            )
+            yield self._chunks.event({"choices": [], "usage": usage_fields(usage)})
         yield DONE
 
     def failed(self, error: ApiError) -> Iterator[str]:
@@ -163,14 +155,16 @@ class ChatForm:
             message["reasoning_content"] = choice.thoughts
         if choice.extras:
             message["moss"] = choice.extras
-        logprobs = None
-        if self._logprobs:
-            tokenizer = self._service.model().tokenizer
-            logprobs = {
-                "content": [token_fields(tokenizer, token) for token in choice.tokens],
-                "refusal": None,
-            }
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+        logprobs = {"logprobs": None, **self._likely(choice.tokens)}
+        return {"index": index, "message": message, **logprobs, "finish_reason": choice.reason}
+
+    def _likely(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The member of a choice that says how likely its tokens were, where that was asked for."""
+        if not self._logprobs:
+            return {}
+        tokenizer = self._service.model().tokenizer
+        content = [token_fields(tokenizer, token) for token in tokens]
+        return {"logprobs": {"content": content, "refusal": None}}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -190,9 +184,7 @@ class ChatForm:
     ) -> str:
         fields = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(choice or {})}
         usage = {"usage": None} if self._usage else {}
-        return data_event(
-            {**self._head("chat.completion.chunk"), "choices": [fields], **usage, **(more or {})}
-        )
+        return self._chunks.event({"choices": [fields], **usage, **(more or {})})
 
 
 def token_fields(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

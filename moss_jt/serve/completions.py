@@ -2,14 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from moss_jt.serve.answering import Answering
+from moss_jt.serve.answering import Part
 from moss_jt.serve.chat_completions import usage_fields
 from moss_jt.serve.errors import ApiError
 from moss_jt.serve.events import Finished, Token, Usage, Words
@@ -17,7 +17,7 @@ from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import CompletionRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, OR_STREAM, data_event
+from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, Tokenizer
 
 DEFAULT_TOKENS = 16
@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answering], None]]:
+def prepared(service: Service, asked: CompletionRequest) -> list[Part]:
     """What writes the choices: n of each prompt.
 
     Raises:
@@ -48,7 +48,7 @@ def prepared(service: Service, asked: CompletionRequest) -> list[Callable[[Answe
     moss, adapter = service.model(asked.model), service.adapter(asked.model)
     params = service.params(asked)
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    parts: list[Callable[[Answering], None]] = []
+    parts: list[Part] = []
     for token_ids in prompts_of(asked.prompt, moss.tokenizer):
         if max(token_ids) >= moss.config.vocab_size:
             message = f"prompt: ids of tokens are 0 to {moss.config.vocab_size - 1}."
@@ -89,6 +89,7 @@ class CompletionForm:
         self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         self._progress = bool(asked.return_progress)
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self._chunks = Chunks(self._head())
 
     def first(self) -> Iterator[str]:
         yield self._chunk(0, "")
@@ -101,14 +102,14 @@ class CompletionForm:
 
     def status(self, status: dict[str, Any]) -> str | None:
         return (
-            data_event({**self._head(), "choices": [self._choice(0, "", ())], "moss": status})
+            self._chunks.event({"choices": [self._choice(0, "", ())], "moss": status})
             if self._progress
             else None
         )
 
     def last(self, usage: Usage) -> Iterator[str]:
         if self._usage:
-            yield data_event({**self._head(), "choices": [], "usage": usage_fields(usage)})
+            yield self._chunks.event({"choices": [], "usage": usage_fields(usage)})
         yield DONE
 
     def failed(self, error: ApiError) -> Iterator[str]:
@@ -149,7 +150,7 @@ class CompletionForm:
 
     def _chunk(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
         usage = {"usage": None} if self._usage else {}
-        return data_event({**self._head(), "choices": [self._choice(index, text, tokens, reason)], **usage})
+        return self._chunks.event({"choices": [self._choice(index, text, tokens, reason)], **usage})
 
 
 def legacy_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:

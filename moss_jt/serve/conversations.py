@@ -56,7 +56,14 @@ class Message(BaseModel):
 
 def router(service: Service, shelf: Shelf) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["conversations"])
+    _add_server(routes, service)
+    _add_conversations(routes, service, shelf)
+    _add_answers(routes, service, shelf)
+    _add_pictures(routes, service)
+    return routes
 
+
+def _add_server(routes: APIRouter, service: Service) -> None:
     @routes.get("/server")
     async def server() -> dict[str, Any]:
         """What a page must know of the server; also while the model is loaded."""
@@ -71,6 +78,8 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             "sampling": sampling_fields(settings.params, settings.max_new_tokens),
         }
 
+
+def _add_conversations(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     @routes.get("/conversations")
     async def conversations() -> dict[str, Any]:
         """Those used last first."""
@@ -114,6 +123,8 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
         await shelf.remove(name)
         return Response(status_code=204)
 
+
+def _add_answers(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     async def answered(name: str, question: Question) -> Response:
         kept = await shelf.ask(name, question)
         return EventStream(events_of(service, kept, 0), service.settings.limits.slow_reader_s)
@@ -152,6 +163,8 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             kept.answering.cancel()
         return Response(status_code=204)
 
+
+def _add_pictures(routes: APIRouter, service: Service) -> None:
     @routes.get("/pictures/{name}", status_code=200, response_class=FileResponse)
     async def picture(name: str) -> Response:
         """A picture that MOSS had drawn."""
@@ -164,8 +177,6 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
             "X-Content-Type-Options": "nosniff",
         }
         return FileResponse(path, headers=headers)
-
-    return routes
 
 
 def _is_picture(path: Path, folder: Path) -> bool:

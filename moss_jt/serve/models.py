@@ -16,7 +16,13 @@ from moss_jt.serve.service import Service
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
+    _add_models(routes, service)
+    _add_tokens(routes, service)
+    _add_state(routes, service)
+    return routes
 
+
+def _add_models(routes: APIRouter, service: Service) -> None:
     async def health() -> dict[str, str]:
         """200 once the model is loaded; 503 before."""
         service.model()
@@ -44,6 +50,8 @@ def router(service: Service) -> APIRouter:
     async def embeddings() -> Response:
         raise ApiError(404, "MOSS makes no embeddings.", code="not_supported")
 
+
+def _add_tokens(routes: APIRouter, service: Service) -> None:
     @routes.post("/tokenize", tags=["llama.cpp"])
     async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
         tokenizer = service.model().tokenizer
@@ -73,6 +81,8 @@ def router(service: Service) -> APIRouter:
         token_ids = await service.aside(encoder.encode, segments)
         return {"prompt": await service.aside(moss.tokenizer.decode, token_ids)}
 
+
+def _add_state(routes: APIRouter, service: Service) -> None:
     @routes.get("/props", tags=["llama.cpp"])
     async def props() -> dict[str, Any]:
         moss = service.model()
@@ -101,8 +111,6 @@ def router(service: Service) -> APIRouter:
         if not service.settings.metrics:
             raise ApiError(501, "The server was started with --no-metrics.", code="not_supported")
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
-    return routes
 
 
 def model_fields(service: Service, name: str) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
-from moss_jt.serve.answering import Answering
+from moss_jt.serve.answering import Answering, Step
 from moss_jt.serve.events import Finished, Token, Usage, Words
 from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -40,13 +41,13 @@ class Wanted:
     adapter: str | None = None
 
 
-def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> None:
-    """Write one choice of an answer; the next ones have random numbers of their own, with a seed, too."""
+def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> Step | None:
+    """Begin one choice of an answer; the next ones have random numbers of their own, with a seed, too."""
     if wanted.echo:
         _echo(moss, wanted, choice, answering)
     if wanted.max_new_tokens == 0:
         answering.put(Finished(choice, "length", Usage(len(wanted.token_ids))))
-        return
+        return None
     params = wanted.params
     if params.seed is not None:
         params = replace(params, seed=params.seed + choice)
@@ -60,16 +61,27 @@ def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering)
     generation = Generation(text, decoder, params, *limits, begin=True, logprobs=wanted.logprobs)
     if answering.cancelled.is_set():
         generation.close()
-    pieces = AnswerPieces(moss.tokenizer, wanted)
-    for _ in generation:
+    return partial(
+        _go_on, generation, AnswerPieces(moss.tokenizer, wanted), len(wanted.token_ids), choice, answering
+    )
+
+
+def _go_on(
+    generation: Generation, pieces: "AnswerPieces", prompt: int, choice: int, answering: Answering
+) -> bool:
+    """Write what is there of the answer, and whether that was its end."""
+    for _ in generation.ready():
         if (piece := pieces.next(generation, False)) is not None:
             answering.put(replace(piece, choice=choice))
+    if not generation.ended:
+        return False
     if (piece := pieces.next(generation, True)) is not None:
         answering.put(replace(piece, choice=choice))
     stats = generation.stats
     reason = "stop" if stats.stop_reason in ("eos", "stop") else "length"
-    usage = Usage(len(wanted.token_ids), stats.new_tokens, stats.cached_tokens)
+    usage = Usage(prompt, stats.new_tokens, stats.cached_tokens)
     answering.put(Finished(choice, reason, usage, (stats.seconds["prefill"], stats.seconds["decode"])))
+    return True
 
 
 class Waiting:

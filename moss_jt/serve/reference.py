@@ -81,9 +81,7 @@ async def conversation_of(shelf: Shelf, uid: str | None) -> ServedConversation:
 
 
 async def _body(conversation: ServedConversation, answering: Answering) -> dict[str, Any]:
-    text = ""
-    async for part in answering.follow(3600):
-        text += "".join(fields["text"] for fields in part if fields["type"] == "text")
+    text = "".join(fields["text"] for fields in await answering.whole() if fields["type"] == "text")
     return {
         "response": MARK + text,
         "history": [[turn.message, MARK + turn.answer] for turn in conversation.turns],

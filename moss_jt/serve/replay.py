@@ -6,13 +6,13 @@ name and the number of events that were received gives the rest, DELETE ends it.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from moss_jt.serve.answering import Answering
+from moss_jt.serve.answering import Answering, Part
 from moss_jt.serve.errors import ApiError
 from moss_jt.serve.events import Finished, Usage
 from moss_jt.serve.service import Service
@@ -42,7 +42,7 @@ class Form(Protocol):
 def respond(
     service: Service,
     request: Request,
-    parts: Sequence[Callable[[Answering], None]],
+    parts: Sequence[Part],
     form: Form,
     stream: bool,
     interface: str,
@@ -77,25 +77,20 @@ def _nothing() -> None:
 
 
 async def _count(service: Service, answering: Answering, interface: str) -> None:
-    outcome = "done"
-    try:
-        async for part in answering.follow(3600):
-            for event in part:
-                if isinstance(event, Finished):
-                    service.metrics.count(event)
-        if answering.cancelled.is_set():
-            outcome = "cancelled"
-    except ApiError:
+    await answering.over()
+    for event in answering.log:
+        if isinstance(event, Finished):
+            service.metrics.count(event)
+    outcome = "cancelled" if answering.cancelled.is_set() else "done"
+    if answering.error is not None:
         outcome = "failed"
     service.metrics.answers.labels(interface, outcome).inc()
 
 
 async def _body(answering: Answering, form: Form) -> dict[str, Any]:
-    events, usage = [], Usage()
-    async for part in answering.follow(3600):
-        for event in part:
-            events.append(event)
-            usage = _added(usage, event)
+    events, usage = await answering.whole(), Usage()
+    for event in events:
+        usage = _added(usage, event)
     return form.body(events, usage)
 
 

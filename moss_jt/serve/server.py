@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from moss_jt.backend.allocator import use_few_arenas
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import let_others_run
 from moss_jt.serve.app import make_app
@@ -53,16 +54,19 @@ class Server:
             timeout_graceful_shutdown=STOP_S,
         )
         self._uvicorn = uvicorn.Server(config)
+        self._stop_listening: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._serve, name="moss-jt server", daemon=True)
 
     def start(self) -> None:
         """Begin to answer: before the model is loaded, that it is not."""
+        use_few_arenas()
         self._thread.start()
 
     def ready(self, moss: "Moss") -> None:
         """Answer with this model, which nobody else may be loading another beside: its thread alone uses Jittor from now on."""
         let_others_run(moss.model.operators)
+        self._stop_listening = moss.engine.listen(self.service.answers.computed)
         self.service.moss = moss
 
     def stop(self) -> None:
@@ -70,6 +74,7 @@ class Server:
         if self._loop is not None and self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
         self._thread.join()
+        self._stop_listening()
         self.shelves.close()
         for listener in self._sockets:
             listener.close()

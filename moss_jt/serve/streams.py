@@ -21,12 +21,29 @@ STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 T = TypeVar("T")
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def json_text(fields: Any) -> str:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return ENCODER.encode(fields)
 
 
 def data_event(fields: Any) -> str:
     return f"data: {json_text(fields)}\n\n"
+
+
+class Chunks:
+    """Events of one stream, which begin alike.
+
+    Args:
+        head: members of all of them.
+    """
+
+    def __init__(self, head: Mapping[str, Any]) -> None:
+        self._begin = f"data: {json_text(head)[:-1]},"
+
+    def event(self, fields: Mapping[str, Any]) -> str:
+        return f"{self._begin}{json_text(fields)[1:]}\n\n"
 
 
 def named_event(name: str, fields: Any) -> str:
@@ -92,10 +109,12 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         await send(start)
-        async for text in self._events:
-            message = {"type": "http.response.body", "body": text.encode(), "more_body": True}
-            async with asyncio.timeout(self._slow_reader_s):
-                await send(message)
+        now = asyncio.get_running_loop().time
+        async with asyncio.timeout(None) as slow:
+            async for text in self._events:
+                slow.reschedule(now() + self._slow_reader_s)
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                slow.reschedule(None)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -179,9 +179,7 @@ def write(
 
 
 async def _answer(prompt: Prompt, answering: Answering) -> dict[str, Any]:
-    pieces: list[str] = []
-    async for part in answering.follow(3600):
-        pieces += part
+    pieces = await answering.whole()
     written = "".join(pieces)
     return {
         "pred": prompt.text + written,

@@ -139,7 +139,7 @@ export class TurnView {
   }
 
   on_progress(event) {
-    this.wait(words().progress(event.processed, event.total));
+    this.wait(words().progress(event.processed, event.total, event.expected_s === null ? null : Math.ceil(event.expected_s)));
   }
 
   finish() {
