@@ -111,6 +111,20 @@ class CheckedBlock:
     matrices: list[Var]
 
 
+@dataclass(frozen=True)
+class CheckedPass:
+    """What all blocks of a pass have alike: the cache, which has its pages; the operation's inputs, and the numbers beside them."""
+
+    keys: Var
+    values: Var
+    inputs: list[Var]
+    data: dict[str, float]
+    shapes: dict[int, list[tuple[int, ...]]]  # of the results, by bits of the block's matrices
+
+    def is_of(self, keys: Var, values: Var, layer: int) -> bool:
+        return keys is self.keys and values is self.values and 0 <= layer < keys.shape[0]
+
+
 class CpuOperators:
     """See :class:`moss_jt.kernels.interface.Operators`.
 
@@ -145,6 +159,7 @@ class CpuOperators:
         self.bank = self.no_order if adapters is None else jt.reuse_np_array(adapters.values)
         self.directories = [] if adapters is None else [jt.array(layer) for layer in adapters.directory]
         self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
+        self._passes: weakref.WeakKeyDictionary[Places, CheckedPass] = weakref.WeakKeyDictionary()
 
     @property
     def level(self) -> str:
@@ -173,36 +188,41 @@ class CpuOperators:
         return run(self.simd, "head.h", HEAD, shapes, inputs, data)[0]
 
     def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
-        config, tokens = self.config, places.count
-        check_shape("h", h, (tokens, config.n_embd))
-        check_cache(keys, values, config, layer, places)
+        check_shape("h", h, (places.count, self.config.n_embd))
         check_adapters(places, self.adapters, layer)
+        of_pass = self._passes.get(places)
+        if of_pass is None or not of_pass.is_of(keys, values, layer):
+            of_pass = self._passes[places] = self._check_pass(keys, values, layer, places)
         checked = self._checked.get(weights)
         if checked is None:
             checked = self._checked[weights] = self._check(weights)
+        shapes = of_pass.shapes.get(checked.bits)
+        if shapes is None:
+            shapes = of_pass.shapes[checked.bits] = self._shapes(checked.bits, keys, places)
         rank, adapters = 0, [self.no_order] * 3
         if self.adapters is not None and places.adapters is not None:
             rank, adapters = (
                 self.adapters.most_rank,
                 [self.bank, self.directories[layer], places.adapter_tokens],
             )
-        inputs = [
-            h, *checked.vectors, self.rotary, places.tokens, places.table, keys, values, *adapters, *checked.matrices
-        ]  # fmt: skip
-        data = {
-            "layer": layer, "whole": places.whole, "epsilon": config.layer_norm_epsilon, "rank": rank,
-            "others_run": int(self.others_run),
-        }  # fmt: skip
-        positions = min(keys.shape[1], config.n_positions)
-        floats = self._workspace(checked, tokens, tokens - places.whole, positions)
-        shapes = [(tokens, config.n_embd), (floats,)]
+        inputs = [h, *checked.vectors, *of_pass.inputs, *adapters, *checked.matrices]
+        data = {"layer": layer, "rank": rank, "others_run": int(self.others_run), **of_pass.data}
         return run(self.simd, "block.h", BLOCK_SOURCES[checked.bits], shapes, inputs, data)[0]
 
-    def _workspace(self, checked: CheckedBlock, tokens: int, few: int, positions: int) -> int:
+    def _check_pass(self, keys: Var, values: Var, layer: int, places: Places) -> CheckedPass:
+        check_cache(keys, values, self.config, layer, places)
+        inputs = [self.rotary, places.tokens, places.table, keys, values]
+        data = {"whole": places.whole, "epsilon": self.config.layer_norm_epsilon}
+        return CheckedPass(keys, values, inputs, data, {})
+
+    def _shapes(self, bits: int, keys: Var, places: Places) -> list[tuple[int, ...]]:
+        """Of a block's result and of its workspace."""
         rank = 0 if self.adapters is None else self.adapters.most_rank
-        needs = CpuNeeds(self.config, checked.bits, rank)
-        onednn = onednn_folder() is not None
-        return needs.block_floats(tokens, positions, few=few, onednn=onednn)
+        positions = min(keys.shape[1], self.config.n_positions)
+        few, onednn = places.count - places.whole, onednn_folder() is not None
+        needs = CpuNeeds(self.config, bits, rank)
+        floats = needs.block_floats(places.count, positions, few=few, onednn=onednn)
+        return [(places.count, self.config.n_embd), (floats,)]
 
     def _check(self, weights: BlockWeights) -> CheckedBlock:
         check_block(weights, self.config)
