@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory_cgroup import NoGroup, forget_cached, memory_group, run
 
 from moss_jt import Moss
-from moss_jt.engine.draft_pace import DraftPace, Sure
+from moss_jt.engine.draft_length import DraftPace, Sure
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.measure.machine_speed import memory_speed

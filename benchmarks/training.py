@@ -29,9 +29,9 @@ from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import LearningSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.needs import TrainingNeeds
-from moss_jt.train.pace import Speeds, step_pace
 from moss_jt.train.samples import TokenSample
+from moss_jt.train.step_memory import TrainingNeeds
+from moss_jt.train.step_time import Speeds, step_pace
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.unit_tensors import extent_of

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moss_jt.convert.disk import Download
+from moss_jt.convert.disk_space import Download
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.convert.tokenizer import build_tokenizer
 from moss_jt.convert.torch_file import read_torch_file

@@ -13,7 +13,7 @@ from moss_jt.convert.checkpoint import (
     read_shard,
     read_weight_map,
 )
-from moss_jt.convert.disk import Download, check_disk, folder_bytes
+from moss_jt.convert.disk_space import Download, check_disk, folder_bytes
 from moss_jt.convert.vocabulary import required_files
 from moss_jt.errors import MissingFileError, MossError
 from moss_jt.plan.residency import gib

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moss_jt.convert.checkpoint import Checkpoint
-from moss_jt.convert.disk import Download, check_disk, on_one_disk
+from moss_jt.convert.disk_space import Download, check_disk, on_one_disk
 from moss_jt.convert.gptq_checkpoint import format_notes, quantised_files
 from moss_jt.convert.journal import JOURNAL, Journal
 from moss_jt.convert.layout import FilePlan, dense_files, is_quantised

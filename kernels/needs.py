@@ -148,7 +148,7 @@ class CpuNeeds:
 
 
 def _input_floats(inputs: int) -> int:
-    """Of one token, as input_floats() in digits.h counts them."""
+    """Of one token, as input_floats() in packed_few.h counts them."""
     return inputs + -(-inputs // 1024) * 16
 
 

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from moss_jt.backend.device import Offload, check_choice, decide, parse_device, while_jittor_starts
-from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.convert.named import model_folder
 from moss_jt.engine.causal_model import LoadedAdapter, Watcher
-from moss_jt.engine.draft import make_drafter
 from moss_jt.engine.draft_copy import DraftCopy
-from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace
+from moss_jt.engine.draft_length import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.logprobs import Logprob, check_top, logprobs_of
 from moss_jt.engine.prompt_cache import PromptCache
 from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
 from moss_jt.engine.prompt_key import prompt_cache_bytes
+from moss_jt.engine.prompt_lookup import make_drafter
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
@@ -48,10 +48,10 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
-from moss_jt.train.bank import AdapterFiles, Given
-from moss_jt.weights.arrivals import Arrivals
+from moss_jt.train.adapter_bank import AdapterFiles, Given
 from moss_jt.weights.disk_speed import disk_under
 from moss_jt.weights.host_units import HostUnits, open_host_units
+from moss_jt.weights.resident_reader import Arrivals
 
 if TYPE_CHECKING:
     from moss_jt.engine.model import Model

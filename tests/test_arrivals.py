@@ -10,8 +10,8 @@ import pytest
 
 from moss_jt.errors import MossError
 from moss_jt.store.sizes import MEMORY_PAGE
-from moss_jt.weights.arrivals import Arrivals
 from moss_jt.weights.host_units import populate
+from moss_jt.weights.resident_reader import Arrivals
 
 SIZES = {number: 10 + number for number in range(5)}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moss_jt.chat.citations import CitationReader
+from moss_jt.chat.citation_reader import CitationReader
 
 TEXTS = [
     ("The Moon<sup><|1|></sup>.", "The Moon[1].", [1]),

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from moss_jt.commands.cli import main
-from moss_jt.convert import disk
+from moss_jt.convert import disk_space
 from moss_jt.convert.checkpoint import open_local
-from moss_jt.convert.disk import Download
+from moss_jt.convert.disk_space import Download
 from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
@@ -362,7 +362,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage)
     message = refused(random_checkpoint(tmp_path / "source"), tmp_path / "out")
     assert "disk" in message
     assert not (tmp_path / "out").exists()
@@ -399,12 +399,12 @@ def test_downloads_count_where_they_share_the_disk(tmp_path: Path, monkeypatch: 
     assert Download(folder, sizes, keep=True).growth(steps) == [20, 80, 150]
     gib = 1 << 30
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * gib)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
-    disk.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, gib, gib])
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage)
+    disk_space.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, gib, gib])
     with pytest.raises(MossError, match=r"out needs 5\.2\d GiB of disk and 5\.00 GiB are free"):
-        disk.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, 3 * gib, gib])
+        disk_space.check_disk(tmp_path / "out", [gib, gib, gib], folder, [gib, 3 * gib, gib])
     with pytest.raises(MossError, match=r"out needs 6\.2\d GiB"):
-        disk.check_disk(tmp_path / "out", [3 * gib, 3 * gib])
+        disk_space.check_disk(tmp_path / "out", [3 * gib, 3 * gib])
 
 
 def test_a_file_may_go_away_while_a_folder_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,11 +420,11 @@ def test_a_file_may_go_away_while_a_folder_is_summed(tmp_path: Path, monkeypatch
             path.unlink()
         return result
 
-    assert disk.folder_bytes(tmp_path) == 5
+    assert disk_space.folder_bytes(tmp_path) == 5
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     monkeypatch.setattr(Path, "stat", last_seen)
-    assert disk.folder_bytes(tmp_path) == 5
-    assert disk.folder_bytes(tmp_path) == 2
+    assert disk_space.folder_bytes(tmp_path) == 5
+    assert disk_space.folder_bytes(tmp_path) == 2
 
 
 def test_a_place_that_cannot_hold_a_folder_is_one_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moss_jt.engine.draft import (
+from moss_jt.engine.prompt_lookup import (
     DEFAULT_LONGEST,
     LONGEST_DRAFT,
     STREAMED_TOKEN_COST,

@@ -10,7 +10,7 @@ import pytest
 from moss_jt.engine import draft_copy
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
-from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace, PassCost, Sure
+from moss_jt.engine.draft_length import LONGEST_DRAFT, DraftPace, PassCost, Sure
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.plan.drafting import tokens_per_pass
 

@@ -12,8 +12,8 @@ import pytest
 
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
+from moss_jt.engine.idle_page_file import PageFile
 from moss_jt.engine.pace import Pace
-from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Answer

@@ -28,14 +28,14 @@ from moss_jt.train.api import start
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings
-from moss_jt.train.front import ROWS, FrontRows, key_of
+from moss_jt.train.frozen_front import ROWS, FrontRows, key_of
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter, LoraSettings
 from moss_jt.train.loss import StepResult
-from moss_jt.train.needs import Keeping, TrainingNeeds
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import read_adapter
 from moss_jt.train.samples import TokenSample
+from moss_jt.train.step_memory import Keeping, TrainingNeeds
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 

@@ -22,11 +22,11 @@ from moss_jt.train.api import full_needs, start_full
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.curve import MOST_POINTS, loss_curve
 from moss_jt.train.dataset import DataReport, Dataset
-from moss_jt.train.events import EventFile
 from moss_jt.train.finetune import LearningSettings, Training
-from moss_jt.train.full_model import FullModel, sums_by_row
-from moss_jt.train.fused import OPTIMIZERS, FullSettings, OptimizerName
-from moss_jt.train.masters import EMBEDDING, Masters, parameters_of
+from moss_jt.train.full_step import FullModel, sums_by_row
+from moss_jt.train.fused_optimizers import OPTIMIZERS, FullSettings, OptimizerName
+from moss_jt.train.master_weights import EMBEDDING, Masters, parameters_of
+from moss_jt.train.tensorboard_log import EventFile
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 from tests.test_finetune import samples

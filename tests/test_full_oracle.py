@@ -11,9 +11,9 @@ from moss_jt.store.architecture import HEAD_WEIGHT
 from moss_jt.store.locations import tiny_checkpoint
 from moss_jt.store.model_folder import open_store, read_tensor
 from moss_jt.store.qkv_order import head_runs
-from moss_jt.train.full_model import FullModel
-from moss_jt.train.fused import OPTIMIZERS, OptimizerName
-from moss_jt.train.masters import EMBEDDING, Masters
+from moss_jt.train.full_step import FullModel
+from moss_jt.train.fused_optimizers import OPTIMIZERS, OptimizerName
+from moss_jt.train.master_weights import EMBEDDING, Masters
 from moss_jt.train.samples import TokenSample
 from tests.support.models import convert_checkpoint
 from tests.support.oracles import run_oracle

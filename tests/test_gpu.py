@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moss_jt.backend import gpu, toolkit
+from moss_jt.backend import gpu_requirements, toolkit
 from moss_jt.backend.cards import Card
 from moss_jt.backend.toolkit import Toolkit
 from moss_jt.errors import MossError
@@ -46,11 +46,11 @@ def missing(text: str) -> Callable[..., Any]:
 
 
 def test_everything_that_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "find_card", missing("there is no NVIDIA driver"))
-    monkeypatch.setattr(gpu, "find_toolkit", missing("nvcc is missing"))
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_requirements, "find_card", missing("there is no NVIDIA driver"))
+    monkeypatch.setattr(gpu_requirements, "find_toolkit", missing("nvcc is missing"))
+    monkeypatch.setattr(gpu_requirements.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MossError) as raised:
-        gpu.require_gpu()
+        gpu_requirements.require_gpu()
     lines = str(raised.value).splitlines()
     assert len(lines) == 5 and all(line.startswith("  - ") for line in lines[1:4])
     for line, word in zip(lines[1:], ("driver", "nvcc", "CuPy", "Without --gpu"), strict=True):
@@ -59,20 +59,22 @@ def test_everything_that_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPa
 
 def parts(monkeypatch: pytest.MonkeyPatch, card: Card, release: tuple[int, int], cupy: int | None) -> None:
     """Those are what this machine has."""
-    monkeypatch.setattr(gpu, "find_card", lambda number: card)
-    monkeypatch.setattr(gpu, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), release, {}))
-    monkeypatch.setattr(gpu, "find_cupy", lambda series: cupy)
+    monkeypatch.setattr(gpu_requirements, "find_card", lambda number: card)
+    monkeypatch.setattr(
+        gpu_requirements, "find_toolkit", lambda *_: Toolkit(Path("/x/bin/nvcc"), release, {})
+    )
+    monkeypatch.setattr(gpu_requirements, "find_cupy", lambda series: cupy)
 
 
 def test_parts_that_do_not_fit_together_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     parts(monkeypatch, replace(CARD, driver_cuda=(11, 4)), (12, 4), 11)
     with pytest.raises(MossError) as raised:
-        gpu.require_gpu()
+        gpu_requirements.require_gpu()
     text = str(raised.value)
     assert "pip uninstall cupy-cuda11x" in text and "pip install 'cupy-cuda12x" in text
     assert "knows CUDA up to 11.4" in text and "update the driver" in text
     parts(monkeypatch, CARD, (12, 4), None)
-    assert gpu.require_gpu()[0] == CARD
+    assert gpu_requirements.require_gpu()[0] == CARD
 
 
 @pytest.mark.parametrize(
@@ -92,16 +94,16 @@ def test_a_card_that_is_newer_than_the_toolkit_is_told(
 ) -> None:
     parts(monkeypatch, Card("a card", GIB, GIB, compute, (13, 0)), release, None)
     if wanted is None:
-        gpu.require_gpu()
+        gpu_requirements.require_gpu()
     else:
         with pytest.raises(MossError, match=f"a card .* needs CUDA {wanted} or newer.*moss-jt.cuda13"):
-            gpu.require_gpu()
+            gpu_requirements.require_gpu()
 
 
 def test_a_card_that_is_too_old_for_the_toolkit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     parts(monkeypatch, Card("Titan V", GIB, GIB, (7, 0), (13, 0)), (13, 0), 13)
     with pytest.raises(MossError) as raised:
-        gpu.require_gpu()
+        gpu_requirements.require_gpu()
     text = str(raised.value)
     assert "Titan V (compute capability 7.0) is too old for CUDA 13" in text
     assert "install CUDA Toolkit 12" in text and "moss-jt[cuda12]" in text and text.count("\n") == 2
@@ -114,11 +116,13 @@ def test_a_card_that_is_too_old_for_the_toolkit_is_told(monkeypatch: pytest.Monk
 def test_the_newest_cuda_that_card_and_driver_do_is_advised(
     monkeypatch: pytest.MonkeyPatch, compute: tuple[int, int], driver: tuple[int, int], series: int
 ) -> None:
-    monkeypatch.setattr(gpu, "find_card", lambda number: Card("a card", GIB, GIB, compute, driver))
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        gpu_requirements, "find_card", lambda number: Card("a card", GIB, GIB, compute, driver)
+    )
+    monkeypatch.setattr(gpu_requirements.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(toolkit, "nvcc_paths", lambda: [])
     with pytest.raises(MossError, match=f"CuPy is missing: pip install 'moss-jt.cuda{series}") as raised:
-        gpu.require_gpu()
+        gpu_requirements.require_gpu()
     wanted = {12: "install CUDA Toolkit 12", 13: "pip install 'moss-jt[cuda13]' brings one"}[series]
     assert f"nvcc, is missing: {wanted}" in str(raised.value)
 
@@ -133,17 +137,17 @@ def test_a_card_cannot_be_chosen_once_cuda_runs(
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetCount=count_cards))
     if not refused:
-        gpu.check_cuda_has_not_started()
+        gpu_requirements.check_cuda_has_not_started()
         return
     with pytest.raises(MossError, match="uses CUDA already, with 2 cards.*CUDA_VISIBLE_DEVICES"):
-        gpu.check_cuda_has_not_started()
+        gpu_requirements.check_cuda_has_not_started()
 
 
 def test_the_installed_cupy_tells_its_cuda() -> None:
-    names = list(gpu.installed_cupy())
+    names = list(gpu_requirements.installed_cupy())
     if not names:
         with pytest.raises(MossError, match="CuPy is missing"):
-            gpu.find_cupy()
+            gpu_requirements.find_cupy()
     else:
-        assert gpu.find_cupy() == gpu.CUPY_WHEELS[names[0]]
+        assert gpu_requirements.find_cupy() == gpu_requirements.CUPY_WHEELS[names[0]]
     assert re.fullmatch(r"cupy(-cuda1\dx)?", names[0] if names else "cupy")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
-from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.errors import MossError
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Case, run_on_gpu
 from tests.support.models import tiny_model_folder

@@ -19,7 +19,7 @@ import pytest
 from moss_jt import Moss
 from moss_jt.backend.jittor import jt
 from moss_jt.engine.draft_copy import DraftCopy
-from moss_jt.engine.draft_pace import DraftPace
+from moss_jt.engine.draft_length import DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.gpu_model import GpuModel
 from moss_jt.engine.kv_cache import KVCache

@@ -10,13 +10,13 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.engine.draft_copy import DraftCopy
-from moss_jt.engine.draft_pace import DraftPace
+from moss_jt.engine.draft_length import DraftPace
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.tensor_file import read_tensors, write_tensors
-from moss_jt.train.bank import MOST_NAME, AdapterFiles, named_folders
+from moss_jt.train.adapter_bank import MOST_NAME, AdapterFiles, named_folders
 from moss_jt.train.lora import TARGETS, LoraSettings
 from moss_jt.train.peft_files import CONFIG, WEIGHTS
 from tests.support.adapters import random_adapter

@@ -166,7 +166,7 @@ def test_this_machines_card(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_card(number: int) -> Card:
         return Card("a card", (12 + number) << 30, (10 + number) << 30, (8, 6), (13, 0), number=number)
 
-    monkeypatch.setattr("moss_jt.backend.gpu.find_card", find_card)
+    monkeypatch.setattr("moss_jt.backend.gpu_requirements.find_card", find_card)
     text = plan("moss-moon-003-sft-int4", "--gpu", "--gpu-memory", "9GiB").output
     assert text.startswith("Runs here.") and "GPU memory            9.00 GiB  the limit" in text
     assert "2.00 GB/s measured" in text, "the disk is this machine's"

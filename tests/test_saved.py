@@ -17,7 +17,7 @@ import pytest
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Notice, Text
 from moss_jt.chat.finished_turn import FIELDS, FinishedTurn, finished_turn, turn_tokens
-from moss_jt.chat.keeping import Keeping, about_chat, sampling_of
+from moss_jt.chat.kept_chat import Keeping, about_chat, sampling_of
 from moss_jt.chat.prompt import META, PromptEncoder
 from moss_jt.chat.saved import (
     About,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from moss_jt.engine.draft import PromptLookup
 from moss_jt.engine.engine import Engine
+from moss_jt.engine.prompt_lookup import PromptLookup
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError

@@ -8,15 +8,15 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.chat.finished_turn import FinishedTurn
-from moss_jt.chat.keeping import Keeping
+from moss_jt.chat.kept_chat import Keeping
 from moss_jt.chat.prompt import PromptEncoder, meta_instruction
 from moss_jt.chat.saved import About, Conversations, about_line, turn_line
 from moss_jt.errors import MossError
 from moss_jt.plugins.calculator import Calculator
 from moss_jt.plugins.interface import Source
-from moss_jt.train.conversation import Conversation, Mask, PlainText
 from moss_jt.train.dataset import read_dataset
 from moss_jt.train.formats import Losses, read_sample
+from moss_jt.train.learned_turns import Conversation, Mask, PlainText
 from moss_jt.train.samples import SampleEncoder, TokenSample
 from tests.support.models import tiny_model_folder
 from tests.support.shared import shared

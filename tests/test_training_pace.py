@@ -9,8 +9,8 @@ from moss_jt.plan import residency
 from moss_jt.plan.residency import ResidencyPlan, in_slabs
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.sizes import GIB, sizes_of_geometry
-from moss_jt.train.needs import Keeping, TrainingNeeds
-from moss_jt.train.pace import Speeds, cheapest, step_pace
+from moss_jt.train.step_memory import Keeping, TrainingNeeds
+from moss_jt.train.step_time import Speeds, cheapest, step_pace
 
 NEEDS = TrainingNeeds(MOSS_MOON_003, 512, 512, 26_700_000)
 SLOW = Speeds(250e9, 3e9)  # two cores

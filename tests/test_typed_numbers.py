@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from moss_jt.plugins import execute
-from moss_jt.plugins.arithmetic import CalculationError
+from moss_jt.plugins.bounded_arithmetic import CalculationError
 from moss_jt.plugins.calculator import calculate
 from moss_jt.plugins.equations import EquationError, solve_equations
 from moss_jt.plugins.notation import NotationError

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.backend.gpu import require_gpu
+from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.cublas import multiply
 from moss_jt.kernels.cuda.launchers import Launchers, Product

@@ -80,7 +80,7 @@ fi
 [ -n "$small" ] || export use_mkl=0  # oneDNN's wheels are not carried
 
 # 3. What moss-jt finds: card, toolkit, CuPy
-SHOW=30 step doctor 60 0 "$PY -P -m moss_jt doctor --gpu; $PY -P -c 'from moss_jt.backend.gpu import require_gpu; from moss_jt.backend.toolkit import composed
+SHOW=30 step doctor 60 0 "$PY -P -m moss_jt doctor --gpu; $PY -P -c 'from moss_jt.backend.gpu_requirements import require_gpu; from moss_jt.backend.toolkit import composed
 card, toolkit = require_gpu(); print(card); print(composed(toolkit)); print(*toolkit.to_load(), sep=chr(10))'"
 
 # 4. Our kernels alone, without Jittor

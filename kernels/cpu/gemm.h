@@ -14,7 +14,7 @@
 
 #include "linear.h"
 #include "queue.h"
-#include "words.h"
+#include "packed_whole.h"
 
 #ifdef MOSS_ONEDNN
 extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_t k, float alpha, const float* a,

@@ -4,7 +4,7 @@
 // variants below. So the number of tokens in a pass changes no bit of any token's result.
 #pragma once
 
-#include "digits.h"
+#include "packed_few.h"
 
 namespace moss {
 

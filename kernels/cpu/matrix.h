@@ -8,9 +8,9 @@
 //              weights(v) for the kVectors vectors of the step
 //   Row::kPartial   whether a group may end within a step; then partial(k, count) gives one short vector
 //   Row::kStreams   rows to read at once for a single token
-//   M::FewRow  for passes over few tokens, if arranged(): the same, or a row in digits (see digits.h); its inputs are
+//   M::FewRow  for passes over few tokens, if arranged(): the same, or a row in digits (see packed_few.h); its inputs are
 //              what FewRow::arrange(matrix, x, result) makes of a token's
-//   M::kInWords   whether whole pages are multiplied as integers (see words.h)
+//   M::kInWords   whether whole pages are multiplied as integers (see packed_whole.h)
 #pragma once
 
 #include <algorithm>

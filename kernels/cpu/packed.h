@@ -1,13 +1,13 @@
 // Group-quantised matrices: w = scale * (q - zero), which float32 holds exactly (11 bits times 9).
 //
 // Widened in registers, the product with a packed matrix is the product with its dequantised copy, and follows the same
-// rules of order. Where the processor allows it the product is one of integers instead: for few tokens (digits.h), if
-// groups are multiples of 128, and for whole pages (words.h).
+// rules of order. Where the processor allows it the product is one of integers instead: for few tokens (packed_few.h), if
+// groups are multiples of 128, and for whole pages (packed_whole.h).
 #pragma once
 
 #include <type_traits>
 
-#include "digits.h"
+#include "packed_few.h"
 
 namespace moss {
 

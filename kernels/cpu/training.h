@@ -5,7 +5,7 @@
 
 #include "lost_file.h"
 #include "packed.h"
-#include "products.h"
+#include "float_products.h"
 
 namespace moss {
 

@@ -12,7 +12,7 @@ from typing import Any
 from moss_jt.backend.build import check_compiler, end_pool, ensure_built, quiet_output
 from moss_jt.backend.cards import Card, refreshed
 from moss_jt.backend.device import begin_meanwhile, chosen_card, chosen_device, note_process, swaps
-from moss_jt.backend.gpu import check_cuda_has_not_started, require_gpu
+from moss_jt.backend.gpu_requirements import check_cuda_has_not_started, require_gpu
 from moss_jt.backend.home import cache_folder, has_onednn_wheels, home_kept, link_onednn, log_path
 from moss_jt.backend.kept_signals import keep_signals
 from moss_jt.backend.read_only import lead_operators_aside, writes_led_aside

@@ -42,7 +42,7 @@ class ChatModel(Protocol):
 
 
 class Keeper(Protocol):
-    """moss_jt.chat.keeping.Keeping."""
+    """moss_jt.chat.kept_chat.Keeping."""
 
     def keep(self, chat: "Chat") -> None:
         """Have what is kept be as the conversation is.

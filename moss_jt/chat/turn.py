@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moss_jt.chat.citations import CitationReader
+from moss_jt.chat.citation_reader import CitationReader
 from moss_jt.chat.context import ConversationContext
 from moss_jt.chat.events import Command, Event, Notice, Text, Thought
 from moss_jt.chat.field_reader import FieldReader

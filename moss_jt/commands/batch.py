@@ -36,7 +36,7 @@ from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.output import bounded
 from moss_jt.terminal.screen import Screen
-from moss_jt.train.bank import named_folders
+from moss_jt.train.adapter_bank import named_folders
 
 if TYPE_CHECKING:
     from moss_jt.engine.generate import Generation

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moss_jt.chat.keeping import Keeping
+from moss_jt.chat.kept_chat import Keeping
 from moss_jt.chat.saved import Conversation, Conversations, OpenConversation
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
 from moss_jt.commands.options import (

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from moss_jt.commands.progress import byte_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import Checkpoint, open_local
-from moss_jt.convert.disk import folder_bytes
+from moss_jt.convert.disk_space import folder_bytes
 from moss_jt.convert.folder_source import ModelFolder, folder_recipe
 from moss_jt.convert.hub import open_hub
 from moss_jt.convert.pipeline import Recipe, already_converted, convert, recipe_for

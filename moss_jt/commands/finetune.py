@@ -19,11 +19,11 @@ from moss_jt.store.model_folder import open_store
 from moss_jt.store.tokenizer import Tokenizer
 from moss_jt.terminal.screen import Screen
 from moss_jt.train.api import DataSettings, encoder_for, start, start_full
-from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset, read_dataset
 from moss_jt.train.finetune import LearningSettings, Progress, Training
-from moss_jt.train.fused import USUAL_RATES, FullSettings, OptimizerName
+from moss_jt.train.fused_optimizers import USUAL_RATES, FullSettings, OptimizerName
+from moss_jt.train.learned_turns import Mask
 from moss_jt.train.lora import TARGETS, LoraSettings
 from moss_jt.train.samples import TokenSample
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from moss_jt.chat.saved import Conversations, Summary
-from moss_jt.convert.disk import folder_bytes
+from moss_jt.convert.disk_space import folder_bytes
 from moss_jt.errors import MossError
 from moss_jt.plan.residency import BITS_NAMES, gib
 from moss_jt.store.files import read_json

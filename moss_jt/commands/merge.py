@@ -8,7 +8,7 @@ import numpy as np
 
 from moss_jt.commands.convert import resumable, run_conversion, terminated_as_interrupted
 from moss_jt.commands.quant_options import QuantOptions
-from moss_jt.convert.disk import folder_bytes
+from moss_jt.convert.disk_space import folder_bytes
 from moss_jt.convert.folder_source import folder_recipe
 from moss_jt.convert.merge import Rows, merged_recipe
 from moss_jt.convert.named import model_folder

@@ -48,10 +48,10 @@ from moss_jt.store.published import BY_BITS, CONVERSION_BYTES, PUBLISHED, about_
 from moss_jt.store.sizes import MIB, ModelSizes, geometry_of_name, sizes_of_geometry, sizes_of_store
 from moss_jt.terminal.screen import Screen
 from moss_jt.train.course import CourseSettings
-from moss_jt.train.fused import FullSettings
+from moss_jt.train.fused_optimizers import FullSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.outlook import TrainingOutlook, adapter_outlook, full_outlook
-from moss_jt.train.pace import Speeds as Pace
+from moss_jt.train.step_estimate import TrainingOutlook, adapter_outlook, full_outlook
+from moss_jt.train.step_time import Speeds as Pace
 from moss_jt.weights.disk_speed import disk_under
 
 # GFLOP/s of matrix products, assumed: two cores with AVX2, and a card of the lower middle class.
@@ -355,7 +355,7 @@ def this_cards_memory(gpu_memory: str | None, number: int) -> str:
     Raises:
         MossError: there is no card, or it has less.
     """
-    from moss_jt.backend.gpu import find_card
+    from moss_jt.backend.gpu_requirements import find_card
 
     return str(gpu_budget(gpu_memory, find_card(number)))
 

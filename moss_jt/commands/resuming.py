@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from moss_jt.chat.keeping import SAMPLING, sampling_of
+from moss_jt.chat.kept_chat import SAMPLING, sampling_of
 from moss_jt.chat.language import user_language
 from moss_jt.chat.saved import (
     PLUGIN_SETTINGS,

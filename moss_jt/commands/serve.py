@@ -22,7 +22,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.store.locations import model_home
 from moss_jt.terminal.screen import Screen
-from moss_jt.train.bank import named_folders
+from moss_jt.train.adapter_bank import named_folders
 
 MOST_KEY_BYTES = 1 << 16
 

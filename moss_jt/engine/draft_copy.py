@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from moss_jt.engine.causal_model import TokenRun
-from moss_jt.engine.draft_pace import LONGEST_DRAFT, DraftPace, Sure
+from moss_jt.engine.draft_length import LONGEST_DRAFT, DraftPace, Sure
 from moss_jt.engine.sampling import Sampler
 from moss_jt.errors import MossError
 

@@ -30,11 +30,11 @@ from moss_jt.backend.device import check_process
 from moss_jt.engine.cached_text import CachedText, pages_of
 from moss_jt.engine.causal_model import CausalModel, LoadedAdapter, Rows, TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
-from moss_jt.engine.draft_pace import Sure
+from moss_jt.engine.draft_length import Sure
+from moss_jt.engine.idle_page_file import PageFile
 from moss_jt.engine.job import Job, Queued
 from moss_jt.engine.kept_pages import KeptPages
 from moss_jt.engine.pace import Pace
-from moss_jt.engine.page_file import PageFile
 from moss_jt.engine.pages import PagePool
 from moss_jt.engine.prompt_cache import PromptCache
 from moss_jt.errors import MossError

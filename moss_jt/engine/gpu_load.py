@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from moss_jt.backend.device import Offload
-from moss_jt.backend.gpu import says_full
+from moss_jt.backend.gpu_requirements import says_full
 from moss_jt.backend.jittor import card_free_bytes, jt
 from moss_jt.engine.gpu_model import FULL, GpuModel, full_card, raise_if_full
 from moss_jt.engine.kv_cache import KVCache, cache_positions, device_memory

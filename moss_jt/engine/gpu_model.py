@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moss_jt.backend.gpu import says_full
+from moss_jt.backend.gpu_requirements import says_full
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.kv_cache import KVCache
 from moss_jt.engine.model import Model, Weights

@@ -17,7 +17,7 @@ StopReason = Literal["eos", "stop", "length", "context", "time"]
 
 
 class Drafter(Protocol):
-    """Guesses what follows, for one pass to verify: moss_jt.engine.draft.PromptLookup."""
+    """Guesses what follows, for one pass to verify: moss_jt.engine.prompt_lookup.PromptLookup."""
 
     @property
     def promise(self) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.backend.gpu import says_full
+from moss_jt.backend.gpu_requirements import says_full
 from moss_jt.backend.home import home_kept, log_path
 from moss_jt.backend.jittor import jt
 from moss_jt.engine.kv_cache import KVCache

@@ -13,7 +13,14 @@ from typing import Literal
 
 from moss_jt.backend.build import check_compiler
 from moss_jt.backend.cards import OLDEST_CARD, Card, find_cards
-from moss_jt.backend.gpu import CUPY_WHEELS, NEWEST_SERIES, find_cupy, installed_cupy, require_gpu, series_for
+from moss_jt.backend.gpu_requirements import (
+    CUPY_WHEELS,
+    NEWEST_SERIES,
+    find_cupy,
+    installed_cupy,
+    require_gpu,
+    series_for,
+)
 from moss_jt.backend.home import (
     ONEDNN_WHEELS,
     cache_folder,

@@ -1,9 +1,9 @@
 """Calculate(expression): Python's arithmetic over numbers and the functions of ``math``, by a grammar of our own.
 
-Nothing is compiled or executed, and every number is bounded (moss_jt.plugins.arithmetic).
+Nothing is compiled or executed, and every number is bounded (moss_jt.plugins.bounded_arithmetic).
 """
 
-from moss_jt.plugins.arithmetic import CalculationError, Number
+from moss_jt.plugins.bounded_arithmetic import CalculationError, Number
 from moss_jt.plugins.expressions import Evaluator, one_part, parse
 from moss_jt.plugins.interface import Outcome, Style
 from moss_jt.plugins.notation import NotationError, Token, parted, read, split

@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from moss_jt.plugins.arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS
+from moss_jt.plugins.bounded_arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS
 from moss_jt.plugins.calculator import without_question
 from moss_jt.plugins.expressions import Call, Evaluator, Name, Operation, Tree, has_unknowns, nodes, parse
 from moss_jt.plugins.notation import SCIENTIFIC, Parts, Token, gaps, parted, read, split

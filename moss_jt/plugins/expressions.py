@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 from typing import Any
 
-from moss_jt.plugins.arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS, CalculationError, bounded
+from moss_jt.plugins.bounded_arithmetic import CONSTANTS, FUNCTIONS, OPERATIONS, CalculationError, bounded
 from moss_jt.plugins.notation import (
     NotationError,
     Parts,

@@ -10,17 +10,17 @@ from starlette.middleware.cors import CORSMiddleware
 from moss_jt.serve import (
     chat_completions,
     completions,
-    conversations,
     errors,
     models,
+    page_interface,
     reference,
     replay,
     vortex,
     web,
 )
+from moss_jt.serve.kept_conversations import Shelves
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
-from moss_jt.serve.shelf import Shelves
 
 
 class ErrorFields(BaseModel):
@@ -62,7 +62,7 @@ def make_app(service: Service, shelves: Shelves) -> FastAPI:
     errors.install(app)
     for module in (models, chat_completions, completions, replay, vortex):
         app.include_router(module.router(service))
-    app.include_router(conversations.router(service, shelves.page))
+    app.include_router(page_interface.router(service, shelves.page))
     app.include_router(reference.router(service, shelves.reference))
     app.include_router(web.router())
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]

@@ -14,15 +14,15 @@ from moss_jt.chat.field_reader import MARKERS
 from moss_jt.chat.messages import Message, conversation_of
 from moss_jt.chat.prompt import PromptEncoder
 from moss_jt.errors import MossError
+from moss_jt.serve.answer_events import Extra, Finished, Thinking, Token, Usage, Words
 from moss_jt.serve.answering import Part
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.events import Extra, Finished, Thinking, Token, Usage, Words
-from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import ChatRequest
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
-from moss_jt.serve.turns import WantedTurn, write_turn
+from moss_jt.serve.text_answers import Wanted, write_plain
+from moss_jt.serve.turn_answers import WantedTurn, write_turn
 from moss_jt.store.tokenizer import Tokenizer
 
 

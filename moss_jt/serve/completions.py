@@ -9,15 +9,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from moss_jt.serve.answer_events import Finished, Token, Usage, Words
 from moss_jt.serve.answering import Part
 from moss_jt.serve.chat_completions import usage_fields
 from moss_jt.serve.errors import ApiError
-from moss_jt.serve.events import Finished, Token, Usage, Words
-from moss_jt.serve.plain import Wanted, write_plain
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import CompletionRequest
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
+from moss_jt.serve.text_answers import Wanted, write_plain
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, Tokenizer
 
 DEFAULT_TOKENS = 16

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Event, Notice, Text, Thought
 from moss_jt.chat.finished_turn import FinishedTurn
-from moss_jt.chat.keeping import about_chat, sampling_of
+from moss_jt.chat.kept_chat import about_chat, sampling_of
 from moss_jt.chat.saved import About, OpenConversation
 from moss_jt.chat.saved import Conversation as Held
 from moss_jt.chat.turn import TooLongError
@@ -20,7 +20,7 @@ from moss_jt.plugins.registry import PluginSettings
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, log
 from moss_jt.serve.settings import Settings
-from moss_jt.serve.turns import ServedSession, event_fields, sources_fields
+from moss_jt.serve.turn_answers import ServedSession, event_fields, sources_fields
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss

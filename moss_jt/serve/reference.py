@@ -16,11 +16,11 @@ from moss_jt.chat.saved import About
 from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.conversation import Question, ServedConversation
-from moss_jt.serve.conversations import MESSAGE_CHARACTERS
 from moss_jt.serve.errors import ApiError
+from moss_jt.serve.kept_conversations import Shelf
+from moss_jt.serve.page_interface import MESSAGE_CHARACTERS
 from moss_jt.serve.schemas import Body, Positive
 from moss_jt.serve.service import Service
-from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import CompleteAnswer
 
 MARK = "\n<|MOSS|>: "  # its answers begin so, and its clients cut it off

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from moss_jt.serve.answer_events import Finished, Usage
 from moss_jt.serve.answering import Answering, Part
 from moss_jt.serve.errors import ApiError
-from moss_jt.serve.events import Finished, Usage
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import PING, CompleteAnswer, EventStream
 

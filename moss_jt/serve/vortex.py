@@ -25,10 +25,10 @@ from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.plain import Waiting
 from moss_jt.serve.schemas import Natural, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import CompleteAnswer, json_text
+from moss_jt.serve.text_answers import Waiting
 from moss_jt.store.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.events import Event, Notice
-from moss_jt.chat.keeping import Keeping
+from moss_jt.chat.kept_chat import Keeping
 from moss_jt.chat.saved import NameTakenError, name_fault
 from moss_jt.chat.turn import TooLongError
 from moss_jt.engine.sampling import REPETITION_PENALTY

@@ -19,18 +19,18 @@ from moss_jt.store.locations import model_home
 from moss_jt.store.manifest import MANIFEST, sha256_of
 from moss_jt.store.model_folder import Store
 from moss_jt.store.tokenizer import Tokenizer
-from moss_jt.train.conversation import Mask
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings, Training
-from moss_jt.train.front import FrontRows
-from moss_jt.train.fused import COPIES_REMEMBERED, FullSettings
+from moss_jt.train.frozen_front import FrontRows
+from moss_jt.train.fused_optimizers import COPIES_REMEMBERED, FullSettings
+from moss_jt.train.learned_turns import Mask
 from moss_jt.train.lora import Adapter, LoraSettings
-from moss_jt.train.masters import Masters, parameters_of
-from moss_jt.train.needs import FullNeeds, TrainingNeeds
-from moss_jt.train.pace import Speeds, cheapest
+from moss_jt.train.master_weights import Masters, parameters_of
 from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
 from moss_jt.train.state import StateFolder
+from moss_jt.train.step_memory import FullNeeds, TrainingNeeds
+from moss_jt.train.step_time import Speeds, cheapest
 from moss_jt.weights.disk_speed import disk_under
 
 # Tokens that a block takes at once, or one sample where that is longer.
@@ -41,7 +41,7 @@ BATCH_TOKENS = 512
 class DataSettings:
     """
     length  tokens that a sample has at most; None for what the model has, and 2048 at most
-    mask    what counts in the loss, see moss_jt.train.conversation.turn_segments
+    mask    what counts in the loss, see moss_jt.train.learned_turns.turn_segments
     """
 
     length: int | None = None
@@ -192,7 +192,7 @@ def start_full(
     """
     needs = planned_full(store.config, data, full, course, memory)
     decide("cpu", "stream", 0)
-    from moss_jt.train.full import FullLearner
+    from moss_jt.train.full_learner import FullLearner
 
     masters = Masters.of_store(store, full.tied)
     learner = FullLearner(masters, store.tokenizer_path, full, learning, needs)

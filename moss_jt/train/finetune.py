@@ -12,13 +12,13 @@ from moss_jt.store.files import write_text
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.curve import loss_curve
 from moss_jt.train.dataset import Dataset
-from moss_jt.train.events import EventFile
 from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
 from moss_jt.train.optimizer import AdamW, Schedule, check_finite, clip
 from moss_jt.train.peft_files import write_adapter
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.state import StateFolder
+from moss_jt.train.tensorboard_log import EventFile
 
 if TYPE_CHECKING:
     from moss_jt.train.model import TrainingModel

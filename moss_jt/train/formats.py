@@ -14,7 +14,7 @@ from typing import Any
 from moss_jt.chat.finished_turn import FIELDS
 from moss_jt.chat.prompt import END_OF, MOSS, Segment
 from moss_jt.errors import MossError
-from moss_jt.train.conversation import (
+from moss_jt.train.learned_turns import (
     TRAINED_PLUGINS,
     Conversation,
     PlainText,

@@ -5,11 +5,11 @@ from pathlib import Path
 from moss_jt.kernels.cpu.training import CpuTrainingOperators
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
-from moss_jt.train.front import FrontRows
+from moss_jt.train.frozen_front import FrontRows
+from moss_jt.train.kept_activations import Waiting
 from moss_jt.train.lora import Adapter
 from moss_jt.train.model import TrainingModel
-from moss_jt.train.needs import TrainingNeeds
-from moss_jt.train.waiting import Waiting
+from moss_jt.train.step_memory import TrainingNeeds
 from moss_jt.weights.cpu_units import open_weights
 
 

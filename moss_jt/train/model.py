@@ -14,12 +14,12 @@ from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
 from moss_jt.train.batches import Batch, batches_of
 from moss_jt.train.block import BlockTrainer, on_device
-from moss_jt.train.front import FrontRows, key_of
+from moss_jt.train.frozen_front import FrontRows, key_of
+from moss_jt.train.kept_activations import Waiting
 from moss_jt.train.lora import Adapter, Floats, Pair
 from moss_jt.train.loss import Softmax, StepResult, predictions
-from moss_jt.train.needs import LOSS_ROWS
 from moss_jt.train.samples import TokenSample
-from moss_jt.train.waiting import Waiting
+from moss_jt.train.step_memory import LOSS_ROWS
 from moss_jt.weights.weights import HeadSlab, Weights
 
 

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from moss_jt.chat.prompt import PromptEncoder, Segment
 from moss_jt.errors import MossError
-from moss_jt.train.conversation import Conversation, Learned, Mask, PlainText, turn_segments
 from moss_jt.train.formats import Losses, Sample
+from moss_jt.train.learned_turns import Conversation, Learned, Mask, PlainText, turn_segments
 
 # How finetune_moss.py cuts, and MOSS's longest text.
 DEFAULT_LENGTH = 2048
@@ -35,7 +35,7 @@ class SampleEncoder:
     encoder      the model's
     end_of_text  the id that ends a text without turns: the model's own end, ``<|endoftext|>`` for base models
     length       tokens that a sample has at most
-    mask         what counts in the loss, see moss_jt.train.conversation.turn_segments
+    mask         what counts in the loss, see moss_jt.train.learned_turns.turn_segments
     """
 
     def __init__(self, encoder: PromptEncoder, end_of_text: int, length: int, mask: Mask) -> None:

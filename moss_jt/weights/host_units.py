@@ -2,7 +2,7 @@
 
 Mapped, opening takes no time, and the page cache is the only copy. Otherwise resident units are read once into memory that
 no page cache can push out, and the others stream from disk. Either way a thread has them there, unit after unit, while Jittor
-starts and the first pass goes on: see moss_jt.weights.arrivals. No Jittor here.
+starts and the first pass goes on: see moss_jt.weights.resident_reader. No Jittor here.
 """
 
 import ctypes
@@ -20,10 +20,10 @@ from moss_jt.plan.placement import page_cache_bytes
 from moss_jt.plan.residency import ResidencyPlan, Unit, spread
 from moss_jt.store.model_folder import Store, ends_early
 from moss_jt.store.sizes import MEMORY_PAGE, MIB
-from moss_jt.weights.arrivals import Arrivals, Unwanted
 from moss_jt.weights.disk_ring import Reader, Ring
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.resident_reader import Arrivals, Unwanted
 from moss_jt.weights.unit_tensors import UnitMemory, extent_of, map_unit
 
 # Linux has it since 5.14: the pages of a map are read, and found there without a fault.

@@ -17,7 +17,7 @@ import numpy as np
 from moss_jt.engine import cached_text, engine, pace
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_copy import DraftCopy
-from moss_jt.engine.draft_pace import DraftPace
+from moss_jt.engine.draft_length import DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.job import Job
 from moss_jt.engine.sampling import Sampler, SamplingParams
@@ -364,7 +364,7 @@ def logits_alone(token_ids: list[int], whole_pages: bool) -> list[list[float]]:
 
 
 class Disk:
-    """A moss_jt.engine.page_file.PageFile whose disk may be full, and may not give back what it was given."""
+    """A moss_jt.engine.idle_page_file.PageFile whose disk may be full, and may not give back what it was given."""
 
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice

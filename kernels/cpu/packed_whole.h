@@ -9,7 +9,7 @@
 // more. A row of the result depends on its own inputs only, whatever the pass.
 #pragma once
 
-#include "digits.h"
+#include "packed_few.h"
 
 namespace moss {
 

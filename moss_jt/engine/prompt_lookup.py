@@ -8,7 +8,7 @@ stream, a fraction of a pass per token where they are in memory.
 
 from collections.abc import Sequence
 
-from moss_jt.engine.draft_pace import LONGEST_DRAFT
+from moss_jt.engine.draft_length import LONGEST_DRAFT
 from moss_jt.errors import MossError
 
 DEFAULT_LONGEST = 16

@@ -1,6 +1,6 @@
 // Packed matrices times a few tokens' inputs in digits: integer products, exact within each span of inputs.
 //
-// Inputs are written as for whole pages (words.h): a span of 128 has one scale u, and an input is u * X with an integer X of 16
+// Inputs are written as for whole pages (packed_whole.h): a span of 128 has one scale u, and an input is u * X with an integer X of 16
 // bits. X is written in what the processor multiplies with fields: two signed bytes (vpdpbusd, or vpmaddubsw for fields of 4
 // bits), or one word (vpmaddwd). sum q * X is exact, and takes a third of the instructions that widening each field to a float
 // does. Then

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from moss_jt.train.lora import Floats
-from moss_jt.train.masters import Masters
+from moss_jt.train.master_weights import Masters
 from moss_jt.train.optimizer import AdamW, squares_of
 
 # Models that learn as a whole change more from step to step than adapters: AdamW's second moment forgets sooner.

@@ -7,12 +7,12 @@ from typing import Any
 
 from moss_jt.kernels.cpu.training import CpuTrainingOperators
 from moss_jt.train.finetune import LearningSettings
-from moss_jt.train.full_model import FullModel
-from moss_jt.train.fused import OPTIMIZERS, FullSettings
+from moss_jt.train.full_step import FullModel
+from moss_jt.train.fused_optimizers import OPTIMIZERS, FullSettings
 from moss_jt.train.loss import StepResult
-from moss_jt.train.masters import Masters
-from moss_jt.train.needs import FullNeeds
+from moss_jt.train.master_weights import Masters
 from moss_jt.train.samples import TokenSample
+from moss_jt.train.step_memory import FullNeeds
 
 
 class FullLearner:

@@ -15,9 +15,9 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.conversation import Question, ServedConversation, turn_fields
 from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.kept_conversations import Shelf
 from moss_jt.serve.schemas import Body, Integral, Natural, Positive
 from moss_jt.serve.service import SEEDS, Service
-from moss_jt.serve.shelf import Shelf
 from moss_jt.serve.streams import PING, EventStream, named_event
 
 STATUS_S = 1.0

@@ -10,8 +10,8 @@ from moss_jt.engine.generate import Generation
 from moss_jt.engine.logprobs import Logprob, logprobs_of
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
+from moss_jt.serve.answer_events import Finished, Token, Usage, Words
 from moss_jt.serve.answering import Answering, Step
-from moss_jt.serve.events import Finished, Token, Usage, Words
 from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:

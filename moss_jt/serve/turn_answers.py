@@ -13,9 +13,9 @@ from moss_jt.engine.generate import StopStrings
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence as Tokens
 from moss_jt.plugins.interface import Plugin, Source
+from moss_jt.serve.answer_events import Extra, Finished, Thinking, Usage, Words
 from moss_jt.serve.answering import Answering
-from moss_jt.serve.events import Extra, Finished, Thinking, Usage, Words
-from moss_jt.serve.plain import Waiting
+from moss_jt.serve.text_answers import Waiting
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss

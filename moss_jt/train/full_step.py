@@ -17,13 +17,13 @@ from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.architecture import full_name
 from moss_jt.train.batches import batches_of
 from moss_jt.train.full_block import FullBlock, Gradients
-from moss_jt.train.fused import FusedOptimizer
+from moss_jt.train.fused_optimizers import FusedOptimizer
 from moss_jt.train.lora import Floats
 from moss_jt.train.loss import Softmax, StepResult, predictions
-from moss_jt.train.masters import EMBEDDING, Masters, block_name
-from moss_jt.train.needs import LOSS_ROWS
+from moss_jt.train.master_weights import EMBEDDING, Masters, block_name
 from moss_jt.train.optimizer import check_finite, shortening, squares_of
 from moss_jt.train.samples import TokenSample
+from moss_jt.train.step_memory import LOSS_ROWS
 
 Visit = Callable[[str, Floats], object]  # a tensor's name, and its gradient, which may be overwritten
 NORM_WEIGHT, NORM_BIAS, HEAD_BIAS = map(full_name, ("ln_f.weight", "ln_f.bias", "lm_head.bias"))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from moss_jt.backend.jittor import jt
 from moss_jt.train.block import Kept
+from moss_jt.train.disk_arrays import Shelf
 from moss_jt.train.lora import Floats
-from moss_jt.train.needs import Keeping
-from moss_jt.train.shelf import Shelf
+from moss_jt.train.step_memory import Keeping
 
 
 class Waiting:

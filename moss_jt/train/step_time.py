@@ -8,7 +8,7 @@ from typing import NamedTuple
 from moss_jt.errors import MossError
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.config import MossConfig
-from moss_jt.train.needs import Keeping, TrainingNeeds
+from moss_jt.train.step_memory import Keeping, TrainingNeeds
 
 # Steps between keeping nothing and everything in memory that are looked at.
 SHARES = 8

@@ -10,11 +10,11 @@ from moss_jt.store.config import MossConfig
 from moss_jt.store.sizes import ModelSizes
 from moss_jt.train.api import BATCH_TOKENS, full_needs
 from moss_jt.train.course import CourseSettings
-from moss_jt.train.fused import FullSettings
+from moss_jt.train.fused_optimizers import FullSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.masters import parameters_of
-from moss_jt.train.needs import TrainingNeeds
-from moss_jt.train.pace import Speeds, cheapest, step_pace
+from moss_jt.train.master_weights import parameters_of
+from moss_jt.train.step_memory import TrainingNeeds
+from moss_jt.train.step_time import Speeds, cheapest, step_pace
 
 # A day's conversations, or a small data set.
 EXAMPLE_TOKENS = 100_000
