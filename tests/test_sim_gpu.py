@@ -23,12 +23,18 @@ import pytest
 from benchmarks.random_model import write_random_model
 from moss_jt import Moss
 from moss_jt.backend.device import DEVICE_SWITCH, MANAGED_SWITCH, SWAP_SWITCH
+from moss_jt.convert.folder_source import folder_recipe
+from moss_jt.convert.pipeline import convert
+from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
+from moss_jt.train.lora import LoraSettings
 from tests.emulation import sim_gpu
+from tests.support.adapters import random_adapter
 from tests.support.cut_files import last_line
 from tests.support.gpu_runs import (
+    ROOT,
     STREAMED,
     SWAPPED,
     UNIFIED,
@@ -232,6 +238,70 @@ def test_pages_of_the_cache_go_to_the_host_and_back(
     assert crowded["answers"] == roomy["answers"]
 
 
+# The copy on the card, the model resident, from the host and from disk; as much of the card as the plan for that needs.
+DRAFTS = """
+import json, sys
+from pathlib import Path
+from moss_jt import Moss
+from moss_jt.engine.sampling import SamplingParams
+from moss_jt.kernels.needs import CudaNeeds
+from moss_jt.plan import placement
+from moss_jt.plan.residency import Copy
+from moss_jt.store.model_folder import open_store
+from moss_jt.store.sizes import sizes_of_store
+placement.resident_memory_bytes = lambda: 0
+folder, copied = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.append(sys.argv[3])
+from tests.support.plans import plan_gpu
+def answers(footprint, **options):
+    with Moss.load(folder, device="gpu", context=96, prompt_cache=0, **options) as moss:
+        if moss.copy is not None:
+            moss.copy.adaptive, moss.copy.longest = False, 6
+        said, drafted, accepted = [], 0, 0
+        for seed, temperature in enumerate((0.0, 0.9)):
+            text = moss.session()
+            text.drafter = None
+            text.extend(range(3, 28))
+            said.append(list(text.decode(SamplingParams(temperature=temperature, seed=seed), 20)))
+            drafted, accepted = drafted + text.timing.drafted, accepted + text.timing.accepted
+        return {"said": said, "drafted": drafted, "accepted": accepted, "streams": moss.plan.streams,
+                "tiers": sorted({unit.tier for unit in moss.plan.units}), "footprint": moss.plan.footprint_bytes}
+told = [answers(0, draft_model="off")]
+sizes, other = sizes_of_store(open_store(folder)), open_store(copied)
+copy = Copy(sizes_of_store(other), CudaNeeds(other.config, other.bits))
+limits = {"footprint_bytes": told[0]["footprint"], "copy": copy}
+everything = plan_gpu(sizes, 96, 1 << 40, 1 << 40, **limits)
+for share, on_host in ((1, 1), (0.25, 1), (0, 0)):
+    budget = everything.peak_bytes
+    if share < 1:
+        budget += 2 * max(sizes.block_bytes) - int((1 - share) * sum(sizes.block_bytes))
+    placed = plan_gpu(sizes, 96, budget, 1 << 40, **limits)
+    host = placement.GPU_LATER_BYTES + 2 * placed.buffer_bytes + on_host * sum(sizes.block_bytes)
+    told.append(answers(told[0]["footprint"], draft_model=copied, gpu_memory=budget, host_memory=host))
+print(json.dumps(told))
+"""
+
+
+@with_jittor
+@pytest.mark.long
+@pytest.mark.parametrize("order", ORDERS, ids=["computation first", "either", "copies first"])
+def test_a_copy_that_drafts_changes_nothing(
+    resident: Run, environment: dict[str, str], order: dict[str, str], tmp_path: Path
+) -> None:
+    """Greedy and sampled, the copy on the card, the model there or streaming from the host or from disk."""
+    source, recipe = folder_recipe(tiny_model_folder())
+    settings = QuantSettings(4, 96, "rtn")
+    copied = tmp_path / "int4"
+    convert(source, quantized_recipe(recipe, source.config, settings, copied, None), copied)
+    decided = {**environment, **order, DEVICE_SWITCH: "gpu"}
+    done = run_python(DRAFTS, [str(tiny_model_folder()), str(copied), str(ROOT)], decided, 300)
+    assert done.returncode == 0, done.stderr
+    expected, *drafting = json.loads(done.stdout.splitlines()[-1])
+    assert [one["tiers"] for one in drafting] == [["device"], ["device", "host"], ["device", "disk"]]
+    for one in drafting:
+        assert one["said"] == expected["said"] and one["drafted"] > one["accepted"] > 10
+
+
 @with_jittor
 def test_unified_memory_gives_them_too(resident: Run, environment: dict[str, str]) -> None:
     run = run_on_gpu(tiny_model_folder(), [UNIFIED], PROMPTS, {**environment, **ORDERS[0]})[0]
@@ -271,6 +341,53 @@ def test_quantised_models_stream_to_the_same_bits(
     runs = run_on_gpu(random_folder(SMALL, bits), [STREAMED[0], STREAMED[4]], [list(range(26))], environment)
     np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
     assert runs[0].token_ids == runs[1].token_ids
+
+
+# The model alone and with each of two adapters: everything on the card, then streaming. A prompt of a whole page and a few tokens.
+ADAPTERS = """
+import sys
+import numpy as np
+from moss_jt import Moss
+folder, out, *adapters = sys.argv[1:]
+options = {"device": "gpu", "context": 128, "draft": "off", "parallel": 2, "prompt_cache": 0, "adapters": adapters}
+text, limit, told = list(range(3, 80)), None, {}
+for place in ("resident", "streams"):
+    with Moss.load(folder, gpu_memory=limit, **options) as moss:
+        assert moss.plan.streams == (place == "streams")
+        for name in (None, *moss.adapters):
+            told[f"{place} {name}"] = moss.logits(text, adapter=name)
+        sizes = moss.plan.sizes
+        limit = moss.plan.peak_bytes + 2 * max(sizes.block_bytes) - moss.plan.bytes_on("device") * 2 // 3
+        assert moss.plan.adapter_bytes > 0
+np.savez(out, **told)
+"""
+
+
+@with_jittor
+@pytest.mark.long
+def test_adapters_on_the_card_say_what_they_say_on_the_processor(
+    resident: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tiny_model_folder()
+    config = open_store(folder).config
+    for name, settings in (
+        ("one", LoraSettings(3)),
+        ("two", LoraSettings(4, layers=2, targets=("out", "fc_in"))),
+    ):
+        random_adapter(tmp_path / name, config, settings, 1, 0.15)
+    names, out = [None, "one", "two"], tmp_path / "logits.npz"
+    paths = [str(tmp_path / name) for name in names if name]
+    done = run_python(ADAPTERS, [str(folder), str(out), *paths], {**environment, **ORDERS[1]}, 300)
+    assert done.returncode == 0, done.stderr
+    actual = np.load(out)
+    with Moss.load(folder, memory="4GiB", context=128, draft="off", adapters=paths) as moss:
+        expected = {name: moss.logits(list(range(3, 80)), adapter=name) for name in names}
+    base = expected[None]
+    for name in names:
+        own, exact = actual[f"resident {name}"], expected[name]
+        np.testing.assert_array_equal(own, actual[f"streams {name}"], str(name))
+        assert np.abs(own - exact).max() < 2e-3 * np.abs(exact).max(), name
+        assert name is None or np.abs(exact - base).max() > 0.1 * np.abs(base).max()
 
 
 def command(arguments: list[str], environment: dict[str, str], **more: Any) -> subprocess.Popen[str]:
