@@ -13,6 +13,7 @@ import pytest
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.idle_page_file import PageFile
+from moss_jt.engine.job import Job
 from moss_jt.engine.pace import Pace
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.engine.sampling import SamplingParams
@@ -35,6 +36,26 @@ def test_random_schedules() -> None:
 @pytest.mark.parametrize("part", range(100))
 def test_a_million_random_schedules(part: int) -> None:
     run_schedules(range(part * LONG_RUN // 100, (part + 1) * LONG_RUN // 100))
+
+
+def test_who_cancels_before_the_job_has_come_leaves_none_behind() -> None:
+    """Between an answer's beginning and its place in the queue: nobody would end it again, and its pages would be lost."""
+    engine = Engine(ScriptedModel())
+    text = Text(engine)
+    text.extend([1, 2, 3])
+    submit = engine.submit
+
+    def cancelled_first(job: Job) -> None:
+        cancelling = threading.Thread(target=text.cancel)
+        cancelling.start()
+        cancelling.join()
+        submit(job)
+
+    engine.submit = cancelled_first  # type: ignore[method-assign]
+    assert list(text.decode(GREEDY, 5)) == []
+    assert engine.waiting == 0 and engine.plan() is None and not engine._running
+    engine.submit = submit  # type: ignore[method-assign]
+    assert len(list(text.decode(GREEDY, 5))) == 5
 
 
 def answers_of(engine: Engine, prompts: list[list[int]], new: int, params: SamplingParams) -> list[list[int]]:

@@ -54,6 +54,12 @@ ORDERS = [
     {"SIM_GPU_SEED": "1", "SIM_GPU_EAGER": "0.3"},
     {"SIM_GPU_SEED": "2", "SIM_GPU_EAGER": "0.5", "SIM_GPU_FAVOUR": "others"},
 ]
+# Each takes half a minute with a model: `make test` takes the last one, `make test-all` all of them.
+IN_TURN = [
+    pytest.param(ORDERS[0], id="computation first", marks=pytest.mark.long),
+    pytest.param(ORDERS[1], id="either", marks=pytest.mark.long),
+    pytest.param(ORDERS[2], id="copies first"),
+]
 with_jittor = pytest.mark.skipif(
     os.environ.get("MOSS_JT_TEST_SIM_GPU") == "0", reason="MOSS_JT_TEST_SIM_GPU=0: no second build of Jittor"
 )
@@ -160,7 +166,7 @@ def test_the_cpu_s_tokens_and_logits(resident: Run) -> None:
 
 
 @with_jittor
-@pytest.mark.parametrize("order", ORDERS, ids=["computation first", "either", "copies first"])
+@pytest.mark.parametrize("order", IN_TURN)
 def test_every_plan_gives_the_resident_model_s_bits_in_any_order(
     resident: Run, environment: dict[str, str], order: dict[str, str]
 ) -> None:
@@ -221,7 +227,7 @@ print(json.dumps({"answers": answers, "same": same, "moved": moved}))
 
 
 @with_jittor
-@pytest.mark.parametrize("order", ORDERS[::2], ids=["computation first", "copies first"])
+@pytest.mark.parametrize("order", IN_TURN[::2])
 def test_pages_of_the_cache_go_to_the_host_and_back(
     resident: Run, environment: dict[str, str], order: dict[str, str]
 ) -> None:
@@ -284,7 +290,7 @@ print(json.dumps(told))
 
 @with_jittor
 @pytest.mark.long
-@pytest.mark.parametrize("order", ORDERS, ids=["computation first", "either", "copies first"])
+@pytest.mark.parametrize("order", IN_TURN)
 def test_a_copy_that_drafts_changes_nothing(
     resident: Run, environment: dict[str, str], order: dict[str, str], tmp_path: Path
 ) -> None:

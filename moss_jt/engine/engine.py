@@ -155,6 +155,8 @@ class Engine:
         with self.lock:
             if self._closed:
                 raise MossError("the model is closed.")
+            if job.done:  # who cancels was quicker, and nobody would end it again
+                return
             job.ticket = self._tickets + (BACKGROUND_JOBS if job.background else 0)
             self._tickets += 1
             self._free(job.text.settle(len(job.tokens), continued=not job.scored))

@@ -248,6 +248,20 @@ inline __m256i _mm512_cvtsepi32_epi16(__m512i x) {
 inline __m128i _mm_packs_epi32(__m128i a, __m128i b) {
     return lanes<__m128i, int16_t>([=](int i) { return saturated((i < 4 ? a : b).lane<int32_t>(i % 4)); });
 }
+inline __m256i _mm256_cvtepi8_epi32(__m128i x) {
+    return lanes<__m256i, int32_t>([=](int i) { return x.lane<int8_t>(i); });
+}
+inline __m512i _mm512_cvtepi8_epi32(__m128i x) {
+    return lanes<__m512i, int32_t>([=](int i) { return x.lane<int8_t>(i); });
+}
+inline int8_t saturated_byte(int32_t x) { return (int8_t)(x > 127 ? 127 : x < -128 ? -128 : x); }
+inline __m128i _mm512_cvtsepi32_epi8(__m512i x) {
+    return lanes<__m128i, int8_t>([=](int i) { return saturated_byte(x.lane<int32_t>(i)); });
+}
+inline __m128i _mm_packs_epi16(__m128i a, __m128i b) {
+    return lanes<__m128i, int8_t>([=](int i) { return saturated_byte((i < 8 ? a : b).lane<int16_t>(i % 8)); });
+}
+inline void _mm_storel_epi64(__m128i* p, __m128i x) { std::memcpy(p, &x, 8); }
 inline __m128i _mm_set_epi64x(int64_t high, int64_t low) {
     return lanes<__m128i, int64_t>([=](int i) { return i ? high : low; });
 }
