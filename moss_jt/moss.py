@@ -182,10 +182,8 @@ class Moss:
         cuda_needs = partial(CudaNeeds, rank=files.rank)
         if on_gpu:
             card, _ = require_gpu(number)
-            needs, limits = (
-                CudaNeeds(store.config, store.bits, files.rank),
-                (gpu_memory, host_memory, context),
-            )
+            needs = cuda_needs(store.config, store.bits)
+            limits = gpu_memory, host_memory, context
             planner = gpu_planner(store, needs, card, *limits, way, parallel, files.n_bytes)
 
         def plan_with(copy: Store | None) -> ResidencyPlan:
@@ -196,9 +194,8 @@ class Moss:
 
         choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
         plan = choice.plan
-        make_drafter(
-            draft, plan.streams, token_share(plan)
-        )  # what is wrong with it is said before Jittor starts
+        # What is wrong with it is said before Jittor starts.
+        make_drafter(draft, plan.streams, token_share(plan))
         decide(kind, way, number)
         bank, named = files.load()
         host = None

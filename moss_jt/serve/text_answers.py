@@ -89,10 +89,8 @@ class Waiting:
 
     def __init__(self, text: Text) -> None:
         self._text = text
-        self._begun, self._unread = (
-            0.0,
-            -1,
-        )  # when the prompt was first looked at, and how much of it was unread then
+        # When the prompt was first looked at, and how much of it was unread then.
+        self._begun, self._unread = 0.0, -1
 
     def status(self) -> dict[str, Any] | None:
         """As it is told in a stream; None where it waits for nothing but its next token."""
