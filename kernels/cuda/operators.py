@@ -70,7 +70,9 @@ class CudaOperators:
         def work(a: Sequence[Array], out: Array) -> None:
             out[0], out[1] = a[0][:, rows], a[1][:, rows]
 
-        copy: np.ndarray = _code((2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16).numpy()
+        copy: np.ndarray = operation(
+            (2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16
+        ).numpy()
         return copy
 
     def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None:
@@ -81,7 +83,7 @@ class CudaOperators:
             a[0][:, rows], a[1][:, rows] = a[2][0], a[2][1]
             out[...] = 0
 
-        _code((1, 1), [keys, values, jt.array(data)], work).sync()
+        operation((1, 1), [keys, values, jt.array(data)], work).sync()
 
     def head(
         self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var, whole: int = 0
@@ -93,7 +95,7 @@ class CudaOperators:
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             for some, pages in _ways(tokens, whole):
                 normed = kernels.layer_norm(a[0][some], a[1], a[2], self.config.layer_norm_epsilon)
-                matrix = _at(a[3], weight)
+                matrix = array_at(a[3], weight)
                 if pages:
                     product = kernels.page_by_page(normed, matrix)
                 else:
@@ -102,7 +104,7 @@ class CudaOperators:
 
         inputs = [h, norm_weight, norm_bias, weight.memory, bias]
         if whole or tokens > FEW_TOKENS:
-            return _code((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
+            return operation((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
         key = weight.offset, rows, tokens
         if key not in self._heads:
             self._heads[key] = self._record(work, inputs, (tokens, rows))
@@ -119,7 +121,7 @@ class CudaOperators:
 
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             def at(region: Region) -> Array:
-                return _at(a[1], region)
+                return array_at(a[1], region)
 
             adapters = TokenAdapters(a[7], a[8], a[9], rank) if rank else None
             self._block(kernels, a[0], weights, at, a[2:7], places.whole, out, adapters)
@@ -139,7 +141,7 @@ class CudaOperators:
                     self.kernels.cupy.get_default_memory_pool().free_all_blocks()
                 work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out)
 
-            return _code(h.shape, inputs, long)
+            return operation(h.shape, inputs, long)
         key = tokens, rank, shape[1], *places.table.shape
         if key not in recordings:
             recordings[key] = self._record(work, inputs, h.shape, layered=(3, 4))
@@ -227,7 +229,7 @@ def _layout(value: Any) -> Hashable:
     return value  # bits and the like
 
 
-def _at(memory: Array, region: Region) -> Array:
+def array_at(memory: Array, region: Region) -> Array:
     """The region of a unit's memory, as an array over it."""
     if isinstance(memory, DeviceArray):
         return DeviceArray(memory.memory, region.offset, region.shape, np.dtype(region.dtype))
@@ -244,7 +246,7 @@ def _product(matrix: Matrix, at: At, x: Array) -> Product:
     return Product(x, at(matrix.packed), matrix.bits, at(matrix.scales), at(matrix.zeros), order)
 
 
-def _code(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
+def operation(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
     """One Jittor operation that calls ``work`` with its inputs' arrays and the array for its result."""
 
     def run(_: Any, data: dict[str, list[Array]]) -> None:
