@@ -407,10 +407,12 @@ def test_a_launch_that_fails_is_told(
 
 def text_of(first: int, tokens: int) -> TokenSample:
     """Two of three tokens are learned."""
-    return TokenSample(7 * np.arange(first, first + tokens, dtype=np.int32), np.arange(tokens) % 3 > 0)
+    return TokenSample(5 * np.arange(first, first + tokens, dtype=np.int32), np.arange(tokens) % 3 > 0)
 
 
-LEARNED = [text_of(3, 9), text_of(40, 31), text_of(5, 6)]
+# Every element of a result is a thread of the emulation: a model of few.
+LEARNER = replace(TINY, vocab_size=64, n_embd=32, n_inner=64)
+LEARNED = [text_of(1, 5), text_of(2, 7), text_of(4, 3)]
 
 
 def learning_adapter(store: Store) -> Adapter:
@@ -425,19 +427,19 @@ def learned_on_card(store: Store, plan: ResidencyPlan, folder: Path) -> list[Any
     weights = Weights(store, plan, StreamedUnits(store, plan, FileReader(False, 1e9)))
     waiting = Waiting(Keeping(), store.config.n_layer, folder)
     operators = CudaTrainingOperators(store.config, FakeCupy())
-    model = CardTrainingModel(operators, weights, learning_adapter(store), 32, waiting, None, plan)
+    model = CardTrainingModel(operators, weights, learning_adapter(store), 8, waiting, None, plan)
     came_to = [*model.step(LEARNED[:1]), *model.step(LEARNED), model.evaluate(LEARNED)]
     model.close()
     return came_to
 
 
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.long)])
 def test_an_adapter_learns_the_same_by_any_plan_and_what_it_learns_on_the_processor(
     bits: int, tmp_path: Path
 ) -> None:
-    store = open_store(random_folder(TINY, bits))
+    store = open_store(random_folder(LEARNER, bits))
     expected = learned_on_card(store, in_slabs(plan_for(store, 1, 1)), tmp_path)
-    needs = TrainingNeeds(store.config, 46, 32, 0)
+    needs = TrainingNeeds(store.config, 16, 8, 0)
     adapter = learning_adapter(store)
     processor = load_training(store, plan_here(store, needs, None, 1), tmp_path, adapter, needs, tmp_path)
     result, gradient = processor.step(LEARNED)
@@ -447,7 +449,7 @@ def test_an_adapter_learns_the_same_by_any_plan_and_what_it_learns_on_the_proces
     for key, pair in adapter.pairs_of(gradient).items():
         for own, wanted in zip(adapter.pairs_of(expected[3])[key], pair, strict=True):
             assert np.linalg.norm(own - wanted) <= 2e-3 * np.linalg.norm(wanted), key
-    for on_card, on_host in ((0.5, 1.0), (0.3, 0.2), (0.0, 0.0)):
+    for on_card, on_host in ((0.5, 1.0), (0.3, 0.2)):
         plan = residents_from(in_slabs(plan_for(store, on_card, on_host)), 1)
         assert plan.streams and ("disk" in {unit.tier for unit in plan.units}) == (on_host < 1)
         for actual, wanted in zip(learned_on_card(store, plan, tmp_path), expected, strict=True):
