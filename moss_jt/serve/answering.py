@@ -103,7 +103,7 @@ class Answering:
         call()
 
     def cancel(self, error: ApiError | None = None) -> None:
-        """Nobody wants any more of it, or it cannot go on: that is said to who still reads. It ends within one block of the model."""
+        """Nobody wants any more of it, or it cannot go on, which who still reads is told. It ends within one block of the model."""
         with self._lock:
             if not self.ended:
                 self.error = self.error or error
