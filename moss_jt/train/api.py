@@ -165,6 +165,7 @@ def start(
     course: CourseSettings,
     learning: LearningSettings,
     memory: str | int | None = None,
+    speeds: Speeds | None = None,
     device: str = "cpu",
     gpu_memory: str | int | None = None,
     host_memory: str | int | None = None,
@@ -173,8 +174,9 @@ def start(
 
     Args:
         memory: on the CPU, the most that this process may hold; by default what is free, less a margin.
+        speeds: on the CPU, see :func:`planned`.
         device: "cpu", "gpu" or "gpu:1", as of Moss.load.
-        gpu_memory, host_memory: on a GPU, the same for the card and for the host.
+        gpu_memory, host_memory: on a GPU, the same as memory, of the card and of the host.
 
     Raises:
         MossError: the memory is too little, ``out`` holds another training, a file cannot be read, or something that a GPU needs is
@@ -186,7 +188,7 @@ def start(
             store, data, lora, course, require_gpu(number)[0], gpu_memory, host_memory
         )
     else:
-        plan, needs = planned(store, data, lora, course, memory)
+        plan, needs = planned(store, data, lora, course, memory, speeds)
     decide(kind, "stream", number)
     adapter = Adapter.random(store.config, lora, course.seed)
     about = {"model": sha256_of(read_small(store.path / MANIFEST))}
