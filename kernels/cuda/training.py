@@ -121,14 +121,18 @@ class CudaTrainingOperators:
     def attention(self, qkv: Var, spans: Spans) -> Var:
         tokens, width = self._check_qkv(qkv, spans)
         heads, work = self.config.n_head, self.kernels.attention
-        return operation((tokens, width), [qkv, self.rotary], lambda a, out: work(*a, spans, heads, out))
+        return operation(
+            (tokens, width), [qkv, self.rotary], lambda a, out: work(a[0], a[1], spans, heads, out)
+        )
 
     def attention_back(self, g: Var, qkv: Var, spans: Spans) -> Var:
         tokens, width = self._check_qkv(qkv, spans)
         check_shape("g", g, (tokens, width))
         heads, work = self.config.n_head, self.kernels.attention_back
         inputs = [g, qkv, self.rotary]
-        return operation((tokens, 3 * width), inputs, lambda a, out: work(*a, spans, heads, out))
+        return operation(
+            (tokens, 3 * width), inputs, lambda a, out: work(a[0], a[1], a[2], spans, heads, out)
+        )
 
     def add(self, a: Var, b: Var, bias: Weight | None = None) -> Var:
         check_shape("b", b, tuple(a.shape))

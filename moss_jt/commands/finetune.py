@@ -185,8 +185,16 @@ def command(
             "all weights (--full) learn on the processor only, in its memory. Leave --gpu away, or --full: an adapter learns on a "
             "card."
         )
-    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory}
-    place = device_of({"gpu": gpu, "memory": memory, "device": device, "offload": "stream", **limits})
+    place = device_of(
+        {
+            "gpu": gpu,
+            "device": device,
+            "memory": memory,
+            "gpu_memory": gpu_memory,
+            "host_memory": host_memory,
+            "offload": "stream",
+        }
+    )
     screen = Screen()
     store = open_store(model_folder(model))
     out = Path(f"{store.path.name}-{'full' if full else 'adapter'}") if out is None else out
@@ -211,8 +219,18 @@ def command(
             store, dataset, out, full=all_of_it, course=course, learning=learning, memory=memory
         )
     else:
-        settings = {"lora": lora, "course": course, "learning": learning}
-        training = start(store, dataset, out, memory=memory, device=place, **settings, **limits)
+        training = start(
+            store,
+            dataset,
+            out,
+            lora=lora,
+            course=course,
+            learning=learning,
+            memory=memory,
+            device=place,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+        )
     if training.state.step:
         screen.line(f"{out} goes on after step {training.state.step} of {training.total}.")
     with terminated_as_interrupted(), resumable(out):

@@ -396,8 +396,8 @@ def residents_from(plan: ResidencyPlan, first: int) -> ResidencyPlan:
     units = tuple(
         replace(unit, tier="device" if i in resident else "disk") for i, unit in enumerate(plan.units)
     )
-    chosen = replace(plan, units=units)
-    return chosen if plan.host_budget_bytes is None else _choose_on_host(chosen)
+    moved = replace(plan, units=units)
+    return moved if plan.host_budget_bytes is None else _choose_on_host(moved)
 
 
 def _most(units: Sequence[Unit], group: Sequence[int], n_bytes: int) -> set[int]:
