@@ -411,7 +411,10 @@ def text_of(first: int, tokens: int) -> TokenSample:
 
 
 # Every element of a result is a thread of the emulation: a model of few.
-LEARNER = replace(TINY, vocab_size=64, n_embd=32, n_inner=64)
+LEARNERS = {
+    16: replace(TINY, vocab_size=64, n_embd=32, n_inner=64),
+    4: replace(TINY, vocab_size=64),
+}
 LEARNED = [text_of(1, 5), text_of(2, 7), text_of(4, 3)]
 
 
@@ -437,7 +440,7 @@ def learned_on_card(store: Store, plan: ResidencyPlan, folder: Path) -> list[Any
 def test_an_adapter_learns_the_same_by_any_plan_and_what_it_learns_on_the_processor(
     bits: int, tmp_path: Path
 ) -> None:
-    store = open_store(random_folder(LEARNER, bits))
+    store = open_store(random_folder(LEARNERS[bits], bits))
     expected = learned_on_card(store, in_slabs(plan_for(store, 1, 1)), tmp_path)
     needs = TrainingNeeds(store.config, 16, 8, 0)
     adapter = learning_adapter(store)

@@ -139,9 +139,11 @@ def planned_on_card(
         planner = replace(planner, host_footprint_bytes=usual.host_footprint_bytes + needs.host_bytes)
         try:
             planner.plan()
-        except MossError:
+        except MossError as error:
             if keeping.inputs_on_disk:
-                raise
+                raise MossError(
+                    f"{error} A training takes less where samples are shorter (--length) and steps are (--step-tokens)."
+                ) from error
         else:
             break
     return planner, needs

@@ -12,7 +12,7 @@ from moss_jt.train.lora import LoraSettings
 from moss_jt.train.samples import TokenSample
 from tests.support.random_models import SMALL
 
-LEARNER = replace(SMALL, vocab_size=256, n_embd=64, n_layer=4, n_head=2, n_inner=128)
+LEARNER = replace(SMALL, vocab_size=256, n_layer=3, n_inner=128)
 
 
 def text_to_learn(seed: int, tokens: int) -> TokenSample:
