@@ -198,7 +198,7 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             rotary = recorder.empty((context, 2, config.rotary_dim // 2), np.float32)
             places = recorder.empty((tokens, 2), np.int32), recorder.empty((1, -(-context // PAGE)), np.int32)
             inputs = recorder.recording().workspace_bytes
-            tables = rotary, cache, cache, *places
+            tables = rotary, *places, cache, cache
             operators._block(recorder, h, weights, lambda weight: weight, tables, 0, h)
             taken = recorder.recording().workspace_bytes - inputs
             assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
@@ -233,14 +233,14 @@ def test_what_a_card_is_told_is_what_the_table_says() -> None:
         )
 
     recorder = Recorder(Launchers(Idle()), 3)
-    half = DeviceArray(1, 32, (4, 8), np.dtype(np.float16), layered=True)
+    half = DeviceArray(1, 32, (4, 8), np.dtype(np.float16), layer_bytes=16)
     first, second = recorder.empty((5,), np.float32), recorder.empty((3,), np.float32)
     arguments = half[2:], 1.5, -2, None, second, DeviceArray(1, 0, (64,), np.dtype(np.float32))
     recorder.launch("linear.cu", "k", (7, 2), *arguments, threads=64)
     assert first.offset == 0 and half[2:].shape == (2, 8) and half.reshape(-1, 2).shape == (16, 2)
     inputs = [jt.zeros((8,)), jt.zeros((64,))]
     address = float(ctypes.cast(told, ctypes.c_void_p).value or 0)
-    queue(recorder.recording(), address, (4,), inputs, layer_bytes=16).sync()
+    queue(recorder.recording(), address, (4,), inputs, layer=1).sync()
     ((function, grid, got),) = seen
     assert function == 11 and grid == (7, 2, 1, 64, 1, 1)
     numbers = [value & 0xFFFFFFFF for value, _ in got]
