@@ -88,7 +88,7 @@ class Choice:
     thoughts: str = ""
     tokens: list[Token] = field(default_factory=list)
     extras: list[dict[str, Any]] = field(default_factory=list)
-    reason: str = "stop"
+    reason: str | None = None
 
 
 class ChatForm:
@@ -115,7 +115,7 @@ class ChatForm:
             yield self._chunk(event.choice, {"reasoning_content": event.text})
         elif isinstance(event, Extra):
             yield self._chunk(event.choice, {}, {}, {"moss": event.fields})
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished) and event.reason is not None:
             yield self._chunk(event.choice, {}, {"finish_reason": event.reason})
 
     def status(self, status: dict[str, Any]) -> str | None:

@@ -97,7 +97,7 @@ class CompletionForm:
     def event(self, event: Any) -> Iterator[str]:
         if isinstance(event, Words):
             yield self._chunk(event.choice, event.text, event.tokens)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished) and event.reason is not None:
             yield self._chunk(event.choice, "", (), event.reason)
 
     def status(self, status: dict[str, Any]) -> str | None:
@@ -119,7 +119,7 @@ class CompletionForm:
     def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
         texts = [""] * self._choices
         tokens: list[list[Token]] = [[] for _ in texts]
-        reasons = ["stop"] * self._choices
+        reasons: list[str | None] = [None] * self._choices
         for event in events:
             if isinstance(event, Words):
                 texts[event.choice] += event.text

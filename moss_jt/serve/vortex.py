@@ -24,7 +24,7 @@ from moss_jt.chat.prompt import COMMANDS, HUMAN, MOSS, PromptEncoder, Switch, me
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.answering import Answering
-from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.errors import CANCELLED, ApiError, bad_value
 from moss_jt.serve.schemas import Natural, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import CompleteAnswer, json_text
@@ -104,7 +104,8 @@ def router(service: Service) -> APIRouter:
             task = asyncio.get_running_loop().create_task(stream(target, answering))
             service.tasks.add(task)
             task.add_done_callback(service.tasks.discard)
-        return CompleteAnswer(_answer(prompt, answering), answering.cancel)
+        gone = ApiError(409, "The request's connection was closed.", code=CANCELLED)
+        return CompleteAnswer(_answer(prompt, answering), partial(answering.cancel, gone))
 
     return routes
 

@@ -113,13 +113,17 @@ def start(
     course: CourseSettings,
     learning: LearningSettings,
     memory: str | int | None = None,
+    speeds: Speeds | None = None,
 ) -> Finetuning:
     """A training that is ready to run, at its beginning or where it was left. This starts Jittor.
+
+    Args:
+        speeds: see :func:`planned`.
 
     Raises:
         MossError: the memory is too little, ``out`` holds another training, or a file cannot be read.
     """
-    plan, needs = planned(store, data, lora, course, memory)
+    plan, needs = planned(store, data, lora, course, memory, speeds)
     decide("cpu", "stream", 0)
     from moss_jt.train.load import load_training
 
