@@ -119,8 +119,9 @@ __device__ __forceinline__ void attend_to_page(
     for (int i = 0; i < kDims; i++) query[i] = mine ? q[(long long)t * width + head * head_dim + dim + i] * scale : 0.0f;
     float largest = -1e30f, total = 0;
     const long long page = page_of(pages, per_slot, slot_of, begin), page_at = page * kPage * width + head * head_dim + dim;
-    for (int all = 0; all <= last; all += kTeams * kAtOnce) {  // one number for all threads: teams of a warp shuffle together
-        const int first = all + team * kAtOnce;
+    constexpr int kOfWarp = kWarp / kLanes * kAtOnce;  // positions of a warp, whose teams shuffle together
+    for (int begin_of_warp = threadIdx.x / kWarp * kOfWarp; begin_of_warp <= last; begin_of_warp += kWarpsPerBlock * kOfWarp) {
+        const int first = begin_of_warp + threadIdx.x % kWarp / kLanes * kAtOnce;
         uint4 key[kAtOnce], value[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
