@@ -142,7 +142,7 @@ class CudaOperators:
                 return _at(a[1], region)
 
             tables, rest = (*a[2:5], *_rows(a[5 : 5 + len(cache)])), a[5 + len(cache) :]
-            adapters = TokenAdapters(*rest, rank) if rank else None
+            adapters = TokenAdapters(rest[0], rest[1], rest[2], rank) if rank else None
             self._block(kernels, a[0], weights, at, tables, places.whole, out, adapters)
 
         inputs = [h, weights.ln_1_weight.memory, self.rotary, places.tokens, places.table, *cache]
