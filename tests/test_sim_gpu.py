@@ -29,7 +29,6 @@ from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
-from moss_jt.train.api import start
 from moss_jt.train.lora import LoraSettings
 from moss_jt.train.peft_files import read_adapter
 from tests.emulation import sim_gpu
@@ -45,7 +44,7 @@ from tests.support.gpu_runs import (
     run_on_gpu,
     run_python,
 )
-from tests.support.learned_on_card import LEARNED, LEARNER, SETTINGS
+from tests.support.learned_on_card import LEARNER, check_learning
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
@@ -399,33 +398,6 @@ def test_adapters_on_the_card_say_what_they_say_on_the_processor(
         assert name is None or np.abs(exact - base).max() > 0.1 * np.abs(base).max()
 
 
-# An adapter learns for three steps, or for the first of them; what it has learned, the losses, and where the weights were.
-LEARNING = """
-import json, sys
-from itertools import islice
-from pathlib import Path
-import numpy as np
-from moss_jt.plan import placement
-placement.resident_memory_bytes = lambda: 0
-root, folder, out, options = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-sys.path.append(root)
-from moss_jt.store.model_folder import open_store
-from moss_jt.train.api import start
-from tests.support.learned_on_card import LEARNED, SETTINGS
-steps = options.pop("steps")
-training = start(open_store(folder), LEARNED, out, device="gpu", **SETTINGS, **options)
-plan = training._model.plan
-losses = [progress.result.loss for progress in islice(training.run(), steps)]
-training.keep()
-import cupy
-free, total = cupy.cuda.runtime.memGetInfo()
-np.save(out / "values.npy", training.adapter.values)
-limit = plan.peak_bytes + 2 * plan.sizes.block_bytes[0] - plan.bytes_on("device") * 2 // 3
-print(json.dumps({"losses": losses, "used": total - free, "budget": plan.budget_bytes, "limit": limit,
-                  "tiers": sorted({unit.tier for unit in plan.units})}))
-"""
-
-
 @with_jittor
 @pytest.mark.long
 @pytest.mark.parametrize("bits", [16, 4])
@@ -433,30 +405,9 @@ def test_an_adapter_learns_on_the_card_what_it_learns_on_the_processor(
     resident: Run, environment: dict[str, str], bits: int, tmp_path: Path
 ) -> None:
     """Everything on the card; then streaming, interrupted after a step and gone on with in another process: the same bits."""
-    folder = random_folder(LEARNER, bits)
-
-    def learned(name: str, order: dict[str, str], **options: Any) -> dict[str, Any]:
-        arguments = [str(ROOT), str(folder), str(tmp_path / name), json.dumps({"steps": 3, **options})]
-        done = run_python(LEARNING, arguments, {**environment, **order}, 600)
-        assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        assert told["used"] <= told["budget"]
-        return told
-
-    expected = learned("resident", {"SIM_GPU_EAGER": "1"})
-    assert expected["tiers"] == ["device"]
-    first = learned("streams", ORDERS[2], steps=1, gpu_memory=expected["limit"])
-    rest = learned("streams", ORDERS[0], gpu_memory=expected["limit"])
-    assert first["tiers"] == rest["tiers"] == ["device", "host"]
-    assert first["losses"] + rest["losses"] == expected["losses"]
-    ours, again = (np.load(tmp_path / name / "values.npy") for name in ("resident", "streams"))
-    np.testing.assert_array_equal(ours, again)
-    processor = start(open_store(folder), LEARNED, tmp_path / "processor", **SETTINGS, memory="4GiB")
-    begun = processor.adapter.values.copy()
-    losses = [progress.result.loss for progress in processor.run()]
-    np.testing.assert_allclose(expected["losses"], losses, 1e-3)
-    moved = processor.adapter.values - begun
-    assert np.linalg.norm(ours - processor.adapter.values) <= 0.1 * np.linalg.norm(moved)
+    check_learning(
+        random_folder(LEARNER, bits), tmp_path, environment, ({"SIM_GPU_EAGER": "1"}, ORDERS[2], ORDERS[0])
+    )
 
 
 @with_jittor

@@ -38,7 +38,7 @@ def load_gpu_model(
     """
     return load_on_card(
         planner,
-        lambda cupy: warm_up_gpu(cupy, store.bits),
+        lambda cupy: warm_up_gpu(cupy, store.bits, planner.cache_bits),
         lambda plan, cupy: _load(store, plan, home, offload, cupy, adapters),
     )
 
@@ -90,7 +90,7 @@ def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Mo
     """
     assert isinstance(model.weights, Weights)
     try:
-        warm_up_gpu(import_cupy(), store.bits)
+        warm_up_gpu(import_cupy(), store.bits, plan.sizes.cache_bits)
         return model.with_weights(
             copy_weights(
                 store,
@@ -160,7 +160,8 @@ def _load(
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     operators = CudaOperators(store.config, cupy, adapters)
-    cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
+    positions, bits = cache_positions(plan), plan.sizes.cache_bits
+    cache = KVCache(store.config, positions, device_memory, operators, bits)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
         # Whether there is memory for the results is seen now, and not in the midst of an answer.

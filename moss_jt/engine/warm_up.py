@@ -51,7 +51,7 @@ def warm_up(bits: int, cache_bits: int = 16) -> None:
     _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
 
 
-def warm_up_gpu(cupy: Any, bits: int) -> None:
+def warm_up_gpu(cupy: Any, bits: int, cache_bits: int = 16) -> None:
     """The same for the GPU: Jittor's operation for copies with nvcc, and our kernels with CuPy.
 
     Raises:
@@ -59,9 +59,9 @@ def warm_up_gpu(cupy: Any, bits: int) -> None:
     """
 
     def run() -> None:
-        _run_all(CudaOperators(TINY, cupy), bits, on_card(), PASSES)
+        _run_all(CudaOperators(TINY, cupy), bits, on_card(), PASSES, cache_bits)
 
-    announced_on_card(run, f"{cupy.__version__} {bits}")
+    announced_on_card(run, f"{cupy.__version__} {bits} {cache_bits}")
 
 
 def on_card() -> Make:
