@@ -85,8 +85,8 @@ def adapter_outlook(
         return residents_from(in_slabs(chosen), first)
 
     chosen, needs = cheapest(needs, planned, speeds)
-    paces = [step_pace(chosen, needs, speeds, front=front).seconds for front in (True, False)]
-    return TrainingOutlook(chosen.peak_bytes, needs.step_tokens, *paces)
+    first_time, later = (step_pace(chosen, needs, speeds, front=front).seconds for front in (True, False))
+    return TrainingOutlook(chosen.peak_bytes, needs.step_tokens, first_time, later)
 
 
 def card_outlook(
@@ -122,14 +122,14 @@ def card_outlook(
         units=tuple(unit if unit.tier == "disk" else replace(unit, tier="device") for unit in chosen.units),
     )
     link = Speeds(speeds.flop_per_s, link_bytes_per_s)
-    paces = [
+    first_time, later = (
         max(
             step_pace(plan, training, of, front=front).seconds
             for plan, of in ((chosen, link), (from_disk, speeds))
         )
         for front in (True, False)
-    ]
-    return TrainingOutlook(chosen.peak_bytes, training.step_tokens, *paces, chosen.host_peak_bytes)
+    )
+    return TrainingOutlook(chosen.peak_bytes, training.step_tokens, first_time, later, chosen.host_peak_bytes)
 
 
 def full_outlook(
