@@ -50,7 +50,7 @@ class CudaTrainingOperators:
         self.kernels.cupy.get_default_memory_pool().free_all_blocks()
         jt.gc()
 
-    def _make_room(self, tokens: int) -> None:
+    def _free_for(self, tokens: int) -> None:
         """Whoever has more tokens than all before finds no use for their memory, and both would be too much."""
         if tokens > self._most_tokens:
             self._free()
@@ -93,7 +93,7 @@ class CudaTrainingOperators:
         return operation((rows, columns), inputs, work)
 
     def norm(self, h: Var, weight: Weight, bias: Weight) -> Var:
-        self._make_room(h.shape[0])  # a block begins with it, both ways
+        self._free_for(h.shape[0])  # a block begins with it, both ways
         inputs, (own_weight, own_bias) = self._with_vectors([h], weight, bias)
         epsilon, norm = self.config.layer_norm_epsilon, self.kernels.norm
         return operation(h.shape, inputs, lambda a, out: norm(a[0], own_weight(a), own_bias(a), epsilon, out))
@@ -184,7 +184,7 @@ class CudaTrainingOperators:
         for vector in vectors:
             check_shape("a norm's or bias's vector", vector, (inputs[0].shape[1],))
             check_dtype("a norm's or bias's vector", vector, "float16")
-        return inputs, [_place(inputs, vector) for vector in vectors]
+        return inputs, [_among(inputs, vector) for vector in vectors]
 
     @staticmethod
     def _with_matrix(
@@ -195,12 +195,12 @@ class CudaTrainingOperators:
         if isinstance(matrix, DenseMatrix):
             outputs, width = matrix.weight.shape
             check_matrix("matrix", matrix, outputs, width)
-            dense = _place(inputs, matrix.weight)
+            dense = _among(inputs, matrix.weight)
             return inputs, lambda a: CardMatrix(dense(a)), (outputs, width)
         outputs, width = matrix.packed.shape[0], matrix.packed.shape[1] * 8 // matrix.bits
         check_matrix("matrix", matrix, outputs, width)
-        packed, scales, zeros = (_place(inputs, w) for w in (matrix.packed, matrix.scales, matrix.zeros))
-        order = None if matrix.input_order is None else _place(inputs, matrix.input_order)
+        packed, scales, zeros = (_among(inputs, w) for w in (matrix.packed, matrix.scales, matrix.zeros))
+        order = None if matrix.input_order is None else _among(inputs, matrix.input_order)
 
         def on_card(a: Arrays) -> CardMatrix:
             own_order = None if order is None else order(a).reshape(-1)
@@ -209,7 +209,7 @@ class CudaTrainingOperators:
         return inputs, on_card, (outputs, width)
 
 
-def _place(inputs: list[Var], weight: Weight) -> Callable[[Arrays], Array]:
+def _among(inputs: list[Var], weight: Weight) -> Callable[[Arrays], Array]:
     """Puts what holds a weight among an operation's inputs, once, and finds it among the operation's arrays."""
     memory = weight.memory if isinstance(weight, Region) else weight
     number = next((i for i, var in enumerate(inputs) if var is memory), len(inputs))

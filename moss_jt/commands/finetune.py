@@ -185,7 +185,7 @@ def command(
             "all weights (--full) learn on the processor only, in its memory. Leave --gpu away, or --full: an adapter learns on a "
             "card."
         )
-    place = device_of(
+    where = device_of(
         {
             "gpu": gpu,
             "device": device,
@@ -227,7 +227,7 @@ def command(
             course=course,
             learning=learning,
             memory=memory,
-            device=place,
+            device=where,
             gpu_memory=gpu_memory,
             host_memory=host_memory,
         )
