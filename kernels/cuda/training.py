@@ -147,10 +147,10 @@ class CudaTrainingOperators:
         inputs, (own,) = self._with_vectors([logits], bias)
         self._check_columns(columns, logits)
         work = self.kernels.logit_summary
-        found = operation(
+        numbers = operation(
             (logits.shape[0], 4), inputs, lambda a, out: work(a[0], own(a), columns, out)
         ).numpy()
-        return LogitSummary(found[:, 0], found[:, 1], found[:, 2].astype(np.int64), found[:, 3])
+        return LogitSummary(numbers[:, 0], numbers[:, 1], numbers[:, 2].astype(np.int64), numbers[:, 3])
 
     def logit_slope(
         self, logits: Var, bias: Var, columns: NDArray[np.int64], shift: NDArray[np.float32], share: float
@@ -180,7 +180,7 @@ class CudaTrainingOperators:
     def _with_vectors(
         inputs: list[Var], *vectors: Weight
     ) -> tuple[list[Var], list[Callable[[Arrays], Array]]]:
-        """An operation's inputs with float16 vectors as wide as the first of them, and how each is found among its arrays."""
+        """An operation's inputs with float16 vectors as wide as the first of them, and how each is numbers among its arrays."""
         for vector in vectors:
             check_shape("a norm's or bias's vector", vector, (inputs[0].shape[1],))
             check_dtype("a norm's or bias's vector", vector, "float16")
@@ -190,7 +190,7 @@ class CudaTrainingOperators:
     def _with_matrix(
         x: Var, matrix: Matrix
     ) -> tuple[list[Var], Callable[[Arrays], CardMatrix], tuple[int, int]]:
-        """An operation's inputs, x and what holds a matrix; how that is found among its arrays; and its (N, K)."""
+        """An operation's inputs, x and what holds a matrix; how that is numbers among its arrays; and its (N, K)."""
         inputs = [x]
         if isinstance(matrix, DenseMatrix):
             outputs, width = matrix.weight.shape
