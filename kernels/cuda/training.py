@@ -180,7 +180,7 @@ class CudaTrainingOperators:
     def _with_vectors(
         inputs: list[Var], *vectors: Weight
     ) -> tuple[list[Var], list[Callable[[Arrays], Array]]]:
-        """An operation's inputs with float16 vectors as wide as the first of them, and how each is numbers among its arrays."""
+        """An operation's inputs with float16 vectors as wide as the first of them, and how each is found among its arrays."""
         for vector in vectors:
             check_shape("a norm's or bias's vector", vector, (inputs[0].shape[1],))
             check_dtype("a norm's or bias's vector", vector, "float16")
@@ -190,7 +190,7 @@ class CudaTrainingOperators:
     def _with_matrix(
         x: Var, matrix: Matrix
     ) -> tuple[list[Var], Callable[[Arrays], CardMatrix], tuple[int, int]]:
-        """An operation's inputs, x and what holds a matrix; how that is numbers among its arrays; and its (N, K)."""
+        """An operation's inputs, x and what holds a matrix; how that is found among its arrays; and its (N, K)."""
         inputs = [x]
         if isinstance(matrix, DenseMatrix):
             outputs, width = matrix.weight.shape
