@@ -53,7 +53,7 @@ def test_who_cancels_before_the_job_has_come_leaves_none_behind() -> None:
 
     engine.submit = cancelled_first  # type: ignore[method-assign]
     assert list(text.decode(GREEDY, 5)) == []
-    assert engine.waiting == 0 and engine.plan() is None and not engine._running
+    assert engine.waiting == 0 and engine.plan() is None and not engine._users.running
     engine.submit = submit  # type: ignore[method-assign]
     assert len(list(text.decode(GREEDY, 5))) == 5
 
