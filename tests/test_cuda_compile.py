@@ -53,6 +53,12 @@ def test_no_half_arithmetic() -> None:
         assert not re.search(r"__h(add|sub|mul|fma|neg|max|min|eq|lt|gt)", source(name)), name
 
 
+def test_a_pragma_stands_in_braces() -> None:
+    """NVRTC takes a pragma for the only statement of an `if` without braces, and leaves the loop after it to everybody."""
+    for name in SOURCES:
+        assert not re.search(r"(if (constexpr )?\(.*\)|else)\n *#pragma", source(name)), name
+
+
 def table() -> str:
     """Registers per kernel and architecture, as docs/cuda.md shows them."""
     lines = [

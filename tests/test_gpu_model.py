@@ -130,9 +130,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     engines.clear()
 
 
-def plan_for(store: Store, resident: float, on_host: float, copy: Copy | None = None) -> ResidencyPlan:
+def plan_for(
+    store: Store, resident: float, on_host: float, copy: Copy | None = None, cache_bits: int = 16
+) -> ResidencyPlan:
     """A plan with about that share of the units on the card, and of the rest on the host."""
-    sizes = sizes_of_store(store)
+    sizes = sizes_of_store(store, cache_bits)
     everything = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32, copy=copy)
     fixed = GPU_FOOTPRINT_BYTES + everything.workspace_bytes + everything.kv_cache_bytes + sizes.small_bytes
     total = sum(unit.n_bytes for unit in everything.units)
@@ -154,7 +156,7 @@ def plan_for(store: Store, resident: float, on_host: float, copy: Copy | None = 
 def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model:
     reader = FileReader(False, 1e9)
     units = UnifiedUnits(store, plan, reader) if unified else StreamedUnits(store, plan, reader)
-    cache = KVCache(store.config, plan.context)
+    cache = KVCache(store.config, plan.context, bits=plan.sizes.cache_bits)
     operators = CudaOperators(store.config, FakeCupy())
     return GpuModel(store.config, operators, Weights(store, plan, units), cache, plan)
 
@@ -165,19 +167,19 @@ def answers(model: Model) -> list[np.ndarray]:
     return [model.forward([7], len(PROMPT)), model.forward([11, 3], len(PROMPT) + 1, "all")]
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "cache_bits"), [(16, 16), (8, 16), (4, 16), (16, 8)])
+def test_any_plan_gives_the_resident_model_s_bits(bits: int, cache_bits: int) -> None:
     store = open_store(random_folder(TINY, bits))
-    resident = gpu_model(store, plan_for(store, 1, 1))
+    resident = gpu_model(store, plan_for(store, 1, 1, cache_bits=cache_bits))
     assert not resident.weights.streams
     long = resident.forward(LONG, 0)[0]
-    with Moss.load(store.path, memory="2GiB", context=48) as moss:
+    with Moss.load(store.path, memory="2GiB", context=48, cache_bits=cache_bits) as moss:
         reference = moss.logits(LONG)[-1]
     assert np.abs(long - reference).max() < 2e-2 * np.abs(reference).max(), "the CPU's kernels say otherwise"
     expected = answers(resident)
     resident.close()
     for on_card, on_host in ((0.5, 1.0), (0.0, 1.0), (0.3, 0.2), (0.0, 0.0)):
-        plan = plan_for(store, on_card, on_host)
+        plan = plan_for(store, on_card, on_host, cache_bits=cache_bits)
         tiers = {unit.tier for unit in plan.units}
         assert ("device" in tiers) == (on_card > 0) and ("disk" in tiers) == (on_host < 1)
         model = gpu_model(store, plan)

@@ -153,7 +153,7 @@ def command(
         gpu_memory = described_cards_memory(gpu_memory)
     if train and (on_card or model is None):
         raise click.UsageError("--train needs a MODEL, and computes on the processor: leave cards away.")
-    check_cache_bits(cache_bits, on_card)
+    check_cache_bits(cache_bits)
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()

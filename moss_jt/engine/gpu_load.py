@@ -35,7 +35,7 @@ def load_gpu_model(
     """
     cupy = import_cupy()
     try:
-        warm_up_gpu(cupy, store.bits)
+        warm_up_gpu(cupy, store.bits, planner.cache_bits)
     except FULL as error:
         raise_if_full(error)
         raise
@@ -70,7 +70,7 @@ def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Mo
     """
     assert isinstance(model.weights, Weights)
     try:
-        warm_up_gpu(import_cupy(), store.bits)
+        warm_up_gpu(import_cupy(), store.bits, plan.sizes.cache_bits)
         return model.with_weights(
             copy_weights(
                 store,
@@ -140,7 +140,8 @@ def _load(
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     operators = CudaOperators(store.config, cupy, adapters)
-    cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
+    positions, bits = cache_positions(plan), plan.sizes.cache_bits
+    cache = KVCache(store.config, positions, device_memory, operators, bits)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
         # Whether there is memory for the results is seen now, and not in the midst of an answer.

@@ -51,7 +51,7 @@ def warm_up(bits: int, cache_bits: int = 16) -> None:
     _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
 
 
-def warm_up_gpu(cupy: Any, bits: int) -> None:
+def warm_up_gpu(cupy: Any, bits: int, cache_bits: int = 16) -> None:
     """The same for the GPU: Jittor's operation for copies with nvcc, and our kernels with CuPy.
 
     Raises:
@@ -67,9 +67,9 @@ def warm_up_gpu(cupy: Any, bits: int) -> None:
         def region(shape: tuple[int, ...], dtype: str) -> Region:
             return Region(memory, 0, shape, dtype)
 
-        _run_all(CudaOperators(TINY, cupy), bits, region, PASSES)
+        _run_all(CudaOperators(TINY, cupy), bits, region, PASSES, cache_bits)
 
-    fingerprint = _fingerprint(f"{cupy.__version__} {bits}", Path(launchers.folder()))
+    fingerprint = _fingerprint(f"{cupy.__version__} {bits} {cache_bits}", Path(launchers.folder()))
     advice = "moss-jt doctor checks the toolkit; its version must suit the card and the driver."
     _announced(run, fingerprint, "this GPU", "about a minute", advice)
 

@@ -24,6 +24,7 @@ DTYPES = {
     "int": "int32",
     "unsigned": "uint32",
     "unsigned char": "uint8",
+    "signed char": "int8",
 }
 
 
