@@ -14,7 +14,7 @@ from moss_jt.plan.residency import (
     plan_gpu,
     residents_from,
 )
-from moss_jt.plan.verdict import duration
+from moss_jt.plan.summary import duration
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 from moss_jt.store.sizes import ModelSizes
