@@ -39,7 +39,7 @@ from moss_jt.plan.residency import (
     plan,
     plan_gpu,
 )
-from moss_jt.plan.verdict import duration, verdict
+from moss_jt.plan.summary import duration, summary
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.copies import copies_of, open_copy
 from moss_jt.store.locations import model_home
@@ -179,7 +179,7 @@ def command(
     if copy is not None:
         chosen, remark = with_copy(sizes, copy, amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
-    screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
+    screen.line(summary(speeds.seconds(chosen), as_it_is, quicker))
     screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
     for one in (remark, about_unpublished(model) if store is None else "", shorter(sizes, amounts, chosen)):
         if one:
@@ -229,7 +229,7 @@ def overview(amounts: Amounts, context: int | None, cache_bits: int, speeds: Spe
             text = f"Does not run: {str(error).partition(':')[0]}."
         else:
             wait = duration(first_word(chosen, speeds.disk.bytes_per_s, products).seconds)
-            text = f"{verdict(speeds.seconds(chosen), False, ())} First word expected after {wait}."
+            text = f"{summary(speeds.seconds(chosen), False, ())} First word expected after {wait}."
         lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
     return "\n".join(lines)
 

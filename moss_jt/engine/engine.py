@@ -170,7 +170,7 @@ class Engine:
             if self._kept is not None and not text.stored:
                 self._kept.keep(text, token_ids, text.cached)
 
-    def suppose(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
+    def assume_read(self, text: CachedText, token_ids: Sequence[int], page: np.ndarray) -> None:
         """Let a text count as read but for its last token: see moss_jt.engine.sequence.Sequence."""
         with self.lock:
             text.settle(len(token_ids))
@@ -296,7 +296,7 @@ class Engine:
             self._flight = None
             self._busy = True
             if error is None and not any(part.job.done for part in flight.parts):
-                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s, flight.guests)
+                self._pace.note(flight.prompt_tokens, times.drafting_s + times.pass_s, flight.background)
                 if self._copy is not None and not flight.prompt_tokens:
                     self._copy.pace.passes.note(
                         len([token for _, run in runs for token in run.token_ids]), times.pass_s

@@ -53,12 +53,12 @@ class Part:
 class Pass:
     """What is computed together.
 
-    number  passes that were before it
-    logits  rows of them
-    guests  whether answers in the background take part, where interactive jobs are there, too
-    times   what it took
-    fresh   whole pages that it computes, for any sequence that begins alike
-    shared  those of them that more than one sequence has already
+    number      passes that were before it
+    logits      rows of them
+    background  whether answers in the background take part, where interactive jobs are there, too
+    times       what it took
+    fresh       whole pages that it computes, for any sequence that begins alike
+    shared      those of them that more than one sequence has already
     """
 
     number: int
@@ -66,7 +66,7 @@ class Pass:
     rows: int = 0
     logits: int = 0
     prompt_tokens: int = 0
-    guests: bool | None = None
+    background: bool | None = None
     times: PassTimes = field(default_factory=PassTimes)
     fresh: set[int] = field(default_factory=set)
     shared: set[int] = field(default_factory=set)
@@ -93,12 +93,12 @@ class PassPlanner:
             longest: tokens that a draft may have, where a copy writes drafts; None: they are what prompt lookup proposes.
         """
         ready = [job for job in self._users.running if not job.paused]
-        guests = [job for job in ready if job.background and job.answering]
+        behind = [job for job in ready if job.background and job.answering]
         flight = Pass(number)
-        if guests and not all(job.background for job in ready):
-            flight.guests = self._pace.guests()
-            if not flight.guests:
-                ready = [job for job in ready if job not in guests]
+        if behind and not all(job.background for job in ready):
+            flight.background = self._pace.takes_background()
+            if not flight.background:
+                ready = [job for job in ready if job not in behind]
         model, texts = self._model, [job for job in ready if not job.answering]
         if not (texts and model.pass_tokens < PAGE + model.logit_rows and number % 2):
             # Otherwise a page might find no room beside the answers, and must not wait for ever.

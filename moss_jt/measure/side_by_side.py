@@ -80,7 +80,7 @@ def measure_together(
     for first in range(most):
         text = Text(engine)
         text.extend([(token + first) % vocabulary for token in prompt_ids(context, vocabulary)])
-        text.suppose(page)
+        text.assume_read(page)
         texts.append(text)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(-(-steps // TURN)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moss_jt.errors import MossError
 from moss_jt.plan.residency import FOOTPRINT_BYTES, ResidencyPlan, gib, gib_up, in_slabs, plan, residents_from
-from moss_jt.plan.verdict import duration
+from moss_jt.plan.summary import duration
 from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 from moss_jt.store.sizes import ModelSizes
