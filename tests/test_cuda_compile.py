@@ -9,7 +9,7 @@ from moss_jt.kernels.cuda.launchers import THREADS, folder, source
 from tests.emulation import nvrtc
 from tests.emulation.emulator import parameters_of
 
-SOURCES = ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu")
+SOURCES = ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu", "training.cu")
 REGISTERS = 65536  # of a multiprocessor, on every one of these architectures
 
 

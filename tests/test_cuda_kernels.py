@@ -21,10 +21,19 @@ from moss_jt.kernels.cuda.launchers import (
     TokenAdapters,
     folder,
 )
+from moss_jt.kernels.cuda.training_launchers import CardMatrix, TrainingLaunchers
 from moss_jt.kernels.interface import PAGE, ByteRows, CacheRows
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
-from tests.emulation.emulator import EmulationError, FakeCublas, FakeCupy, RawModule, aligned, matrix_at
+from tests.emulation.emulator import (
+    DeviceArray,
+    EmulationError,
+    FakeCublas,
+    FakeCupy,
+    RawModule,
+    aligned,
+    matrix_at,
+)
 from tests.support import cuda_reference
 from tests.support.cuda_products import dense, packed
 
@@ -325,10 +334,10 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     add_adapters(run, normal((1, 1024)), normal((1, 40)), [0])
     for name in ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu"):
         conflicts |= run.module(name).conflicts
+    conflicts |= conflicts_of_training()
     with_shared = {kernel: worst for kernel, worst in conflicts.items() if worst}
-    assert len(with_shared) == 8 + 3 + 3 + 2, (
-        "products, attentions and what combines them, the cache in int8, layer norm, adapters"
-    )
+    names = "products, attentions and what combines them, the cache in int8, layer norm, adapters; five of training"
+    assert len(with_shared) == 8 + 3 + 3 + 2 + 5, names
     assert set(with_shared.values()) == {1}, with_shared
     planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
     dense(planted, normal((1, 512)), half((8, 512)))
@@ -342,6 +351,29 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     planted = Launchers(Planted("kDims * kLane + kWarp / 2", "kDims * kLane + 2", 8))
     planted.attention(*in_one)
     assert planted.module("attention.cu").conflicts["attention_int8"] > 1
+
+
+def conflicts_of_training() -> dict[str, int]:
+    """Of the kernels of training whose threads share memory, over rows longer than a block."""
+    run = TrainingLaunchers(FakeCupy())
+    x, out = normal((2, 600)), aligned(np.zeros((2, 600), np.float32))
+    run.norm_back(x, x, half((600,)), 1e-5, out, aligned(np.zeros((2, 600), np.float32)))
+    run.product(x, CardMatrix(half((8, 600))), aligned(np.zeros((2, 8), np.float32)).view(DeviceArray))
+    run.logit_summary(x, half((600,)), np.array([3, -1]), aligned(np.zeros((2, 4), np.float32)))
+    spans = np.array([[0, 300]], np.int32)
+    qkv, back = (aligned(np.zeros((300, 24), np.float32)).view(DeviceArray) for _ in range(2))
+    g = normal((300, 8)).view(DeviceArray)
+    run.attention_back(g, qkv, aligned(rotary_table(300, 4)), spans, 1, back)
+    return dict(run.kernels.module("training.cu").conflicts)
+
+
+def test_a_row_s_largest_without_a_barrier_is_seen() -> None:
+    barrier = "    __syncthreads();\n    return warp_max(threadIdx.x % kWarp < kRowWarps"
+    run = TrainingLaunchers(Planted(barrier, barrier.replace("    __syncthreads();\n", "")))
+    with pytest.raises(EmulationError, match="race|before it is written"):
+        run.logit_summary(
+            normal((1, 600)), half((600,)), np.array([3]), aligned(np.zeros((1, 4), np.float32))
+        )
 
 
 def bank_of(widths: tuple[int, int], ranks: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:

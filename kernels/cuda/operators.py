@@ -83,7 +83,7 @@ class CudaOperators:
             for part, copy in _of_page(a, out, page):
                 copy[...] = part
 
-        copy: np.ndarray = _code((n_bytes * PAGE // positions,), arrays, work, np.uint8).numpy()
+        copy: np.ndarray = operation((n_bytes * PAGE // positions,), arrays, work, np.uint8).numpy()
         return (
             copy
             if isinstance(keys, ByteRows)
@@ -99,7 +99,7 @@ class CudaOperators:
                 part[...] = copy
             out[...] = 0
 
-        _code((1, 1), [*arrays, jt.array(content)], work).sync()
+        operation((1, 1), [*arrays, jt.array(content)], work).sync()
 
     def head(
         self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var, whole: int = 0
@@ -111,7 +111,7 @@ class CudaOperators:
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             for some, pages in _ways(tokens, whole):
                 normed = kernels.layer_norm(a[0][some], a[1], a[2], self.config.layer_norm_epsilon)
-                matrix = _at(a[3], weight)
+                matrix = array_at(a[3], weight)
                 if pages:
                     product = kernels.page_by_page(normed, matrix)
                 else:
@@ -120,7 +120,7 @@ class CudaOperators:
 
         inputs = [h, norm_weight, norm_bias, weight.memory, bias]
         if whole or tokens > FEW_TOKENS:
-            return _code((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
+            return operation((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
         key = weight.offset, rows, tokens
         if key not in self._heads:
             self._heads[key] = self._record(work, inputs, (tokens, rows))
@@ -139,7 +139,7 @@ class CudaOperators:
 
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             def at(region: Region) -> Array:
-                return _at(a[1], region)
+                return array_at(a[1], region)
 
             tables, rest = (*a[2:5], *_rows(a[5 : 5 + len(cache)])), a[5 + len(cache) :]
             adapters = TokenAdapters(rest[0], rest[1], rest[2], rank) if rank else None
@@ -160,7 +160,7 @@ class CudaOperators:
                 own = [array[layer] if number in layered else array for number, array in enumerate(a)]
                 work(self.kernels, own, out)
 
-            return _code(h.shape, inputs, long)
+            return operation(h.shape, inputs, long)
         key = tokens, rank, len(cache), cache[0].shape[1], *places.table.shape
         if key not in recordings:
             recordings[key] = self._record(work, inputs, h.shape, layered)
@@ -276,7 +276,7 @@ def _layout(value: Any) -> Hashable:
     return value  # bits and the like
 
 
-def _at(memory: Array, region: Region) -> Array:
+def array_at(memory: Array, region: Region) -> Array:
     """The region of a unit's memory, as an array over it."""
     if isinstance(memory, DeviceArray):
         return DeviceArray(memory.memory, region.offset, region.shape, np.dtype(region.dtype))
@@ -293,7 +293,7 @@ def _product(matrix: Matrix, at: At, x: Array) -> Product:
     return Product(x, at(matrix.packed), matrix.bits, at(matrix.scales), at(matrix.zeros), order)
 
 
-def _code(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
+def operation(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
     """One Jittor operation that calls ``work`` with its inputs' arrays and the array for its result."""
 
     def run(_: Any, data: dict[str, list[Array]]) -> None:

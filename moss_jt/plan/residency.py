@@ -402,7 +402,8 @@ def residents_from(plan: ResidencyPlan, first: int) -> ResidencyPlan:
     units = tuple(
         replace(unit, tier="device" if i in resident else "disk") for i, unit in enumerate(plan.units)
     )
-    return replace(plan, units=units)
+    moved = replace(plan, units=units)
+    return moved if plan.host_budget_bytes is None else _choose_on_host(moved)
 
 
 def _most(units: Sequence[Unit], group: Sequence[int], n_bytes: int) -> set[int]:
