@@ -68,3 +68,8 @@ def test_quantised_models_give_the_cpu_s_logits(bits: int) -> None:
     _, logits = answers_of(folder, [])
     for run in run_on_gpu(folder, [STREAMED[0], STREAMED[2]], [], {}, text=PROMPTS[0]):
         assert np.abs(run.logits - logits).max() < 2e-2 * np.abs(logits).max(), run.case
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_adapter_learns_the_same_by_any_plan(bits: int, tmp_path: Path) -> None:
+    check_learning(random_folder(LEARNER, bits), tmp_path, {}, ({}, {}, {}))
