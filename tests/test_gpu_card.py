@@ -13,6 +13,7 @@ from moss_jt import Moss
 from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.errors import MossError
 from tests.support.gpu_runs import IN_INT8, STREAMED, SWAPPED, UNIFIED, Case, run_on_gpu
+from tests.support.learned_on_card import LEARNER, check_learning
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
