@@ -54,7 +54,7 @@ def test_every_plan_gives_the_same_tokens_within_its_limit(cases: Sequence[Case]
 
 
 def test_a_cache_in_int8_gives_the_same_bits_for_every_plan_and_the_cpu_s_logits() -> None:
-    folder = tiny_model_folder()
+    folder = random_folder(SMALL)
     _, logits = answers_of(folder, [], 8)
     runs = run_on_gpu(folder, IN_INT8, PROMPTS, {})
     for run in runs:

@@ -183,7 +183,7 @@ def test_every_plan_gives_the_resident_model_s_bits_in_any_order(
 @pytest.mark.long
 def test_a_cache_in_int8_gives_the_same_bits_for_every_plan(environment: dict[str, str]) -> None:
     """A prompt of a whole page and a few tokens: resident, streamed with drafts, and all of it from disk."""
-    folder, text = tiny_model_folder(), list(range(3, 80))
+    folder, text = random_folder(SMALL), list(range(3, 80))  # whose heads have 32 dimensions
     with Moss.load(folder, memory="4GiB", context=96, cache_bits=8) as moss:
         expected = moss.logits(text)
     runs = run_on_gpu(folder, IN_INT8, [text, *PROMPTS], {**environment, **ORDERS[2]}, text=text)
@@ -192,7 +192,7 @@ def test_a_cache_in_int8_gives_the_same_bits_for_every_plan(environment: dict[st
         np.testing.assert_array_equal(run.logits, runs[0].logits, str(run.case))
         assert run.used <= run.budget, run.case
     # A number that lies between two may be either; a page of the prompt goes through cuBLAS, with inputs in float16.
-    assert np.abs(runs[0].logits - expected).max() < 5e-3 * np.abs(expected).max()
+    assert np.abs(runs[0].logits - expected).max() < 2e-2 * np.abs(expected).max()
 
 
 @with_jittor
@@ -255,7 +255,8 @@ def test_pages_of_the_cache_go_to_the_host_and_back(
     found = []
     for parallel in ("2", "1"):
         decided = {**environment, **order, DEVICE_SWITCH: "gpu"}  # the program imports operators first
-        done = run_python(PAGES, [str(tiny_model_folder()), parallel, str(cache_bits)], decided, 300)
+        folder = tiny_model_folder() if cache_bits == 16 else random_folder(SMALL)
+        done = run_python(PAGES, [str(folder), parallel, str(cache_bits)], decided, 300)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
     roomy, crowded = found
