@@ -20,6 +20,7 @@ from pathlib import Path
 from moss_jt.plan.machine import parse_memory, process_memory
 
 VERSION_1 = Path("/sys/fs/cgroup/memory")
+DISK_VERSION_1 = Path("/sys/fs/cgroup/blkio")
 VERSION_2 = Path("/sys/fs/cgroup")
 
 
@@ -66,11 +67,39 @@ def memory_group(limit_bytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def run(command: Sequence[str], group: Path | None, timeout_s: float | None = None) -> Usage:
-    """Run a command, in the group if there is one, and report what it used; killed after ``timeout_s``."""
-    if group is not None:
-        enter = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
-        command = ["sh", "-c", enter, str(group), *command]
+@contextmanager
+def disk_group(folder: Path, bytes_per_s: int) -> Iterator[Path]:
+    """A new control group that reads the disk under ``folder`` no faster than that: a disk that others use, too, holds still so
+    far. Of version 1; removed afterwards, its processes must have ended.
+
+    Raises:
+        NoGroup: this system or this user cannot have one.
+    """
+    device = folder.stat().st_dev
+    group = DISK_VERSION_1 / f"moss-jt-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NoGroup(f"cannot make a disk control group in {DISK_VERSION_1}: {error.strerror}") from error
+    try:
+        try:
+            rule = f"{os.major(device)}:{os.minor(device)} {bytes_per_s}"
+            (group / "blkio.throttle.read_bps_device").write_text(rule)
+        except OSError as error:
+            raise NoGroup(f"cannot hold the disk under {folder}: {error.strerror}") from error
+        yield group
+    finally:
+        group.rmdir()
+
+
+def run(
+    command: Sequence[str], group: Path | None, timeout_s: float | None = None, disk: Path | None = None
+) -> Usage:
+    """Run a command, in the groups if there are any, and report what it used; killed after ``timeout_s``."""
+    for entered in (group, disk):
+        if entered is not None:
+            enter = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
+            command = ["sh", "-c", enter, str(entered), *command]
     begin = time.perf_counter()
     peak = 0
     # Output goes to files in memory, for pipes could fill while nobody reads.

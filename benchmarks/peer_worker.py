@@ -1,4 +1,4 @@
-"""One peer, one process: loads a random CodeGen checkpoint and times it, where torch and CTranslate2 are.
+"""One peer, one process: loads a random CodeGen checkpoint and times it, where torch, CTranslate2 and llama.cpp are.
 
 Prints one JSON object:
 {"load_s": s, "contexts": {"32": {"prefill_s": s, "decode_s": s per token}, ...}, "peak_gib": g}.
@@ -91,22 +91,46 @@ def time_ctranslate2(
     return load_s, measure_all(measure, contexts)
 
 
+def time_llama(folder: Path, kind: str, contexts: list[int], steps: int) -> tuple[float, dict[str, Timings]]:
+    """llama.cpp's server, by its own clock, over a random model of the checkpoint's shape, made once."""
+    import gguf
+    from serving_peer import ask, start, write_model
+
+    shape = json.loads((folder / "config.json").read_text())
+    shape["n_inner"] = shape["n_inner"] or 4 * shape["n_embd"]
+    model = folder.with_name(f"{folder.name}-{kind}.gguf")
+    if not model.exists():
+        write_model(model, shape, gguf.GGMLQuantizationType[kind])
+    begin = time.perf_counter()
+    server = start(model, 1, max(contexts) + steps + 8, 2)
+    load_s = time.perf_counter() - begin
+
+    def measure(length: int) -> Timings:
+        times = ask(server.listening_address, 0, prompt_ids(length), 1 + steps, cached=False)["timings"]
+        # The first token comes with the prompt.
+        return {"prefill_s": times["prompt_ms"] / 1e3, "decode_s": times["predicted_ms"] / 1e3 / steps}
+
+    return load_s, measure_all(measure, contexts)
+
+
 def measure_all(measure: Callable[[int], Timings], contexts: list[int]) -> dict[str, Timings]:
     measure(contexts[0])  # the first pass allocates and warms up
     return {str(length): measure(length) for length in contexts}
 
 
+ENGINES = {"transformers": time_transformers, "ctranslate2": time_ctranslate2, "llama.cpp": time_llama}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--engine", choices=("transformers", "ctranslate2"), required=True)
+    parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--kind", required=True)
     parser.add_argument("--contexts", default="32,256,1024")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     contexts = [int(text) for text in arguments.contexts.split(",")]
-    run = time_transformers if arguments.engine == "transformers" else time_ctranslate2
-    load_s, timings = run(arguments.folder, arguments.kind, contexts, arguments.steps)
+    load_s, timings = ENGINES[arguments.engine](arguments.folder, arguments.kind, contexts, arguments.steps)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"load_s": load_s, "contexts": timings, "peak_gib": peak_gib}))
 

@@ -1,14 +1,19 @@
-"""moss-jt beside transformers and CTranslate2: the same random CodeGen checkpoint, the same prompts, one run.
+"""moss-jt beside transformers, CTranslate2 and llama.cpp: the same random CodeGen checkpoint, the same prompts, one run.
 
     python benchmarks/peers.py 350M --work /tmp/peers --peer-python PEER/bin/python
 
-PEER is an environment with torch, transformers and ctranslate2. Every engine runs in a process of its own with two
+PEER is an environment with torch, transformers, ctranslate2, xllamacpp and gguf. Every engine runs in a process of its own with two
 threads; the rounds go through all engines in turn, so that a noisy minute hits none of them alone; the table shows
 medians over rounds. The last line is one JSON object.
+
+--engines moss-jt:8,moss-jt:8@256,ctranslate2:int8@256,llama.cpp:Q8_0: after @ a level of ours (MOSS_JT_SIMD). At 256, oneDNN
+and with it the sgemm of which shares are told, and CTranslate2, are held to AVX2, too. llama.cpp has a random phi2 of that shape;
+xllamacpp's build of it is for AVX2.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from checkpoint import GEOMETRIES, write_checkpoint
+from serving import peer_environment
 
 HERE = Path(__file__).resolve().parent
 PEERS = [
@@ -26,13 +32,16 @@ PEERS = [
     ("transformers", "int8"),
     ("ctranslate2", "fp32"),
     ("ctranslate2", "int8"),
+    ("llama.cpp", "Q8_0"),
+    ("llama.cpp", "Q4_0"),
 ]
 OURS = [("moss-jt", "16"), ("moss-jt", "8"), ("moss-jt", "4")]
+AVX2 = {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "CT2_FORCE_CPU_ISA": "AVX2"}
 
 
-def last_json(command: list[str]) -> dict[str, Any] | None:
+def last_json(command: list[str], environment: dict[str, str]) -> dict[str, Any] | None:
     """The JSON object on a command's last line, or None with its last words on stderr."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     try:
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -55,12 +64,19 @@ def model_folder(checkpoint: Path, bits: str) -> Path:
 def run_engine(
     engine: str, kind: str, arguments: argparse.Namespace, checkpoint: Path
 ) -> dict[str, Any] | None:
+    kind, _, level = kind.partition("@")
+    environment = os.environ | (AVX2 if level.startswith("256") else {})
     lengths = ["--contexts", arguments.contexts, "--steps", str(arguments.steps)]
     if engine == "moss-jt":
         folder = model_folder(checkpoint, kind)
-        return last_json([sys.executable, "-P", str(HERE / "our_worker.py"), str(folder), *lengths])
+        environment |= {"MOSS_JT_SIMD": level} if level else {}
+        return last_json(
+            [sys.executable, "-P", str(HERE / "our_worker.py"), str(folder), *lengths], environment
+        )
     worker = [arguments.peer_python, str(HERE / "peer_worker.py"), str(checkpoint)]
-    return last_json([*worker, "--engine", engine, "--kind", kind, *lengths])
+    if engine == "llama.cpp":
+        environment = peer_environment(environment)
+    return last_json([*worker, "--engine", engine, "--kind", kind, *lengths], environment)
 
 
 def medians(rounds: list[dict[str, Any]], contexts: list[str]) -> dict[str, Any]:
@@ -100,9 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for the checkpoint and its converted copies"
     )
-    parser.add_argument(
-        "--peer-python", help="Python with torch, transformers and ctranslate2; without it only moss-jt runs"
-    )
+    parser.add_argument("--peer-python", help="Python with what the peers are; without it only moss-jt runs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contexts", default="32,256,1024")
     parser.add_argument("--steps", type=int, default=24)

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -155,10 +156,10 @@ def theirs(arguments: argparse.Namespace) -> dict[str, float]:
     return speeds
 
 
-def peer_environment() -> dict[str, str]:
+def peer_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """llama.cpp's threads wait for each other some 700 times a token. Where they wait busily, a virtual machine may leave
     both on one processor, and a token takes seconds; asleep, they are spread, and it is several times as fast."""
-    return os.environ | {"OMP_WAIT_POLICY": "passive"}
+    return {**environment, "OMP_WAIT_POLICY": "passive"}
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import xllamacpp
 DRAWN = 1 << 20  # random weights, which repeat
 
 
-def write_model(path: Path, shape: dict[str, int], quantized: bool) -> None:
-    """A random phi2 GGUF, Q4_0 or float16 in its matrices."""
+def write_model(path: Path, shape: dict[str, int], kind: gguf.GGMLQuantizationType) -> None:
+    """A random phi2 GGUF with matrices of that kind."""
     writer = gguf.GGUFWriter(path, "phi2")
     width, layers, inner, vocabulary = (
         shape[name] for name in ("n_embd", "n_layer", "n_inner", "vocab_size")
@@ -42,15 +42,11 @@ def write_model(path: Path, shape: dict[str, int], quantized: bool) -> None:
     writer.add_token_merges(["t 1"])
     writer.add_eos_token_id(0)
     drawn = (np.random.default_rng(0).standard_normal(DRAWN) * 0.02).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q4_0
-    packed = gguf.quants.quantize(drawn.reshape(1, -1), kind).reshape(-1)
+    packed = gguf.quants.quantize(drawn.reshape(1, -1), kind).view(np.uint8).reshape(-1)
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        if quantized:
-            row_bytes = columns * packed.size // DRAWN
-            writer.add_tensor(name, np.resize(packed, (rows, row_bytes)), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, np.resize(drawn, (rows, columns)).astype(np.float16))
+        row_bytes = columns * packed.size // DRAWN
+        writer.add_tensor(name, np.resize(packed, (rows, row_bytes)), raw_dtype=kind)
 
     def vector(name: str, length: int, value: float = 0.0) -> None:
         writer.add_tensor(name, np.full(length, value, np.float32))
@@ -91,22 +87,24 @@ def start(model: Path, parallel: int, context: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def ask(address: str, slot: int, prompt: list[int], tokens: int) -> None:
+def ask(address: str, slot: int, prompt: list[int], tokens: int, cached: bool = True) -> dict[str, Any]:
+    """An answer of so many tokens; ``cached``: what the slot has of the prompt is not read again."""
     body = {
         "prompt": prompt,
         "id_slot": slot,
         "n_predict": tokens,
         "ignore_eos": True,
-        "cache_prompt": True,
+        "cache_prompt": cached,
         "temperature": 0,
     }
     request = urllib.request.Request(
         f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=3600) as answer:
-        answered = json.load(answer)
+        answered: dict[str, Any] = json.load(answer)
     if answered["tokens_predicted"] != tokens:
         raise SystemExit(f"{answered['tokens_predicted']} tokens instead of {tokens}")
+    return answered
 
 
 def seconds(address: str, prompts: list[list[int]], tokens: int) -> float:
@@ -135,7 +133,8 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = json.loads(arguments.shape)
     if not arguments.model.exists():
-        write_model(arguments.model, shape, not arguments.float16)
+        kinds = gguf.GGMLQuantizationType
+        write_model(arguments.model, shape, kinds.F16 if arguments.float16 else kinds.Q4_0)
     counts = [int(count) for count in arguments.parallel.split(",")]
     server = start(arguments.model, max(counts), arguments.context + arguments.steps + 8, arguments.threads)
     address = server.listening_address

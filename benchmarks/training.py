@@ -8,6 +8,7 @@ block after another as the ring does, then the step. The limit is the step's pro
 disk, whichever takes longer. The last line is one JSON object.
 
 --layers N, --epochs 2: as moss-jt finetune; the second epoch finds the frozen front kept.
+--again: the plan is told that products take no time, so that what blocks computed is computed again.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from moss_jt.train.lora import LoraSettings
 from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_memory import TrainingNeeds
 from moss_jt.train.step_time import Speeds, step_pace
-from moss_jt.weights.disk_speed import reader_for
+from moss_jt.weights.disk_speed import disk_under, reader_for
 from moss_jt.weights.page_buffer import page_buffer
 from moss_jt.weights.unit_tensors import extent_of
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1, help="of an epoch")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--scratch", type=Path, default=None, help="a folder on the disk that is measured")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as out:
@@ -106,18 +108,27 @@ def measure(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     data = Dataset(samples(count, each, store.config.vocab_size), [], DataReport())
     lora = LoraSettings(layers=arguments.layers)
     course = CourseSettings(steps=arguments.epochs * arguments.steps, step_tokens=arguments.tokens)
-    plan, needs = planned(store, data, lora, course, arguments.memory)
+    told = Speeds(float("inf"), disk_under(store, model_home()).best) if arguments.again else None
+    plan, needs = planned(store, data, lora, course, arguments.memory, told)
     speeds = Speeds(product_rate(512, min(store.config.n_embd, 4096)), disk_rate(store, plan))
     print(f"{plan}\n{needs.keeping}", flush=True)
     begin = time.perf_counter()
     training = start(
-        store, data, out, lora=lora, course=course, learning=LearningSettings(), memory=arguments.memory
+        store,
+        data,
+        out,
+        lora=lora,
+        course=course,
+        learning=LearningSettings(),
+        memory=arguments.memory,
+        speeds=told,
     )
-    loaded, steps = time.perf_counter() - begin, []
+    loaded, steps, worked = time.perf_counter() - begin, [], time.process_time()
     for progress in training.run():
         steps.append(
             described(progress.step, progress.seconds, plan, needs, speeds, arguments, progress.result.loss)
         )
+        steps[-1]["processor_s"], worked = round(time.process_time() - worked, 1), time.process_time()
         print(json.dumps(steps[-1]), flush=True)
     return {
         "model": store.path.name,

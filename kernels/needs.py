@@ -42,6 +42,8 @@ BANK_UNIT = 16
 
 # The GPU's. The most rows of whole pages in one product of cuBLAS's; fewer may come with rows of nothing.
 PRODUCT_ROWS = 512
+# Queries of a sample in one product of attention, where it is trained.
+CARD_QUERIES = 128
 # What the partial sums of one product may have of outputs beyond its own: as many blocks as fill a card, 32 rows each,
 # and no part of fewer inputs.
 SPLIT_OUTPUTS, SPLIT_INPUTS = 800 * 32, 1024

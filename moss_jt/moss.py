@@ -156,7 +156,7 @@ class Moss:
             prompt_cache: what was read of a chat's beginning is kept beside the model and not read again, in another process
                 neither: so many bytes at most, as "2GiB"; those used longest ago go. 0 keeps none.
             cache_bits: 8 keeps keys and values as int8: about half the memory, and answers that differ a little (``moss-jt eval``
-                tells how much). Drafts, streaming and others change nothing with it either. On the CPU only.
+                tells how much). Drafts, streaming and others change nothing with it either.
             adapters: folders that ``moss-jt finetune`` or peft wrote, by names of your choice; or one or several folders, each
                 perhaps as "NAME=FOLDER", otherwise called as it is. A text says with which it is read and continued,
                 ``moss.generate(.., adapter=NAME)``; otherwise it is the model alone. Texts with different adapters share passes.
@@ -173,7 +173,7 @@ class Moss:
             raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
         if not (context is None or isinstance(context, Integral)):
             raise MossError(f"context is {context!r}; it must be a number of tokens.")
-        check_cache_bits(cache_bits, on_gpu)
+        check_cache_bits(cache_bits)
         keep_bytes = prompt_cache_bytes(prompt_cache)
         store = open_store(model_folder(model))
         tokenizer = Tokenizer.from_file(store.tokenizer_path)
@@ -184,7 +184,7 @@ class Moss:
             card, _ = require_gpu(number)
             needs = cuda_needs(store.config, store.bits)
             limits = gpu_memory, host_memory, context
-            planner = gpu_planner(store, needs, card, *limits, way, parallel, files.n_bytes)
+            planner = gpu_planner(store, needs, card, *limits, way, parallel, files.n_bytes, cache_bits)
 
         def plan_with(copy: Store | None) -> ResidencyPlan:
             if on_gpu:

@@ -17,8 +17,9 @@ from moss_jt.commands import ask, options
 from moss_jt.commands.ask import question_of
 from moss_jt.commands.cli import main
 from moss_jt.commands.plugin_options import trained_with_plugins
-from moss_jt.store.locations import last_model, last_uses, remember_last, resolve_model
+from moss_jt.store.locations import last_model, last_uses, model_home, remember_last, resolve_model
 from moss_jt.store.manifest import MANIFEST
+from moss_jt.user_folders import own_folder
 from tests.support.models import tiny_model_folder
 from tests.support.turns import turn_of
 
@@ -264,6 +265,36 @@ def test_a_note_that_is_none_names_no_model(home: Path, text: str) -> None:
     assert resolve_model(None) == home / "models" / "moss-tiny", "the only one"
     remember_last(home / "models" / "moss-tiny")
     assert last_model() == (home / "models" / "moss-tiny").resolve()
+
+
+def test_a_last_model_that_is_gone_is_not_passed_over_in_silence(run: Any, home: Path) -> None:
+    there, gone = home / "models" / "moss-tiny", home / "models" / "mine"
+    shutil.copytree(there, gone)
+    remember_last(there)
+    remember_last(gone)
+    shutil.rmtree(gone)
+    code, out, err = run("ask", "What is 37 times 48?", "--greedy")
+    assert (code, out) == (0, "37 times 48 equals 1776[1].\n")
+    assert err.count(f"the model used last, {gone.resolve()}, is gone; this is {there.resolve()}.") == 1
+    code, out, err = run("ask", "What is 37 times 48?", "--greedy")
+    assert code == 0 and "is gone" not in err, "now the other is the one used last"
+
+
+def test_a_last_model_that_is_damaged_is_told_as_such(run: Any, home: Path) -> None:
+    damaged = home / "models" / "mine"
+    shutil.copytree(home / "models" / "moss-tiny", damaged)
+    remember_last(damaged)
+    with (damaged / "block-01.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    code, out, err = run("ask", "What is 37 times 48?", "--greedy")
+    assert (code, out) == (1, "") and "block-01.safetensors is cut" in err
+    assert "No model was named, and this one was taken: the one used last" in err
+    assert "used last" not in run("ask", "mine", "What is 37 times 48?")[2]
+
+
+def test_the_tests_leave_the_user_s_own_home_alone() -> None:
+    """A command that a test starts notes what it used, and would be this user's model used last."""
+    assert model_home() != own_folder("DATA", ".local/share", {})
 
 
 def test_convert_asks_whether_a_published_model_is_meant(run: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.sizes import GIB, sizes_of_geometry
 from tests.support.dialogues import dialogues
 from tests.support.models import tiny_model_folder
-from tests.support.plans import plan
+from tests.support.plans import plan, plan_gpu
 from tests.support.random_models import SMALL, random_folder
 from tests.test_many import PROMPTS, Digests, ask, ask_in_threads
 from tests.test_prompt_cache import chat_answer
@@ -95,14 +96,29 @@ def test_what_it_costs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"KL({model} || {model}, cache in int8)" in capsys.readouterr().out
 
 
-def test_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(MossError, match="a cache of 4 bits is not possible"):
         Moss.load(tiny_model_folder(), cache_bits=4)
-    with pytest.raises(MossError, match=r"a cache in int8 .* on the CPU only"):
-        Moss.load(tiny_model_folder(), device="gpu", cache_bits=8)
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", "moss-moon-003-sft", "--gpu-memory", "12GiB", "--cache-bits", "8"])
-    assert ended.value.code == 1 and "on the CPU only" in capsys.readouterr().err
+    odd = replace(MOSS_MOON_003, n_embd=24 * 40, rotary_dim=8)
+    with pytest.raises(
+        MossError, match="heads of a multiple of 16 dimensions on a GPU, and this model's have 40"
+    ):
+        plan_gpu(sizes_of_geometry(odd, cache_bits=8), 2048, 64 * GIB, 64 * GIB)
+
+
+def test_on_a_card_twice_the_context_takes_the_same_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, half = (sizes_of_geometry(MOSS_MOON_003, 4, cache_bits=bits) for bits in (16, 8))
+    plans = [plan_gpu(sizes, 2048, 64 * GIB, 64 * GIB) for sizes in (whole, half)]
+    saved = whole.cache_bytes(2048) - half.cache_bytes(2048)
+    assert plans[0].peak_bytes - plans[1].peak_bytes == saved > 0.49 * whole.cache_bytes(2048)
+    assert half.cache_bytes(2 * 2048) < 1.02 * whole.cache_bytes(2048)
+    for bits, size in ((16, "1.59 GiB  2048 tokens\n"), (8, "829 MiB  2048 tokens in int8\n")):
+        card = ["--gpu-memory", "16GiB", "--host-memory", "30GiB", "--disk-speed", "1", "--link-speed", "12"]
+        with pytest.raises(SystemExit):
+            main(
+                ["plan", "moss-moon-003-sft-int4", *card, "--memory-speed", "400", "--cache-bits", str(bits)]
+            )
+        assert size in capsys.readouterr().out
 
 
 def test_it_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

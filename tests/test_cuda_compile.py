@@ -9,7 +9,7 @@ from moss_jt.kernels.cuda.launchers import THREADS, folder, source
 from tests.emulation import nvrtc
 from tests.emulation.emulator import parameters_of
 
-SOURCES = ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu")
+SOURCES = ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu", "training.cu")
 REGISTERS = 65536  # of a multiprocessor, on every one of these architectures
 
 
@@ -51,6 +51,12 @@ def test_no_half_arithmetic() -> None:
     """Pascal's sm_61 does it at 1/64 of float's speed: float16 is only widened and narrowed, on every card alike."""
     for name in SOURCES:
         assert not re.search(r"__h(add|sub|mul|fma|neg|max|min|eq|lt|gt)", source(name)), name
+
+
+def test_a_pragma_stands_in_braces() -> None:
+    """NVRTC takes a pragma for the only statement of an `if` without braces, and leaves the loop after it to everybody."""
+    for name in SOURCES:
+        assert not re.search(r"(if (constexpr )?\(.*\)|else)\n *#pragma", source(name)), name
 
 
 def table() -> str:

@@ -21,10 +21,19 @@ from moss_jt.kernels.cuda.launchers import (
     TokenAdapters,
     folder,
 )
-from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.cuda.training_launchers import CardMatrix, TrainingLaunchers
+from moss_jt.kernels.interface import PAGE, ByteRows, CacheRows
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
-from tests.emulation.emulator import EmulationError, FakeCublas, FakeCupy, RawModule, aligned, matrix_at
+from tests.emulation.emulator import (
+    DeviceArray,
+    EmulationError,
+    FakeCublas,
+    FakeCupy,
+    RawModule,
+    aligned,
+    matrix_at,
+)
 from tests.support import cuda_reference
 from tests.support.cuda_products import dense, packed
 
@@ -42,14 +51,15 @@ def in_order(start: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Planted(FakeCupy):
-    """Compiles the kernels with a fault."""
+    """Compiles the kernels with a fault; of attention's those for one kind of cache, or compiling would take twice as long."""
 
-    def __init__(self, old: str, new: str) -> None:
+    def __init__(self, old: str, new: str, bits: int = 16) -> None:
         self.old, self.new = old, new
+        self.other = "KERNELS(, __half)\n" if bits == 8 else "KERNELS(_int8, signed char)\n"
 
     def RawModule(self, code: str, options: Any) -> RawModule:  # type: ignore[override]  # noqa: N802
         assert self.old in code
-        return RawModule(code.replace(self.old, self.new), options)
+        return RawModule(code.replace(self.old, self.new).replace(self.other, ""), options)
 
 
 @cache
@@ -63,6 +73,28 @@ def normal(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndar
 
 def half(shape: tuple[int, ...], seed: int = 0, scale: float = 0.1) -> np.ndarray:
     return aligned(normal(shape, seed, scale).astype(np.float16))
+
+
+def in_bytes(shape: tuple[int, ...], seed: int = 0, scale: float = 0.1) -> ByteRows:
+    """Keys or values of whole pages in int8, each head's vector of another size."""
+    rows = normal(shape, seed, scale) * np.random.default_rng(seed + 9).uniform(0.2, 3, (*shape[:2], 1))
+    numbers, scales = cuda_reference.quantized(rows)
+    return ByteRows(aligned(numbers), aligned(scales.reshape(-1, PAGE, shape[1]).transpose(0, 2, 1)))
+
+
+def cached(bits: int, shape: tuple[int, ...], seed: int = 0, scale: float = 0.1) -> CacheRows:
+    """One layer's keys or values, in numbers of so many bits."""
+    return half(shape, seed, scale) if bits == 16 else in_bytes(shape, seed, scale)
+
+
+def spoil(rows: CacheRows, positions: slice) -> None:
+    """What nobody may see there is no number."""
+    if not isinstance(rows, ByteRows):
+        rows[positions] = np.nan
+        return
+    begin, end, _ = positions.indices(len(rows.numbers))
+    for page in range(begin // PAGE, -(-end // PAGE)):
+        rows.scales[page, :, max(0, begin - page * PAGE) : end - page * PAGE] = np.nan
 
 
 def packed_matrix(rows: int, columns: int, bits: int, group_size: int, seed: int = 0) -> PackedArrays:
@@ -289,17 +321,23 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     keys = half((200, 2, 256))
     run.attention(normal((2, 512)), keys, keys, *in_order(150, 2))
     run.attention(normal((2, 48)), half((80, 2, 24)), half((80, 2, 24)), *in_order(70, 2))
-    for dim in (256, 24):
-        q, cached, _, places, pages = whole_pages(1, dim)
-        one_page = aligned(q[PAGE : 2 * PAGE]), cached, cached, aligned(places[PAGE : 2 * PAGE]), pages
+    for dim, bits in ((256, 8), (48, 8), (24, 16), (256, 16)):
+        q, rows, _, places, pages = whole_pages(1, dim, bits=bits)
+        one_page = aligned(q[PAGE : 2 * PAGE]), rows, rows, aligned(places[PAGE : 2 * PAGE]), pages
         run.attention(*one_page, whole=True)
+        if bits == 8:
+            in_one = aligned(q[:1]), rows, rows, PLACES, pages[:1, 1:]
+            run.attention(*in_one)
+            run.rotary_cache(normal((1, 3 * dim)), rotary_table(8, 16), rows, rows, PLACES, pages)
     run.layer_norm(normal((1, 6144)), half((6144,)), half((6144,)), 1e-5)
     conflicts = {}
     add_adapters(run, normal((1, 1024)), normal((1, 40)), [0])
     for name in ("linear.cu", "attention.cu", "elementwise.cu", "adapters.cu"):
         conflicts |= run.module(name).conflicts
+    conflicts |= conflicts_of_training()
     with_shared = {kernel: worst for kernel, worst in conflicts.items() if worst}
-    assert len(with_shared) == 8 + 5, "products, two attentions and what combines one, layer norm, adapters"
+    names = "products, attentions and what combines them, the cache in int8, layer norm, adapters; five of training"
+    assert len(with_shared) == 8 + 3 + 3 + 2 + 5, names
     assert set(with_shared.values()) == {1}, with_shared
     planted = Launchers(Planted("kDenseHalf = kWarp + 4", "kDenseHalf = kWarp"))
     dense(planted, normal((1, 512)), half((8, 512)))
@@ -307,6 +345,35 @@ def test_shared_memory_is_visited_once_for_each_access() -> None:
     planted = Launchers(Planted("kKeyRow = kKeyVectors + 1", "kKeyRow = kKeyVectors"))
     planted.attention(*one_page, whole=True)
     assert planted.module("attention.cu").conflicts["attention_of_pages"] > 1
+    planted = Launchers(Planted("const int begin = to / 8 % 2;", "const int begin = 0;", 8))
+    planted.attention(one_page[0], *[in_bytes((7 * PAGE, 1, 256))] * 2, *one_page[3:], whole=True)
+    assert planted.module("attention.cu").conflicts["attention_of_pages_int8"] > 1
+    planted = Launchers(Planted("kDims * kLane + kWarp / 2", "kDims * kLane + 2", 8))
+    planted.attention(*in_one)
+    assert planted.module("attention.cu").conflicts["attention_int8"] > 1
+
+
+def conflicts_of_training() -> dict[str, int]:
+    """Of the kernels of training whose threads share memory, over rows longer than a block."""
+    run = TrainingLaunchers(FakeCupy())
+    x, out = normal((2, 600)), aligned(np.zeros((2, 600), np.float32))
+    run.norm_back(x, x, half((600,)), 1e-5, out, aligned(np.zeros((2, 600), np.float32)))
+    run.product(x, CardMatrix(half((8, 600))), aligned(np.zeros((2, 8), np.float32)).view(DeviceArray))
+    run.logit_summary(x, half((600,)), np.array([3, -1]), aligned(np.zeros((2, 4), np.float32)))
+    spans = np.array([[0, 300]], np.int32)
+    qkv, back = (aligned(np.zeros((300, 24), np.float32)).view(DeviceArray) for _ in range(2))
+    g = normal((300, 8)).view(DeviceArray)
+    run.attention_back(g, qkv, aligned(rotary_table(300, 4)), spans, 1, back)
+    return dict(run.kernels.module("training.cu").conflicts)
+
+
+def test_a_row_s_largest_without_a_barrier_is_seen() -> None:
+    barrier = "    __syncthreads();\n    return warp_max(threadIdx.x % kWarp < kRowWarps"
+    run = TrainingLaunchers(Planted(barrier, barrier.replace("    __syncthreads();\n", "")))
+    with pytest.raises(EmulationError, match="race|before it is written"):
+        run.logit_summary(
+            normal((1, 600)), half((600,)), np.array([3]), aligned(np.zeros((1, 4), np.float32))
+        )
 
 
 def bank_of(widths: tuple[int, int], ranks: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
@@ -381,26 +448,44 @@ def _include() -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "dim", "rotary_dim", "start"),
-    [(1, 2, 16, 8, 0), (3, 4, 24, 16, 62), (1, 1, 256, 64, 130), (5, 2, 64, 64, 0)],
+    ("bits", "tokens", "heads", "dim", "rotary_dim", "start"),
+    [
+        (16, 1, 2, 16, 8, 0),
+        (16, 3, 4, 24, 16, 62),
+        (16, 1, 1, 256, 64, 130),
+        (16, 5, 2, 64, 64, 0),
+        (8, 1, 2, 16, 8, 0),
+        (8, 3, 3, 80, 16, 62),
+        (8, 1, 1, 256, 64, 130),
+    ],
 )
-def test_rotary_cache_and_attention(tokens: int, heads: int, dim: int, rotary_dim: int, start: int) -> None:
+def test_rotary_cache_and_attention(
+    bits: int, tokens: int, heads: int, dim: int, rotary_dim: int, start: int
+) -> None:
     """The last token is another sequence's, and the pages lie in disorder."""
     positions, width = 6 * PAGE, heads * dim
     rotary = aligned(rotary_table(3 * PAGE, rotary_dim))
     places = aligned(np.array([[1, start + t] for t in range(tokens - 1)] + [[0, start]], np.int32))
     pages = aligned(np.array([[4, 0, 2], [1, 5, 3]], np.int32))
-    keys, values = half((positions, heads, dim), 3), half((positions, heads, dim), 4)
-    expected_keys, expected_values = keys.copy(), values.copy()
+    keys, values = (cached(bits, (positions, heads, dim), seed) for seed in (3, 4))
+    exact_keys, exact_values = (cuda_reference.meant(rows).astype(np.float32) for rows in (keys, values))
     qkv = normal((tokens, 3 * width), 5)
     q = kernels().rotary_cache(qkv, rotary, keys, values, places, pages)
-    expected_q = cuda_reference.rotary_cache(qkv, rotary, expected_keys, expected_values, places, pages)
-    # A product and a sum may be one rounding or two; float16 in the cache may then round to its neighbour.
+    expected_q = cuda_reference.rotary_cache(qkv, rotary, exact_keys, exact_values, places, pages)
+    # A product and a sum may be one rounding or two; what is rounded in the cache may then be its neighbour.
     np.testing.assert_allclose(q, expected_q, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(
-        keys.astype(np.float32), expected_keys.astype(np.float32), rtol=2**-10, atol=1e-6
-    )
-    np.testing.assert_array_equal(values, expected_values)
+    if bits == 16:
+        expected_keys, expected_values = exact_keys.astype(np.float16), exact_values.astype(np.float16)
+        np.testing.assert_allclose(
+            keys.astype(np.float32), expected_keys.astype(np.float32), rtol=2**-10, atol=1e-6
+        )
+        np.testing.assert_array_equal(values, expected_values)
+    else:
+        for rows, exact, off in ((keys, exact_keys, 1), (values, exact_values, 0)):
+            numbers, scales = cuda_reference.quantized(exact)
+            assert np.abs(rows.numbers.astype(int) - numbers).max() <= off
+            by_page = scales.reshape(-1, PAGE, heads).transpose(0, 2, 1)
+            np.testing.assert_allclose(rows.scales, by_page, rtol=1e-6 * off, atol=0)
     ours = kernels().attention(q, keys, values, places, pages)
     expected = cuda_reference.attention(q, keys, values, places, pages)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
@@ -420,11 +505,32 @@ def test_the_cache_saturates() -> None:
     np.testing.assert_array_equal(values, expected[1])
 
 
+def test_the_cache_of_bytes_bears_nothing_and_too_much() -> None:
+    """Vectors of zeros, of numbers without a reciprocal, and of those beyond float16: as on the CPU."""
+    qkv = normal((3, 3 * 32), 1)
+    qkv[0], qkv[1] = 0, qkv[1] * np.float32(1e-33)
+    qkv[2, 32:] *= np.float32(1e6)
+    keys, values = in_bytes((PAGE, 2, 16)), in_bytes((PAGE, 2, 16))
+    before = values.numbers.copy()
+    kernels().rotary_cache(qkv, aligned(rotary_table(8, 16)), keys, values, *in_order(3, 3))
+    for rows in (keys, values):
+        assert not rows.numbers[3:5].any() and not rows.scales[0, :, 3:5].any()
+        assert np.abs(rows.numbers[5].astype(int)).max() == 127
+        np.testing.assert_array_equal(rows.scales[0, :, 5], np.float32(65504) / np.float32(127))
+    numbers, _ = cuda_reference.quantized(qkv[2, 64:].reshape(2, 16))
+    np.testing.assert_array_equal(values.numbers[5], numbers)
+    np.testing.assert_array_equal(values.numbers[6:], before[6:])
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("start", [0, 62, 63, 64, 190])
-def test_attention_over_pages(tokens: int, start: int) -> None:
-    """One page and more, passes that end within a page, at its end and behind it."""
-    keys, values = half((230, 2, 32), 1), half((230, 2, 32), 2)
+@pytest.mark.parametrize(
+    ("start", "bits"), [(0, 16), (62, 16), (63, 16), (64, 16), (190, 16), (0, 8), (62, 8), (190, 8)]
+)
+def test_attention_over_pages(tokens: int, start: int, bits: int) -> None:
+    """One page and more, passes that end within a page, at its end and behind it; what nobody sees is no number."""
+    keys, values = (cached(bits, (4 * PAGE, 2, 32), seed) for seed in (1, 2))
+    for rows in (keys, values):
+        spoil(rows, slice(start + tokens, None))
     q = normal((tokens, 64), 3)
     places = in_order(start, tokens)
     ours = kernels().attention(q, keys, values, *places)
@@ -436,23 +542,26 @@ def test_attention_over_pages(tokens: int, start: int) -> None:
 
 
 def whole_pages(
-    heads: int, dim: int, scale: float = 1.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    heads: int, dim: int, scale: float = 1.0, bits: int = 16
+) -> tuple[np.ndarray, CacheRows, CacheRows, np.ndarray, np.ndarray]:
     """Queries, keys, values, places and pages of three whole pages: the third of one sequence, then another's first two. What no
     token of them may see is no number.
     """
     pages = aligned(np.array([[6, 1, 4, 0], [3, 5, 0, 0]], np.int32))
-    keys, values = half((7 * PAGE, heads, dim), 1, scale), half((7 * PAGE, heads, dim), 2)
+    keys, values = cached(bits, (7 * PAGE, heads, dim), 1, scale), cached(bits, (7 * PAGE, heads, dim), 2)
     for page in (0, 2):
-        keys[page * PAGE : (page + 1) * PAGE] = values[page * PAGE : (page + 1) * PAGE] = np.nan
+        for cache_rows in (keys, values):
+            spoil(cache_rows, slice(page * PAGE, (page + 1) * PAGE))
     rows = [(slot, PAGE * page + i) for slot, page in ((0, 2), (1, 0), (1, 1)) for i in range(PAGE)]
     return normal((3 * PAGE, heads * dim), 3), keys, values, aligned(np.array(rows, np.int32)), pages
 
 
-@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (1, 24), (1, 136), (1, 256)])
-def test_attention_of_whole_pages(heads: int, dim: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dim", "bits"), [(2, 16, 16), (1, 24, 16), (1, 136, 16), (1, 256, 16), (2, 16, 8), (1, 144, 8)]
+)
+def test_attention_of_whole_pages(heads: int, dim: int, bits: int) -> None:
     """Heads of less than one piece of keys, of more than one, and of the most; and each page alone gives the same bits."""
-    q, keys, values, places, pages = whole_pages(heads, dim)
+    q, keys, values, places, pages = whole_pages(heads, dim, bits=bits)
     ours = kernels().attention(q, keys, values, places, pages, whole=True)
     np.testing.assert_allclose(
         ours, cuda_reference.attention(q, keys, values, places, pages), rtol=1e-5, atol=2e-6
@@ -490,17 +599,75 @@ def test_attention_of_whole_pages_without_a_barrier_is_seen(old: str, new: str) 
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("bits", "old", "new"),
     [
-        ("lane + kWarp <= seen + j", "lane + kWarp <= seen + j + 1"),  # one position too many
-        ("sums[j][i] *= fade;", "sums[j][i] *= 1.0f;"),
+        (16, "lane + kWarp <= seen + j", "lane + kWarp <= seen + j + 1"),  # one position too many
+        (16, "sums[j][i] *= fade;", "sums[j][i] *= 1.0f;"),
+        (8, "of_scores[i] *= key_scales[at];", ""),
+        pytest.param(8, "of_weights[i] = value_scales[at];", "", marks=pytest.mark.long),
+        (8, "staged[to + begin] = begin ? two[1] : two[0];", "staged[to + begin] = two[0];"),
     ],
 )
-def test_attention_of_whole_pages_that_computes_something_else_is_seen(old: str, new: str) -> None:
-    q, keys, values, places, pages = whole_pages(1, 136)
-    found = Launchers(Planted(old, new)).attention(q, keys, values, places, pages, whole=True)
+def test_attention_of_whole_pages_that_computes_something_else_is_seen(bits: int, old: str, new: str) -> None:
+    q, keys, values, places, pages = whole_pages(1, 136 if bits == 16 else 32, bits=bits)
+    found = Launchers(Planted(old, new, bits)).attention(q, keys, values, places, pages, whole=True)
     expected = cuda_reference.attention(q, keys, values, places, pages)
     assert not np.allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("score[i] *= key_scale[i];", ""),
+        pytest.param("there ? weight * value_scale[i] : 0.0f", "weight", marks=pytest.mark.long),
+        ("there ? weight * value_scale[i] : 0.0f", "weight * value_scale[i]"),  # no numbers behind the end
+        pytest.param(
+            "warp_sum<kLanes>(product)", "warp_sum<kWarp>(product)", marks=pytest.mark.long
+        ),  # teams that meddle
+        pytest.param("0x80808080u, i % 4", "0x80808080u, 3 - i % 4", marks=pytest.mark.long),
+    ],
+)
+def test_attention_over_bytes_that_computes_something_else_is_seen(old: str, new: str) -> None:
+    keys, values = in_bytes((2 * PAGE, 1, 32), 1), in_bytes((2 * PAGE, 1, 32), 2)
+    for rows in (keys, values):
+        spoil(rows, slice(70, None))
+    arguments = normal((1, 32), 3), keys, values, *in_order(69, 1)
+    found, expected = (
+        Launchers(Planted(old, new, 8)).attention(*arguments),
+        cuda_reference.attention(*arguments),
+    )
+    assert not np.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("warp < (int)blockDim.x / kWarp", "warp < 1"),  # one warp's largest number
+        pytest.param("two[which][j] = saturated(two[which][j]);", "", marks=pytest.mark.long),
+        pytest.param("most < kLeast ? 0.0f : most / 127.0f", "most", marks=pytest.mark.long),
+        pytest.param(
+            "[(page * heads + head) * kPage", "[(page * heads + head + 1) * kPage", marks=pytest.mark.long
+        ),
+        (
+            "        __syncthreads();\n#pragma unroll\n        for (int which",
+            "#pragma unroll\n        for (int which",
+        ),
+    ],
+)
+def test_a_cache_of_bytes_that_is_written_wrongly_is_seen(old: str, new: str) -> None:
+    qkv = normal((1, 3 * 128), 1)
+    qkv[0, 356] = 1e6  # in another warp than the first
+    values = in_bytes((2 * PAGE, 1, 128))
+    run = Launchers(Planted(old, new, 8))
+    try:
+        run.rotary_cache(
+            qkv, aligned(rotary_table(8, 16)), in_bytes((2 * PAGE, 1, 128)), values, *in_order(3, 1)
+        )
+    except EmulationError as error:
+        assert "race" in str(error) or "before it is written" in str(error)
+        return
+    numbers, scales = cuda_reference.quantized(qkv[0, 256:])
+    assert not (np.array_equal(values.numbers[3, 0], numbers) and values.scales[0, 0, 3] == scales)
 
 
 def test_attention_ignores_what_lies_beyond_and_survives_large_scores() -> None:
@@ -538,6 +705,8 @@ def test_impossible_shapes_are_refused_before_a_launch() -> None:
         packed(kernels(), normal((1, 96)), matrix.packed, matrix.scales, matrix.zeros, 4)
     with pytest.raises(ValueError, match="multiple of 8"):
         kernels().attention(normal((1, 12)), half((64, 1, 12)), half((64, 1, 12)), PLACES, PLACES)
+    with pytest.raises(ValueError, match="multiple of 16; this has 24"):
+        kernels().attention(normal((1, 24)), *[in_bytes((PAGE, 1, 24))] * 2, PLACES, PLACES)
     with pytest.raises(ValueError, match="no whole pages"):
         kernels().attention(normal((1, 16)), half((64, 1, 16)), half((64, 1, 16)), PLACES, PLACES, whole=True)
     with pytest.raises(ValueError, match="2 tokens of heads of 16 dimensions have places"):

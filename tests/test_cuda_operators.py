@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from moss_jt.backend.jittor import jt
+from moss_jt.engine.kv_cache import KVCache
+from moss_jt.kernels.cpu.operators import CpuOperators
 from moss_jt.kernels.cuda.launchers import Launchers, TokenAdapters
 from moss_jt.kernels.cuda.operators import CudaOperators
 from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, queue
-from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, PackedMatrix
+from moss_jt.kernels.interface import PAGE, BlockWeights, ByteRows, DenseMatrix, PackedMatrix
 from moss_jt.kernels.needs import FEW_TOKENS, CudaNeeds
 from moss_jt.kernels.places import one_sequence, places_of
 from moss_jt.store.config import MOSS_MOON_003, MossConfig
@@ -24,6 +26,7 @@ from tests.support.operator_weights import (
     in_one_memory,
     packed_block,
 )
+from tests.test_kernels_cpu import Run, check_passes, random_states, together
 
 CONFIG = geometry(n_embd=64, n_head=4, rotary_dim=8, n_positions=128)
 
@@ -198,7 +201,7 @@ def test_the_plan_has_room_for_a_short_pass(bits: int) -> None:
             rotary = recorder.empty((context, 2, config.rotary_dim // 2), np.float32)
             places = recorder.empty((tokens, 2), np.int32), recorder.empty((1, -(-context // PAGE)), np.int32)
             inputs = recorder.recording().workspace_bytes
-            tables = rotary, cache, cache, *places
+            tables = rotary, *places, cache, cache
             operators._block(recorder, h, weights, lambda weight: weight, tables, 0, h)
             taken = recorder.recording().workspace_bytes - inputs
             assert taken <= CudaNeeds(config, bits).short_pass_bytes(tokens, context), (config, tokens)
@@ -233,14 +236,14 @@ def test_what_a_card_is_told_is_what_the_table_says() -> None:
         )
 
     recorder = Recorder(Launchers(Idle()), 3)
-    half = DeviceArray(1, 32, (4, 8), np.dtype(np.float16), layered=True)
+    half = DeviceArray(1, 32, (4, 8), np.dtype(np.float16), layer_bytes=16)
     first, second = recorder.empty((5,), np.float32), recorder.empty((3,), np.float32)
     arguments = half[2:], 1.5, -2, None, second, DeviceArray(1, 0, (64,), np.dtype(np.float32))
     recorder.launch("linear.cu", "k", (7, 2), *arguments, threads=64)
     assert first.offset == 0 and half[2:].shape == (2, 8) and half.reshape(-1, 2).shape == (16, 2)
     inputs = [jt.zeros((8,)), jt.zeros((64,))]
     address = float(ctypes.cast(told, ctypes.c_void_p).value or 0)
-    queue(recorder.recording(), address, (4,), inputs, layer_bytes=16).sync()
+    queue(recorder.recording(), address, (4,), inputs, layer=1).sync()
     ((function, grid, got),) = seen
     assert function == 11 and grid == (7, 2, 1, 64, 1, 1)
     numbers = [value & 0xFFFFFFFF for value, _ in got]
@@ -290,3 +293,62 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_passes(kind: str) -> No
             rows = slice(page * PAGE, (page + 1) * PAGE)
             for ours, theirs in zip(memory, own, strict=True):
                 np.testing.assert_array_equal(ours[:, rows], theirs[:, rows])
+
+
+BYTES = geometry(n_embd=64, n_head=2, rotary_dim=8, n_positions=192)
+
+
+def over_bytes(operators: Any, weights: BlockWeights) -> Run:
+    return Run(operators, weights, BYTES, 2 * PAGE, cache_bits=8)
+
+
+def test_a_block_over_a_cache_of_bytes_agrees_with_float64_and_with_the_cpu() -> None:
+    """The CPU's numbers, but for those that lie between two; and the same scales."""
+    oracle = BlockArrays.random(BYTES, 1)
+    ours = over_bytes(CudaOperators(BYTES, FakeCupy()), in_one_memory(dense_block(oracle)))
+    passes = (23, 60, 1)
+    check_passes(ours, oracle, passes)
+    cpu = over_bytes(CpuOperators(BYTES), dense_block(oracle))
+    check_passes(cpu, oracle, passes)
+    for rows, others in ((ours.keys, cpu.keys), (ours.values, cpu.values)):
+        off = np.abs(rows.numbers.numpy().astype(int) - others.numbers.numpy())
+        assert off.max() <= 1 and (off > 0).mean() < 0.01
+        np.testing.assert_allclose(rows.scales.numpy(), others.scales.numpy(), rtol=1e-5)
+        assert rows.scales.numpy()[1].any()
+
+
+def test_over_a_cache_of_bytes_a_token_gets_the_same_bits_in_every_short_pass() -> None:
+    regions, states = in_one_memory(dense_block(BlockArrays.random(BYTES, 1))), random_states(BYTES, 50 + 23)
+    operators, results = CudaOperators(BYTES, FakeCupy()), []
+    for sizes in ([1] * FEW_TOKENS, [FEW_TOKENS], [2, 3, 4, 5, 9]):
+        run = over_bytes(operators, regions)
+        run.step(states[:50], 0)
+        ends = 50 + np.cumsum(sizes)
+        rows = [run.step(states[end - n : end], end - n) for n, end in zip(sizes, ends, strict=True)]
+        results.append(np.concatenate([*rows, *(cache.reshape(2 * PAGE, -1) for cache in run.cache())]))
+        np.testing.assert_array_equal(results[-1], results[0], str(sizes))
+    assert operators.launches_per_block(regions) == 8
+
+
+def test_texts_in_a_cache_of_bytes_do_not_depend_on_the_others() -> None:
+    regions = in_one_memory(dense_block(BlockArrays.random(BYTES, 1)))
+    texts = [random_states(BYTES, tokens, tokens) for tokens in (70, 3, 67)]
+    together(CudaOperators(BYTES, FakeCupy()), regions, BYTES, texts, cache_bits=8)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_page_s_copy_has_the_form_that_the_host_s_has(bits: int) -> None:
+    """What the card wrote out is read on the processor and the other way round: pages on disk have one form."""
+    cache = KVCache(BYTES, 3 * PAGE, bits=bits)
+    operators, draw = CudaOperators(BYTES, FakeCupy()), np.random.default_rng(1)
+    for page in range(3):
+        content = draw.integers(0, 120, cache.read_page(page).nbytes, np.uint8)
+        cache.write_page(page, content.view(cache.read_page(page).dtype))
+    copies = [cache.read_page(page) for page in range(3)]
+    for page, copy in enumerate(copies):
+        ours = operators.read_page(cache.keys, cache.values, page)
+        assert ours.dtype == copy.dtype and isinstance(cache.keys, ByteRows) == (bits == 8)
+        np.testing.assert_array_equal(ours, copy)
+    operators.write_page(cache.keys, cache.values, 1, copies[2])
+    for page, expected in enumerate((0, 2, 2)):
+        np.testing.assert_array_equal(cache.read_page(page), copies[expected])

@@ -167,6 +167,21 @@ def test_the_host_does_not_wait_for_the_device_where_all_is_pinned() -> None:
     device.finish()
 
 
+def test_a_walk_there_and_back_copies_what_it_takes_and_no_more() -> None:
+    """Whether the disk was ahead or not: a unit that it comes to twice is followed by another one each time."""
+    there = list(range(6))
+    order = [*there, *there[-2::-1]]
+    for seed in SEEDS:
+        device, host = SimulatedDevice(seed), HostUnits(6, set(there), seed)
+        ring = DeviceRing(device, host, [np.full(SIZE, -2) for _ in range(2)], there)
+        ring.walk(order)
+        for unit in order:
+            compute(device, ring, unit)
+        ring.close()
+        device.finish()
+        assert device.calls.count("copy") <= len(order) + 2, seed
+
+
 def test_a_ring_needs_two_buffers() -> None:
     with pytest.raises(ValueError, match="two buffers"):
         DeviceRing(SimulatedDevice(0), HostUnits(2, set()), [np.zeros(SIZE)], range(2))

@@ -53,7 +53,7 @@ def test_who_cancels_before_the_job_has_come_leaves_none_behind() -> None:
 
     engine.submit = cancelled_first  # type: ignore[method-assign]
     assert list(text.decode(GREEDY, 5)) == []
-    assert engine.waiting == 0 and engine.plan() is None and not engine._running
+    assert engine.waiting == 0 and engine.plan() is None and not engine._users.running
     engine.submit = submit  # type: ignore[method-assign]
     assert len(list(text.decode(GREEDY, 5))) == 5
 
@@ -383,11 +383,11 @@ def test_what_others_had_read_ahead_is_read() -> None:
 
 def test_answers_in_the_background_are_in_few_passes_that_they_make_longer() -> None:
     for seconds, shares in ((1.3, (0.9, 0.97)), (1.5, (0.2, 0.3))):
-        pace, guests = Pace(), []
+        pace, background = Pace(), []
         for _ in range(400):
-            guests.append(pace.guests())
-            pace.note(0, seconds if guests[-1] else 1.0, guests[-1])
-        assert shares[0] <= sum(guests[100:]) / 300 <= shares[1]
+            background.append(pace.takes_background())
+            pace.note(0, seconds if background[-1] else 1.0, background[-1])
+        assert shares[0] <= sum(background[100:]) / 300 <= shares[1]
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.01])

@@ -18,13 +18,15 @@ import numpy as np
 import pytest
 
 from moss_jt import Moss
+from moss_jt.backend.cards import Card
 from moss_jt.commands.cli import main
 from moss_jt.errors import MossError
-from moss_jt.plan import residency
+from moss_jt.plan import placement, residency
 from moss_jt.plan.residency import ResidencyPlan
+from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.model_folder import open_store
-from moss_jt.store.sizes import sizes_of_store
-from moss_jt.train.api import start
+from moss_jt.store.sizes import sizes_of_geometry, sizes_of_store
+from moss_jt.train.api import planned_on_card, start
 from moss_jt.train.course import Course, CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import Finetuning, LearningSettings
@@ -35,7 +37,9 @@ from moss_jt.train.loss import StepResult
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import read_adapter
 from moss_jt.train.samples import TokenSample
-from moss_jt.train.step_memory import Keeping, TrainingNeeds
+from moss_jt.train.step_estimate import card_outlook
+from moss_jt.train.step_memory import CardNeeds, Keeping, TrainingNeeds
+from moss_jt.train.step_time import Speeds
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
@@ -455,11 +459,59 @@ def test_impossible_settings_are_refused(make: Any) -> None:
         make()
 
 
-def test_a_card_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--gpu", "--full"], 1, "(--full) learn on the processor only, in its memory. Leave --gpu away"),
+        (["--gpu", "--memory", "4GiB"], 2, "with --gpu give --gpu-memory and --host-memory"),
+        (["--gpu-memory", "4GiB"], 2, "--gpu-memory needs --gpu"),
+    ],
+)
+def test_what_a_card_does_not_do_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["finetune", "moss-tiny", str(tmp_path), "--gpu"])
-    assert stop.value.code == 1
-    assert "on the processor only. Leave --gpu away" in capsys.readouterr().err
+        main(["finetune", "moss-tiny", str(tmp_path), *options])
+    assert stop.value.code == code
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def on_card_of(n_bytes: int) -> Card:
+    return Card("simulated", n_bytes, n_bytes, (8, 6), (12, 9), unified=True)
+
+
+def test_a_plan_for_a_card_holds_both_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What streams is on the host; blocks' inputs go to the disk before weights have no room; and too little is said in a line."""
+    monkeypatch.setattr(placement, "resident_memory_bytes", lambda: 0)
+    store, course = open_store(random_folder(SMALL)), CourseSettings(steps=6, step_tokens=20_000)
+    data = Dataset(samples(12, 1000), samples(3, 1000, seed=1), DataReport())
+    card = on_card_of(1 << 33)
+
+    def planned(gpu: int, host: int) -> tuple[ResidencyPlan, CardNeeds]:
+        planner, needs = planned_on_card(store, data, LORA, course, card, gpu, host)
+        return planner.plan(), needs
+
+    roomy, needs = planned(1 << 33, 1 << 33)
+    assert not roomy.streams and len([unit for unit in roomy.units if unit.kind == "head"]) > 1
+    assert not needs.training.keeping.inputs_on_disk and roomy.host_footprint_bytes > needs.host_bytes
+    tight, needs = planned(roomy.peak_bytes - 10_000, roomy.host_footprint_bytes - 1000)
+    assert tight.streams and tight.peak_bytes <= tight.budget_bytes and needs.training.keeping.inputs_on_disk
+    assert {unit.tier for unit in tight.units} == {"device", "host"}
+    assert tight.host_budget_bytes is not None and tight.host_peak_bytes <= tight.host_budget_bytes
+    with pytest.raises(MossError, match="Raise --gpu-memory to .* takes less where samples are shorter"):
+        planned(40 << 20, 1 << 33)
+    with pytest.raises(MossError, match="host memory is too little"):
+        planned(tight.peak_bytes - 10_000, 1 << 28)
+
+
+def test_moss_in_float16_learns_within_four_gibibytes_of_a_card() -> None:
+    """With steps of 512 tokens; the arithmetic alone."""
+    sizes = sizes_of_geometry(MOSS_MOON_003, 16)
+    limits = 4 << 30, 64 << 30, Speeds(1e13, 1e9), 12e9
+    outlook = card_outlook(sizes, LoraSettings(), CourseSettings(step_tokens=512), *limits)
+    assert 3 << 30 < outlook.peak_bytes <= 4 << 30
+    with pytest.raises(MossError, match="too little"):
+        card_outlook(sizes, LoraSettings(), CourseSettings(step_tokens=512), 2 << 30, *limits[1:])
 
 
 @pytest.mark.long

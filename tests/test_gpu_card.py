@@ -13,6 +13,7 @@ from moss_jt import Moss
 from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.errors import MossError
 from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Case, run_on_gpu
+from tests.support.learned_on_card import LEARNER, check_learning
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
 
@@ -56,3 +57,8 @@ def test_quantised_models_give_the_cpu_s_logits(bits: int) -> None:
     _, logits = answers_of(folder, [])
     for run in run_on_gpu(folder, [STREAMED[0], STREAMED[2]], [], {}, text=PROMPTS[0]):
         assert np.abs(run.logits - logits).max() < 2e-2 * np.abs(logits).max(), run.case
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_adapter_learns_the_same_where_weights_stream(bits: int, tmp_path: Path) -> None:
+    check_learning(random_folder(LEARNER, bits), tmp_path, {}, ({}, {}, {}))

@@ -29,12 +29,20 @@ from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
 from moss_jt.kernels.cuda.launchers import Launchers
 from moss_jt.kernels.cuda.operators import CudaOperators
+from moss_jt.kernels.cuda.training import CudaTrainingOperators
 from moss_jt.kernels.interface import Queue, Var
 from moss_jt.kernels.needs import CudaNeeds
-from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, Copy, ResidencyPlan
+from moss_jt.plan.placement import plan_here
+from moss_jt.plan.residency import GPU_FOOTPRINT_BYTES, Copy, ResidencyPlan, in_slabs, residents_from
 from moss_jt.store.config import MossConfig
 from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.sizes import sizes_of_store
+from moss_jt.train.card import CardTrainingModel
+from moss_jt.train.kept_activations import Waiting
+from moss_jt.train.load import load_training
+from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.samples import TokenSample
+from moss_jt.train.step_memory import Keeping, TrainingNeeds
 from moss_jt.weights import gpu_units
 from moss_jt.weights.file_reader import FileReader
 from moss_jt.weights.gpu_units import StreamedUnits, UnifiedUnits
@@ -130,9 +138,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     engines.clear()
 
 
-def plan_for(store: Store, resident: float, on_host: float, copy: Copy | None = None) -> ResidencyPlan:
+def plan_for(
+    store: Store, resident: float, on_host: float, copy: Copy | None = None, cache_bits: int = 16
+) -> ResidencyPlan:
     """A plan with about that share of the units on the card, and of the rest on the host."""
-    sizes = sizes_of_store(store)
+    sizes = sizes_of_store(store, cache_bits)
     everything = plan_gpu(sizes, 48, 1 << 40, 1 << 40, pass_tokens=32, copy=copy)
     fixed = GPU_FOOTPRINT_BYTES + everything.workspace_bytes + everything.kv_cache_bytes + sizes.small_bytes
     total = sum(unit.n_bytes for unit in everything.units)
@@ -154,7 +164,7 @@ def plan_for(store: Store, resident: float, on_host: float, copy: Copy | None = 
 def gpu_model(store: Store, plan: ResidencyPlan, unified: bool = False) -> Model:
     reader = FileReader(False, 1e9)
     units = UnifiedUnits(store, plan, reader) if unified else StreamedUnits(store, plan, reader)
-    cache = KVCache(store.config, plan.context)
+    cache = KVCache(store.config, plan.context, bits=plan.sizes.cache_bits)
     operators = CudaOperators(store.config, FakeCupy())
     return GpuModel(store.config, operators, Weights(store, plan, units), cache, plan)
 
@@ -165,19 +175,19 @@ def answers(model: Model) -> list[np.ndarray]:
     return [model.forward([7], len(PROMPT)), model.forward([11, 3], len(PROMPT) + 1, "all")]
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_any_plan_gives_the_resident_model_s_bits(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "cache_bits"), [(16, 16), (8, 16), (4, 16), (16, 8)])
+def test_any_plan_gives_the_resident_model_s_bits(bits: int, cache_bits: int) -> None:
     store = open_store(random_folder(TINY, bits))
-    resident = gpu_model(store, plan_for(store, 1, 1))
+    resident = gpu_model(store, plan_for(store, 1, 1, cache_bits=cache_bits))
     assert not resident.weights.streams
     long = resident.forward(LONG, 0)[0]
-    with Moss.load(store.path, memory="2GiB", context=48) as moss:
+    with Moss.load(store.path, memory="2GiB", context=48, cache_bits=cache_bits) as moss:
         reference = moss.logits(LONG)[-1]
     assert np.abs(long - reference).max() < 2e-2 * np.abs(reference).max(), "the CPU's kernels say otherwise"
     expected = answers(resident)
     resident.close()
     for on_card, on_host in ((0.5, 1.0), (0.0, 1.0), (0.3, 0.2), (0.0, 0.0)):
-        plan = plan_for(store, on_card, on_host)
+        plan = plan_for(store, on_card, on_host, cache_bits=cache_bits)
         tiers = {unit.tier for unit in plan.units}
         assert ("device" in tiers) == (on_card > 0) and ("disk" in tiers) == (on_host < 1)
         model = gpu_model(store, plan)
@@ -395,3 +405,57 @@ def test_a_launch_that_fails_is_told(
     for actual, before in zip(answers(model), wanted, strict=True):
         np.testing.assert_array_equal(actual, before)
     model.close()
+
+
+def text_of(first: int, tokens: int) -> TokenSample:
+    """Two of three tokens are learned."""
+    return TokenSample(5 * np.arange(first, first + tokens, dtype=np.int32), np.arange(tokens) % 3 > 0)
+
+
+# Every element of a result is a thread of the emulation: a model of few.
+LEARNERS = {
+    16: replace(TINY, vocab_size=64, n_embd=32, n_inner=64),
+    4: replace(TINY, vocab_size=64),
+}
+LEARNED = [text_of(1, 5), text_of(2, 7), text_of(4, 3)]
+
+
+def learning_adapter(store: Store) -> Adapter:
+    """In the last three blocks of four, and already unlike nothing."""
+    adapter = Adapter.random(store.config, LoraSettings(rank=3, alpha=6.0, layers=3), 1)
+    adapter.values[:] += 0.05 * np.random.default_rng(2).standard_normal(adapter.values.size)
+    return adapter
+
+
+def learned_on_card(store: Store, plan: ResidencyPlan, folder: Path) -> list[Any]:
+    """What two steps and an evaluation come to: results and gradients."""
+    weights = Weights(store, plan, StreamedUnits(store, plan, FileReader(False, 1e9)))
+    waiting = Waiting(Keeping(), store.config.n_layer, folder)
+    operators = CudaTrainingOperators(store.config, FakeCupy())
+    model = CardTrainingModel(operators, weights, learning_adapter(store), 8, waiting, None, plan)
+    came_to = [*model.step(LEARNED[:1]), *model.step(LEARNED), model.evaluate(LEARNED)]
+    model.close()
+    return came_to
+
+
+@pytest.mark.parametrize("bits", [16, pytest.param(4, marks=pytest.mark.long)])
+def test_an_adapter_learns_the_same_by_any_plan_and_what_it_learns_on_the_processor(
+    bits: int, tmp_path: Path
+) -> None:
+    store = open_store(random_folder(LEARNERS[bits], bits))
+    expected = learned_on_card(store, in_slabs(plan_for(store, 1, 1)), tmp_path)
+    needs = TrainingNeeds(store.config, 16, 8, 0)
+    adapter = learning_adapter(store)
+    processor = load_training(store, plan_here(store, needs, None, 1), tmp_path, adapter, needs, tmp_path)
+    result, gradient = processor.step(LEARNED)
+    processor.close()
+    assert expected[2].loss == pytest.approx(result.loss, rel=1e-3)
+    assert expected[4].loss == expected[2].loss
+    for key, pair in adapter.pairs_of(gradient).items():
+        for own, wanted in zip(adapter.pairs_of(expected[3])[key], pair, strict=True):
+            assert np.linalg.norm(own - wanted) <= 2e-3 * np.linalg.norm(wanted), key
+    for on_card, on_host in ((0.5, 1.0), (0.3, 0.2)):
+        plan = residents_from(in_slabs(plan_for(store, on_card, on_host)), 1)
+        assert plan.streams and ("disk" in {unit.tier for unit in plan.units}) == (on_host < 1)
+        for actual, wanted in zip(learned_on_card(store, plan, tmp_path), expected, strict=True):
+            np.testing.assert_array_equal(actual, wanted)

@@ -241,3 +241,17 @@ def test_what_teaching_takes() -> None:
     assert "All weights (--full): at most" in tiny and "--layers" not in tiny
     refused = plan("--train")
     assert refused.exit_code == 2 and "--train needs a MODEL" in refused.output
+
+
+def test_what_teaching_takes_of_a_card() -> None:
+    given = ["--train", "--gpu-memory", "4GiB", "--host-memory", "40GiB", "--compute-speed", "10000"]
+    lines = plan("moss-moon-003-sft", *given, "--link-speed", "5").output.splitlines()
+    assert lines[0].startswith("An adapter: at most 3.8") and " of the card and 31." in lines[0]
+    assert "(82.0 tokens/s)" in lines[0], "twice 31.2 GB through the link"
+    assert "All weights" not in lines[2] and "the link to the card 5.00 GB/s given" in lines[2]
+    short = plan(
+        "moss-moon-003-sft", *given, "--link-speed", "12", "--host-memory", "12GiB", "--disk-speed", "1"
+    )
+    assert "(22.0 tokens/s)" in short.output.splitlines()[0], (
+        "what the host does not hold comes from the disk"
+    )

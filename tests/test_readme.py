@@ -19,7 +19,7 @@ from moss_jt.errors import MossError
 from moss_jt.plan.first_word import GFLOP, first_word
 from moss_jt.plan.report import ASSUMED_DISK, ASSUMED_MEMORY, GB, Speed, Speeds
 from moss_jt.plan.residency import BITS_NAMES
-from moss_jt.plan.verdict import duration
+from moss_jt.plan.summary import duration
 from moss_jt.store.sizes import GIB
 from tests.support.models import tiny_model_folder
 

@@ -257,7 +257,7 @@ def test_few_conversations_are_in_the_cache_and_all_go_on(tmp_path: Path) -> Non
         for _ in range(2):
             for name in names:
                 assert text_of(say(http, name, SUM)) == ANSWER
-        assert len(server.shelves.page._live) == 2
+        assert len(server.stores.page._live) == 2
         assert [len(http.get(f"/api/conversations/{name}").json()["turns"]) for name in names] == [2] * 5
 
 

@@ -150,6 +150,66 @@ def test_an_answer_with_a_name_survives_its_connection(http: httpx.Client) -> No
         assert len(passes) < 200
 
 
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", {**LONG, "n": 3}),
+    "echo": ("/v1/completions", {**LONG, "prompt": "a " * 300, "n": 3, "echo": True, "logprobs": 1}),
+    "chat": ("/v1/chat/completions", {**CHAT, "n": 3, "max_tokens": 900, "logit_bias": {"300": 100}}),
+    "turn": ("/v1/chat/completions", {**CHAT, "n": 3, "plugins": ["calculator"], "logit_bias": {"300": 100}}),
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.parametrize("cause", ["stopping", "model_failed"])
+def test_an_answer_that_is_broken_off_has_an_error_and_no_reason(
+    tmp_path: Path, cause: str, kind: str, stream: bool
+) -> None:
+    """It once ended like one that was as long as allowed, with "length", before the error came."""
+    moss, (path, body) = shared_moss(), ASKED[kind]
+    answered: list[httpx.Response] = []
+    with served(moss, tmp_path) as server, client(server) as http, slowed(moss, 0.02) as passes:
+        slow = moss.model.forward_many
+
+        def broken(runs: Any, *more: Any) -> Any:
+            if len(passes) > 2 and cause == "model_failed":
+                raise RuntimeError("a pass that fails")
+            return slow(runs, *more)
+
+        moss.model.forward_many = broken  # type: ignore[method-assign]
+        asked = threading.Thread(
+            target=lambda: answered.append(http.post(path, json={**body, "stream": stream}))
+        )
+        asked.start()
+        assert wait_until(lambda: len(passes) > 2)
+        if cause == "stopping":
+            assert server._loop is not None
+            server._loop.call_soon_threadsafe(server.service.answers.stop)
+        asked.join(20)
+        assert wait_until(lambda: 'outcome="failed"' in server.service.metrics.text().decode())
+        assert 'outcome="done"' not in server.service.metrics.text().decode()
+    if not stream:
+        assert answered[0].status_code in (500, 503) and answered[0].json()["error"]["code"] == cause
+        return
+    *chunks, failure = [
+        json.loads(line[6:]) for line in answered[0].text.splitlines() if line.startswith("data: {")
+    ]
+    assert failure["error"]["code"] == cause
+    assert {choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]} == {None}
+
+
+def test_an_answer_that_was_ended_by_its_name_says_so(http: httpx.Client) -> None:
+    with slowed(shared_moss(), 0.02), client(shared_server()) as other:
+        with http.stream(
+            "POST", "/v1/completions", json={**LONG, "stream": True}, headers={"X-Conversation-Id": "ended"}
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert other.delete("/v1/stream", params={"conv_id": "ended"}).status_code == 204
+            data = [line for line in lines if line]
+    assert json.loads(data[-2][6:])["error"]["code"] == "cancelled" and data[-1] == "data: [DONE]"
+    assert not any('"finish_reason":"' in line for line in data)
+
+
 def test_who_reads_nothing_holds_up_nobody(tmp_path: Path) -> None:
     moss = shared_moss()
     with served(moss, tmp_path, limits=Limits(slow_reader_s=0.3)) as server, client(server) as http:
@@ -339,10 +399,19 @@ def test_vortex_streams_to_its_client_and_to_nobody_else(http: httpx.Client) -> 
         }
         answer = http.post("/inference", json=body).json()
         assert wait_until(lambda: bool(frames) and frames[-1]["status"] == 0)
+        whole = [*frames]
+        with slowed(shared_moss(), 0.02) as passes:
+            left = json.dumps(body).encode()
+            with socket.create_connection(("127.0.0.1", shared_server().ports[0]), timeout=20) as connection:
+                connection.sendall(
+                    HEAD.replace("v1/completions", "inference").format(len(left)).encode() + left
+                )
+                assert wait_until(lambda: len(passes) > 2)
+            assert wait_until(lambda: frames[-1]["status"] == -1), "it is not taken for a whole answer"
         listener.shutdown()
         thread.join()
-    assert [frame["status"] for frame in frames] == [1] * (len(frames) - 1) + [0]
-    assert frames[-2] == {"status": 1, "offset": 0, "output": answer["new_generations"]}
+    assert [frame["status"] for frame in whole] == [1] * (len(whole) - 1) + [0]
+    assert whole[-2] == {"status": 1, "offset": 0, "output": answer["new_generations"]}
     for address in (
         "ws://192.0.2.1/x",
         "http://127.0.0.1/x",

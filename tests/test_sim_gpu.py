@@ -30,6 +30,7 @@ from moss_jt.kernels.needs import CudaNeeds
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from moss_jt.train.lora import LoraSettings
+from moss_jt.train.peft_files import read_adapter
 from tests.emulation import sim_gpu
 from tests.support.adapters import random_adapter
 from tests.support.cut_files import last_line
@@ -43,6 +44,7 @@ from tests.support.gpu_runs import (
     run_on_gpu,
     run_python,
 )
+from tests.support.learned_on_card import LEARNER, check_learning
 from tests.support.models import tiny_model_folder
 from tests.support.plans import plan_gpu
 from tests.support.random_models import SMALL, random_folder
@@ -394,6 +396,113 @@ def test_adapters_on_the_card_say_what_they_say_on_the_processor(
         np.testing.assert_array_equal(own, actual[f"streams {name}"], str(name))
         assert np.abs(own - exact).max() < 2e-3 * np.abs(exact).max(), name
         assert name is None or np.abs(exact - base).max() > 0.1 * np.abs(base).max()
+
+
+@with_jittor
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_adapter_learns_on_the_card_what_it_learns_on_the_processor(
+    resident: Run, environment: dict[str, str], bits: int, tmp_path: Path
+) -> None:
+    """Everything on the card; then streaming, interrupted after a step and gone on with in another process: the same bits."""
+    check_learning(
+        random_folder(LEARNER, bits), tmp_path, environment, ({"SIM_GPU_EAGER": "1"}, ORDERS[2], ORDERS[0])
+    )
+
+
+@with_jittor
+@pytest.mark.long
+def test_the_command_line_teaches_on_the_card(
+    resident: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"{n} and {n} are {2 * n}."}) for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    options = ["--gpu", "--steps", "2", "--step-tokens", "16", "--layers", "1", "--rank", "2"]
+    out = ["--out", str(tmp_path / "adapter")]
+    process = command(
+        ["finetune", str(tiny_model_folder()), str(tmp_path / "data.jsonl"), *out, *options], environment
+    )
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    learned = read_adapter(tmp_path / "adapter", open_store(tiny_model_folder()).config)
+    assert all(np.isfinite(learned.values)) and any(pair.b.any() for pair in learned.pairs.values())
+
+
+# What forwards and backwards through a block and the loss take of the card: memory comes and goes, and nothing is computed.
+MEMORY = """
+import ctypes, json, os, sys
+import numpy as np
+from moss_jt.backend.jittor import jt
+import cupy
+sys.path.append(sys.argv[1])
+from moss_jt.kernels.cuda.training import CudaTrainingOperators
+from moss_jt.kernels.interface import BlockWeights, DenseMatrix, PackedMatrix, Region
+from moss_jt.store.architecture import BLOCK
+from moss_jt.train.block import BlockTrainer, on_device
+from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.step_memory import LOSS_ROWS, CardNeeds, TrainingNeeds
+from tests.support.block_oracle import geometry
+class Nothing:
+    def __init__(self, code, options=()):
+        pass
+    def get_function(self, name):
+        return lambda *arguments: None
+cupy.RawModule = Nothing
+cupy.cuda.cublas.gemmEx = cupy.cuda.cublas.gemmStridedBatchedEx = lambda *arguments: None
+most = ctypes.CDLL(os.environ["SIM_GPU_CUDART"]).sim_gpu_most
+most.restype = ctypes.c_size_t
+width, heads, bits, batches = json.loads(sys.argv[2])
+config = geometry(width, heads, 64, n_positions=2048)
+memory, slab_rows = jt.empty((1 << 27,), "uint8"), 4096
+memory.sync()
+def region(shape, dtype="float16"):
+    return Region(memory, 0, shape, dtype)
+def matrix(n, k):
+    if bits == 16:
+        return DenseMatrix(region((n, k)))
+    scales, zeros = region((n, k // 128)), region((n, k // 128), "uint8")
+    return PackedMatrix(region((n, k * bits // 8), "uint8"), scales, zeros, bits, 128, region((k, 1), "int32"))
+weights = BlockWeights(**{t.field: matrix(*t.shape(config)) if t.is_matrix else region(t.shape(config)) for t in BLOCK})
+adapter = Adapter(config, LoraSettings())
+pairs = {target: pair for (layer, target), pair in adapter.pairs.items() if layer == 0}
+operators, bias = CudaTrainingOperators(config, cupy), jt.array(np.zeros(slab_rows, np.float16))
+block, head = BlockTrainer(operators, 2.0), DenseMatrix(region((slab_rows, width)))
+bias.sync()
+operators.begin()
+most()
+before, taken = most(), []
+for tokens in batches:
+    rows, spans = np.zeros((tokens, width), np.float32), np.array([[0, tokens]], np.int32)
+    adapters = on_device(pairs)
+    block.forward(jt.array(rows), weights, adapters, spans)[0].numpy()
+    block.backward(jt.array(rows), jt.array(rows), weights, adapters, spans, pairs).numpy()
+    some, columns = jt.array(rows[:LOSS_ROWS]), np.zeros(min(tokens, LOSS_ROWS), np.int64)
+    logits = operators.product(some, head)
+    with np.errstate(invalid="ignore"):
+        operators.logit_summary(logits, bias, columns)
+    slope = operators.logit_slope(logits, bias, columns, np.zeros(len(columns), np.float32), 1.0)
+    operators.product_back(slope, head).numpy()
+    del logits, slope
+    taken.append(most() - before)
+needs = TrainingNeeds(config, max(batches), max(batches), len(adapter.values))
+print(json.dumps([taken, CardNeeds(needs, bits, slab_rows).workspace_bytes(1)]))
+"""
+
+
+@with_jittor
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_step_takes_no_more_of_the_card_than_is_planned(
+    resident: Run, environment: dict[str, str], bits: int
+) -> None:
+    """Batches that grow, shrink and grow again; by the most that Jittor's allocator and the pool had at once."""
+    decided = {**environment, DEVICE_SWITCH: "gpu", "SIM_GPU_EAGER": "1"}
+    done = run_python(
+        MEMORY, [str(ROOT), json.dumps([1536, 6, bits, [200, 512, 300, 430, 512]])], decided, 300
+    )
+    assert done.returncode == 0, done.stderr
+    taken, planned = json.loads(done.stdout.splitlines()[-1])
+    assert planned / 2 < max(taken) <= planned, taken
 
 
 def command(arguments: list[str], environment: dict[str, str], **more: Any) -> subprocess.Popen[str]:

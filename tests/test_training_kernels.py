@@ -1,4 +1,5 @@
-"""Training's operators against NumPy in float64, at every vector width that this machine has.
+"""Training's operators against NumPy in float64: the processor's at every vector width that this machine has, and the card's in
+emulation.
 
 Products are compared with the matrix as it stands. Derivatives are compared, along random directions, with the central
 difference of the function itself, written apart from the operators: with a step of 1e-5 it is exact to 1e-8.
@@ -13,8 +14,11 @@ import pytest
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.cpu.simd import available_simd
 from moss_jt.kernels.cpu.training import CpuTrainingOperators
+from moss_jt.kernels.cuda.training import CudaTrainingOperators
 from moss_jt.kernels.interface import DenseMatrix
+from moss_jt.kernels.training import TrainingOperators
 from moss_jt.store.config import MossConfig
+from tests.emulation.emulator import FakeCupy
 from tests.support import block_oracle
 from tests.support.block_oracle import geometry
 from tests.support.operator_weights import packed_matrix, random_packed, var, widened
@@ -53,9 +57,19 @@ def check_derivative(function: Callable[[Array], Array], x: Array, g: Array, bac
         assert abs(float((back * direction).sum()) - expected) <= 1e-5 * scale
 
 
-@pytest.fixture(params=SIMD)
-def operators(request: pytest.FixtureRequest) -> CpuTrainingOperators:
-    return CpuTrainingOperators(CONFIG, request.param)
+def operators_of(kind: str, config: MossConfig) -> TrainingOperators:
+    return CudaTrainingOperators(config, FakeCupy()) if kind == "card" else CpuTrainingOperators(config, kind)
+
+
+@pytest.fixture(params=[*SIMD, "card"])
+def operators(request: pytest.FixtureRequest) -> TrainingOperators:
+    return operators_of(request.param, CONFIG)
+
+
+def halves(x: Array) -> Array:
+    """What the card multiplies instead of x (T, K): eleven bits of each number, or fewer far below a row's largest."""
+    factor = 2.0 ** (14 - np.floor(np.log2(np.abs(x).max(axis=1, keepdims=True))))
+    return (x * factor).astype(np.float16) / factor.astype(np.float64)
 
 
 def matrices() -> dict[str, tuple[Any, Array]]:
@@ -75,15 +89,20 @@ MATRICES = matrices()
 
 @pytest.mark.parametrize("kind", MATRICES)
 @pytest.mark.parametrize("tokens", [1, 37, 600])
-def test_products_both_ways(operators: CpuTrainingOperators, kind: str, tokens: int) -> None:
-    if operators.simd != SIMD[0] and kind != "int4 ordered":
+def test_products_both_ways(operators: TrainingOperators, kind: str, tokens: int) -> None:
+    if isinstance(operators, CpuTrainingOperators) and operators.simd != SIMD[0] and kind != "int4 ordered":
         pytest.skip(
             "each matrix is widened by code that test_kernels_cpu runs at every width; compiling takes long"
         )
     matrix, exact = MATRICES[kind]
     x, g = normal(tokens, 160, seed=1), normal(tokens, 300, seed=2)
-    assert_close(operators.product(jt.array(x), matrix), x.astype(np.float64) @ exact.T)
-    assert_close(operators.product_back(jt.array(g), matrix), g.astype(np.float64) @ exact)
+    results = operators.product(jt.array(x), matrix), operators.product_back(jt.array(g), matrix)
+    if isinstance(operators, CudaTrainingOperators):
+        assert_close(results[0], x @ exact.T, 1e-3)
+        assert_close(results[1], g @ exact, 1e-3)
+        x, g, exact = halves(x), halves(g), exact.astype(np.float16).astype(np.float64)
+    assert_close(results[0], x.astype(np.float64) @ exact.T)
+    assert_close(results[1], g.astype(np.float64) @ exact)
 
 
 def test_a_matrix_larger_than_a_tile() -> None:
@@ -99,7 +118,7 @@ def test_a_matrix_larger_than_a_tile() -> None:
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("with_plus", [False, True])
 def test_float_matrices(
-    operators: CpuTrainingOperators, transpose_a: bool, transpose_b: bool, with_plus: bool
+    operators: TrainingOperators, transpose_a: bool, transpose_b: bool, with_plus: bool
 ) -> None:
     a, b, plus = normal(300, 70, seed=1), normal(70, 530, seed=2), normal(300, 530, seed=3)
     given = [np.ascontiguousarray(m.T) if turned else m for m, turned in ((a, transpose_a), (b, transpose_b))]
@@ -109,7 +128,7 @@ def test_float_matrices(
     assert_close(result, 0.37 * (a.astype(np.float64) @ b) + (plus if with_plus else 0))
 
 
-def test_layer_norm(operators: CpuTrainingOperators) -> None:
+def test_layer_norm(operators: TrainingOperators) -> None:
     h, g, weight, bias = 3 * normal(9, 96) + 1, normal(9, 96, seed=1), half(96), half(96, seed=1)
 
     def norm(x: Array) -> Array:
@@ -121,7 +140,7 @@ def test_layer_norm(operators: CpuTrainingOperators) -> None:
     assert_close(normed, block_oracle.layer_norm(h, np.ones(96), np.zeros(96), CONFIG.layer_norm_epsilon))
 
 
-def test_gelu(operators: CpuTrainingOperators) -> None:
+def test_gelu(operators: TrainingOperators) -> None:
     y, g, bias = 3 * normal(7, 515), normal(7, 515, seed=1), half(515)
     y[0, :4] = 30, -30, 200, -200
 
@@ -147,32 +166,78 @@ def spans_attention(qkv: Array, config: MossConfig, spans: Array) -> Array:
     return np.concatenate(results)
 
 
-@pytest.mark.parametrize("simd", SIMD)
+@pytest.mark.parametrize("kind", [*SIMD, "card"])
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
-def test_attention_within_samples(config: MossConfig, simd: str) -> None:
-    operators = CpuTrainingOperators(config, simd)
+def test_attention_within_samples(config: MossConfig, kind: str) -> None:
+    operators = operators_of(kind, config)
     qkv, g = normal(TOKENS, 3 * config.n_embd), normal(TOKENS, config.n_embd, seed=1)
 
     def attention(x: Array) -> Array:
         return spans_attention(x, config, SPANS)
 
-    given = jt.array(qkv), jt.array(SPANS)
+    given = jt.array(qkv), SPANS
     assert_close(operators.attention(*given), attention(qkv.astype(np.float64)))
     check_derivative(attention, qkv, g, operators.attention_back(jt.array(g), *given).numpy())
 
 
-def test_a_sample_s_bits_do_not_depend_on_what_follows_it(operators: CpuTrainingOperators) -> None:
+def test_a_sample_s_bits_do_not_depend_on_what_follows_it(operators: TrainingOperators) -> None:
     qkv, g = normal(TOKENS, 3 * 96), normal(TOKENS, 96, seed=1)
-    alone = operators.attention_back(jt.array(g[:70]), jt.array(qkv[:70]), jt.array(SPANS[:1])).numpy()
-    among = operators.attention_back(jt.array(g), jt.array(qkv), jt.array(SPANS)).numpy()
+    alone = operators.attention_back(jt.array(g[:70]), jt.array(qkv[:70]), SPANS[:1]).numpy()
+    among = operators.attention_back(jt.array(g), jt.array(qkv), SPANS).numpy()
     assert np.array_equal(among[:70], alone)
 
 
-def test_shapes_that_disagree_are_refused(operators: CpuTrainingOperators) -> None:
+def test_shapes_that_disagree_are_refused(operators: TrainingOperators) -> None:
     matrix, _ = MATRICES["int4"]
     with pytest.raises(ValueError, match="x has shape"):
         operators.product(jt.array(normal(3, 159)), matrix)
     with pytest.raises(ValueError, match="cannot be multiplied"):
         operators.multiply(jt.array(normal(3, 4)), jt.array(normal(3, 4)))
     with pytest.raises(ValueError, match="int32"):
-        operators.attention(jt.array(normal(4, 288)), jt.array(normal(1, 2)))
+        operators.attention(jt.array(normal(4, 288)), normal(1, 2))
+    with pytest.raises(ValueError, match="are not 4 rows one after another"):
+        operators.attention(jt.array(normal(4, 288)), np.array([[0, 2], [3, 1]], np.int32))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e9])
+def test_a_card_s_products_hold_what_float16_does_not(scale: float) -> None:
+    """A row whose numbers are all too small or too large for float16, beside one of nothing, of infinity, and usual ones."""
+    operators = operators_of("card", CONFIG)
+    matrix, exact = MATRICES["float16"]
+    g = normal(5, 300, seed=2)
+    g[0] *= scale
+    g[1] = 0
+    g[2, 7] = np.inf
+    result = operators.product_back(jt.array(g), matrix).numpy()
+    usual = [0, 3, 4]
+    wanted = halves(g[usual]) @ exact
+    assert (np.abs(result[usual] - wanted) <= 2e-5 * np.abs(wanted).max(axis=1, keepdims=True)).all()
+    assert not result[1].any() and not np.isfinite(result[2]).any()
+
+
+def test_sums_and_bias(operators: TrainingOperators) -> None:
+    a, b, bias = normal(7, 515), normal(7, 515, seed=1), half(515)
+    assert_close(operators.add(jt.array(a), jt.array(b)), a.astype(np.float64) + b)
+    assert_close(operators.add(jt.array(a), jt.array(b), var(bias)), a.astype(np.float64) + b + bias)
+
+
+def test_what_the_loss_asks_of_logits(operators: TrainingOperators) -> None:
+    """Rows of which the largest comes twice, with targets among these columns and elsewhere."""
+    logits, bias = 5 * normal(6, 700), half(700)
+    bias[:10] = bias[600:610] = 0.5
+    logits[:, 3] = logits[:, 605] = 40
+    logits[4, 699] = 90
+    columns = np.array([5, -1, 605, 0, 699, -1])
+    values = logits.astype(np.float64) + bias
+    summary = operators.logit_summary(jt.array(logits), var(bias), columns)
+    np.testing.assert_allclose(summary.largest, values.max(axis=1), 1e-6)
+    assert summary.best.tolist() == [3, 3, 3, 3, 699, 3]
+    total = np.exp(values - values.max(axis=1, keepdims=True)).sum(axis=1)
+    np.testing.assert_allclose(summary.total, total, 1e-5)
+    own = [values[row, column] if column >= 0 else 0 for row, column in enumerate(columns)]
+    np.testing.assert_allclose(summary.own, own, 1e-6)
+    shift = (values.max(axis=1) + np.log(total)).astype(np.float32)
+    slope = np.exp(values - shift[:, None])
+    for row, column in enumerate(columns):
+        slope[row, column] -= column >= 0
+    assert_close(operators.logit_slope(jt.array(logits), var(bias), columns, shift, 0.25), 0.25 * slope)

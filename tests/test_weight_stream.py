@@ -1,6 +1,7 @@
 """The stream gives every block's and slab's own values under any plan, and ends cleanly after faults."""
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from moss_jt.plan.placement import plan_here
 from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store, StoreFile, open_store, read_tensor
 from moss_jt.store.sizes import GIB, sizes_of_store
+from moss_jt.weights import host_units
 from moss_jt.weights.cpu_units import CpuUnits, open_weights
 from moss_jt.weights.disk_ring import Reader
 from moss_jt.weights.file_reader import Extent, FileReader
 from moss_jt.weights.host_units import HostUnits
+from moss_jt.weights.ram_disk import is_in_ram
 from moss_jt.weights.weights import Weights
 from tests.support.plans import plan
 from tests.support.random_models import SMALL, random_folder
@@ -137,6 +140,53 @@ def test_a_walk_has_an_order(bits: int) -> None:
                     rows = file_arrays(store.head)["lm_head.weight"][unit.first_row : unit.last_row]
                     assert np.array_equal(weights.numpy(), rows)
         stream.close()
+
+
+def mapped_files(folder: Path) -> set[str]:
+    """Names of the folder's files of which this process has pages mapped."""
+    name, names = "", set()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            name = line.split(maxsplit=5)[-1]
+        elif line.startswith("Rss:") and name.startswith(str(folder)) and line.split()[1] != "0":
+            names.add(Path(name).name)
+    return names
+
+
+def test_in_a_ram_disk_units_are_mapped_and_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_units, "is_in_ram", lambda store: True)
+    store = open_store(random_folder(SMALL))
+    for placed in plans(store)[1:]:
+        stream = open_weights(store, placed, tmp_path)
+        assert_pass_is_right(stream, store)
+        assert not reader_threads(), "nothing is copied"
+        stay = {
+            file.path.name for file, unit in zip(store.blocks, placed.units, strict=False) if unit.resident
+        }
+        blocks = {file.path.name for file in store.blocks}
+        for index, weights in stream.blocks():
+            block_arrays(weights)
+            own = store.blocks[index].path.name
+            assert mapped_files(store.path) & blocks == stay | {own}
+        assert mapped_files(store.path) & blocks == stay
+        stream.close()
+
+
+def test_a_ram_disk_is_known_by_its_mount(tmp_path: Path) -> None:
+    store = open_store(random_folder(SMALL))
+    device = os.stat(store.head.path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = tmp_path / "mountinfo"
+    for kind, expected in (("tmpfs", True), ("ramfs", True), ("ext4", False)):
+        mounts.write_text(
+            f"1 1 250:77 / / rw - xfs /dev/vdb rw\n"
+            f"30 1 {number} / /data rw,nosuid shared:2 - {kind} {kind} rw,size=1k\n"
+        )
+        assert is_in_ram(store, mounts) is expected
+    mounts.write_text("1 1 250:77 / / rw - tmpfs tmpfs rw\nx - \n")
+    assert not is_in_ram(store, mounts) and not is_in_ram(store, tmp_path / "none")
 
 
 def test_vars_over_buffers_are_made_once() -> None:

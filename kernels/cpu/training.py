@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.checks import check_dtype, check_matrix, check_shape
@@ -11,6 +12,7 @@ from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import run
 from moss_jt.kernels.interface import DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary_table import rotary_table
+from moss_jt.kernels.training import LogitSummary, Spans, check_spans
 from moss_jt.store.config import MossConfig
 
 KINDS = {16: "Dense", 8: "Int8", 4: "Int4"}
@@ -147,18 +149,43 @@ class CpuTrainingOperators:
         check_shape("g", g, tuple(y.shape))
         return self._run(self._over(GELU_BACK, y, bias), [tuple(y.shape)], [g, y, bias])[0]
 
-    def attention(self, qkv: Var, spans: Var) -> Var:
+    def attention(self, qkv: Var, spans: Spans) -> Var:
         tokens, width = self._check_qkv(qkv, spans)
         source = ATTENTION + "moss::train_attention(a, (float*)out0_p);\n"
         shapes = [(tokens, width), (tokens, 2 * width)]
-        return self._run(source, shapes, [qkv, self.rotary, spans], {"heads": self.config.n_head})[0]
+        return self._run(source, shapes, [qkv, self.rotary, jt.array(spans)], {"heads": self.config.n_head})[
+            0
+        ]
 
-    def attention_back(self, g: Var, qkv: Var, spans: Var) -> Var:
+    def attention_back(self, g: Var, qkv: Var, spans: Spans) -> Var:
         tokens, width = self._check_qkv(qkv, spans)
         check_shape("g", g, (tokens, width))
         source = ATTENTION + "moss::train_attention_back(a, (const float*)in3_p, (float*)out0_p);\n"
         shapes = [(tokens, 3 * width), (tokens, 2 * width)]
-        return self._run(source, shapes, [qkv, self.rotary, spans, g], {"heads": self.config.n_head})[0]
+        return self._run(
+            source, shapes, [qkv, self.rotary, jt.array(spans), g], {"heads": self.config.n_head}
+        )[0]
+
+    def add(self, a: Var, b: Var, bias: Var | None = None) -> Var:
+        return a + b if bias is None else a + b + bias.float32()
+
+    def logit_summary(self, logits: Var, bias: Var, columns: NDArray[np.int64]) -> LogitSummary:
+        values = _biased(logits, bias)
+        largest = values.max(axis=1)
+        total = np.exp(values - largest[:, None]).sum(axis=1, dtype=np.float64)
+        rows, own = np.flatnonzero(columns >= 0), np.zeros(len(columns), np.float32)
+        own[rows] = values[rows, columns[rows]]
+        return LogitSummary(largest, total, values.argmax(axis=1), own)
+
+    def logit_slope(
+        self, logits: Var, bias: Var, columns: NDArray[np.int64], shift: NDArray[np.float32], share: float
+    ) -> Var:
+        slope = _biased(logits, bias)
+        np.exp(slope - shift[:, None], out=slope)
+        rows = np.flatnonzero(columns >= 0)
+        slope[rows, columns[rows]] -= 1
+        slope *= np.float32(share)
+        return jt.array(slope)
 
     @property
     def _epsilon(self) -> dict[str, Any]:
@@ -173,11 +200,10 @@ class CpuTrainingOperators:
             check_dtype("a norm's or bias's vector", vector, dtype if dtype in VECTORS else "float16")
         return source.replace("VECTOR", VECTORS[dtype])
 
-    def _check_qkv(self, qkv: Var, spans: Var) -> tuple[int, int]:
+    def _check_qkv(self, qkv: Var, spans: Spans) -> tuple[int, int]:
         tokens, width = qkv.shape[0], self.config.n_embd
         check_shape("qkv", qkv, (tokens, 3 * width))
-        check_shape("spans", spans, (spans.shape[0], 2))
-        check_dtype("spans", spans, "int32")
+        check_spans(spans, tokens)
         return tokens, width
 
     def _run(
@@ -188,6 +214,13 @@ class CpuTrainingOperators:
         data: dict[str, Any] | None = None,
     ) -> list[Var]:
         return run(self.simd, HEADER, source, list(shapes), inputs, data)
+
+
+def _biased(logits: Var, bias: Var) -> NDArray[np.float32]:
+    """(R, N) on the host, newly allocated."""
+    values: NDArray[np.float32] = logits.numpy()
+    values += bias.numpy().astype(np.float32)
+    return values
 
 
 def learns(matrix: Matrix) -> TypeGuard[DenseMatrix]:

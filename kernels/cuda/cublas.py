@@ -1,9 +1,12 @@
 """cuBLAS for long prompts: float16 in, float32 sums and results, on tensor cores where the card has them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import PRODUCT_ROWS
@@ -14,39 +17,117 @@ FLOAT32, FLOAT16 = 0, 2  # cudaDataType
 # Rows and columns of a result that a multiprocessor works on at once, in cuBLAS's usual kernels.
 TILE = 128
 SIZES = range(PAGE, PRODUCT_ROWS + 1, PAGE)
-ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """One matrix for each head, all of them within one array of float32.
+
+    first   element at which the first one begins
+    row     elements from one row to the next
+    each    and from one matrix to the next
+    """
+
+    array: Array
+    first: int
+    row: int
+    each: int
 
 
 def multiply(cupy: Any, x: Array, weight: Array, out: Array) -> None:
     """out = x @ weight.T; x (T, K) float32 (rounded here), weight (N, K) float16, out (T, N) float32, all contiguous.
 
-    CuPy's own matmul would round the result to float16, too. cuBLAS counts columns first: what lies here as (rows, columns)
-    is (columns, rows) to it, so it is asked for out.T = weight @ x.T.
+    CuPy's own matmul would round the result to float16, too.
+    """
+    gemm(cupy, cupy.asarray(x, np.float16), weight, out, transpose_b=True)
+
+
+def gemm(
+    cupy: Any,
+    a: Array,
+    b: Array,
+    out: Array,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> None:
+    """out = alpha * a @ b + beta * out, a and b each perhaps transposed; both float16 or both float32, out float32, all contiguous.
+
+    cuBLAS counts columns first: what lies here as (rows, columns) is (columns, rows) to it, so it is asked for out.T = b.T @ a.T.
     """
     blas = cupy.cuda.cublas
-    x, weight = cupy.asarray(x, np.float16), cupy.asarray(weight)
-    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    a, b, out = (cupy.asarray(array) for array in (a, b, out))
+    kind = FLOAT16 if a.dtype == np.float16 else FLOAT32
+    (rows, columns), inner = out.shape, a.shape[0] if transpose_a else a.shape[1]
     blas.gemmEx(
         cupy.cuda.device.get_cublas_handle(),
-        blas.CUBLAS_OP_T,
-        blas.CUBLAS_OP_N,
-        outputs,
-        tokens,
-        inputs,
-        ONE.ctypes.data,
-        weight.data.ptr,
-        FLOAT16,
-        inputs,
-        x.data.ptr,
-        FLOAT16,
-        inputs,
-        ZERO.ctypes.data,
+        blas.CUBLAS_OP_T if transpose_b else blas.CUBLAS_OP_N,
+        blas.CUBLAS_OP_T if transpose_a else blas.CUBLAS_OP_N,
+        columns,
+        rows,
+        inner,
+        _number(alpha),
+        b.data.ptr,
+        kind,
+        b.shape[1],
+        a.data.ptr,
+        kind,
+        a.shape[1],
+        _number(beta),
         out.data.ptr,
         FLOAT32,
-        outputs,
+        columns,
         blas.CUBLAS_COMPUTE_32F,
         blas.CUBLAS_GEMM_DEFAULT,
     )
+
+
+def gemm_of_heads(
+    cupy: Any,
+    a: Matrices,
+    b: Matrices,
+    out: Matrices,
+    shape: tuple[int, int, int, int],
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> None:
+    """As :func:`gemm`, for each head, in float32; shape: heads, rows and columns of a result, and what is summed over."""
+    blas = cupy.cuda.cublas
+    heads, rows, columns, inner = shape
+
+    def lies(matrices: Matrices) -> tuple[int, int, int, int]:
+        pointer = cupy.asarray(matrices.array).data.ptr + matrices.first * 4
+        return pointer, FLOAT32, matrices.row, matrices.each
+
+    blas.gemmStridedBatchedEx(
+        cupy.cuda.device.get_cublas_handle(),
+        blas.CUBLAS_OP_T if transpose_b else blas.CUBLAS_OP_N,
+        blas.CUBLAS_OP_T if transpose_a else blas.CUBLAS_OP_N,
+        columns,
+        rows,
+        inner,
+        _number(alpha),
+        *lies(b),
+        *lies(a),
+        _number(beta),
+        *lies(out),
+        heads,
+        blas.CUBLAS_COMPUTE_32F,
+        blas.CUBLAS_GEMM_DEFAULT,
+    )
+
+
+@cache
+def _constant(value: float) -> NDArray[np.float32]:
+    return np.full(1, value, np.float32)
+
+
+def _number(value: float) -> int:
+    """Where it lies on the host, for good."""
+    return _constant(value).ctypes.data
 
 
 class PageProducts:

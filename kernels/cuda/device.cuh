@@ -28,8 +28,10 @@ constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreads = kWarp * kWarpsPerBlock;
 
+// Of a warp, or of the kLanes that lie together in it.
+template <int kLanes = kWarp>
 __device__ __forceinline__ float warp_sum(float value) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
     return value;
 }
 
@@ -86,6 +88,18 @@ __device__ __forceinline__ void widen_four(unsigned first, unsigned second, floa
 __device__ __forceinline__ void widen_eight(uint4 words, float (&out)[8]) {
     const float2 a = widen(words.x), b = widen(words.y), c = widen(words.z), d = widen(words.w);
     out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y, out[4] = c.x, out[5] = c.y, out[6] = d.x, out[7] = d.y;
+}
+
+// Byte i of a word, less 128: it takes the last places of 2^23, whose neighbours are whole numbers. Two instructions at full speed, where
+// a conversion of an integer is a slow one.
+__device__ __forceinline__ float byte_of(unsigned word, int i) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u + i)) - (8388608.0f + 128.0f);
+}
+
+// The four numbers in a vector of float32.
+__device__ __forceinline__ void as_floats(uint4 words, float (&out)[4]) {
+    out[0] = __uint_as_float(words.x), out[1] = __uint_as_float(words.y), out[2] = __uint_as_float(words.z);
+    out[3] = __uint_as_float(words.w);
 }
 
 // Four products of signed bytes, added to a sum. The first Pascal (6.0) has no instruction for it.

@@ -15,7 +15,7 @@ import numpy as np
 
 from moss_jt.kernels.adapters import TARGETS
 from moss_jt.kernels.cuda.cublas import Array, PageProducts, multiply
-from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.interface import PAGE, ByteRows, CacheRows, numbers_of
 
 WARP = 32
 WARPS_PER_BLOCK = 4
@@ -26,7 +26,7 @@ RANK_THREADS = 256  # kRankThreads in adapters.cu
 # multiprocessors with four to six blocks each are the most that these kernels meet.
 ENOUGH_BLOCKS = 800
 LEAST_CHUNKS = 2
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # kMostDims in attention.cu
 # kNumbers, kHalfPage and kPageThreads in attention.cu
 NUMBERS, HALF_PAGE, PAGE_THREADS = 4, 32, 256
 
@@ -196,40 +196,43 @@ class Launchers:
         self.each("elementwise.cu", "add_block", out.size, h, x, bias, out, *_parts(x))
 
     def rotary_cache(
-        self, qkv: Array, rotary: Array, keys: Array, values: Array, places: Array, pages: Array
+        self, qkv: Array, rotary: Array, keys: CacheRows, values: CacheRows, places: Array, pages: Array
     ) -> Array:
         """Rotate queries and keys and write keys and values into one layer's cache.
 
         qkv           (T, 3 * H * D) or (parts, T, 3 * H * D) float32
         rotary        (P', 2, pairs) float32: cosines and sines of each position
-        keys, values  (P, H, D) float16, written where the tokens belong
+        keys, values  (P, H, D) float16, or ByteRows of (P, H, D) int8 and (P // PAGE, H, PAGE), written where the tokens belong
         places        (T, 2) int32: slot and position of each token, checked by moss_jt.kernels.checks
         pages         (S, G) int32: each slot's pages
         Returns the queries (T, H * D) float32.
         """
-        (parts, tokens, _), (_, heads, head_dim) = _parts(qkv), keys.shape
+        (parts, tokens, _), (_, heads, head_dim) = _parts(qkv), numbers_of(keys).shape
         if head_dim % 2 or tuple(places.shape) != (tokens, 2):
             raise ValueError(f"{tokens} tokens of heads of {head_dim} dimensions have places {places.shape}")
         q = self.cupy.empty((tokens, heads * head_dim), np.float32)
-        count = tokens * heads * head_dim // 2
-        sizes = (parts, tokens, heads, head_dim, rotary.shape[2], pages.shape[1])
-        self.each("attention.cu", "rotary_cache", count, qkv, rotary, q, keys, values, places, pages, *sizes)
+        kind, cache = _cache(keys, values)
+        sizes = (parts, head_dim, rotary.shape[2], pages.shape[1])
+        arguments = (qkv, rotary, q, *cache, places, pages, *sizes)
+        threads = -(-head_dim // 2 // WARP) * WARP
+        self.launch("attention.cu", f"rotary_cache{kind}", (heads, tokens), *arguments, threads=threads)
         return q
 
     def attention(
-        self, q: Array, keys: Array, values: Array, places: Array, pages: Array, whole: bool = False
+        self, q: Array, keys: CacheRows, values: CacheRows, places: Array, pages: Array, whole: bool = False
     ) -> Array:
-        """Attention of T queries (T, H * D) float32 over one layer's cache (P, H, D) float16; places, pages as above.
+        """Attention of T queries (T, H * D) float32 over one layer's cache; keys, values, places, pages as above.
 
         Args:
             whole: the tokens are whole pages, each of one sequence, from its first position to its last.
         """
-        tokens, (_, heads, head_dim) = q.shape[0], keys.shape
-        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        tokens, (_, heads, head_dim), (kind, cache) = q.shape[0], numbers_of(keys).shape, _cache(keys, values)
+        unit = 16 // numbers_of(keys).dtype.itemsize
+        if head_dim % unit or head_dim > MAX_HEAD_DIM:
             raise ValueError(
-                f"attention needs heads of 8 to {MAX_HEAD_DIM} dimensions, a multiple of 8; this has {head_dim}"
+                f"attention needs heads of {unit} to {MAX_HEAD_DIM} dimensions, a multiple of {unit}; this has {head_dim}"
             )
-        splits, arrays = pages.shape[1], (q, keys, values)
+        splits, arrays = pages.shape[1], (q, *cache)
         sizes = (heads, head_dim, splits)
         out = self.cupy.empty(q.shape, np.float32)
         if whole:
@@ -237,11 +240,11 @@ class Launchers:
                 raise ValueError(f"{tokens} tokens are no whole pages of {PAGE}")
             halves = (heads, tokens // HALF_PAGE)
             arguments = (*arrays, out, places, pages, *sizes)
-            self.launch("attention.cu", "attention_of_pages", halves, *arguments, threads=PAGE_THREADS)
+            self.launch("attention.cu", f"attention_of_pages{kind}", halves, *arguments, threads=PAGE_THREADS)
             return out
         partial = self.cupy.empty((tokens, heads, splits, head_dim + NUMBERS), np.float32)
         grid = (heads, tokens, splits)
-        self.launch("attention.cu", "attention", grid, *arrays, partial, places, pages, *sizes)
+        self.launch("attention.cu", f"attention{kind}", grid, *arrays, partial, places, pages, *sizes)
         self.launch("attention.cu", "combine_attention", (heads, tokens), partial, out, places, *sizes)
         return out
 
@@ -387,6 +390,13 @@ class Launchers:
 def _parts(x: Array) -> tuple[int, int, int]:
     """(parts, T, width) of what a product gave, in parts or added up."""
     return tuple(x.shape) if len(x.shape) == 3 else (1, *x.shape)
+
+
+def _cache(keys: CacheRows, values: CacheRows) -> tuple[str, tuple[Array, ...]]:
+    """How the names of the kernels for such a cache end, and its arrays in the order of their arguments."""
+    if isinstance(keys, ByteRows):
+        return "_int8", (keys.numbers, values.numbers, keys.scales, values.scales)
+    return "", (keys, values, None, None)
 
 
 def _typed(argument: Any) -> Any:

@@ -7,7 +7,7 @@ inputs.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,7 +18,18 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_shape
 from moss_jt.kernels.cuda.launchers import Array, Launchers, Product, TokenAdapters
 from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, Recording, launch_address, queue
-from moss_jt.kernels.interface import PAGE, BlockWeights, DenseMatrix, Matrix, Places, Region, Var
+from moss_jt.kernels.interface import (
+    PAGE,
+    BlockWeights,
+    ByteRows,
+    CacheRows,
+    DenseMatrix,
+    Matrix,
+    Places,
+    Region,
+    Var,
+    numbers_of,
+)
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.config import MossConfig
@@ -62,26 +73,33 @@ class CudaOperators:
         pool.free_all_blocks()
         pool.set_limit(size=0)  # none
 
-    def read_page(self, keys: Var, values: Var, page: int) -> np.ndarray:
-        """A copy of a page of the cache on the host: (2, L, PAGE, H, D) float16."""
-        layers, _, heads, head_dim = keys.shape
-        rows = slice(page * PAGE, (page + 1) * PAGE)
+    def read_page(self, keys: CacheRows, values: CacheRows, page: int) -> np.ndarray:
+        """A copy of a page of the cache on the host, as of moss_jt.engine.kv_cache.KVCache.read_page."""
+        arrays = _arrays(keys, values)
+        layers, positions, heads, head_dim = numbers_of(keys).shape
+        n_bytes = sum(int(np.prod(a.shape)) * np.dtype(str(a.dtype)).itemsize for a in arrays)
 
         def work(a: Sequence[Array], out: Array) -> None:
-            out[0], out[1] = a[0][:, rows], a[1][:, rows]
+            for part, copy in _of_page(a, out, page):
+                copy[...] = part
 
-        copy: np.ndarray = _code((2, layers, PAGE, heads, head_dim), [keys, values], work, np.float16).numpy()
-        return copy
+        copy: np.ndarray = operation((n_bytes * PAGE // positions,), arrays, work, np.uint8).numpy()
+        return (
+            copy
+            if isinstance(keys, ByteRows)
+            else copy.view(np.float16).reshape(2, layers, PAGE, heads, head_dim)
+        )
 
-    def write_page(self, keys: Var, values: Var, page: int, data: np.ndarray) -> None:
+    def write_page(self, keys: CacheRows, values: CacheRows, page: int, data: np.ndarray) -> None:
         """Put such a copy into the cache."""
-        rows = slice(page * PAGE, (page + 1) * PAGE)
+        arrays, content = _arrays(keys, values), data.reshape(-1).view(np.uint8)
 
         def work(a: Sequence[Array], out: Array) -> None:
-            a[0][:, rows], a[1][:, rows] = a[2][0], a[2][1]
+            for part, copy in _of_page(a[:-1], a[-1], page):
+                part[...] = copy
             out[...] = 0
 
-        _code((1, 1), [keys, values, jt.array(data)], work).sync()
+        operation((1, 1), [*arrays, jt.array(content)], work).sync()
 
     def head(
         self, h: Var, norm_weight: Var, norm_bias: Var, weight: Region, bias: Var, whole: int = 0
@@ -93,7 +111,7 @@ class CudaOperators:
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             for some, pages in _ways(tokens, whole):
                 normed = kernels.layer_norm(a[0][some], a[1], a[2], self.config.layer_norm_epsilon)
-                matrix = _at(a[3], weight)
+                matrix = array_at(a[3], weight)
                 if pages:
                     product = kernels.page_by_page(normed, matrix)
                 else:
@@ -102,14 +120,16 @@ class CudaOperators:
 
         inputs = [h, norm_weight, norm_bias, weight.memory, bias]
         if whole or tokens > FEW_TOKENS:
-            return _code((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
+            return operation((tokens, rows), inputs, lambda a, out: work(self.kernels, a, out))
         key = weight.offset, rows, tokens
         if key not in self._heads:
             self._heads[key] = self._record(work, inputs, (tokens, rows))
         return queue(self._heads[key], self._launch, (tokens, rows), inputs)
 
-    def block(self, h: Var, weights: BlockWeights, keys: Var, values: Var, layer: int, places: Places) -> Var:
-        tokens, shape = places.count, tuple(keys.shape)
+    def block(
+        self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
+    ) -> Var:
+        tokens, cache = places.count, _arrays(keys, values)
         check_shape("h", h, (tokens, self.config.n_embd))
         check_cache(keys, values, self.config, layer, places)
         check_adapters(places, self.adapters, layer)
@@ -119,14 +139,14 @@ class CudaOperators:
 
         def work(kernels: Launchers, a: Sequence[Array], out: Array) -> None:
             def at(region: Region) -> Array:
-                return _at(a[1], region)
+                return array_at(a[1], region)
 
-            adapters = TokenAdapters(a[7], a[8], a[9], rank) if rank else None
-            self._block(kernels, a[0], weights, at, a[2:7], places.whole, out, adapters)
+            tables, rest = (*a[2:5], *_rows(a[5 : 5 + len(cache)])), a[5 + len(cache) :]
+            adapters = TokenAdapters(rest[0], rest[1], rest[2], rank) if rank else None
+            self._block(kernels, a[0], weights, at, tables, places.whole, out, adapters)
 
-        inputs = [
-            h, weights.ln_1_weight.memory, self.rotary, keys, values, places.tokens, places.table
-        ]  # fmt: skip
+        inputs = [h, weights.ln_1_weight.memory, self.rotary, places.tokens, places.table, *cache]
+        layered = range(5, len(inputs))
         rank = 0
         if self.adapters is not None and places.adapters is not None:
             rank = self.adapters.most_rank
@@ -137,14 +157,14 @@ class CudaOperators:
                 if layer == 0:
                     # CuPy's limit counts what it keeps of passes of other lengths, and CuPy gives none of that back for new ones.
                     self.kernels.cupy.get_default_memory_pool().free_all_blocks()
-                work(self.kernels, [*a[:3], a[3][layer], a[4][layer], *a[5:]], out)
+                own = [array[layer] if number in layered else array for number, array in enumerate(a)]
+                work(self.kernels, own, out)
 
-            return _code(h.shape, inputs, long)
-        key = tokens, rank, shape[1], *places.table.shape
+            return operation(h.shape, inputs, long)
+        key = tokens, rank, len(cache), cache[0].shape[1], *places.table.shape
         if key not in recordings:
-            recordings[key] = self._record(work, inputs, h.shape, layered=(3, 4))
-        layer_bytes = layer * shape[1] * shape[2] * shape[3] * 2
-        return queue(recordings[key], self._launch, h.shape, inputs, layer_bytes)
+            recordings[key] = self._record(work, inputs, h.shape, layered)
+        return queue(recordings[key], self._launch, h.shape, inputs, layer)
 
     def launches_per_block(self, weights: BlockWeights) -> int:
         """Of a block that was queued with these weights, whatever its tokens."""
@@ -155,14 +175,16 @@ class CudaOperators:
         work: Callable[[Launchers, Sequence[Array], Array], None],
         inputs: list[Var],
         shape: tuple[int, ...],
-        layered: tuple[int, ...] = (),
+        layered: Container[int] = (),
     ) -> Recording:
         """What ``work`` launches over arrays that lie in the inputs, of which ``layered`` have a layer on their first axis."""
         arrays = []
         for number, var in enumerate(inputs):
-            in_layers = number in layered
-            of_one = tuple(var.shape)[1:] if in_layers else tuple(var.shape)
-            arrays.append(DeviceArray(number, 0, of_one, np.dtype(str(var.dtype)), in_layers))
+            shape_here, dtype, layer_bytes = tuple(var.shape), np.dtype(str(var.dtype)), 0
+            if number in layered:
+                shape_here = shape_here[1:]
+                layer_bytes = int(np.prod(shape_here)) * dtype.itemsize
+            arrays.append(DeviceArray(number, 0, shape_here, dtype, layer_bytes))
         recorder = Recorder(self.kernels, len(inputs) + 1)
         work(recorder, arrays, DeviceArray(len(inputs), 0, tuple(shape), np.dtype(np.float32)))
         return recorder.recording()
@@ -173,16 +195,16 @@ class CudaOperators:
         h: Array,
         weights: BlockWeights,
         at: At,
-        tables: Sequence[Array],
+        tables: Sequence[Any],
         whole: int,
         out: Array,
         adapters: TokenAdapters | None = None,
     ) -> None:
-        """The block over arrays on the device; tables: rotary, the layer's keys and values, places and pages of the tokens.
+        """The block over arrays on the device; tables: rotary, places and pages of the tokens, the layer's keys and values.
 
         All keys and values are there before anyone attends to them.
         """
-        rotary, keys, values, places, pages = tables
+        rotary, places, pages, keys, values = tables
         norm = at(weights.ln_1_weight), at(weights.ln_1_bias)
         inputs = []
         for some, by_page in _ways(h.shape[0], whole):
@@ -218,6 +240,33 @@ def _ways(tokens: int, whole: int) -> list[tuple[slice, bool]]:
     return [(some, by_page) for some, by_page in ways if some.start < some.stop]
 
 
+def _arrays(keys: CacheRows, values: CacheRows) -> list[Var]:
+    """The cache's own, in the order in which a page's copy has them."""
+    return [
+        array
+        for rows in (keys, values)
+        for array in ((rows.numbers, rows.scales) if isinstance(rows, ByteRows) else (rows,))
+    ]
+
+
+def _rows(arrays: Sequence[Array]) -> tuple[CacheRows, CacheRows]:
+    """Keys and values of such arrays."""
+    if len(arrays) == 2:
+        return arrays[0], arrays[1]
+    return ByteRows(arrays[0], arrays[1]), ByteRows(arrays[2], arrays[3])
+
+
+def _of_page(arrays: Sequence[Array], copy: Array, page: int) -> Iterator[tuple[Array, Array]]:
+    """What a page has in each array, all layers, and where that lies in the page's copy (n,) uint8."""
+    pages, begin = arrays[0].shape[1] // PAGE, 0
+    for array in arrays:
+        each = array.shape[1] // pages
+        part = array[:, page * each : (page + 1) * each]
+        own = copy[begin : begin + part.nbytes]
+        yield part, own.view(part.dtype).reshape(part.shape)
+        begin += part.nbytes
+
+
 def _layout(value: Any) -> Hashable:
     """Where the tensors of weights lie in their memory, and how they are packed."""
     if isinstance(value, Region):
@@ -227,7 +276,7 @@ def _layout(value: Any) -> Hashable:
     return value  # bits and the like
 
 
-def _at(memory: Array, region: Region) -> Array:
+def array_at(memory: Array, region: Region) -> Array:
     """The region of a unit's memory, as an array over it."""
     if isinstance(memory, DeviceArray):
         return DeviceArray(memory.memory, region.offset, region.shape, np.dtype(region.dtype))
@@ -244,7 +293,7 @@ def _product(matrix: Matrix, at: At, x: Array) -> Product:
     return Product(x, at(matrix.packed), matrix.bits, at(matrix.scales), at(matrix.zeros), order)
 
 
-def _code(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
+def operation(shape: tuple[int, ...], inputs: list[Var], work: Work, dtype: type = np.float32) -> Var:
     """One Jittor operation that calls ``work`` with its inputs' arrays and the array for its result."""
 
     def run(_: Any, data: dict[str, list[Array]]) -> None:

@@ -5,7 +5,7 @@ so many bytes on in one of an operation's memories, and what it notes holds wher
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -27,21 +27,20 @@ class Kind(IntEnum):
 
     NUMBER = 0
     ARRAY = 1
-    LAYERS_ARRAY = 2
 
 
 @dataclass(frozen=True)
 class DeviceArray:
     """An array that begins ``offset`` bytes into memory number ``memory`` of an operation: its inputs, its result, its workspace.
 
-    layered  whether it moves on with the layer
+    layer_bytes  by which it moves on with each layer
     """
 
     memory: int
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    layered: bool = False
+    layer_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -51,14 +50,14 @@ class DeviceArray:
         """As NumPy's, with one -1 at most."""
         wanted = shape[0] if isinstance(shape[0], tuple) else shape
         filled = tuple(self.size // -int(np.prod(wanted)) if n == -1 else n for n in wanted)
-        return DeviceArray(self.memory, self.offset, filled, self.dtype, self.layered)
+        return replace(self, shape=filled)
 
     def __getitem__(self, rows: slice) -> "DeviceArray":
         """Some of the first axis."""
         first, end, _ = rows.indices(self.shape[0])
         row_bytes = self.size // self.shape[0] * self.dtype.itemsize
         shape = (end - first, *self.shape[1:])
-        return DeviceArray(self.memory, self.offset + first * row_bytes, shape, self.dtype, self.layered)
+        return replace(self, offset=self.offset + first * row_bytes, shape=shape)
 
 
 class Recorder(Launchers):
@@ -97,15 +96,14 @@ class Recorder(Launchers):
         return Recording(np.array([self._launches, *self._entries], np.int64), self._bytes)
 
 
-def _entry(argument: Any) -> tuple[int, int, int, int]:
+def _entry(argument: Any) -> tuple[int, int, int, int, int]:
     if isinstance(argument, DeviceArray):
-        kind = Kind.LAYERS_ARRAY if argument.layered else Kind.ARRAY
-        return kind, argument.memory, argument.offset, argument.size
+        return Kind.ARRAY, argument.memory, argument.offset, argument.size, argument.layer_bytes
     if argument is None:
-        return Kind.NUMBER, 0, 0, 0
+        return Kind.NUMBER, 0, 0, 0, 0
     if isinstance(argument, float):
-        return Kind.NUMBER, 0, int(np.float32(argument).view(np.uint32)), 0
-    return Kind.NUMBER, 0, int(argument), 0
+        return Kind.NUMBER, 0, int(np.float32(argument).view(np.uint32)), 0, 0
+    return Kind.NUMBER, 0, int(argument), 0, 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +131,7 @@ def queue(
     launch: float,
     shape: tuple[int, ...],
     inputs: list[Var],
-    layer_bytes: int = 0,
+    layer: int = 0,
 ) -> Var:
     """One Jittor operation that launches it all; memories are the inputs, the result (float32) and the workspace."""
     source = _source(len(inputs))
@@ -148,7 +146,7 @@ def queue(
         data={
             "table": recording.address,
             "launch": launch,
-            "layer_bytes": float(layer_bytes),
+            "layer": float(layer),
         },
     )
     return result
@@ -159,5 +157,5 @@ def _source(inputs: int) -> str:
     return f"""
 char* const memories[] = {{{memories}}};
 moss_launch::run((const int64_t*)(size_t)data["table"], (moss_launch::Launch)(size_t)data["launch"], memories,
-                 (int64_t)data["layer_bytes"]);
+                 (int64_t)data["layer"]);
 """

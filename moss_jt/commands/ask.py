@@ -15,6 +15,7 @@ from moss_jt.commands.options import (
     adapter_option,
     loaded,
     loading_options,
+    max_new_tokens_option,
     model_folder,
     only_adapter,
     read_text,
@@ -40,13 +41,7 @@ from moss_jt.terminal.turn_view import TurnView
 )
 @click.option("--quiet", is_flag=True, help="Show nothing but the answer.")
 @plugin_options
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=MAX_ANSWER_TOKENS,
-    show_default=True,
-    help="At most this many tokens in the answer.",
-)
+@max_new_tokens_option(MAX_ANSWER_TOKENS, "At most this many tokens in the answer.")
 @sampling_options
 @adapter_option
 @loading_options

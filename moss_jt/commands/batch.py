@@ -23,6 +23,7 @@ from moss_jt.commands.options import (
     adapters_option,
     loaded,
     loading_options,
+    max_new_tokens_option,
     sampling_arguments,
     sampling_options,
 )
@@ -54,13 +55,7 @@ MOST_PARALLEL, CACHE_SHARE = 16, 4
 @click.argument("model")
 @click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("answers", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="At most this many tokens in an answer.",
-)
+@max_new_tokens_option(256, "At most this many tokens in an answer.")
 @click.option(
     "--parallel",
     type=click.IntRange(min=1),

@@ -14,6 +14,7 @@ from moss_jt.commands.options import (
     adapter_option,
     loaded,
     loading_options,
+    max_new_tokens_option,
     model_argument,
     model_folder,
     only_adapter,
@@ -53,13 +54,7 @@ from moss_jt.terminal.screen import Screen
     show_default=True,
     help="Keep the conversation on disk, turn by turn, so that --resume can go on with it.",
 )
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=MAX_ANSWER_TOKENS,
-    show_default=True,
-    help="At most this many tokens in an answer.",
-)
+@max_new_tokens_option(MAX_ANSWER_TOKENS, "At most this many tokens in an answer.")
 @sampling_options
 @adapter_option
 @loading_options

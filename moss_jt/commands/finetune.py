@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from numpy.typing import NDArray
 
 from moss_jt.commands.convert import resumable, run_conversion, terminated_as_interrupted
+from moss_jt.commands.options import device_of
 from moss_jt.commands.progress import token_bar
 from moss_jt.commands.quant_options import QuantOptions
 from moss_jt.convert.checkpoint import open_local
@@ -117,7 +118,27 @@ SAID_TOKENS = 40
     metavar="AMOUNT",
     help="RAM for the whole process: 8GiB, 80%.  [default: what is free]",
 )
-@click.option("--gpu", is_flag=True, hidden=True)
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="Learn on the GPU. Weights that do not fit there are copied to it twice for every step.",
+)
+@click.option(
+    "--device",
+    type=click.IntRange(min=0, max=999),
+    metavar="N",
+    help="With --gpu: which card, counted from 0 as moss-jt doctor lists them.  [default: 0]",
+)
+@click.option(
+    "--gpu-memory",
+    metavar="AMOUNT",
+    help="With --gpu: the limit on the card.  [default: what is free there, less a margin]",
+)
+@click.option(
+    "--host-memory",
+    metavar="AMOUNT",
+    help="With --gpu: the limit in RAM.  [default: what is free, less a margin]",
+)
 def command(
     model: str,
     data: Path,
@@ -141,6 +162,9 @@ def command(
     seed: int,
     memory: str | None,
     gpu: bool,
+    device: int | None,
+    gpu_memory: str | None,
+    host_memory: str | None,
 ) -> None:
     """Teach MODEL from conversations: a small adapter (LoRA) learns, the model itself stays as it is. Or all of a small MODEL
     learns, with --full.
@@ -151,15 +175,26 @@ def command(
     \b
     moss-jt finetune moss-tiny dialogues.jsonl --out my-adapter --epochs 3
     moss-jt finetune moss-moon-003-sft data/ --memory 8GiB --layers 8
+    moss-jt finetune moss-moon-003-sft data/ --gpu --gpu-memory 6GiB
     moss-jt merge moss-moon-003-sft my-adapter --out my-moss
     moss-jt finetune moss-tiny dialogues.jsonl --full --out my-tiny
     """
     check_options(full, optimizer)
-    if gpu:
+    if gpu and full:
         raise MossError(
-            "training computes on the processor only. Leave --gpu away; --memory bounds the RAM that it takes. What was "
-            "learned runs with --gpu, once moss-jt merge has made it part of the model."
+            "all weights (--full) learn on the processor only, in its memory. Leave --gpu away, or --full: an adapter learns on a "
+            "card."
         )
+    where = device_of(
+        {
+            "gpu": gpu,
+            "device": device,
+            "memory": memory,
+            "gpu_memory": gpu_memory,
+            "host_memory": host_memory,
+            "offload": "stream",
+        }
+    )
     screen = Screen()
     store = open_store(model_folder(model))
     out = Path(f"{store.path.name}-{'full' if full else 'adapter'}") if out is None else out
@@ -184,7 +219,18 @@ def command(
             store, dataset, out, full=all_of_it, course=course, learning=learning, memory=memory
         )
     else:
-        training = start(store, dataset, out, lora=lora, course=course, learning=learning, memory=memory)
+        training = start(
+            store,
+            dataset,
+            out,
+            lora=lora,
+            course=course,
+            learning=learning,
+            memory=memory,
+            device=where,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+        )
     if training.state.step:
         screen.line(f"{out} goes on after step {training.state.step} of {training.total}.")
     with terminated_as_interrupted(), resumable(out):

@@ -34,6 +34,17 @@ def _all_of(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
 model_argument = click.argument("model", required=False)
 
+
+def max_new_tokens_option(default: int, meaning: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help=meaning,
+    )
+
+
 cache_bits_option = click.option(
     "--cache-bits",
     type=click.Choice([str(bits) for bits in CACHE_BITS]),

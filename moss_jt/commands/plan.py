@@ -39,7 +39,7 @@ from moss_jt.plan.residency import (
     plan,
     plan_gpu,
 )
-from moss_jt.plan.verdict import duration, verdict
+from moss_jt.plan.summary import duration, summary
 from moss_jt.store.config import MOSS_MOON_003
 from moss_jt.store.copies import copies_of, open_copy
 from moss_jt.store.locations import model_home
@@ -50,7 +50,7 @@ from moss_jt.terminal.screen import Screen
 from moss_jt.train.course import CourseSettings
 from moss_jt.train.fused_optimizers import FullSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.step_estimate import TrainingOutlook, adapter_outlook, full_outlook
+from moss_jt.train.step_estimate import TrainingOutlook, adapter_outlook, card_outlook, full_outlook
 from moss_jt.train.step_time import Speeds as Pace
 from moss_jt.weights.disk_speed import disk_under
 
@@ -151,9 +151,9 @@ def command(
         gpu_memory = this_cards_memory(gpu_memory, device or 0)
     elif gpu_memory is not None:
         gpu_memory = described_cards_memory(gpu_memory)
-    if train and (on_card or model is None):
-        raise click.UsageError("--train needs a MODEL, and computes on the processor: leave cards away.")
-    check_cache_bits(cache_bits, on_card)
+    if train and model is None:
+        raise click.UsageError("--train needs a MODEL.")
+    check_cache_bits(cache_bits)
     amounts = memory, gpu_memory, host_memory
     here = on_this_machine(*amounts, gpu)
     screen = Screen()
@@ -166,7 +166,8 @@ def command(
     sizes, store = sizes_of(model, None if bits is None else int(bits))
     if train:
         disk = speed_of(disk_speed, disk_of(store) if here and disk_speed is None else None, ASSUMED_DISK)
-        for line in training_lines(sizes, memory, products_of(here, False, compute_speed), disk):
+        link = speed_of(link_speed, None, ASSUMED_LINK) if on_card else None
+        for line in training_lines(sizes, amounts, products_of(here, on_card, compute_speed), disk, link):
             screen.line(line)
         return
     sizes = replace(sizes, cache_bits=cache_bits)
@@ -179,7 +180,7 @@ def command(
     if copy is not None:
         chosen, remark = with_copy(sizes, copy, amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
-    screen.line(verdict(speeds.seconds(chosen), as_it_is, quicker))
+    screen.line(summary(speeds.seconds(chosen), as_it_is, quicker))
     screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
     for one in (remark, about_unpublished(model) if store is None else "", shorter(sizes, amounts, chosen)):
         if one:
@@ -187,10 +188,19 @@ def command(
     screen.line("\n" + report(model, chosen, speeds))
 
 
-def training_lines(sizes: ModelSizes, memory: str | None, products: Speed, disk: Speed) -> list[str]:
-    """What an adapter takes, over all blocks and over the last eight, and what all weights take."""
+def training_lines(
+    sizes: ModelSizes, amounts: "Amounts", products: Speed, disk: Speed, link: Speed | None
+) -> list[str]:
+    """What an adapter takes, over all blocks and over the last eight, and on the processor what all weights take.
+
+    Args:
+        link: to a card, where one is to compute.
+    """
+    memory, gpu_memory, host_memory = amounts
     here = process_memory()
-    budget = default_budget(here) if memory is None else parse_memory(memory, here.total_bytes)
+    given = memory if link is None else host_memory
+    budget = default_budget(here) if given is None else parse_memory(given, here.total_bytes)
+    card = 0 if gpu_memory is None else parse_memory(gpu_memory, 0)
     speeds, course, threads = (
         Pace(products.bytes_per_s, disk.bytes_per_s),
         CourseSettings(),
@@ -201,8 +211,12 @@ def training_lines(sizes: ModelSizes, memory: str | None, products: Speed, disk:
         if layers is None or layers < sizes.config.n_layer:
             name = "An adapter" if layers is None else f"An adapter in the last blocks (--layers {layers})"
             lora = LoraSettings(layers=layers)
-            ways[name] = functools.partial(adapter_outlook, sizes, lora, course, budget, threads, speeds)
-    if sizes.bits == 16:
+            if link is None:
+                ways[name] = functools.partial(adapter_outlook, sizes, lora, course, budget, threads, speeds)
+            else:
+                limits = card, budget, speeds, link.bytes_per_s
+                ways[name] = functools.partial(card_outlook, sizes, lora, course, *limits)
+    if sizes.bits == 16 and link is None:
         all_of_it = FullSettings(), course, budget, threads, speeds
         ways["All weights (--full)"] = functools.partial(full_outlook, sizes.config, *all_of_it)
     lines = []
@@ -212,6 +226,8 @@ def training_lines(sizes: ModelSizes, memory: str | None, products: Speed, disk:
         except MossError as error:
             lines.append(f"{name}: {error}")
     speed = f"{products.bytes_per_s / GFLOP:.0f} GFLOP/s {products.source}, the disk {disk}"
+    if link is not None:
+        speed += f", the link to the card {link}"
     return [*lines, f"Products at {speed}; the memory that may be used: {gib(budget)}."]
 
 
@@ -229,7 +245,7 @@ def overview(amounts: Amounts, context: int | None, cache_bits: int, speeds: Spe
             text = f"Does not run: {str(error).partition(':')[0]}."
         else:
             wait = duration(first_word(chosen, speeds.disk.bytes_per_s, products).seconds)
-            text = f"{verdict(speeds.seconds(chosen), False, ())} First word expected after {wait}."
+            text = f"{summary(speeds.seconds(chosen), False, ())} First word expected after {wait}."
         lines.append(f"{name:<10}{gib(sizes.weight_bytes):>10}  {text}")
     return "\n".join(lines)
 

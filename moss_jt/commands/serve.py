@@ -12,6 +12,7 @@ from moss_jt.commands.options import (
     adapters_option,
     loaded,
     loading_options,
+    max_new_tokens_option,
     model_argument,
     model_folder,
     sampling_arguments,
@@ -86,12 +87,8 @@ MOST_KEY_BYTES = 1 << 16
 )
 @click.option("--metrics/--no-metrics", default=True, show_default=True, help="Numbers at /metrics.")
 @plugin_options
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=MAX_ANSWER_TOKENS,
-    show_default=True,
-    help="The most tokens of an answer in a conversation that the server keeps.",
+@max_new_tokens_option(
+    MAX_ANSWER_TOKENS, "The most tokens of an answer in a conversation that the server keeps."
 )
 @sampling_options
 @adapters_option

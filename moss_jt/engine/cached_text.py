@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from moss_jt.engine.causal_model import LoadedAdapter
+from moss_jt.engine.idle_page_file import PageFile
 from moss_jt.engine.pages import PagePool, beginning_of
 from moss_jt.kernels.interface import PAGE
 
@@ -25,14 +26,20 @@ class CachedText:
     """
 
     def __init__(
-        self, pool: PagePool, whole_pages: bool = True, adapter: LoadedAdapter | None = None
+        self,
+        pool: PagePool,
+        file: PageFile | None = None,
+        whole_pages: bool = True,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         """
         Args:
+            file: where its pages may be stored.
             whole_pages: a pass can hold one; otherwise all comes token by token.
             adapter: with which all of it is computed. Pages are only shared with texts that have the same one.
         """
         self.pool = pool
+        self._file = file
         self.adapter = None if adapter is None else adapter.number
         self._origin = b"" if adapter is None else adapter.digest
         self._whole_pages = whole_pages
@@ -44,8 +51,8 @@ class CachedText:
         self._whole: list[bool] = []  # of each page that the text has
         self._names: list[bytes] = []  # of the whole pages that it begins with, as far as they are cached
 
-    def settle(self, length: int, continued: bool = True) -> list[int]:
-        """The text has ``length`` tokens; returns stored pages that are not needed any more.
+    def settle(self, length: int, continued: bool = True) -> None:
+        """The text has ``length`` tokens.
 
         Args:
             continued: it is to be answered, so the last token is computed in any case, and in a page that is not whole: its
@@ -54,34 +61,33 @@ class CachedText:
         for page in range(len(self._whole), pages_of(length)):
             self._whole.append(self._whole_pages and (page + 1) * PAGE <= length - continued)
         if not continued:
-            return []
+            return
         last = pages_of(length) - 1
-        if self._whole[last]:
-            self._whole[last] = False
-            return self.back_to(min(self.cached, last * PAGE))
-        return self.back_to(min(self.cached, length - 1))
+        end = last * PAGE if self._whole[last] else length - 1
+        self._whole[last] = False
+        self.back_to(min(self.cached, end))
 
     def grown(self, length: int) -> None:
         """The model has written the last of ``length`` tokens: what its page gets comes token by token."""
         if len(self._whole) < pages_of(length):
             self._whole.append(False)
 
-    def cut(self, length: int) -> list[int]:
-        """Forget what is beyond ``length`` tokens; returns stored pages that are not needed any more."""
+    def cut(self, length: int) -> None:
+        """Forget what is beyond ``length`` tokens."""
         del self._whole[pages_of(length) :]
         self.cached = min(self.cached, length)
         if length % PAGE and len(self._whole) == pages_of(length) and self._whole[-1]:
             del self._whole[-1]  # a whole page that is cut is one no longer, and is computed anew
             self.cached = min(self.cached, length // PAGE * PAGE)
-        return self._trim()
+        self._trim()
 
-    def back_to(self, cached: int) -> list[int]:
+    def back_to(self, cached: int) -> None:
         """The pass that computed what is beyond did not come to its end."""
         for page in self.pages[cached // PAGE :]:
             if self.pool.users(page) == 1:
                 self.pool.unname(page)
         self.cached = cached
-        return self._trim()
+        self._trim()
 
     def ways(self) -> list[bool]:
         """Of each page that the text has, whether it is whole: what other text begins in the same way is computed alike."""
@@ -97,14 +103,12 @@ class CachedText:
     def is_whole(self, page: int) -> bool:
         return self._whole[self.pages.index(page)]
 
-    def begin_as(self, ways: Sequence[bool], length: int) -> list[int]:
-        """The text has ``length`` tokens that were given and written in these ways before; what is computed of it is forgotten.
-        Returns stored pages that are not needed any more."""
-        unneeded = self.release()
+    def begin_as(self, ways: Sequence[bool], length: int) -> None:
+        """The text has ``length`` tokens that were given and written in these ways before; what is computed of it is forgotten."""
+        self.release()
         full = length // PAGE
         self._whole = [whole and self._whole_pages and page < full for page, whole in enumerate(ways)]
         del self._whole[pages_of(length) :]
-        return unneeded
 
     def full_pages(self, token_ids: Sequence[int], length: int) -> list[bytes]:
         """The names of the pages that the first ``length`` tokens fill, in order."""
@@ -114,7 +118,7 @@ class CachedText:
             names.append(beginning_of(names[-1] if names else self._origin, tokens, self._whole[page]))
         return names
 
-    def _trim(self) -> list[int]:
+    def _trim(self) -> None:
         count = pages_of(self.cached)
         self.pool.give_back(self.pages[count:])
         del self.pages[count:]
@@ -122,9 +126,12 @@ class CachedText:
         if self.cached % PAGE and self._written:
             self._written[-1] = next(WRITTEN)
         del self._names[self.cached // PAGE :]
-        unneeded = self.stored[count:]
+        self._free(self.stored[count:])
         del self.stored[count:]
-        return unneeded
+
+    def _free(self, records: list[int]) -> None:
+        if self._file is not None:
+            self._file.free(records)
 
     def next_run(self, length: int) -> tuple[int, bool]:
         """Tokens that can be computed next in one way, of a text of ``length``, and whether they are a whole page."""
@@ -187,8 +194,8 @@ class CachedText:
         self.release()
         self.stored, self.cached = records, cached
 
-    def restore(self, token_ids: Sequence[int], read: Callable[[int, int], bool]) -> list[int]:
-        """Have what was stored in pages again; returns the records that it was in.
+    def restore(self, token_ids: Sequence[int], read: Callable[[int, int], bool]) -> None:
+        """Have what was stored in pages again.
 
         Args:
             read: fills a page from a record, and says whether it could: what cannot be read is computed anew.
@@ -203,12 +210,12 @@ class CachedText:
             if not read(record, self.pages[-1]):
                 self.back_to(self.cached - count)
                 break
-        return records
+        self._free(records)
 
-    def release(self) -> list[int]:
+    def release(self) -> None:
         """Give back all pages; what was cached is stored nowhere, and is computed anew in the same way when it is needed."""
         self.cached = 0
-        return self._trim()
+        self._trim()
 
 
 def pages_of(length: int) -> int:

@@ -1,10 +1,11 @@
 """A model folder becomes a model that computes on the GPU. Importing this starts Jittor and CuPy."""
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from moss_jt.backend.device import Offload
 from moss_jt.backend.gpu_requirements import says_full
@@ -25,6 +26,8 @@ from moss_jt.weights.gpu_units import StreamedUnits, SwappedUnits, UnifiedUnits
 from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.weights import Units, Weights
 
+Loaded = TypeVar("Loaded")
+
 
 def load_gpu_model(
     store: Store, planner: GpuPlanner, home: Path, offload: Offload, adapters: AdapterBank | None = None
@@ -33,16 +36,33 @@ def load_gpu_model(
 
     A plan that turns out too large, because other programs use the card too, shrinks once to what is free.
     """
+    return load_on_card(
+        planner,
+        lambda cupy: warm_up_gpu(cupy, store.bits, planner.cache_bits),
+        lambda plan, cupy: _load(store, plan, home, offload, cupy, adapters),
+    )
+
+
+def load_on_card(
+    planner: GpuPlanner,
+    warm: Callable[[ModuleType], None],
+    load: Callable[[ResidencyPlan, ModuleType], Loaded],
+) -> Loaded:
+    """What ``load`` makes of a plan, with what CUDA takes on this card once ``warm`` has compiled everything.
+
+    Raises:
+        MossError: the operators cannot be compiled, a file cannot be read, or the card is full.
+    """
     cupy = import_cupy()
     try:
-        warm_up_gpu(cupy, store.bits)
+        warm(cupy)
     except FULL as error:
         raise_if_full(error)
         raise
     started = StartedCard(free_now(cupy), cuda_takes(cupy))
     plan = _plan_again(planner, started)
     try:
-        return _load(store, plan, home, offload, cupy, adapters)
+        return load(plan, cupy)
     except FULL as error:
         if not says_full(error):
             raise
@@ -56,7 +76,7 @@ def load_gpu_model(
         f"Loading again with {gib(smaller.budget_bytes)}, of which {gib(smaller.bytes_on('device'))} are weights.\n"
     )
     try:
-        return _load(store, smaller, home, offload, cupy, adapters)
+        return load(smaller, cupy)
     except FULL as error:
         raise_if_full(error, smaller)
         raise
@@ -70,7 +90,7 @@ def load_copy(store: Store, model: Model, plan: ResidencyPlan, home: Path) -> Mo
     """
     assert isinstance(model.weights, Weights)
     try:
-        warm_up_gpu(import_cupy(), store.bits)
+        warm_up_gpu(import_cupy(), store.bits, plan.sizes.cache_bits)
         return model.with_weights(
             copy_weights(
                 store,
@@ -140,7 +160,8 @@ def _load(
     # CuPy keeps freed memory for reuse: no more than the plan has for the results within a pass.
     cupy.get_default_memory_pool().set_limit(size=results)
     operators = CudaOperators(store.config, cupy, adapters)
-    cache = KVCache(store.config, cache_positions(plan), device_memory, operators)
+    positions, bits = cache_positions(plan), plan.sizes.cache_bits
+    cache = KVCache(store.config, positions, device_memory, operators, bits)
     weights = Weights(store, plan, _units(store, plan, home, offload))
     try:
         # Whether there is memory for the results is seen now, and not in the midst of an answer.

@@ -9,7 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from moss_jt.engine.cached_text import CachedText
 from moss_jt.engine.prompt_cache import PromptCache
+from moss_jt.kernels.interface import PAGE
 
 # What is still to be written when the model is closed may take so long.
 CLOSING_S = 5.0
@@ -32,12 +34,16 @@ class KeptPages:
 
     Args:
         lock: held by who changes pages of the model.
+        freed: called with it held when a page that was to be written is free for others.
     """
 
-    def __init__(self, cache: PromptCache, model: PageMemory, lock: threading.RLock) -> None:
+    def __init__(
+        self, cache: PromptCache, model: PageMemory, lock: threading.RLock, freed: Callable[[], None]
+    ) -> None:
         self._cache = cache
         self._model = model
         self._lock = lock
+        self._freed = freed
         self._changed = threading.Condition(lock)
         self._waiting: deque[tuple[bytes, int, Finished]] = deque()
         self._pending: set[bytes] = set()
@@ -45,10 +51,41 @@ class KeptPages:
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def has(self, name: bytes) -> bool:
-        return self._cache.has(name)
+    def load_next(self, text: CachedText, token_ids: Sequence[int], most: int) -> bool:
+        """Have the next page of a text as it is kept from an earlier process, where it is, and ends within ``most`` tokens."""
+        end = text.cached + PAGE
+        if text.cached % PAGE or end > most:
+            return False
+        names = text.full_pages(token_ids, end)
+        if PAGE * len(names) < end or not self._cache.has(names[-1]):
+            return False
+        start = text.compute(token_ids, PAGE)
+        if not self._load(names[-1], text.pages[-1]):
+            text.back_to(start)
+            return False
+        self._cache.touch([name for name in names if name in self._known])
+        return True
 
-    def load(self, name: bytes, page: int) -> bool:
+    def keep(self, text: CachedText, token_ids: Sequence[int], length: int) -> None:
+        """Have the full pages of the first ``length`` tokens written, as far as they are computed and not kept yet."""
+        names = text.full_pages(token_ids, min(length, text.cached))
+        for page, name in zip(text.pages, names, strict=False):
+            if self._wanted(name):
+                text.pool.hold(page)
+                self._keep(name, page, self._held(text, page))
+
+    def _held(self, text: CachedText, page: int) -> Finished:
+        """Gives a page back that was held to be written, and says whether it was left as it was."""
+        state, whole = text.state_of(page), text.is_whole(page)
+
+        def finished(written: bool) -> bool:
+            text.pool.give_back([page])
+            self._freed()
+            return whole or text.state_of(page) == state
+
+        return finished
+
+    def _load(self, name: bytes, page: int) -> bool:
         """Fill a page with what is kept under a name; False where nothing good is, and the page holds anything."""
         views = self._model.page_views(page)
         if views is not None:
@@ -61,13 +98,7 @@ class KeptPages:
             self._known.add(name)
         return loaded
 
-    def used(self, names: Sequence[bytes]) -> None:
-        """The first pages of a text, in its order, are used now."""
-        known = [name for name in names if name in self._known]
-        if known:
-            self._cache.touch(known)
-
-    def wanted(self, name: bytes) -> bool:
+    def _wanted(self, name: bytes) -> bool:
         """Whether a page of that name is still to be kept."""
         if name in self._known or name in self._pending or self._closing:
             return False
@@ -75,7 +106,7 @@ class KeptPages:
             self._known.add(name)
         return name not in self._known
 
-    def keep(self, name: bytes, page: int, finished: Finished) -> None:
+    def _keep(self, name: bytes, page: int, finished: Finished) -> None:
         """Have a page written, by and by: at once where the host has no memory of it. By the model's thread, which holds the lock.
 
         Args:

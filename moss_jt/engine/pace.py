@@ -6,7 +6,7 @@ from moss_jt.kernels.interface import PAGE
 STRETCH = 0.4
 # Where they lengthen it by more, answers in the background have one of so many passes; and where not, one of so many goes without
 # them, to see whether that is still so.
-GUESTS_SELDOM, GUESTS_OFTEN = 4, 16
+BACKGROUND_SELDOM, BACKGROUND_OFTEN = 4, 16
 LEARNING = 0.2
 
 
@@ -16,21 +16,21 @@ class Pace:
     def __init__(self) -> None:
         self.pass_s: float | None = None
         self._token_s: float | None = None
-        self._guests_s: dict[
+        self._mixed_s: dict[
             bool, float
         ] = {}  # of passes with answers in the background beside others, and without
         self._mixed = 0  # passes that both kinds waited for
 
-    def note(self, prompt_tokens: int, seconds: float, guests: bool | None = None) -> None:
+    def note(self, prompt_tokens: int, seconds: float, background: bool | None = None) -> None:
         """A pass with so many tokens of prompts took so long.
 
         Args:
-            guests: whether answers in the background took part, where there were others, too.
+            background: whether answers in the background took part, where there were others, too.
         """
         if prompt_tokens < PAGE:
             self.pass_s = _blend(self.pass_s, seconds)
-            if guests is not None:
-                self._guests_s[guests] = _blend(self._guests_s.get(guests), seconds)
+            if background is not None:
+                self._mixed_s[background] = _blend(self._mixed_s.get(background), seconds)
         elif self.pass_s is not None:
             self._token_s = _blend(self._token_s, max(0.0, seconds - self.pass_s) / prompt_tokens)
 
@@ -40,14 +40,14 @@ class Pace:
             return most
         return min(most, max(PAGE, int(STRETCH * self.pass_s / self._token_s)))
 
-    def guests(self) -> bool:
+    def takes_background(self) -> bool:
         """Whether answers in the background take part in the next pass, which others wait for."""
         self._mixed += 1
-        if len(self._guests_s) < 2:
+        if len(self._mixed_s) < 2:
             return self._mixed % 2 == 0
-        if self._guests_s[True] <= (1 + STRETCH) * self._guests_s[False]:
-            return self._mixed % GUESTS_OFTEN != 0
-        return self._mixed % GUESTS_SELDOM == 0
+        if self._mixed_s[True] <= (1 + STRETCH) * self._mixed_s[False]:
+            return self._mixed % BACKGROUND_OFTEN != 0
+        return self._mixed % BACKGROUND_SELDOM == 0
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -111,12 +111,12 @@ class Sequence:
         del self.token_ids[position:]
         self.engine.cut(self._text, position)
 
-    def suppose(self, page: np.ndarray) -> None:
+    def assume_read(self, page: np.ndarray) -> None:
         """For measurements: the text counts as read, all but its last token, with this page's keys and values all along.
 
         It must not have been read before, and there must be room for it.
         """
-        self.engine.suppose(self._text, self.token_ids, page)
+        self.engine.assume_read(self._text, self.token_ids, page)
 
     def prefill(self) -> None:
         """Compute what was appended, all but the last token: an answer starts with that one."""

@@ -51,7 +51,7 @@ def warm_up(bits: int, cache_bits: int = 16) -> None:
     _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
 
 
-def warm_up_gpu(cupy: Any, bits: int) -> None:
+def warm_up_gpu(cupy: Any, bits: int, cache_bits: int = 16) -> None:
     """The same for the GPU: Jittor's operation for copies with nvcc, and our kernels with CuPy.
 
     Raises:
@@ -59,17 +59,27 @@ def warm_up_gpu(cupy: Any, bits: int) -> None:
     """
 
     def run() -> None:
-        engine = CudaCopyEngine()
-        event = engine.new_event()
-        engine.synchronize(event)
-        memory = device_memory(1 << 16)
+        _run_all(CudaOperators(TINY, cupy), bits, on_card(), PASSES, cache_bits)
 
-        def region(shape: tuple[int, ...], dtype: str) -> Region:
-            return Region(memory, 0, shape, dtype)
+    announced_on_card(run, f"{cupy.__version__} {bits} {cache_bits}")
 
-        _run_all(CudaOperators(TINY, cupy), bits, region, PASSES)
 
-    fingerprint = _fingerprint(f"{cupy.__version__} {bits}", Path(launchers.folder()))
+def on_card() -> Make:
+    """Makes weights on the card, once copies there have been tried."""
+    engine = CudaCopyEngine()
+    event = engine.new_event()
+    engine.synchronize(event)
+    memory = device_memory(1 << 16)
+    return lambda shape, dtype: Region(memory, 0, shape, dtype)
+
+
+def announced_on_card(run: Callable[[], None], name: str) -> None:
+    """Run what compiles operators for the card, and say so where it was not done before under this name.
+
+    Raises:
+        MossError: a compiler failed; the message names the log.
+    """
+    fingerprint = _fingerprint(name, Path(launchers.folder()))
     advice = "moss-jt doctor checks the toolkit; its version must suit the card and the driver."
     _announced(run, fingerprint, "this GPU", "about a minute", advice)
 
@@ -104,12 +114,17 @@ def _fingerprint(text: str, folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...], cache_bits: int = 16) -> None:
+def tiny_block(bits: int, make: Make) -> BlockWeights:
+    """A block of :data:`TINY`."""
     fields = {}
     for tensor in BLOCK:
         shape = tensor.shape(TINY)
         fields[tensor.field] = _matrix(shape[0], bits, make) if tensor.is_matrix else make(shape, "float16")
-    weights = BlockWeights(**fields)
+    return BlockWeights(**fields)
+
+
+def _run_all(operators: Any, bits: int, make: Make, passes: tuple[int, ...], cache_bits: int = 16) -> None:
+    weights = tiny_block(bits, make)
     cache = KVCache(TINY, TINY.n_positions, _zeros, bits=cache_bits)
     for tokens in passes:
         rows = jt.array(np.zeros((tokens, WIDTH), np.float32))

@@ -74,13 +74,13 @@ def measure_together(
         )
     draw = np.random.default_rng(0)
     page = model.read_page(0)
-    if page.dtype != np.uint8:  # bytes of int8 and scales stay what they are
-        page[...] = draw.standard_normal(page.shape, np.float32) * 0.5
+    # Bytes of int8 and scales are zero: on a card what nobody wrote may be no number.
+    page[...] = 0 if page.dtype == np.uint8 else draw.standard_normal(page.shape, np.float32) * 0.5
     texts = []
     for first in range(most):
         text = Text(engine)
         text.extend([(token + first) % vocabulary for token in prompt_ids(context, vocabulary)])
-        text.suppose(page)
+        text.assume_read(page)
         texts.append(text)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(-(-steps // TURN)):

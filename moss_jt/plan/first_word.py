@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moss_jt.plan.report import Speed
 from moss_jt.plan.residency import ResidencyPlan
-from moss_jt.plan.verdict import duration
+from moss_jt.plan.summary import duration
 
 # MOSS's meta instruction with its switches has 284 tokens; a short question comes after it.
 PROMPT_TOKENS = 300

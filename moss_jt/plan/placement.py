@@ -115,6 +115,7 @@ class GpuPlanner:
     gpu_memory  the limit of what the process may hold on the card; None for what is free there less a margin
     copy        writes drafts, and must be on the card
     adapter_bytes  what the model's adapters take there
+    cache_bits  of keys and values
     """
 
     store: Store
@@ -128,6 +129,7 @@ class GpuPlanner:
     parallel: int = 1
     copy: Copy | None = None
     adapter_bytes: int = 0
+    cache_bits: int = 16
 
     def plan(self) -> ResidencyPlan:
         """Before CUDA starts: what it takes is an allowance, and counts for nothing where that would refuse a plan.
@@ -161,7 +163,7 @@ class GpuPlanner:
 
     def _plan(self, budget: int, footprint: int) -> ResidencyPlan:
         plan = plan_gpu(
-            sizes_of_store(self.store),
+            sizes_of_store(self.store, self.cache_bits),
             self.needs,
             self.context,
             budget,
@@ -187,12 +189,14 @@ def gpu_planner(
     offload: Offload,
     parallel: int = 1,
     adapter_bytes: int = 0,
+    cache_bits: int = 16,
 ) -> GpuPlanner:
     """For this process, which counts what it holds on the host already.
 
     Args:
         host_memory: the limit in RAM; None for what is free less a margin.
         adapter_bytes: what the model's adapters take on the card, and on the host, from where they are copied.
+        cache_bits: of keys and values.
 
     Raises:
         MossError: a limit is none, or the card cannot do what ``offload`` needs.
@@ -215,6 +219,7 @@ def gpu_planner(
         offload,
         parallel,
         adapter_bytes=adapter_bytes,
+        cache_bits=cache_bits,
     )
 
 

@@ -272,8 +272,14 @@ def plan_gpu(
         adapter_bytes: what the model's adapters take there.
 
     Raises:
-        MossError: a budget is below the smallest that works; the message names that one.
+        MossError: a budget is below the smallest that works; the message names that one. Or the card's kernels cannot read such a
+            cache.
     """
+    if sizes.cache_bits == 8 and sizes.config.head_dim % 16:
+        raise MossError(
+            f"a cache in int8 needs heads of a multiple of 16 dimensions on a GPU, and this model's have {sizes.config.head_dim}. "
+            "Leave --cache-bits at 16."
+        )
     tokens = min(pass_tokens, context * parallel)
     units = len(sizes.block_bytes) + len(sizes.head_slabs())
     results = needs.workspace_bytes(tokens) + needs.short_pass_bytes(tokens, context)
@@ -396,7 +402,8 @@ def residents_from(plan: ResidencyPlan, first: int) -> ResidencyPlan:
     units = tuple(
         replace(unit, tier="device" if i in resident else "disk") for i, unit in enumerate(plan.units)
     )
-    return replace(plan, units=units)
+    moved = replace(plan, units=units)
+    return moved if plan.host_budget_bytes is None else _choose_on_host(moved)
 
 
 def _most(units: Sequence[Unit], group: Sequence[int], n_bytes: int) -> set[int]:
@@ -453,17 +460,13 @@ def _too_little(empty: ResidencyPlan, smallest: int, flag: str) -> TooLittleErro
     )
 
 
-def check_cache_bits(bits: int, on_gpu: bool) -> None:
+def check_cache_bits(bits: int) -> None:
     """
     Raises:
-        MossError: there is no cache of so many bits, or not on a GPU.
+        MossError: there is no cache of so many bits.
     """
     if bits not in CACHE_BITS:
         raise MossError(f"a cache of {bits!r:.20} bits is not possible. Give 16, or 8 for int8.")
-    if on_gpu and bits != 16:
-        raise MossError(
-            "a cache in int8 (--cache-bits 8) is computed on the CPU only. On a GPU leave it at 16 bits."
-        )
 
 
 def cache_text(plan: ResidencyPlan) -> str:

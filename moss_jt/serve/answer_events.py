@@ -63,9 +63,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """A choice is whole. ``reason`` is OpenAI's: stop or length."""
+    """Nothing more comes of a choice. ``reason`` is OpenAI's: stop or length; None where it was cancelled before its end."""
 
     choice: int
-    reason: str
+    reason: str | None
     usage: Usage
     seconds: tuple[float, float] = (0.0, 0.0)  # until the first token, and after it

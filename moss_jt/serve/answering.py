@@ -90,8 +90,8 @@ class Answering:
         if self.ended:
             self._over.set()
 
-    def end(self, error: ApiError | None = None) -> None:
-        self.error, self.ended, self.ended_at = error, True, time.monotonic()
+    def end(self) -> None:
+        self.ended, self.ended_at = True, time.monotonic()
         self._bell.ring(self._wake)
 
     def when_cancelled(self, call: Callable[[], None]) -> None:
@@ -102,9 +102,11 @@ class Answering:
                 return
         call()
 
-    def cancel(self) -> None:
-        """Nobody wants any more of it. It ends within one block of the model."""
+    def cancel(self, error: ApiError | None = None) -> None:
+        """Nobody wants any more of it, or it cannot go on, which who still reads is told. It ends within one block of the model."""
         with self._lock:
+            if not self.ended:
+                self.error = self.error or error
             self.cancelled.set()
             calls, self._to_cancel = self._to_cancel, []
         for call in calls:
@@ -205,11 +207,10 @@ class Answers:
 
         def over(error: ApiError | None) -> None:
             if error is not None:
-                answering.cancel()
-            answering.error = answering.error or error
+                answering.cancel(error)
             if left.down() == 0:
                 self._running.discard(answering)
-                answering.end(answering.error)
+                answering.end()
 
         def write(part: Part) -> None:
             try:
@@ -266,8 +267,7 @@ class Answers:
         """End all of them, and begin no more."""
         self.stopping = True
         for answering in [*self._running]:
-            answering.error = answering.error or ApiError(503, STOPPING, code="stopping")
-            answering.cancel()
+            answering.cancel(ApiError(503, STOPPING, code="stopping"))
 
     async def ended(self, most_s: float) -> bool:
         """Wait until none is being written, but not for ever."""

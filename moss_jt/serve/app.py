@@ -18,7 +18,7 @@ from moss_jt.serve import (
     vortex,
     web,
 )
-from moss_jt.serve.kept_conversations import Shelves
+from moss_jt.serve.kept_conversations import ConversationStores
 from moss_jt.serve.security import Guard
 from moss_jt.serve.service import Service
 
@@ -56,14 +56,14 @@ ANY_TIME: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, shelves: Shelves) -> FastAPI:
+def make_app(service: Service, stores: ConversationStores) -> FastAPI:
     # No pages of the framework's own: they load scripts from elsewhere.
     app = FastAPI(title="moss-jt", docs_url=None, redoc_url=None, responses=ANY_TIME)
     errors.install(app)
     for module in (models, chat_completions, completions, replay, vortex):
         app.include_router(module.router(service))
-    app.include_router(page_interface.router(service, shelves.page))
-    app.include_router(reference.router(service, shelves.reference))
+    app.include_router(page_interface.router(service, stores.page))
+    app.include_router(reference.router(service, stores.reference))
     app.include_router(web.router())
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     app.add_middleware(Guard, settings=service.settings)

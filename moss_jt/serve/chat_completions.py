@@ -1,7 +1,5 @@
 """POST /v1/chat/completions."""
 
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,28 +15,23 @@ from moss_jt.errors import MossError
 from moss_jt.serve.answer_events import Extra, Finished, Thinking, Token, Usage, Words
 from moss_jt.serve.answering import Part
 from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.openai_form import OpenAiForm, router_at
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import ChatRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
 from moss_jt.serve.text_answers import Wanted, write_plain
 from moss_jt.serve.turn_answers import WantedTurn, write_turn
 from moss_jt.store.tokenizer import Tokenizer
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"])
-
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         service.model(asked.model)
         parts = await service.aside(prepared, service, asked)
         form = ChatForm(service, asked)
         return respond(service, request, parts, form, bool(asked.stream), "chat")
 
-    for path in ("/v1/chat/completions", "/chat/completions"):
-        options: dict[str, Any] = {"include_in_schema": path.startswith("/v1"), "responses": OR_STREAM}
-        routes.add_api_route(path, chat_completions, methods=["POST"], **options)
-    return routes
+    return router_at("chat/completions", chat_completions)
 
 
 def prepared(service: Service, asked: ChatRequest) -> list[Part]:
@@ -88,21 +81,16 @@ class Choice:
     thoughts: str = ""
     tokens: list[Token] = field(default_factory=list)
     extras: list[dict[str, Any]] = field(default_factory=list)
-    reason: str = "stop"
+    reason: str | None = None
 
 
-class ChatForm:
+class ChatForm(OpenAiForm):
     """What an answer looks like: as events, and whole."""
 
     def __init__(self, service: Service, asked: ChatRequest) -> None:
-        self._service = service
-        self._model = service.adapter(asked.model) or service.name
-        self._choices = asked.n or 1
+        kinds = "chatcmpl", "chat.completion", "chat.completion.chunk"
+        super().__init__(service, asked, asked.n or 1, *kinds)
         self._logprobs = bool(asked.logprobs)
-        self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        self._progress = bool(asked.return_progress)
-        self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        self._chunks = Chunks(self._head("chat.completion.chunk"))
 
     def first(self) -> Iterator[str]:
         for index in range(self._choices):
@@ -115,20 +103,11 @@ class ChatForm:
             yield self._chunk(event.choice, {"reasoning_content": event.text})
         elif isinstance(event, Extra):
             yield self._chunk(event.choice, {}, {}, {"moss": event.fields})
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished) and event.reason is not None:
             yield self._chunk(event.choice, {}, {"finish_reason": event.reason})
 
     def status(self, status: dict[str, Any]) -> str | None:
         return self._chunk(0, {}, {}, {"moss": status}) if self._progress else None
-
-    def last(self, usage: Usage) -> Iterator[str]:
-        if self._usage:
-            yield self._chunks.event({"choices": [], "usage": usage_fields(usage)})
-        yield DONE
-
-    def failed(self, error: ApiError) -> Iterator[str]:
-        yield data_event(error.body)
-        yield DONE
 
     def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
         choices = [Choice() for _ in range(self._choices)]
@@ -143,11 +122,9 @@ class ChatForm:
                 choice.extras.append(event.fields)
             elif isinstance(event, Finished):
                 choice.reason = event.reason
-        return {
-            **self._head("chat.completion"),
-            "choices": [self._complete_choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": usage_fields(usage),
-        }
+        return self._body(
+            [self._complete_choice(index, choice) for index, choice in enumerate(choices)], usage
+        )
 
     def _complete_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -166,15 +143,6 @@ class ChatForm:
         content = [token_fields(tokenizer, token) for token in tokens]
         return {"logprobs": {"content": content, "refusal": None}}
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self._service.fingerprint,
-        }
-
     def _chunk(
         self,
         index: int,
@@ -183,8 +151,7 @@ class ChatForm:
         more: dict[str, Any] | None = None,
     ) -> str:
         fields = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(choice or {})}
-        usage = {"usage": None} if self._usage else {}
-        return self._chunks.event({"choices": [fields], **usage, **(more or {})})
+        return self._event(fields, more)
 
 
 def token_fields(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
@@ -202,13 +169,4 @@ def token_fields(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
             }
             for one, logprob in token.logprob.top
         ],
-    }
-
-
-def usage_fields(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.new,
-        "total_tokens": usage.prompt + usage.new,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
     }

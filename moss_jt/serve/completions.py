@@ -1,7 +1,5 @@
 """POST /v1/completions: any text goes on, as it is. Special tokens that are written in it count as such."""
 
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,12 +9,11 @@ from starlette.responses import Response
 
 from moss_jt.serve.answer_events import Finished, Token, Usage, Words
 from moss_jt.serve.answering import Part
-from moss_jt.serve.chat_completions import usage_fields
 from moss_jt.serve.errors import ApiError
+from moss_jt.serve.openai_form import OpenAiForm, router_at
 from moss_jt.serve.replay import respond
 from moss_jt.serve.schemas import CompletionRequest
 from moss_jt.serve.service import Service
-from moss_jt.serve.streams import DONE, OR_STREAM, Chunks, data_event
 from moss_jt.serve.text_answers import Wanted, write_plain
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, Tokenizer
 
@@ -25,18 +22,13 @@ MOST_CHOICES = 128
 
 
 def router(service: Service) -> APIRouter:
-    routes = APIRouter(tags=["OpenAI"])
-
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         service.model(asked.model)
         parts = await service.aside(prepared, service, asked)
         form = CompletionForm(service, asked, len(parts))
         return respond(service, request, parts, form, bool(asked.stream), "completion")
 
-    for path in ("/v1/completions", "/completions"):
-        options: dict[str, Any] = {"include_in_schema": path.startswith("/v1"), "responses": OR_STREAM}
-        routes.add_api_route(path, completions, methods=["POST"], **options)
-    return routes
+    return router_at("completions", completions)
 
 
 def prepared(service: Service, asked: CompletionRequest) -> list[Part]:
@@ -78,18 +70,12 @@ def prompts_of(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
     return prompts
 
 
-class CompletionForm:
+class CompletionForm(OpenAiForm):
     """What an answer looks like: as events, and whole."""
 
     def __init__(self, service: Service, asked: CompletionRequest, choices: int) -> None:
-        self._service = service
-        self._model = service.adapter(asked.model) or service.name
-        self._choices = choices
+        super().__init__(service, asked, choices, "cmpl", "text_completion", "text_completion")
         self._logprobs = asked.logprobs
-        self._usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        self._progress = bool(asked.return_progress)
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
-        self._chunks = Chunks(self._head())
 
     def first(self) -> Iterator[str]:
         yield self._chunk(0, "")
@@ -97,29 +83,16 @@ class CompletionForm:
     def event(self, event: Any) -> Iterator[str]:
         if isinstance(event, Words):
             yield self._chunk(event.choice, event.text, event.tokens)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished) and event.reason is not None:
             yield self._chunk(event.choice, "", (), event.reason)
 
     def status(self, status: dict[str, Any]) -> str | None:
-        return (
-            self._chunks.event({"choices": [self._choice(0, "", ())], "moss": status})
-            if self._progress
-            else None
-        )
-
-    def last(self, usage: Usage) -> Iterator[str]:
-        if self._usage:
-            yield self._chunks.event({"choices": [], "usage": usage_fields(usage)})
-        yield DONE
-
-    def failed(self, error: ApiError) -> Iterator[str]:
-        yield data_event(error.body)
-        yield DONE
+        return self._event(self._choice(0, "", ()), {"moss": status}) if self._progress else None
 
     def body(self, events: Sequence[Any], usage: Usage) -> dict[str, Any]:
         texts = [""] * self._choices
         tokens: list[list[Token]] = [[] for _ in texts]
-        reasons = ["stop"] * self._choices
+        reasons: list[str | None] = [None] * self._choices
         for event in events:
             if isinstance(event, Words):
                 texts[event.choice] += event.text
@@ -129,16 +102,7 @@ class CompletionForm:
         choices = [
             self._choice(index, texts[index], tokens[index], reasons[index]) for index in range(len(texts))
         ]
-        return {**self._head(), "choices": choices, "usage": usage_fields(usage)}
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self._service.fingerprint,
-        }
+        return self._body(choices, usage)
 
     def _choice(
         self, index: int, text: str, tokens: Sequence[Token], reason: str | None = None
@@ -149,8 +113,7 @@ class CompletionForm:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(self, index: int, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
-        usage = {"usage": None} if self._usage else {}
-        return self._chunks.event({"choices": [self._choice(index, text, tokens, reason)], **usage})
+        return self._event(self._choice(index, text, tokens, reason))
 
 
 def legacy_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, Any]:

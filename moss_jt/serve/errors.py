@@ -27,6 +27,7 @@ KINDS = {
 }
 MODEL_FAILED = "The model failed while it computed this answer; the server's log says why."
 STOPPING = "The server is being stopped."
+CANCELLED = "cancelled"  # code of an answer that was ended by who asked for it
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MOST_LISTED = 400  # characters of a message about a body
 

@@ -17,7 +17,7 @@ from moss_jt.serve.errors import ApiError, bad_value, log
 from moss_jt.serve.service import Service
 
 
-class Shelf:
+class ConversationStore:
     """See the module. Used in the loop; files are read and written in threads."""
 
     def __init__(self, service: Service, folder: Path) -> None:
@@ -176,13 +176,13 @@ class Shelf:
         self._live.clear()
 
 
-class Shelves:
+class ConversationStores:
     """Those of the page, and those of the reference's interface: nobody finds the ones among the others."""
 
     def __init__(self, service: Service, home: Path) -> None:
-        self.page = Shelf(service, home / "page")
-        self.reference = Shelf(service, home / "uid")
+        self.page = ConversationStore(service, home / "page")
+        self.reference = ConversationStore(service, home / "uid")
 
     def close(self) -> None:
-        for shelf in (self.page, self.reference):
-            shelf.close()
+        for store in (self.page, self.reference):
+            store.close()

@@ -15,7 +15,7 @@ from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.conversation import Question, ServedConversation, turn_fields
 from moss_jt.serve.errors import ApiError, bad_value
-from moss_jt.serve.kept_conversations import Shelf
+from moss_jt.serve.kept_conversations import ConversationStore
 from moss_jt.serve.schemas import Body, Integral, Natural, Positive
 from moss_jt.serve.service import SEEDS, Service
 from moss_jt.serve.streams import PING, EventStream, named_event
@@ -54,11 +54,11 @@ class Message(BaseModel):
     message: str = Field(min_length=1, max_length=MESSAGE_CHARACTERS, pattern=r"\S")
 
 
-def router(service: Service, shelf: Shelf) -> APIRouter:
+def router(service: Service, store: ConversationStore) -> APIRouter:
     routes = APIRouter(prefix="/api", tags=["conversations"])
     _add_server(routes, service)
-    _add_conversations(routes, service, shelf)
-    _add_answers(routes, service, shelf)
+    _add_conversations(routes, service, store)
+    _add_answers(routes, service, store)
     _add_pictures(routes, service)
     return routes
 
@@ -79,11 +79,11 @@ def _add_server(routes: APIRouter, service: Service) -> None:
         }
 
 
-def _add_conversations(routes: APIRouter, service: Service, shelf: Shelf) -> None:
+def _add_conversations(routes: APIRouter, service: Service, store: ConversationStore) -> None:
     @routes.get("/conversations")
     async def conversations() -> dict[str, Any]:
         """Those used last first."""
-        return {"conversations": await shelf.summaries()}
+        return {"conversations": await store.summaries()}
 
     @routes.post("/conversations", status_code=201)
     async def create(asked: Change) -> dict[str, Any]:
@@ -94,16 +94,16 @@ def _add_conversations(routes: APIRouter, service: Service, shelf: Shelf) -> Non
         sampling = sampling_fields(params, most)
         model = service.adapter(asked.model) or ""
         about = About("", asked.system, plugins, sampling, model=model, title=asked.title or "")
-        return conversation_fields(service, await shelf.create(about))
+        return conversation_fields(service, await store.create(about))
 
     @routes.get("/conversations/{name}")
     async def conversation(name: str) -> dict[str, Any]:
         """All of it. While an answer is being written, take that from /answer."""
-        return conversation_fields(service, await shelf.find(name))
+        return conversation_fields(service, await store.find(name))
 
     @routes.patch("/conversations/{name}")
     async def change(name: str, asked: Change) -> dict[str, Any]:
-        async with shelf.changing(name) as kept:
+        async with store.changing(name) as kept:
             if asked.model is not None:
                 await service.aside(kept.answer_with, service.adapter(asked.model))
             if asked.plugins is not None or asked.system is not None:
@@ -115,24 +115,24 @@ def _add_conversations(routes: APIRouter, service: Service, shelf: Shelf) -> Non
                 chat.params, chat.max_new_tokens = changed(
                     asked.sampling, service, chat.params, chat.max_new_tokens
                 )
-            await shelf.keep(kept, asked.title)
+            await store.keep(kept, asked.title)
             return conversation_fields(service, kept)
 
     @routes.delete("/conversations/{name}", status_code=204)
     async def remove(name: str) -> Response:
-        await shelf.remove(name)
+        await store.remove(name)
         return Response(status_code=204)
 
 
-def _add_answers(routes: APIRouter, service: Service, shelf: Shelf) -> None:
+def _add_answers(routes: APIRouter, service: Service, store: ConversationStore) -> None:
     async def answered(name: str, question: Question) -> Response:
-        kept = await shelf.ask(name, question)
+        kept = await store.ask(name, question)
         return EventStream(events_of(service, kept, 0), service.settings.limits.slow_reader_s)
 
     @routes.post("/conversations/{name}/turns", status_code=200, response_class=EventStream)
     async def say(name: str, asked: Message) -> Response:
         """Say something. The answer goes on whether or not its connection stays: see /answer and /stop."""
-        kept = await shelf.find(name)
+        kept = await store.find(name)
         return await answered(name, Question(asked.message, len(kept.turns)))
 
     @routes.put("/conversations/{name}/turns/{turn}", status_code=200, response_class=EventStream)
@@ -150,7 +150,7 @@ def _add_answers(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     @routes.get("/conversations/{name}/answer", status_code=200, response_class=EventStream)
     async def answer(name: str, start: int = Query(0, ge=0, le=1 << 31, alias="from")) -> Response:
         """The answer that is being written, or was last, from its event ``from`` on."""
-        kept = await shelf.find(name)
+        kept = await store.find(name)
         if kept.answering is None:
             raise ApiError(404, "No answer was written since the server began.", code="not_found")
         return EventStream(events_of(service, kept, start), service.settings.limits.slow_reader_s)
@@ -158,7 +158,7 @@ def _add_answers(routes: APIRouter, service: Service, shelf: Shelf) -> None:
     @routes.post("/conversations/{name}/stop", status_code=204)
     async def stop(name: str) -> Response:
         """End the answer that is being written; what is there of it is kept."""
-        kept = await shelf.find(name)
+        kept = await store.find(name)
         if kept.answering is not None:
             kept.answering.cancel()
         return Response(status_code=204)

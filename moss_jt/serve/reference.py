@@ -17,7 +17,7 @@ from moss_jt.engine.sampling import REPETITION_PENALTY
 from moss_jt.serve.answering import Answering
 from moss_jt.serve.conversation import Question, ServedConversation
 from moss_jt.serve.errors import ApiError
-from moss_jt.serve.kept_conversations import Shelf
+from moss_jt.serve.kept_conversations import ConversationStore
 from moss_jt.serve.page_interface import MESSAGE_CHARACTERS
 from moss_jt.serve.schemas import Body, Positive
 from moss_jt.serve.service import Service
@@ -27,7 +27,7 @@ MARK = "\n<|MOSS|>: "  # its answers begin so, and its clients cut it off
 TOP_K = 40
 
 
-class Asked(BaseModel):
+class PromptRequest(BaseModel):
     model_config = Body
     prompt: str = Field(min_length=1, max_length=MESSAGE_CHARACTERS, pattern=r"\S")
     uid: str | None = Field(None, max_length=200)
@@ -41,16 +41,16 @@ class Asked(BaseModel):
     )
 
 
-def router(service: Service, shelf: Shelf) -> APIRouter:
+def router(service: Service, store: ConversationStore) -> APIRouter:
     routes = APIRouter(tags=["reference"])
 
     @routes.post("/", response_model=None)
-    async def ask(asked: Asked, request: Request) -> Response:
+    async def ask(asked: PromptRequest, request: Request) -> Response:
         """Answer a prompt; without a uid, or with one that is not known, a conversation begins."""
         service.model(asked.model)
-        conversation = await conversation_of(shelf, asked.uid)
+        conversation = await conversation_of(store, asked.uid)
         if asked.model is not None:
-            async with shelf.changing(conversation.id):
+            async with store.changing(conversation.id):
                 await service.aside(conversation.answer_with, service.adapter(asked.model))
         params = dataclasses.replace(
             conversation.chat.params,
@@ -61,7 +61,7 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
         )
         # Where the conversation has nearly all of it, its oldest turns go.
         most = max(asked.max_length - len(conversation.chat.token_ids), asked.max_length // 4, 1)
-        conversation = await shelf.ask(
+        conversation = await store.ask(
             conversation.id, Question(asked.prompt, len(conversation.turns), params, most)
         )
         assert conversation.answering is not None
@@ -70,14 +70,14 @@ def router(service: Service, shelf: Shelf) -> APIRouter:
     return routes
 
 
-async def conversation_of(shelf: Shelf, uid: str | None) -> ServedConversation:
+async def conversation_of(store: ConversationStore, uid: str | None) -> ServedConversation:
     if uid is not None:
         try:
-            return await shelf.find(uid)
+            return await store.find(uid)
         except ApiError as error:
             if error.status != 404:
                 raise
-    return await shelf.create(About())
+    return await store.create(About())
 
 
 async def _body(conversation: ServedConversation, answering: Answering) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from moss_jt.serve.answer_events import Finished, Usage
 from moss_jt.serve.answering import Answering, Part
-from moss_jt.serve.errors import ApiError
+from moss_jt.serve.errors import CANCELLED, ApiError
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import PING, CompleteAnswer, EventStream
 
@@ -82,7 +82,7 @@ async def _count(service: Service, answering: Answering, interface: str) -> None
         if isinstance(event, Finished):
             service.metrics.count(event)
     outcome = "cancelled" if answering.cancelled.is_set() else "done"
-    if answering.error is not None:
+    if answering.error is not None and answering.error.code != CANCELLED:
         outcome = "failed"
     service.metrics.answers.labels(interface, outcome).inc()
 
@@ -165,7 +165,7 @@ def router(service: Service) -> APIRouter:
     @routes.delete("/v1/stream", status_code=204)
     async def stop(conv_id: str = Query(max_length=128)) -> Response:
         """End an answer, and forget it."""
-        named(conv_id).cancel()
+        named(conv_id).cancel(ApiError(409, "This answer was ended by DELETE /v1/stream.", code=CANCELLED))
         service.answers.drop(conv_id)
         return Response(status_code=204)
 

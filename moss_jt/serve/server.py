@@ -16,7 +16,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import let_others_run
 from moss_jt.serve.app import make_app
 from moss_jt.serve.connection_limits import bounded_protocol
-from moss_jt.serve.kept_conversations import Shelves
+from moss_jt.serve.kept_conversations import ConversationStores
 from moss_jt.serve.service import Service
 from moss_jt.serve.settings import Settings
 
@@ -39,11 +39,11 @@ class Server:
             MossError: a port is taken, or the address is not this machine's.
         """
         self.service = Service(settings, name)
-        self.shelves = Shelves(self.service, settings.home)
+        self.stores = ConversationStores(self.service, settings.home)
         self._sockets = [listening(settings.host, port) for port in settings.ports]
         self.ports = [listener.getsockname()[1] for listener in self._sockets]
         config = uvicorn.Config(
-            make_app(self.service, self.shelves),
+            make_app(self.service, self.stores),
             http=bounded_protocol(settings.limits.body_s),
             ws="none",
             lifespan="off",
@@ -75,7 +75,7 @@ class Server:
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
         self._thread.join()
         self._stop_listening()
-        self.shelves.close()
+        self.stores.close()
         for listener in self._sockets:
             listener.close()
 

@@ -17,6 +17,16 @@ from moss_jt.store.tokenizer import IncrementalDecoder, Tokenizer
 if TYPE_CHECKING:
     from moss_jt.moss import Moss
 
+# OpenAI's word for why an answer ended; one that was cancelled has none.
+REASONS = {
+    "eos": "stop",
+    "stop": "stop",
+    "length": "length",
+    "context": "length",
+    "time": "length",
+    None: None,
+}
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -46,7 +56,8 @@ def write_plain(moss: "Moss", wanted: Wanted, choice: int, answering: Answering)
     if wanted.echo:
         _echo(moss, wanted, choice, answering)
     if wanted.max_new_tokens == 0:
-        answering.put(Finished(choice, "length", Usage(len(wanted.token_ids))))
+        reason = None if answering.cancelled.is_set() else "length"
+        answering.put(Finished(choice, reason, Usage(len(wanted.token_ids))))
         return None
     params = wanted.params
     if params.seed is not None:
@@ -78,9 +89,12 @@ def _go_on(
     if (piece := pieces.next(generation, True)) is not None:
         answering.put(replace(piece, choice=choice))
     stats = generation.stats
-    reason = "stop" if stats.stop_reason in ("eos", "stop") else "length"
     usage = Usage(prompt, stats.new_tokens, stats.cached_tokens)
-    answering.put(Finished(choice, reason, usage, (stats.seconds["prefill"], stats.seconds["decode"])))
+    answering.put(
+        Finished(
+            choice, REASONS[stats.stop_reason], usage, (stats.seconds["prefill"], stats.seconds["decode"])
+        )
+    )
     return True
 
 
@@ -172,6 +186,8 @@ def _echo(moss: "Moss", wanted: Wanted, choice: int, answering: Answering) -> No
     tokens: list[Token] = []
     if wanted.logprobs is not None:
         logprobs = _prompt_logprobs(moss, wanted, answering)
+        if answering.cancelled.is_set():  # they may be those of its beginning alone
+            return
         decoder, offset = IncrementalDecoder(moss.tokenizer), 0
         for token, logprob in zip(wanted.token_ids, [None, *logprobs], strict=True):
             text = decoder.push(token)

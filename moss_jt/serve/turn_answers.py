@@ -127,7 +127,7 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
         context, encoder, wanted.plugins, params, wanted.max_new_tokens,
         lambda: stops.stopped or answering.cancelled.is_set(),
     )  # fmt: skip
-    reason = "stop"
+    reason: str | None = "stop"
     for event in turn.events(conversation.message):
         if isinstance(event, Text):
             if not stops.stopped and (shown := stops.push(event.text)):
@@ -136,7 +136,9 @@ def write_turn(moss: "Moss", wanted: WantedTurn, choice: int, answering: Answeri
             answering.put(Thinking(choice, event.text))
         elif isinstance(event, Notice) and event.code in ("cut", "full"):
             reason = "length"
-        elif not (isinstance(event, Notice) and event.code in ("stopped", "empty")):
+        elif isinstance(event, Notice) and event.code == "stopped":
+            reason = "stop" if stops.stopped else None
+        elif not (isinstance(event, Notice) and event.code == "empty"):
             answering.put(Extra(choice, event_fields(event)))
     if not stops.stopped and (rest := stops.finish()):
         answering.put(Words(choice, rest))

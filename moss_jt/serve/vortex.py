@@ -24,7 +24,7 @@ from moss_jt.chat.prompt import COMMANDS, HUMAN, MOSS, PromptEncoder, Switch, me
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.serve.answering import Answering
-from moss_jt.serve.errors import ApiError, bad_value
+from moss_jt.serve.errors import CANCELLED, ApiError, bad_value
 from moss_jt.serve.schemas import Natural, Positive
 from moss_jt.serve.service import Service
 from moss_jt.serve.streams import CompleteAnswer, json_text
@@ -41,7 +41,7 @@ CONNECT_S = 10.0
 SPOKEN = f"<|{COMMANDS}|>:"
 
 
-class Asked(BaseModel):
+class InferenceRequest(BaseModel):
     """What is not said is Vortex's own default."""
 
     model_config = ConfigDict(strict=True, populate_by_name=True)
@@ -63,7 +63,7 @@ class Asked(BaseModel):
 
 
 @dataclass
-class Named:
+class PluginSwitch:
     """A switch of the instruction: the client runs what it calls."""
 
     label: str
@@ -72,10 +72,10 @@ class Named:
 
 
 SWITCHES: dict[str, Switch] = {
-    "web_search": Named("Web search", "Search", "query"),
-    "calculator": Named("Calculator", "Calculate", "expression"),
-    "equation_solver": Named("Equation solver", "Solve", "equation"),
-    "text_to_image": Named("Text-to-image", "Text2Image", "description"),
+    "web_search": PluginSwitch("Web search", "Search", "query"),
+    "calculator": PluginSwitch("Calculator", "Calculate", "expression"),
+    "equation_solver": PluginSwitch("Equation solver", "Solve", "equation"),
+    "text_to_image": PluginSwitch("Text-to-image", "Text2Image", "description"),
 }
 
 
@@ -93,7 +93,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["MOSS Vortex"])
 
     @routes.post("/inference", response_model=None)
-    async def inference(asked: Asked, request: Request) -> Response:
+    async def inference(asked: InferenceRequest, request: Request) -> Response:
         """Write on, up to the answer's end, or that of its commands."""
         moss, adapter = service.model(asked.model), service.adapter(asked.model)
         prompt = await service.aside(prompt_of, moss, asked)
@@ -104,12 +104,13 @@ def router(service: Service) -> APIRouter:
             task = asyncio.get_running_loop().create_task(stream(target, answering))
             service.tasks.add(task)
             task.add_done_callback(service.tasks.discard)
-        return CompleteAnswer(_answer(prompt, answering), answering.cancel)
+        gone = ApiError(409, "The request's connection was closed.", code=CANCELLED)
+        return CompleteAnswer(_answer(prompt, answering), partial(answering.cancel, gone))
 
     return routes
 
 
-def params_of(asked: Asked) -> SamplingParams:
+def params_of(asked: InferenceRequest) -> SamplingParams:
     try:
         return SamplingParams(
             asked.temperature,
@@ -123,7 +124,7 @@ def params_of(asked: Asked) -> SamplingParams:
         raise bad_value(error) from error
 
 
-def prompt_of(moss: "Moss", asked: Asked) -> Prompt:
+def prompt_of(moss: "Moss", asked: InferenceRequest) -> Prompt:
     """The instruction, today's date, and the end of the text that the context has room for, from where a user speaks.
 
     Raises:
@@ -152,7 +153,7 @@ def prompt_of(moss: "Moss", asked: Asked) -> Prompt:
 
 def write(
     moss: "Moss",
-    asked: Asked,
+    asked: InferenceRequest,
     prompt: Prompt,
     params: SamplingParams,
     adapter: str | None,

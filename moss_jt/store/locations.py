@@ -65,11 +65,13 @@ def last_uses() -> dict[str, float]:
 
 def last_model() -> Path | None:
     """The model folder used last of those that are still there."""
+    return next((path for path in _by_use() if (path / MANIFEST).exists()), None)
+
+
+def _by_use() -> list[Path]:
+    """Model folders that were used, the last one first."""
     uses = last_uses()
-    for name in sorted(uses, key=lambda path: uses[path], reverse=True):
-        if (Path(name) / MANIFEST).exists():
-            return Path(name)
-    return None
+    return [Path(name) for name in sorted(uses, key=lambda name: uses[name], reverse=True)]
 
 
 def only_model() -> Path | None:
@@ -81,6 +83,8 @@ def only_model() -> Path | None:
 def resolve_model(model: str | Path | None) -> Path:
     """The model folder that a path, a name under the model home, a hub id, or nothing (the one used last, or the only one) means.
 
+    Where nothing is named and the one used last is gone, standard error gets a line about which is taken.
+
     Raises:
         MossError: there is none; the message says how to get one.
     """
@@ -91,6 +95,8 @@ def resolve_model(model: str | Path | None) -> Path:
                 f"no model has been converted yet. Convert one: moss-jt convert {RECOMMENDED} (22 GB of disk), or try the "
                 f"small one that comes with the program: moss-jt chat {TINY}. moss-jt plan says what suits this machine."
             )
+        if (used := _by_use()) and used[0] != last:
+            sys.stderr.write(f"moss-jt: the model used last, {used[0]}, is gone; this is {last}.\n")
         return last
     if not isinstance(model, str | os.PathLike):
         raise MossError(f"a model is a name or a path, not {model!r}.")

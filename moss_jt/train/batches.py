@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moss_jt.backend.jittor import jt
-from moss_jt.kernels.interface import Var
+from moss_jt.kernels.training import Spans
 from moss_jt.train.block import Kept
 from moss_jt.train.samples import TokenSample
 
@@ -21,7 +20,7 @@ class Batch:
     """
 
     rows: slice
-    spans: Var
+    spans: Spans
     kept: dict[int, Kept] = field(default_factory=dict)
 
 
@@ -35,7 +34,7 @@ def batches_of(samples: Sequence[TokenSample], batch_tokens: int) -> list[Batch]
         following = len(samples[number + 1]) if number + 1 < len(samples) else batch_tokens
         if sum(lengths) + following > batch_tokens:
             firsts = np.cumsum([0, *lengths[:-1]])
-            spans = jt.array(np.stack([firsts, lengths], axis=1).astype(np.int32))
+            spans = np.stack([firsts, lengths], axis=1).astype(np.int32)
             batches.append(Batch(slice(begin, begin + sum(lengths)), spans))
             begin += sum(lengths)
             lengths = []

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import BlockWeights, Var
-from moss_jt.kernels.training import TrainingOperators
+from moss_jt.kernels.training import Spans, TrainingOperators
 from moss_jt.train.lora import Floats, Pair
 
 
@@ -42,7 +42,7 @@ class BlockTrainer:
     def __init__(self, operators: TrainingOperators, scale: float) -> None:
         self._operators, self._scale = operators, scale
 
-    def forward(self, h: Var, weights: BlockWeights, adapters: Adapters, spans: Var) -> tuple[Var, Kept]:
+    def forward(self, h: Var, weights: BlockWeights, adapters: Adapters, spans: Spans) -> tuple[Var, Kept]:
         """h (T, C) -> the block's result, and what may be kept for :meth:`backward`."""
         ops = self._operators
         normed = ops.norm(h, weights.ln_1_weight, weights.ln_1_bias)
@@ -51,7 +51,7 @@ class BlockTrainer:
         inner = ops.gelu(kept.y, weights.fc_in_bias)
         out = self._linear(attended, weights, "out", adapters)
         mlp = self._linear(inner, weights, "fc_out", adapters)
-        return h + out + mlp + weights.fc_out_bias.float32(), kept
+        return ops.add(ops.add(h, out), mlp, weights.fc_out_bias), kept
 
     def backward(
         self,
@@ -59,7 +59,7 @@ class BlockTrainer:
         h: Var,
         weights: BlockWeights,
         adapters: Adapters,
-        spans: Var,
+        spans: Spans,
         gradients: Mapping[str, Pair],
         kept: Kept | None = None,
     ) -> Var:
@@ -74,8 +74,8 @@ class BlockTrainer:
         attended = ops.attention(kept.qkv, spans)
         g_attended = self._linear_back(g, attended, weights, "out", adapters, gradients)
         g_qkv = ops.attention_back(g_attended, kept.qkv, spans)
-        g_normed = g_normed + self._linear_back(g_qkv, normed, weights, "qkv", adapters, gradients)
-        return g + ops.norm_back(g_normed, h, weights.ln_1_weight)[0]
+        g_normed = ops.add(g_normed, self._linear_back(g_qkv, normed, weights, "qkv", adapters, gradients))
+        return ops.add(g, ops.norm_back(g_normed, h, weights.ln_1_weight)[0])
 
     def _kept(self, normed: Var, weights: BlockWeights, adapters: Adapters) -> Kept:
         return Kept(

@@ -6,7 +6,7 @@ import numpy as np
 
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.interface import BlockWeights, Var
-from moss_jt.kernels.training import TrainingOperators
+from moss_jt.kernels.training import Spans, TrainingOperators
 from moss_jt.train.block import BlockTrainer, Kept
 from moss_jt.train.lora import Floats
 
@@ -44,12 +44,12 @@ class FullBlock(BlockTrainer):
     def __init__(self, operators: TrainingOperators) -> None:
         super().__init__(operators, 1.0)
 
-    def there(self, h: Var, weights: BlockWeights, spans: Var) -> tuple[Var, Kept]:
+    def there(self, h: Var, weights: BlockWeights, spans: Spans) -> tuple[Var, Kept]:
         """h (T, C) -> the block's result, and what may be kept for :meth:`back`."""
         return self.forward(h, weights, {}, spans)
 
     def back(
-        self, g: Var, h: Var, weights: BlockWeights, spans: Var, gradients: Gradients, kept: Kept | None
+        self, g: Var, h: Var, weights: BlockWeights, spans: Spans, gradients: Gradients, kept: Kept | None
     ) -> Var:
         """g (T, C) of the block's result -> that of h; the weights' are added to ``gradients``."""
         ops = self._operators

@@ -145,18 +145,18 @@ class _Walk:
         ops, head = self._operators, self._head
         rows, wanted = predictions(samples)
         matrix = DenseMatrix(self._var(self._masters.head))
-        norm_weight, norm_bias, bias = self._var(NORM_WEIGHT), self._var(NORM_BIAS), self._tensor(HEAD_BIAS)
+        norm_weight, norm_bias, bias = map(self._var, (NORM_WEIGHT, NORM_BIAS, HEAD_BIAS))
         softmax, g = Softmax(wanted), np.zeros_like(h)
         for begin in range(0, len(rows), LOSS_ROWS):
             part = slice(begin, begin + LOSS_ROWS)
             last = jt.array(h[rows[part]])
             normed = ops.norm(last, norm_weight, norm_bias)
-            logits: Floats = ops.product(normed, matrix).numpy()
-            logits += bias
-            softmax.see(part, 0, logits)
+            logits = ops.product(normed, matrix)
+            columns = softmax.columns(part, 0, len(self._tensor(self._masters.head)))
+            softmax.see(part, 0, columns, ops.logit_summary(logits, bias, columns))
             if not with_gradient:
                 continue
-            slope = jt.array(softmax.slope(part, 0, logits))
+            slope = ops.logit_slope(logits, bias, columns, softmax.shift(part), softmax.share)
             g_normed = ops.product_back(slope, matrix)
             back, straight = ops.norm_back(g_normed, last, norm_weight)
             head.add(self._masters.head, slope, normed)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_jt.kernels.training import LogitSummary
 from moss_jt.train.lora import Floats
 from moss_jt.train.samples import TokenSample
 
@@ -42,35 +43,32 @@ class Softmax:
         self._total = np.zeros(len(wanted), np.float64)  # of exponentials, relative to the largest
         self._own = np.zeros(len(wanted), np.float32)  # the targets' logits
 
-    def see(self, part: slice, first: int, logits: Floats) -> None:
-        """logits (R, V') of rows ``first`` .. of the head, for the predictions ``part``."""
-        slab_largest = logits.max(axis=1)
-        largest = np.maximum(self._largest[part], slab_largest)
+    def columns(self, part: slice, first: int, count: int) -> NDArray[np.int64]:
+        """For each of the predictions ``part`` where its target is among ``count`` rows of the head, from ``first`` on, or -1."""
+        columns = self._wanted[part].astype(np.int64) - first
+        return np.where((columns >= 0) & (columns < count), columns, -1)
+
+    def see(self, part: slice, first: int, columns: NDArray[np.int64], logits: LogitSummary) -> None:
+        """What the logits of these predictions are by rows ``first`` .. of the head."""
+        largest = np.maximum(self._largest[part], logits.largest)
         self._total[part] *= np.exp(self._largest[part] - largest, dtype=np.float64)
-        self._total[part] += np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64)
-        self._best[part] = np.where(
-            slab_largest > self._largest[part], logits.argmax(axis=1) + first, self._best[part]
-        )
+        self._total[part] += logits.total * np.exp(logits.largest - largest, dtype=np.float64)
+        better = logits.largest > self._largest[part]
+        self._best[part] = np.where(better, logits.best + first, self._best[part])
         self._largest[part] = largest
-        rows, columns = self._inside(part, first, logits.shape[1])
-        self._own[part][rows] = logits[rows, columns]
+        self._own[part] += np.where(columns >= 0, logits.own, 0)
 
     def result(self) -> StepResult:
         losses = np.log(self._total) + self._largest.astype(np.float64) - self._own
         hits = self._best == self._wanted
         return StepResult(float(losses.mean()), float(hits.mean()), len(self._wanted), self._best)
 
-    def slope(self, part: slice, first: int, logits: Floats) -> Floats:
-        """The mean loss's derivative by these logits; may overwrite them."""
-        shift = self._largest[part] + np.log(self._total[part]).astype(np.float32)
-        slope: Floats = np.exp(logits - shift[:, None], out=logits)
-        rows, columns = self._inside(part, first, logits.shape[1])
-        slope[rows, columns] -= 1
-        slope /= np.float32(len(self._wanted))
-        return slope
+    def shift(self, part: slice) -> Floats:
+        """What is to be taken from the logits of these predictions, so that their exponentials are probabilities."""
+        shift: Floats = self._largest[part] + np.log(self._total[part]).astype(np.float32)
+        return shift
 
-    def _inside(self, part: slice, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of the predictions have their target in this slab, and its columns there."""
-        columns = self._wanted[part].astype(np.int64) - first
-        rows = np.flatnonzero((columns >= 0) & (columns < count))
-        return rows, columns[rows]
+    @property
+    def share(self) -> float:
+        """Of one prediction in the mean."""
+        return 1 / len(self._wanted)

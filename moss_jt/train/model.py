@@ -153,7 +153,11 @@ class TrainingModel:
         g_normed = np.zeros_like(normed)
         for slab in self._weights.head_slabs():
             for part in _slices(len(normed)):
-                softmax.see(part, slab.first_row, self._logits(normed[part], slab.weight, slab.bias))
+                columns = softmax.columns(part, slab.first_row, slab.last_row - slab.first_row)
+                logits = self._logits(normed[part], slab)
+                softmax.see(
+                    part, slab.first_row, columns, self._operators.logit_summary(logits, slab.bias, columns)
+                )
             if with_gradient and slab.last_row == self.config.vocab_size:
                 self._add_slopes(softmax, slab, normed, g_normed)
         result, g = softmax.result(), np.zeros_like(hidden)
@@ -167,15 +171,16 @@ class TrainingModel:
 
     def _add_slopes(self, softmax: Softmax, slab: HeadSlab, normed: Floats, g_normed: Floats) -> None:
         """What the loss depends on through this slab's logits, once all slabs have been seen."""
+        ops = self._operators
         for part in _slices(len(normed)):
-            logits = self._logits(normed[part], slab.weight, slab.bias)
-            slope = softmax.slope(part, slab.first_row, logits)
-            g_normed[part] += self._operators.product_back(jt.array(slope), DenseMatrix(slab.weight)).numpy()
+            columns = softmax.columns(part, slab.first_row, slab.last_row - slab.first_row)
+            logits = self._logits(normed[part], slab)
+            slope = ops.logit_slope(logits, slab.bias, columns, softmax.shift(part), softmax.share)
+            g_normed[part] += ops.product_back(slope, DenseMatrix(slab.weight)).numpy()
 
-    def _logits(self, normed: Floats, weight: Var, bias: Var) -> Floats:
-        logits: Floats = self._operators.product(jt.array(normed), DenseMatrix(weight)).numpy()
-        logits += bias.numpy().astype(np.float32)
-        return logits
+    def _logits(self, normed: Floats, slab: HeadSlab) -> Var:
+        """normed (R, C) -> (R, rows of the slab), without bias."""
+        return self._operators.product(jt.array(normed), DenseMatrix(slab.weight))
 
 
 def _slices(count: int) -> list[slice]:

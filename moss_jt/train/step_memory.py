@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moss_jt.kernels.needs import FLOAT16, FLOAT32, training_thread_floats
+from moss_jt.kernels.needs import CARD_QUERIES, FLOAT16, FLOAT32, training_thread_floats
 from moss_jt.store.architecture import block_tensors, bytes_of
 from moss_jt.store.config import MossConfig
 
@@ -99,6 +99,55 @@ class TrainingNeeds:
             3 * self.step_tokens * c.n_embd * FLOAT32 if self.keeping.inputs_on_disk else self.input_bytes
         )
         return floats * FLOAT32 + inputs + self.keeping.in_memory * self.kept_block_bytes
+
+
+@dataclass(frozen=True)
+class CardNeeds:
+    """Of the same training on a card, which has what a block takes at once. Blocks' inputs, the adapter, its gradients and its
+    moments are on the host, and the rest is computed again.
+
+    training   keeps nothing but inputs
+    bits       of the model's matrices
+    slab_rows  of the head, the most of a slab
+    """
+
+    training: TrainingNeeds
+    bits: int
+    slab_rows: int
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """On the card, whatever the tokens of a pass. Going backwards through a block holds some 16 results of width C and 5 of
+        width I for each token, and the block's adapters with what is added to their gradients; the loss three slabs' logits.
+        """
+        c, needs = self.training.config, self.training
+        block = needs.batch_tokens * (16 * c.n_embd + 5 * c.n_inner)
+        loss = LOSS_ROWS * (3 * self.slab_rows + 4 * c.n_embd)
+        adapters = 3 * needs.parameters // needs.trained_blocks
+        return (max(block, loss) + adapters) * FLOAT32 + self.pool_bytes
+
+    def short_pass_bytes(self, tokens: int, context: int) -> int:
+        return 0
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of it, what operations need for themselves, from CuPy's pool: activations in float16; where matrices are packed, the
+        largest widened, and a product in its order; queries and keys with their derivatives, scores with theirs; an eighth more.
+        """
+        c, tokens = self.training.config, self.training.batch_tokens
+        width = max(3 * c.n_embd, c.n_inner)
+        product = tokens * max(width, self.slab_rows) * FLOAT16
+        if self.bits < 16:
+            product += width * c.n_embd * FLOAT16 + tokens * c.n_inner * FLOAT32
+        attention = (4 * tokens * c.n_embd + 2 * c.n_head * CARD_QUERIES * tokens) * FLOAT32
+        return max(product, attention) * 9 // 8
+
+    @property
+    def host_bytes(self) -> int:
+        """What the host holds for it beside the process: the adapter's copies, inputs, and some rows for each token of a step."""
+        c, needs = self.training.config, self.training
+        rows = 3 if needs.keeping.inputs_on_disk else needs.trained_blocks + 1
+        tokens = (rows + 8) * needs.step_tokens + 4 * needs.batch_tokens
+        return (COPIES_OF_PARAMETERS * needs.parameters + tokens * c.n_embd) * FLOAT32
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from moss_jt.plan.residency import ResidencyPlan
 from moss_jt.store.model_folder import Store
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.host_units import HostUnits, open_host_units
+from moss_jt.weights.ram_disk import is_in_ram
 from moss_jt.weights.shared_head import copy_weights
 from moss_jt.weights.unit_tensors import UnitTensor
 from moss_jt.weights.weights import Weights
@@ -54,6 +55,7 @@ def open_copy_weights(
     """
 
     def own(blocks: ResidencyPlan) -> CpuUnits:
-        return CpuUnits(HostUnits(store, blocks, reader_for(store, home), after=host.arrivals))
+        reader = None if is_in_ram(store) else reader_for(store, home)
+        return CpuUnits(HostUnits(store, blocks, reader, after=host.arrivals))
 
     return copy_weights(store, plan, model, own)

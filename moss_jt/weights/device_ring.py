@@ -105,7 +105,8 @@ class DeviceRing:
         self._release()
         while self._queued and self._queued[0][0] != unit:
             self._free.append(self._queued.popleft()[1])
-        if not self._queued:
+        # A walk there and back comes twice to a unit: where it stands is not only its first place.
+        if not self._queued and self._order[self._next] != unit:
             if unit not in self._order:  # nobody said that it would be wanted
                 self._order = list(self._units)
             self._next = self._order.index(unit)

@@ -2,7 +2,8 @@
 
 Mapped, opening takes no time, and the page cache is the only copy. Otherwise resident units are read once into memory that
 no page cache can push out, and the others stream from disk. Either way a thread has them there, unit after unit, while Jittor
-starts and the first pass goes on: see moss_jt.weights.resident_reader. No Jittor here.
+starts and the first pass goes on: see moss_jt.weights.resident_reader. In a RAM disk they are in memory already: all are
+mapped, and what a pass has computed with is let go of, for pages that are mapped count as the process's. No Jittor here.
 """
 
 import ctypes
@@ -23,11 +24,13 @@ from moss_jt.store.sizes import MEMORY_PAGE, MIB
 from moss_jt.weights.disk_ring import Reader, Ring
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.page_buffer import page_buffer
+from moss_jt.weights.ram_disk import is_in_ram
 from moss_jt.weights.resident_reader import Arrivals, Unwanted
 from moss_jt.weights.unit_tensors import UnitMemory, extent_of, map_unit
 
 # Linux has it since 5.14: the pages of a map are read, and found there without a fault.
 MADV_POPULATE_READ = 22
+MADV_DONTNEED = 4
 # A call that is not longer than a fraction of a second, so that closing need not wait.
 POPULATED = 256 * MIB
 
@@ -51,7 +54,7 @@ class HostUnits:
         """
         Args:
             reader: fills memory of our own with the residents, and the ring's, and is closed with them; None where all units
-                are resident, and mapped.
+                are mapped: all are resident, or lie in a RAM disk.
             cache_bytes: what of the streamed units may stay in the page cache, for there is memory beside the budget.
             after: these units are read first.
 
@@ -66,8 +69,9 @@ class HostUnits:
         self.streams = bool(self._streamed)
         self._memories = {
             number: map_unit(store, unit) if reader is None else page_buffer(unit.n_bytes)
-            for number, unit in self._units.items()
+            for number, unit in (units if reader is None else self._units).items()
         }
+        self._passing: np.ndarray | None = None  # a mapped unit that does not stay
         self.arrivals: Arrivals | None = None
         self._ring: Ring | None = None
         self._closed = False
@@ -78,8 +82,7 @@ class HostUnits:
             return
         sizes = {number: unit.n_bytes for number, unit in self._units.items()}
         self.arrivals = Arrivals(sizes, self._read, self._after)
-        if self._streamed:
-            assert self._reader is not None, "mapped units do not stream"
+        if self._streamed and self._reader is not None:
             kept = _kept(self._streamed, self._cache_bytes)
             extents = {n: extent_of(self._store, unit, n in kept) for n, unit in self._streamed.items()}
             self._ring = Ring(extents, self._plan.ring_buffers, self._plan.buffer_bytes, self._reader)
@@ -89,15 +92,19 @@ class HostUnits:
             self._ring.walk(order)
 
     def take(self, number: int) -> UnitMemory:
-        if number in self._streamed:
-            assert self._ring is not None, "reading has not begun"
+        assert self.arrivals is not None, "reading has not begun"
+        if self._ring is not None and number in self._streamed:
             buffer = self._ring.take(number)
             return UnitMemory(("buffer", buffer), self._ring.buffers[buffer])
-        assert self.arrivals is not None, "reading has not begun"
-        self.arrivals.wait(number)
+        self._let_pass()
+        if number in self._streamed:
+            self._passing = self._memories[number]
+        else:
+            self.arrivals.wait(number)
         return UnitMemory(number, self._memories[number])
 
     def end(self) -> None:
+        self._let_pass()
         if self._ring is not None:
             self._ring.hand_back()
 
@@ -110,6 +117,11 @@ class HostUnits:
         elif self._reader is not None:
             self._reader.close()
         self._memories.clear()
+
+    def _let_pass(self) -> None:
+        if self._passing is not None:
+            let_go(self._passing)
+            self._passing = None
 
     def _read(self, number: int, unwanted: Unwanted) -> bool:
         extent, memory = extent_of(self._store, self._units[number]), self._memories[number]
@@ -127,9 +139,15 @@ def open_host_units(store: Store, plan: ResidencyPlan, home: Path) -> HostUnits:
     Raises:
         MossError: a file cannot be read.
     """
-    if not plan.streams:
+    if not plan.streams or is_in_ram(store):
         return HostUnits(store, plan)
     return HostUnits(store, plan, reader_for(store, home), page_cache_bytes(plan))
+
+
+def let_go(memory: np.ndarray) -> None:
+    """Have the pages of a map of a file no longer count as this process's; who reads them again gets them again."""
+    start, end = memory.ctypes.data // MEMORY_PAGE * MEMORY_PAGE, memory.ctypes.data + memory.nbytes
+    _library().madvise(start, end - start, MADV_DONTNEED)
 
 
 def populate(memory: np.ndarray, path: Path, unwanted: Unwanted) -> bool:

@@ -67,6 +67,12 @@ inline unsigned __float_as_uint(float f) {
     memcpy(&bits, &f, 4);
     return bits;
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = (uint64_t)high << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) result |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
 inline int __float2int_rn(float f) { return (int)lrintf(f); }
 inline int __dp4a(int a, int b, int sum) {
     for (int i = 0; i < 4; i++) sum += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);

@@ -24,6 +24,7 @@ DTYPES = {
     "int": "int32",
     "unsigned": "uint32",
     "unsigned char": "uint8",
+    "signed char": "int8",
 }
 
 
@@ -237,13 +238,17 @@ class DeviceArray(np.ndarray):
 def matrix_at(pointer: int, dtype: type, rows: int, columns: int, leading: int) -> np.ndarray:
     """A column-major matrix (rows, columns) as cuBLAS is told of it."""
     assert leading >= rows
-    n_bytes = leading * columns * np.dtype(dtype).itemsize
+    size = np.dtype(dtype).itemsize
+    n_bytes = ((columns - 1) * leading + rows) * size
     memory = np.frombuffer((ctypes.c_char * n_bytes).from_address(pointer), dtype)
-    return memory.reshape(columns, leading).T[:rows]
+    return np.lib.stride_tricks.as_strided(memory, (rows, columns), (size, leading * size))
+
+
+CUDA_TYPES = {0: np.float32, 2: np.float16}
 
 
 class FakeCublas:
-    """gemmEx as cuBLAS defines it, for float16 in and float32 out."""
+    """gemmEx and its batches as cuBLAS defines them, for float16 or float32 in and float32 out."""
 
     CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT = 68, -1
@@ -256,13 +261,34 @@ class FakeCublas:
     def gemmEx(
         handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, compute, _
     ):  # noqa: ANN001, ANN205, N802
-        assert (handle, a_type, b_type, c_type, compute) == (FakeCupy.HANDLE, 2, 2, 0, 68)
-        left = matrix_at(a, np.float16, *((k, m) if op_a else (m, k)), lda)
-        right = matrix_at(b, np.float16, *((n, k) if op_b else (k, n)), ldb)
-        factors = [ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))[0] for pointer in (alpha, beta)]
-        assert factors == [1, 0]
+        assert (handle, b_type, c_type, compute) == (FakeCupy.HANDLE, a_type, 0, 68)
+        dtype = CUDA_TYPES[a_type]
+        left = matrix_at(a, dtype, *((k, m) if op_a else (m, k)), lda)
+        right = matrix_at(b, dtype, *((n, k) if op_b else (k, n)), ldb)
+        factor, kept = (ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))[0] for pointer in (alpha, beta))
         wide = [side.astype(np.float32) for side in (left.T if op_a else left, right.T if op_b else right)]
-        matrix_at(c, np.float32, m, n, ldc)[...] = wide[0] @ wide[1]
+        result, out = np.float32(factor) * (wide[0] @ wide[1]), matrix_at(c, np.float32, m, n, ldc)
+        out[...] = result + np.float32(kept) * out if kept else result
+
+    @classmethod
+    def gemmStridedBatchedEx(  # noqa: N802
+        cls, handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, stride_a, b, b_type, ldb, stride_b, beta, c, c_type,
+        ldc, stride_c, count, compute, algorithm,
+    ):  # noqa: ANN001, ANN206  # fmt: skip
+        for i in range(count):
+            at = (
+                pointer + i * stride * np.dtype(CUDA_TYPES[kind]).itemsize
+                for pointer, stride, kind in (
+                    (a, stride_a, a_type),
+                    (b, stride_b, b_type),
+                    (c, stride_c, c_type),
+                )
+            )
+            own_a, own_b, own_c = at
+            cls.gemmEx(
+                handle, op_a, op_b, m, n, k, alpha, own_a, a_type, lda, own_b, b_type, ldb, beta, own_c, c_type, ldc, compute,
+                algorithm,
+            )  # fmt: skip
 
 
 class FakeCupy:
@@ -298,4 +324,7 @@ class FakeCupy:
 
     @staticmethod
     def asarray(array: np.ndarray, dtype: Any = None) -> np.ndarray:
+        """What already lies on the card as it is wanted, as operations' inputs and results do, is not copied."""
+        if isinstance(array, np.ndarray) and array.dtype == np.dtype(dtype or array.dtype):
+            return array.view(DeviceArray)
         return aligned(np.asarray(array, dtype)).view(DeviceArray)

@@ -5,7 +5,7 @@ The block's formulas are block_oracle's, in float64 where the kernels sum; array
 
 import numpy as np
 
-from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.interface import PAGE, ByteRows, CacheRows
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16
 from tests.support import block_oracle
 
@@ -43,6 +43,24 @@ def rotary_cache(
     return rotated(q, rotary[positions]).reshape(tokens, -1)
 
 
+def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (.., D) as the cache has them in int8: numbers, and scales (..), a 127th of the largest. In float32, as the CPU."""
+    x = saturated(x.astype(np.float32))
+    largest = np.abs(x).max(axis=-1)
+    small = largest < np.float32(1e-30)
+    reciprocal = np.where(small, np.float32(0), np.float32(127) / np.where(small, np.float32(1), largest))
+    numbers = np.rint(x * reciprocal[..., None]).astype(np.int8)
+    return numbers, np.where(small, np.float32(0), largest / np.float32(127))
+
+
+def meant(rows: CacheRows) -> np.ndarray:
+    """One layer's keys or values (P, H, D), in float16, or of int8 what it stands for, in float64."""
+    if not isinstance(rows, ByteRows):
+        return np.asarray(rows)
+    positions, heads, _ = rows.numbers.shape
+    return rows.numbers * rows.scales.astype(np.float64).transpose(0, 2, 1).reshape(positions, heads, 1)
+
+
 def saturated(x: np.ndarray) -> np.ndarray:
     """Within float16's range: an infinity in the cache would make every later token NaN."""
     most = np.finfo(np.float16).max
@@ -61,8 +79,9 @@ def rotated(x: np.ndarray, rotary: np.ndarray) -> np.ndarray:
 
 
 def attention(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, places: np.ndarray, pages: np.ndarray
+    q: np.ndarray, keys: CacheRows, values: CacheRows, places: np.ndarray, pages: np.ndarray
 ) -> np.ndarray:
+    keys, values = meant(keys), meant(values)
     tokens, (_, heads, head_dim) = len(q), keys.shape
     out = np.empty((tokens, heads, head_dim))
     for t, (slot, position) in enumerate(places):

@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from moss_jt.engine import cached_text, engine, pace
+from moss_jt.engine import cached_text, engine, kept_pages, next_pass, pace
 from moss_jt.engine.causal_model import TokenRun
 from moss_jt.engine.draft_copy import DraftCopy
 from moss_jt.engine.draft_length import DraftPace
@@ -406,7 +406,7 @@ def run_schedule(seed: int) -> None:
         copy = DraftCopy(HashedCopy(model, dice), pace, dice.randint(1, 6), dice.random() < 0.5)
     own = SteppedEngine(model, copy=copy)
     disk = Disk(dice) if dice.random() < 0.7 else None
-    own._file = disk  # type: ignore[assignment]
+    own._users.file = disk  # type: ignore[assignment]
     clients = [Client(dice, capacity) for _ in range(dice.randint(1, 7))]
     readers = [Reader(dice, capacity) for _ in range(dice.choice([0, 0, 0, 1, 2]))]
     drafter = Guesses(dice) if dice.random() < 0.6 else None
@@ -458,7 +458,7 @@ def run_schedule(seed: int) -> None:
         client.text = None
     if failures < planned:
         gc.collect()  # an error's traceback refers to all that it came through
-    assert own.plan() is None and not own._waiting and not own._running and not own._held
+    assert own.plan() is None and not own._users.jobs and not own._users._texts
     assert own.pool.free == pages and not any(own.pool.users(page) for page in range(pages)), "pages leak"
     assert disk is None or not disk.pages, "pages on the disk leak"
 
@@ -468,7 +468,7 @@ def run_schedules(seeds: Iterable[int]) -> None:
     with ExitStack() as stack:
         gc.freeze()  # what was there before need not be looked at by every collection
         stack.callback(gc.unfreeze)
-        for module in (engine, cached_text, pace):
+        for module in (engine, cached_text, kept_pages, next_pass, pace):
             stack.enter_context(mock.patch.object(module, "PAGE", PAGE))
         for seed in seeds:
             try:

@@ -180,6 +180,13 @@ void sim_gpu_free(void* memory) {
     free(memory);
 }
 
+// The most bytes that this process's allocations had at once, since it was asked last.
+size_t sim_gpu_most() {
+    const size_t most = device().most;
+    device().most = device().used;
+    return most;
+}
+
 // Whether an address is the device's, for those who hand out arrays over it.
 int sim_gpu_is_device(const void* at, size_t bytes) { return holding(device().allocated, at, bytes) != nullptr; }
 

@@ -136,6 +136,10 @@ def _gemm(*arguments: Any) -> None:
     _enqueue(lambda: emulator.FakeCublas.gemmEx(*arguments))
 
 
+def _gemm_batched(*arguments: Any) -> None:
+    _enqueue(lambda: emulator.FakeCublas.gemmStridedBatchedEx(*arguments))
+
+
 def get_default_memory_pool() -> Any:
     return SimpleNamespace(free_all_blocks=lambda: None, set_limit=lambda size: None)
 
@@ -189,6 +193,7 @@ _cublas = SimpleNamespace(
         if name.startswith("CUBLAS")
     },
     gemmEx=_gemm,
+    gemmStridedBatchedEx=_gemm_batched,
     getVersion=emulator.FakeCublas.getVersion,
 )
 cuda = SimpleNamespace(

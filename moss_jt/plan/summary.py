@@ -22,7 +22,7 @@ def per_token(seconds: float) -> str:
     return f"{seconds:.1f} s each" if seconds >= 1 else f"{1 / seconds:.1f} tokens/s"
 
 
-def verdict(seconds: float, here: bool, others: Sequence[tuple[int, float]]) -> str:
+def summary(seconds: float, here: bool, others: Sequence[tuple[int, float]]) -> str:
     """The sentence.
 
     Args:
