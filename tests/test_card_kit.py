@@ -122,6 +122,7 @@ def test_nothing_begins_that_the_budget_has_no_time_for(carried: Path, tmp_path:
         "jittor",
         "tests-stream",
         "tests-quantised",
+        "tests-training",
         "write-4-blocks-16",
         "memcheck",
     } <= steps.keys()

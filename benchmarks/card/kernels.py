@@ -23,6 +23,7 @@ from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.cublas import multiply
 from moss_jt.kernels.cuda.launchers import Launchers, Product
+from moss_jt.kernels.cuda.training_launchers import CardMatrix, TrainingLaunchers
 from moss_jt.kernels.interface import PAGE
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary_table import rotary_table
@@ -130,6 +131,7 @@ def check(on: SimpleNamespace) -> bool:
     check_products(on, kernels, report)
     check_attention(on, kernels, report)
     check_elementwise(on, kernels, report)
+    check_training(on, TrainingLaunchers(on.cupy), report)
     return report.end()
 
 
@@ -275,6 +277,76 @@ def bias_gelu(on: SimpleNamespace, kernels: Launchers, t: int, k: int) -> tuple[
         oracle.gelu_new(x.astype(np.float64) + bias.astype(np.float64)),
         1e-5,
     )
+
+
+def check_training(on: SimpleNamespace, kernels: TrainingLaunchers, report: Report) -> None:
+    shapes, attentions = [(37, 24, 64)], [(70, 2, 16, 8)]
+    if not on.small:
+        shapes += [(512, 18432, 6144), (300, 6144, 24576)]
+        attentions += [(200, 4, DIM, ROTARY)]
+    for t, n, k in shapes:
+        report.compare(f"training: products both ways {t}x{n}x{k}", both_ways, on, kernels, t, n, k)
+    for t, heads, dim, rotary in attentions:
+        name = f"training: attention both ways {t}x{heads}x{dim}"
+        report.compare(name, attention_both_ways, on, kernels, t, heads, dim, rotary)
+    for t, k in ((3, 200),) if on.small else ((3, 200), (16, WIDTH)):
+        report.compare(f"training: layer norm back {t}x{k}", norm_back, on, kernels, t, k)
+
+
+def both_ways(on: SimpleNamespace, kernels: TrainingLaunchers, t: int, n: int, k: int) -> tuple[bool, str]:
+    """Gradients are tiny: float16 alone would lose them."""
+    x, g, weight = normal((t, k)), normal((t, n), 2, 1e-9), half((n, k), 1)
+    matrix = CardMatrix(on.dev(weight))
+    out, back = on.dev(np.zeros((t, n), np.float32)), on.dev(np.zeros((t, k), np.float32))
+    kernels.product(on.dev(x), matrix, out)
+    kernels.product_back(on.dev(g), matrix, back)
+    there = close(on.host(out), x @ weight.astype(np.float32).T, 1e-3)
+    again = close(on.host(back), g @ weight.astype(np.float32), 1e-3)
+    return there[0] and again[0], f"{there[1]}; back {again[1]}"
+
+
+def slope_along(
+    function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, g: np.ndarray, back: np.ndarray
+) -> tuple[bool, str]:
+    """Whether back . v is the change of g . f(x) along a random v, by a central difference in float64."""
+    direction, step, wide = np.random.default_rng(7).standard_normal(x.shape), 1e-5, x.astype(np.float64)
+    change = (function(wide + step * direction) - function(wide - step * direction)) / (2 * step)
+    scale = float(np.sqrt((g.astype(np.float64) ** 2).sum() * (change**2).sum()))
+    off = abs(float((back * direction).sum()) - float((g * change).sum())) / scale
+    return off < 1e-5, f"off by {off:.1e} of the change along a direction"
+
+
+def attention_both_ways(
+    on: SimpleNamespace, kernels: TrainingLaunchers, t: int, heads: int, dim: int, rotary: int
+) -> tuple[bool, str]:
+    """Two samples, the first as long as all but five tokens."""
+    width, at = heads * dim, np.arange(t)
+    qkv, g, table = normal((t, 3 * width), 5), normal((t, width), 6), rotary_table(t, rotary)
+    spans = np.array([[0, t - 5], [t - 5, 5]], np.int32)
+
+    def attended(x: np.ndarray) -> np.ndarray:
+        parts = []
+        for first, count in spans:
+            q, k, v = x[first : first + count].reshape(count, 3, heads, dim).transpose(1, 0, 2, 3)
+            q, k = (oracle.rotate(part, at[:count], rotary) for part in (q, k))
+            parts.append(oracle.attention(q, k, v, 0).reshape(count, width))
+        return np.concatenate(parts)
+
+    given = on.dev(qkv), on.dev(table), spans, heads
+    out, back = on.dev(np.zeros((t, width), np.float32)), on.dev(np.zeros((t, 3 * width), np.float32))
+    kernels.attention(*given, out)
+    kernels.attention_back(on.dev(g), *given, back)
+    there = close(on.host(out), attended(qkv.astype(np.float64)), 1e-4)
+    again = slope_along(attended, qkv, g, on.host(back))
+    return there[0] and again[0], f"{there[1]}; back {again[1]}"
+
+
+def norm_back(on: SimpleNamespace, kernels: TrainingLaunchers, t: int, k: int) -> tuple[bool, str]:
+    h, g, weight = normal((t, k), 1, 3.0), normal((t, k), 2), half((k,), 3)
+    back, normed = on.dev(np.zeros((t, k), np.float32)), on.dev(np.zeros((t, k), np.float32))
+    kernels.norm_back(on.dev(g), on.dev(h), on.dev(weight), 1e-5, back, normed)
+    wide = weight.astype(np.float64)
+    return slope_along(lambda x: oracle.layer_norm(x, wide, np.zeros(k), 1e-5), h, g, on.host(back))
 
 
 # Time

@@ -123,6 +123,7 @@ tests() {  # that all were skipped is no success
 }
 SHOW=25 step tests-stream 170 40 "$(tests stream)"
 SHOW=25 step tests-quantised 120 40 "$(tests quantised)"
+SHOW=25 step tests-training 150 60 "$(tests learns)"
 [ "${UNIFIED:-0}" = 1 ] && SHOW=25 step tests-unified 90 40 "$(tests unified)"
 
 # 7. moss-jt's own benchmark: four blocks of MOSS's width, then all of it
