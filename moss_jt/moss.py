@@ -1,60 +1,34 @@
 """The Python interface: ``from moss_jt import Moss``. Jittor starts when a model is loaded, not before."""
 
 import reprlib
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from numbers import Integral
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from moss_jt.backend.device import Offload, check_choice, decide, parse_device, while_jittor_starts
-from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.chat.chat import Chat
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
-from moss_jt.convert.named import model_folder
 from moss_jt.engine.causal_model import LoadedAdapter, Watcher
-from moss_jt.engine.draft_copy import DraftCopy
-from moss_jt.engine.draft_length import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.generate import Generation
 from moss_jt.engine.logprobs import Logprob, check_top, logprobs_of
-from moss_jt.engine.prompt_cache import PromptCache
-from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
-from moss_jt.engine.prompt_key import prompt_cache_bytes
 from moss_jt.engine.prompt_lookup import make_drafter
 from moss_jt.engine.sampling import REGULATION_START, SamplingParams
 from moss_jt.engine.sequence import Sequence as Text
 from moss_jt.errors import MossError
-from moss_jt.kernels.adapters import AdapterBank
-from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
-from moss_jt.measure.machine_speed import known_memory_speed
-from moss_jt.plan.copy_choice import Choice, PlanWith, best_copy, named_copy
-from moss_jt.plan.drafting import seconds_per_draft, token_share
-from moss_jt.plan.placement import GpuPlanner, gpu_planner, hold, plan_here, release
-from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
-from moss_jt.plan.residency import Copy, ResidencyPlan, check_cache_bits, seconds_per_pass
+from moss_jt.loading import Loaded, LoadSettings, load
+from moss_jt.plan.drafting import token_share
+from moss_jt.plan.placement import release
 from moss_jt.plugins.interface import Plugin
 from moss_jt.plugins.registry import PluginSettings
-from moss_jt.store.config import MossConfig
-from moss_jt.store.copies import copies_of
 from moss_jt.store.locations import model_home
-from moss_jt.store.model_folder import Store, open_store
-from moss_jt.store.sizes import sizes_of_store
 from moss_jt.store.tokenizer import BYTE_ORDER_MARK, IncrementalDecoder, Tokenizer
-from moss_jt.train.adapter_bank import AdapterFiles, Given
-from moss_jt.weights.disk_speed import disk_under
-from moss_jt.weights.host_units import HostUnits, open_host_units
-from moss_jt.weights.resident_reader import Arrivals
-
-if TYPE_CHECKING:
-    from moss_jt.engine.model import Model
+from moss_jt.train.adapter_bank import Given
 
 END_TOKEN = "<eom>"
 # What of beginnings is kept beside a model.
@@ -79,38 +53,20 @@ class Moss:
     arrivals   the weights that stay, which are read while the first text is; None where all were read before
     """
 
-    def __init__(
-        self,
-        model: "Model",
-        tokenizer: Tokenizer,
-        plan: ResidencyPlan,
-        draft: str | int = "auto",
-        load_s: float = 0.0,
-        folder: Path | None = None,
-        name: str = "MOSS",
-        copy: DraftCopy | None = None,
-        prompts: PromptCache | None = None,
-        adapters: Mapping[str, LoadedAdapter] | None = None,
-    ) -> None:
-        """
-        Args:
-            folder: where the cache of what is idle goes when there is no room for it.
-            copy: writes ahead of the model; closed with it.
-            prompts: where what was read of beginnings is kept for later processes.
-            adapters: that the model's operators have, by their names.
-        """
-        self.model = model
-        self.config = model.config
-        self.tokenizer = tokenizer
-        self.plan = plan
-        self.load_s = load_s
-        self.name = name
-        self.adapters = dict(adapters or {})
-        self._draft = draft
-        self.copy = copy
-        self.notice = ""
-        self.arrivals: Arrivals | None = None
-        self.engine = Engine(model, folder, copy, prompts)
+    def __init__(self, loaded: Loaded) -> None:
+        self.model = loaded.model
+        self.config = loaded.model.config
+        self.tokenizer = loaded.tokenizer
+        self.plan = loaded.plan
+        self.load_s = loaded.load_s
+        self.name = loaded.name
+        self.adapters = dict(loaded.adapters)
+        self.copy = loaded.copy
+        self.notice = loaded.notice
+        self.arrivals = loaded.arrivals
+        self._draft = loaded.draft
+        # There the cache of what is idle goes when it has no room.
+        self.engine = Engine(self.model, model_home() / "cache", self.copy, loaded.prompts)
 
     @classmethod
     def load(
@@ -165,61 +121,21 @@ class Moss:
             MossError: there is no such model, its folder or an adapter's is damaged, the memory is too little for it, or
                 something that a GPU needs is missing.
         """
-        begin = time.perf_counter()
-        kind, number = parse_device(device)
-        way = check_choice(kind, offload)
-        on_gpu = kind == "gpu"
-        if on_gpu and memory is not None or not on_gpu and (gpu_memory, host_memory) != (None, None):
-            raise MossError("memory is the CPU's limit; the GPU has two, gpu_memory and host_memory.")
-        if not (context is None or isinstance(context, Integral)):
-            raise MossError(f"context is {context!r}; it must be a number of tokens.")
-        check_cache_bits(cache_bits)
-        keep_bytes = prompt_cache_bytes(prompt_cache)
-        store = open_store(model_folder(model))
-        tokenizer = Tokenizer.from_file(store.tokenizer_path)
-        files = AdapterFiles(store.config, adapters)
-        cpu_needs = partial(CpuNeeds, rank=files.rank, cache_bits=cache_bits)
-        cuda_needs = partial(CudaNeeds, rank=files.rank)
-        if on_gpu:
-            card, _ = require_gpu(number)
-            needs = cuda_needs(store.config, store.bits)
-            limits = gpu_memory, host_memory, context
-            planner = gpu_planner(store, needs, card, *limits, way, parallel, files.n_bytes, cache_bits)
-
-        def plan_with(copy: Store | None) -> ResidencyPlan:
-            if on_gpu:
-                return replace(planner, copy=_copy_on(copy, cuda_needs)).plan()
-            own, drafts = cpu_needs(store.config, store.bits), _copy_on(copy, cpu_needs)
-            return plan_here(store, own, memory, context, parallel, drafts, files.n_bytes, cache_bits)
-
-        choice = _choose_copy(store, draft, draft_model, plan_with, way, on_gpu)
-        plan = choice.plan
-        # What is wrong with it is said before Jittor starts.
-        make_drafter(draft, plan.streams, token_share(plan))
-        decide(kind, way, number)
-        bank, named = files.load()
-        host = None
-        if on_gpu:
-            planner = replace(planner, copy=_copy_on(choice.copy, cuda_needs))
-            loaded, plan = _load_on_gpu(store, planner, way, bank)
-        else:
-            host = open_host_units(store, plan, model_home()) if way != "swap" else None
-            loaded = _load(store, plan, host, bank)
-        copy = None
-        if choice.copy is not None:
-            try:
-                pace = _pace(plan, _speeds(store, on_gpu))
-                copy = _load_copy(choice.copy, loaded, plan, draft, pace, host)
-            except BaseException:
-                loaded.close()
-                raise
-        hold(plan)
-        prompts = open_prompt_cache(store, loaded.operators.level, keep_bytes, cache_bits)
-        took, cache = time.perf_counter() - begin, model_home() / "cache"
-        moss = cls(loaded, tokenizer, plan, draft, took, cache, store.path.name, copy, prompts, named)
-        moss.notice = choice.notice
-        moss.arrivals = None if host is None else host.arrivals
-        return moss
+        settings = LoadSettings(
+            device=device,
+            memory=memory,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+            context=context,
+            draft=draft,
+            draft_model=draft_model,
+            offload=offload,
+            parallel=parallel,
+            prompt_cache=prompt_cache,
+            cache_bits=cache_bits,
+            adapters=adapters,
+        )
+        return cls(load(model, settings))
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -540,98 +456,3 @@ class _Adapted:
     @property
     def loaded(self) -> float:
         return self.moss.loaded
-
-
-def _copy_on(copy: Store | None, needs: Callable[[MossConfig, int], Any]) -> Copy | None:
-    """A copy as the plan takes it, for the operators with these needs."""
-    return None if copy is None else Copy(sizes_of_store(copy), needs(copy.config, copy.bits))
-
-
-def _choose_copy(
-    store: Store,
-    draft: str | int,
-    draft_model: str | Path,
-    plan_with: PlanWith,
-    offload: Offload,
-    on_gpu: bool,
-) -> Choice:
-    """The copy that drafts for a model, if any, and the plan with it."""
-    if draft_model not in ("auto", "off"):
-        if offload not in ("auto", "stream"):
-            raise MossError(
-                f"--draft-model needs weights that stream; it does not go with --offload {offload}."
-            )
-        return named_copy(store, model_folder(draft_model), plan_with)
-    plan = plan_with(None)
-    if draft_model == "off" or str(draft) == "off" or not plan.streams or offload not in ("auto", "stream"):
-        return Choice(plan)
-    candidates = copies_of(store)
-    return (
-        best_copy(store, candidates, plan, plan_with, _speeds(store, on_gpu)) if candidates else Choice(plan)
-    )
-
-
-def _speeds(store: Store, on_gpu: bool) -> Speeds:
-    """What is known of this machine's links without measuring for long, or assumed."""
-    home = model_home()
-    disk = Speed(disk_under(store, home).best, "measured")
-    if on_gpu:
-        return Speeds(disk, Speed(ASSUMED_GPU_MEMORY * GB, "assumed"), Speed(ASSUMED_LINK * GB, "assumed"))
-    known = known_memory_speed(home)
-    return Speeds(disk, Speed(known or ASSUMED_MEMORY * GB, "measured" if known else "assumed"))
-
-
-def _pace(plan: ResidencyPlan, speeds: Speeds) -> DraftPace:
-    """What drafts and passes are expected to cost, until they have been measured."""
-    link = None if speeds.link is None else speeds.link.bytes_per_s
-    pass_s = seconds_per_pass(plan, speeds.disk.bytes_per_s, speeds.memory.bytes_per_s, link)
-    return DraftPace(
-        pass_s, step_s=seconds_per_draft(plan, speeds.memory.bytes_per_s, on_gpu=link is not None)
-    )
-
-
-def _load_copy(
-    store: Store,
-    model: "Model",
-    plan: ResidencyPlan,
-    draft: str | int,
-    pace: DraftPace,
-    host: HostUnits | None,
-) -> DraftCopy:
-    """``host``: holds the model's weights; None on a GPU."""
-    if host is None:
-        from moss_jt.engine.gpu_load import load_copy as load_gpu_copy
-
-        loaded = load_gpu_copy(store, model, plan, model_home())
-    else:
-        from moss_jt.engine.load import load_copy
-
-        loaded = load_copy(store, model, plan, model_home(), host)
-    longest = int(draft) if str(draft).isdigit() else LONGEST_DRAFT
-    return DraftCopy(loaded, pace, longest)
-
-
-def _load(
-    store: Store, plan: ResidencyPlan, host: HostUnits | None, adapters: AdapterBank | None = None
-) -> "Model":
-    """Start Jittor, unless it runs, while the weights are read that ``host`` holds; None where Jittor will swap them."""
-    try:
-        if host is not None:
-            while_jittor_starts(host.begin)
-        from moss_jt.engine.load import load_model
-
-        return load_model(store, plan, host, adapters)
-    except BaseException:
-        if host is not None:
-            host.close()
-        raise
-
-
-def _load_on_gpu(
-    store: Store, planner: GpuPlanner, offload: Offload, adapters: AdapterBank | None
-) -> tuple["Model", ResidencyPlan]:
-    """The same on a GPU, with the plan for what CUDA takes on the card."""
-    from moss_jt.engine.gpu_load import load_gpu_model
-
-    model = load_gpu_model(store, planner, model_home(), offload, adapters)
-    return model, model.plan

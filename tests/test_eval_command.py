@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt import moss as moss_module
+from moss_jt import loading
 from moss_jt.backend.threads import compute_threads
 from moss_jt.commands.cli import main
 from moss_jt.commands.eval import TOKENIZER_BYTES, _read
@@ -100,7 +100,7 @@ def test_two_models_under_a_limit_that_neither_fits_into(
     here = 200 * MIB
     monkeypatch.setattr(placement, "resident_memory_bytes", lambda: here)
     plans: list[ResidencyPlan] = []
-    monkeypatch.setattr(moss_module, "hold", lambda plan: (plans.append(plan), placement.hold(plan)))
+    monkeypatch.setattr(loading, "hold", lambda plan: (plans.append(plan), placement.hold(plan)))
 
     needed = sum(
         smallest_bytes(one, CpuNeeds(one.config, one.bits), 64, compute_threads()) + TOKENIZER_BYTES

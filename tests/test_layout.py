@@ -60,6 +60,7 @@ FLOORS = (
     {"engine"},
     {"chat", "measure"},
     {"terminal", "convert", "train"},
+    {"loading"},
     {"moss"},
     {"serve"},
     {"commands", "demos"},

@@ -32,9 +32,9 @@ FORWARD = "moss_jt.engine.model.Model.forward_many"
     ("where", "files", "size"),
     [
         ("moss_jt.engine.load.warm_up", "head*", 4096),  # the norm and the bias, which NumPy reads
-        ("moss_jt.moss.open_host_units", "block-01*", 4096),
+        ("moss_jt.loading.open_host_units", "block-01*", 4096),
         ("moss_jt.engine.load.warm_up", "embedding*", 4096),
-        ("moss_jt.moss.open_host_units", "block-00*", 0),
+        ("moss_jt.loading.open_host_units", "block-00*", 0),
         ("moss_jt.backend.device.begin_meanwhile", "block-01*", 4096),  # mapped, and not read yet
         (FORWARD, "embedding*", 4096),
     ],

@@ -12,7 +12,7 @@ from moss_jt import Moss
 from moss_jt.backend.threads import compute_threads
 from moss_jt.engine.sampling import Sampler, SamplingParams
 from moss_jt.errors import MossError
-from moss_jt.moss import _load
+from moss_jt.loading import Loaded, load_on_cpu
 from moss_jt.store.model_folder import open_store
 from moss_jt.store.sizes import MIB, sizes_of_store
 from moss_jt.store.tokenizer import Tokenizer
@@ -114,8 +114,8 @@ def test_streamed_weights_serve_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp
     smallest = plan(sizes, 256, resident.peak_bytes - 2 * MIB, **fixed)
     assert smallest.streams
     store = open_store(folder)
-    model = _load(store, smallest, open_host_units(store, smallest, tmp_path))
-    with Moss(model, Tokenizer.from_file(store.tokenizer_path), smallest, "off") as moss:
+    model = load_on_cpu(store, smallest, open_host_units(store, smallest, tmp_path))
+    with Moss(Loaded(model, Tokenizer.from_file(store.tokenizer_path), smallest, "off")) as moss:
         assert ask_in_threads(moss) == alone
         assert digests.take() == expected
 
