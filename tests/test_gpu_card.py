@@ -12,7 +12,7 @@ import pytest
 from moss_jt import Moss
 from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.errors import MossError
-from tests.support.gpu_runs import STREAMED, SWAPPED, UNIFIED, Case, run_on_gpu
+from tests.support.gpu_runs import IN_INT8, STREAMED, SWAPPED, UNIFIED, Case, run_on_gpu
 from tests.support.learned_on_card import LEARNER, check_learning
 from tests.support.models import tiny_model_folder
 from tests.support.random_models import SMALL, random_folder
@@ -30,9 +30,11 @@ def card() -> None:
         pytest.skip(f"no GPU: {' '.join(str(error).split())}")
 
 
-def answers_of(folder: Path, prompts: Sequence[list[int]]) -> tuple[list[list[int]], np.ndarray]:
+def answers_of(
+    folder: Path, prompts: Sequence[list[int]], cache_bits: int = 16
+) -> tuple[list[list[int]], np.ndarray]:
     """The CPU's tokens after these, and logits of the first of all."""
-    with Moss.load(folder, memory="4GiB", context=96) as moss:
+    with Moss.load(folder, memory="4GiB", context=96, cache_bits=cache_bits) as moss:
         tokens = []
         for prompt in prompts:
             answer = moss.generate(prompt, max_new_tokens=6, temperature=0)
@@ -49,6 +51,16 @@ def test_every_plan_gives_the_same_tokens_within_its_limit(cases: Sequence[Case]
         assert run.token_ids == tokens, run.case
         assert np.abs(run.logits - logits).max() < 2e-2 * np.abs(logits).max(), run.case
         assert run.used <= run.budget, "more of the card than its limit (or another program uses it)"
+
+
+def test_a_cache_in_int8_gives_the_same_bits_for_every_plan_and_the_cpu_s_logits() -> None:
+    folder = random_folder(SMALL)
+    _, logits = answers_of(folder, [], 8)
+    runs = run_on_gpu(folder, IN_INT8, PROMPTS, {})
+    for run in runs:
+        assert run.token_ids == runs[0].token_ids and run.used <= run.budget, run.case
+        np.testing.assert_array_equal(run.logits, runs[0].logits, str(run.case))
+        assert np.abs(run.logits - logits).max() < 2e-2 * np.abs(logits).max(), run.case
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

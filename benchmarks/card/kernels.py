@@ -24,7 +24,7 @@ from moss_jt.backend.toolkit import composed
 from moss_jt.kernels.cuda.cublas import multiply
 from moss_jt.kernels.cuda.launchers import Launchers, Product
 from moss_jt.kernels.cuda.training_launchers import CardMatrix, TrainingLaunchers
-from moss_jt.kernels.interface import PAGE
+from moss_jt.kernels.interface import PAGE, ByteRows
 from moss_jt.kernels.needs import FEW_TOKENS
 from moss_jt.kernels.rotary_table import rotary_table
 from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pack
@@ -32,6 +32,7 @@ from moss_jt.store.quant import PackedArrays, dequantize, dequantize_float16, pa
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from tests.support import block_oracle as oracle  # noqa: E402
 from tests.support import cuda_products as products  # noqa: E402
+from tests.support import cuda_reference as reference  # noqa: E402
 
 STEP = 2.0**-23  # float32's
 GROUP = 128
@@ -217,12 +218,15 @@ def check_attention(on: SimpleNamespace, kernels: Launchers, report: Report) -> 
         (1, 1, 256, 64, 30),
         (5, 2, 64, 64, 0),
         (PAGE, 2, 24, 16, PAGE),
+        (PAGE, 2, 32, 16, PAGE),
     ]
     if not on.small:
         cases += [(1, HEADS, DIM, ROTARY, 2047), (16, HEADS, DIM, ROTARY, 1000), (256, HEADS, DIM, ROTARY, 0)]
     for t, heads, dim, rotary, start in cases:
         name = f"rotary and attention {t}x{heads}x{dim} at {start}"
         report.compare(name, attend, on, kernels, t, heads, dim, rotary, start)
+        if dim % 16 == 0:
+            report.compare(f"{name}, int8", attend_over_bytes, on, kernels, t, heads, dim, rotary, start)
 
 
 def in_order(on: SimpleNamespace, start: int, tokens: int) -> tuple[Any, Any]:
@@ -256,6 +260,29 @@ def attend(
     exact = oracle.attention(ours.astype(np.float64), our_keys, our_values, start)
     attended = on.host(kernels.attention(q, device_keys, device_values, *where, whole=t > FEW_TOKENS))
     return close(attended.reshape(t, heads, dim), exact, 1e-4)
+
+
+def attend_over_bytes(
+    on: SimpleNamespace, kernels: Launchers, t: int, heads: int, dim: int, rotary: int, start: int
+) -> tuple[bool, str]:
+    positions, at = -(-(start + t) // PAGE) * PAGE, np.arange(start, start + t)
+    table, qkv = rotary_table(positions, rotary), normal((t, 3 * heads * dim), 5)
+    rows = []
+    for seed in (3, 4):
+        numbers, scales = reference.quantized(normal((positions, heads, dim), seed))
+        by_page = np.ascontiguousarray(scales.reshape(-1, PAGE, heads).transpose(0, 2, 1))
+        rows.append(ByteRows(on.dev(numbers), on.dev(by_page)))
+    places, pages = in_order(on, start, t)
+    q = kernels.rotary_cache(on.dev(qkv), on.dev(table), *rows, places, pages)
+    ours = [ByteRows(on.host(one.numbers), on.host(one.scales)) for one in rows]
+    parts = qkv.astype(np.float64).reshape(t, 3, heads, dim).transpose(1, 0, 2, 3)
+    for one, exact in zip(ours, (oracle.rotate(parts[1], at, rotary), parts[2]), strict=True):
+        steps = one.scales.transpose(0, 2, 1).reshape(positions, heads, 1)[at]
+        if (np.abs(reference.meant(one)[at] - exact) > 0.501 * steps).any():
+            return False, "the cache is off by more than half a step"
+    expected = reference.attention(on.host(q), *ours, on.host(places), on.host(pages))
+    attended = on.host(kernels.attention(q, *rows, places, pages, whole=t > FEW_TOKENS))
+    return close(attended, expected, 1e-4)
 
 
 def check_elementwise(on: SimpleNamespace, kernels: Launchers, report: Report) -> None:
@@ -528,10 +555,17 @@ def cache_of(on: SimpleNamespace) -> tuple[Any, Any]:
 
 def time_attention(on: SimpleNamespace, kernels: Launchers, times: Times) -> None:
     keys, values = cache_of(on)
+    scales = on.dev(np.full((POSITIONS // PAGE, HEADS, PAGE), 0.01, np.float32))
+    in_bytes = [
+        ByteRows(one.view(np.int8).reshape(-1, HEADS, DIM)[:POSITIONS], scales) for one in (keys, values)
+    ]
     for t, context in ((1, 32), (1, 256), (1, 1024), (1, 2047), (16, 1024)):
         q, where = on.dev(normal((t, WIDTH))), in_order(on, context, t)
         seconds = times.median(lambda _, q=q, where=where: kernels.attention(q, keys, values, *where), 10)
         times.row(f"attention T={t} after {context}", seconds, 4 * (context + t) * WIDTH)
+        seconds = times.median(lambda _, q=q, where=where: kernels.attention(q, *in_bytes, *where), 10)
+        n_bytes = 2 * (context + t) * (WIDTH + 4 * HEADS)
+        times.row(f"attention over int8 T={t} after {context}", seconds, n_bytes)
     for t, context in PROMPTS:
         q, where = on.dev(normal((t, WIDTH))), in_order(on, context, t)
         seconds = times.median(

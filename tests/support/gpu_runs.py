@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +34,7 @@ sys.path.append(sys.argv[5])
 from tests.support.gpu_runs import CONTEXT, Case, options_of
 folder, cases, (prompts, text), out = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4])
 cases = [Case(**case) for case in cases]
-with Moss.load(folder, device="gpu", context=CONTEXT, offload=cases[0].offload) as moss:
+with Moss.load(folder, device="gpu", context=CONTEXT, offload=cases[0].offload, cache_bits=cases[0].cache_bits) as moss:
     footprint = moss.plan.footprint_bytes
 for number, case in enumerate(cases):
     options = options_of(Path(folder), case, footprint)
@@ -62,6 +62,7 @@ class Case:
     on_host: float = 1.0
     offload: str = "auto"
     draft: str = "off"
+    cache_bits: int = 16
 
 
 STREAMED = (
@@ -72,13 +73,16 @@ STREAMED = (
     Case("the host is short", 0.3, 0.3),
     Case("everything from disk", 0, 0),
 )
+IN_INT8 = tuple(
+    replace(case, name=f"{case.name}, cache in int8", cache_bits=8) for case in (*STREAMED[:4:3], STREAMED[5])
+)
 UNIFIED = Case("unified", 0.3, offload="unified")
 SWAPPED = Case("swap", 0.5, offload="swap")
 
 
 def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
     """Options of Moss.load with which the plan is the case's, where CUDA takes ``footprint`` bytes."""
-    sizes = sizes_of_store(open_store(folder))
+    sizes = sizes_of_store(open_store(folder), case.cache_bits)
     everything = plan_gpu(sizes, CONTEXT, 1 << 40, 1 << 40, footprint_bytes=footprint)
     total = everything.bytes_on("device")
     budget = everything.peak_bytes
@@ -95,6 +99,7 @@ def options_of(folder: Path, case: Case, footprint: int) -> dict[str, Any]:
         "context": CONTEXT,
         "draft": case.draft,
         "offload": case.offload,
+        "cache_bits": case.cache_bits,
     }
 
 
