@@ -454,8 +454,7 @@ def test_an_adapter_learns_the_same_by_any_plan_and_what_it_learns_on_the_proces
     for key, pair in adapter.pairs_of(gradient).items():
         for own, wanted in zip(adapter.pairs_of(expected[3])[key], pair, strict=True):
             assert np.linalg.norm(own - wanted) <= 2e-3 * np.linalg.norm(wanted), key
-    for on_card, on_host in ((0.5, 1.0), (0.3, 0.2)):
-        plan = residents_from(in_slabs(plan_for(store, on_card, on_host)), 1)
-        assert plan.streams and ("disk" in {unit.tier for unit in plan.units}) == (on_host < 1)
-        for actual, wanted in zip(learned_on_card(store, plan, tmp_path), expected, strict=True):
-            np.testing.assert_array_equal(actual, wanted)
+    plan = residents_from(in_slabs(plan_for(store, 0.3, 0.2)), 1)
+    assert {"device", "disk"} <= {unit.tier for unit in plan.units}
+    for actual, wanted in zip(learned_on_card(store, plan, tmp_path), expected, strict=True):
+        np.testing.assert_array_equal(actual, wanted)

@@ -94,6 +94,8 @@ def test_products_both_ways(operators: TrainingOperators, kind: str, tokens: int
         pytest.skip(
             "each matrix is widened by code that test_kernels_cpu runs at every width; compiling takes long"
         )
+    if isinstance(operators, CudaTrainingOperators) and tokens == 600 and kind != "int4 ordered":
+        pytest.skip("every element is a thread of the emulation, and tokens have no tiles there")
     matrix, exact = MATRICES[kind]
     x, g = normal(tokens, 160, seed=1), normal(tokens, 300, seed=2)
     results = operators.product(jt.array(x), matrix), operators.product_back(jt.array(g), matrix)
