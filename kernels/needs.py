@@ -26,6 +26,8 @@ LEAST_TAKEN, MOST_TAKEN = 128 << 10, 4 << 20
 # Floats of a workspace that aligning its start may take.
 ALIGNMENT = 16
 LANES = 16
+# Floats between rows of what oneDNN multiplies.
+GAP = 16
 # Inputs of oneDNN's product that it copies at once; what else a thread holds, its stack among it.
 GEMM_INPUTS = 512
 THREAD_FLOATS = 64 << 10
@@ -52,6 +54,7 @@ DEFINITIONS = {
     "MOSS_TILE_POSITIONS": TILE_POSITIONS,
     "MOSS_TILE_ROWS": TILE_ROWS,
     "MOSS_TILE_INPUTS": TILE_INPUTS,
+    "MOSS_GAP": GAP,
     "MOSS_LEAST_TAKEN": LEAST_TAKEN,
     "MOSS_MOST_TAKEN": MOST_TAKEN,
     "MOSS_TRAIN_TOKENS": TRAIN_TOKENS,
@@ -118,9 +121,9 @@ class CpuNeeds:
         results, widened, copied = rows * tokens, scores, 0
         if tokens >= PAGE:
             positions = min(context, TILE_POSITIONS)
-            head = positions * c.head_dim + PAGE * (context + LANES)
+            head = positions * c.head_dim + PAGE * (context + GAP)
             widened, copied = max(widened, head), (positions + PAGE) * c.head_dim
-            results, widened = max(results, TILE_ROWS * tokens), max(widened, TILE_ROWS * TILE_INPUTS)
+            results, widened = max(results, TILE_ROWS * tokens), max(widened, TILE_ROWS * (TILE_INPUTS + GAP))
             copied = max(copied, (TILE_ROWS + tokens) * GEMM_INPUTS)
         return max(without, results + widened + copied) + THREAD_FLOATS
 
@@ -169,7 +172,7 @@ def training_thread_floats(config: MossConfig, longest: int) -> int:
     """
     tiles = max(TRAIN_TOKENS + TILE_ROWS, TRAIN_ROWS + TRAIN_COLUMNS) * GEMM_INPUTS
     head = (longest + config.head_dim) * max(QUERIES, config.head_dim)
-    return 2 * QUERIES * longest + TILE_ROWS * TILE_INPUTS + max(tiles, head) + THREAD_FLOATS
+    return 2 * QUERIES * longest + TILE_ROWS * (TILE_INPUTS + GAP) + max(tiles, head) + THREAD_FLOATS
 
 
 @dataclass(frozen=True)

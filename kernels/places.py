@@ -41,21 +41,29 @@ def places_of(
     for row, numbers in zip(padded, pages, strict=False):
         row[: len(numbers)] = numbers
     table = padded[: len(pages), :most]
-    if not len(slot) or len(slot) != len(position) or slot.min() < 0 or slot.max() >= len(pages):
+    if not len(slot) or len(slot) != len(position) or not _within(slot, len(pages)):
         raise ValueError(f"{len(slot)} tokens at {len(position)} positions of {len(pages)} sequences")
-    ends = PAGE * np.array(lengths)
-    if position.min() < 0 or (position >= ends[slot]).any():
+    ends = PAGE * np.array(lengths)[slot] if len(pages) > 1 else PAGE * most
+    if not _within(position, ends):
         raise ValueError(f"a token's position is beyond the pages of its sequence, {most} at most")
     if table.size and table.min() < 0:
         raise ValueError("a page has a number below 0")
     _check_whole(slot, position, whole)
-    tokens = np.stack([slot, position], axis=1)
+    tokens = np.empty((len(slot), 2), np.int32)
+    tokens[:, 0], tokens[:, 1] = slot, position
     places = Places(slot, position, table, whole, jt.array(tokens), jt.array(padded))
     if all(adapter is None for adapter in adapters):
         return places
     of_slot = np.array([-1 if adapter is None else adapter for adapter in adapters], np.int32)
     of_token = of_slot[slot]
     return replace(places, adapters=of_token, adapter_tokens=jt.array(of_token[:, None]))
+
+
+def _within(numbers: np.ndarray, ends: np.ndarray | int) -> bool:
+    """Whether all are from 0 on and below ``ends``; a single one, as each pass of an answer has, takes no pass over arrays."""
+    if len(numbers) == 1 and isinstance(ends, int):
+        return 0 <= int(numbers[0]) < ends
+    return bool((numbers >= 0).all() and (numbers < ends).all())
 
 
 def _check_whole(slots: np.ndarray, positions: np.ndarray, whole: int) -> None:

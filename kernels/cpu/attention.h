@@ -8,6 +8,8 @@
 // sums: a position's score is multiplied with its key's, its weight with its value's.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 
 namespace moss {
@@ -102,26 +104,42 @@ struct FewRows {
 template <class Number>
 inline void prefetch_rows(const Number* p, int64_t stride) { __builtin_prefetch(p + 4 * stride, 0, 2); }
 
-// scores[j] = k[j] . q for four positions, of which the last `missing` do not exist: they repeat one that does.
-template <class R>
+constexpr int kTogether = Simd::kRegisters >= 32 ? 4 : 2;  // tokens whose sums fit into registers
+
+// body(number, t) for the tokens first <= t < end, up to kTogether of them at a time: t and what follows, `number` in all.
+template <int kTokens = kTogether, class Body>
+inline void for_together(int64_t first, int64_t end, Body body) {
+    for (; first + kTokens <= end; first += kTokens) body(std::integral_constant<int, kTokens>(), first);
+    if constexpr (kTokens > 1) for_together<kTokens - 1>(first, end, body);
+}
+
+// scores[t][j] = k[j] . q[t] for kTokens tokens and four positions, of which the last `missing` do not exist: they repeat one
+// that does. Keys are widened once for all tokens.
+template <int kTokens, class R>
 inline void four_scores(const typename R::Number* k, int64_t stride, int64_t missing, const float* q, int64_t head_dim,
-                        float* scores) {
+                        float* scores, int64_t lds) {
     const typename R::Number* rows[4];
-    F sums[4];
+    F sums[kTokens][4];
     MOSS_UNROLL
     for (int j = 0; j < 4; j++) {
         rows[j] = k + std::min<int64_t>(j, 3 - missing) * stride;
-        sums[j] = Simd::zero();
+        MOSS_UNROLL
+        for (int t = 0; t < kTokens; t++) sums[t][j] = Simd::zero();
     }
     for_lanes(head_dim, [&](int64_t d, int n) {
-        const F x = load_n(q + d, n);
+        F x[kTokens];
+        MOSS_UNROLL
+        for (int t = 0; t < kTokens; t++) x[t] = load_n(q + t * stride + d, n);
         MOSS_UNROLL
         for (int j = 0; j < 4; j++) {
             prefetch_rows(rows[j] + d, stride);
-            sums[j] = Simd::fma(R::load(rows[j] + d, n), x, sums[j]);
+            const F key = R::load(rows[j] + d, n);
+            MOSS_UNROLL
+            for (int t = 0; t < kTokens; t++) sums[t][j] = Simd::fma(key, x[t], sums[t][j]);
         }
     });
-    Simd::sum4(sums[0], sums[1], sums[2], sums[3], scores);
+    MOSS_UNROLL
+    for (int t = 0; t < kTokens; t++) Simd::sum4(sums[t][0], sums[t][1], sums[t][2], sums[t][3], scores + t * lds);
 }
 
 // weights[j] = e^(scores[j] - largest) in place, zero from count up to the end of the vector; returns their sum.
@@ -146,67 +164,101 @@ inline float largest_of(const float* x, int64_t count) {
     return Simd::largest(most);
 }
 
-// sums[d] += weights[j] * v[j][d] for four positions, of which the last `missing` do not exist and have no weight.
-template <class R>
-inline void weigh_four(const typename R::Number* v, int64_t stride, int64_t missing, const float* weights, int64_t head_dim,
-                       float* sums) {
-    const typename R::Number* rows[4];
+// sums[t][d] += weights[t][j] * v[j][d] for kTokens tokens, `count` positions in their order, and kVectors vectors of which the
+// last has n lanes.
+template <int kTokens, int kVectors, class R>
+inline void weigh_vectors(const typename R::Number* v, int64_t stride, int64_t count, const float* weights, int64_t lds, int n,
+                          float* sums, int64_t ld) {
+    F sum[kTokens][kVectors];
     MOSS_UNROLL
-    for (int j = 0; j < 4; j++) rows[j] = v + std::min<int64_t>(j, 3 - missing) * stride;
-    for_lanes(head_dim, [&](int64_t d, int n) {
-        F sum = load_n(sums + d, n);
+    for (int t = 0; t < kTokens; t++)
         MOSS_UNROLL
-        for (int j = 0; j < 4; j++) {
-            prefetch_rows(rows[j] + d, stride);
-            sum = Simd::fma(Simd::set1(weights[j]), R::load(rows[j] + d, n), sum);
+        for (int i = 0; i < kVectors; i++) sum[t][i] = load_n(sums + t * ld + i * kLanes, n);
+    for (int64_t j = 0; j < count; j++, v += stride) {
+        F value[kVectors];
+        MOSS_UNROLL
+        for (int i = 0; i < kVectors; i++) {
+            prefetch_rows(v + i * kLanes, stride);
+            value[i] = R::load(v + i * kLanes, n);
         }
-        store_n(sums + d, sum, n);
+        MOSS_UNROLL
+        for (int t = 0; t < kTokens; t++) {
+            const F weight = Simd::set1(weights[t * lds + j]);
+            MOSS_UNROLL
+            for (int i = 0; i < kVectors; i++) sum[t][i] = Simd::fma(weight, value[i], sum[t][i]);
+        }
+    }
+    MOSS_UNROLL
+    for (int t = 0; t < kTokens; t++)
+        MOSS_UNROLL
+        for (int i = 0; i < kVectors; i++) store_n(sums + t * ld + i * kLanes, sum[t][i], n);
+}
+
+template <int kTokens, class R>
+inline void weigh(const typename R::Number* v, int64_t stride, int64_t count, const float* weights, int64_t lds,
+                  int64_t head_dim, float* sums, int64_t ld) {
+    constexpr int kVectors = 4;
+    int64_t d = 0;
+    for (; d + kVectors * kLanes <= head_dim; d += kVectors * kLanes)
+        weigh_vectors<kTokens, kVectors, R>(v + d, stride, count, weights, lds, kLanes, sums + d, ld);
+    for_lanes(head_dim - d, [&](int64_t i, int n) {
+        weigh_vectors<kTokens, 1, R>(v + d + i, stride, count, weights, lds, n, sums + d + i, ld);
     });
 }
 
 // What one thread works on at a time: one page, a few tokens of a sequence, and heads that lie side by side in the cache.
-// It walks through the cache position by position, so that it reads memory in long runs.
+// For a single token it walks through the cache position by position, so that it reads memory in long runs.
 struct Task {
     int64_t group, first_token, end_token, first_head, end_head;
 };
 
 constexpr int64_t kTaskTokens = 4, kScores = kPage + kLanes;
+constexpr int64_t kWalked = 16;  // positions whose values several tokens take at a time
 
 template <class R>
 inline void attend_task(const Attention<R>& a, const FewRows& few, const Task& task) {
     const int64_t begin = task.group * kPage, at_page = a.page_at(task.first_token, task.group), stride = a.width();
     const int64_t tokens = task.end_token - task.first_token, heads = task.end_head - task.first_head;
-    const int64_t page = a.page(task.first_token, task.group);
+    const int64_t page = a.page(task.first_token, task.group), lds = heads * kScores;
     const typename R::Number *k = a.keys.numbers + at_page, *v = a.values.numbers + at_page;
-    float* all_scores = scratch<Widened>(tokens * heads * kScores);
+    float* all_scores = scratch<Widened>(tokens * lds);
     auto count = [&](int64_t t) { return std::min(kPage, a.position(t) + 1 - begin); };
     auto scores = [&](int64_t t, int64_t head) {
-        return all_scores + ((t - task.first_token) * heads + head - task.first_head) * kScores;
+        return all_scores + (t - task.first_token) * lds + (head - task.first_head) * kScores;
     };
-    auto for_four = [&](auto body) {  // body(t, head, j, missing) over all that the tokens see, four positions at a time
-        for (int64_t j = 0; j < count(task.end_token - 1); j += 4)
-            for (int64_t t = task.first_token; t < task.end_token; t++)
-                for (int64_t head = task.first_head; j < count(t) && head < task.end_head; head++)
-                    body(t, head, j, std::max<int64_t>(0, j + 4 - count(t)));
+    auto sums = [&](int64_t t, int64_t head) { return few.part(a, t, head, task.group); };
+    auto for_heads = [&](auto body) {
+        for (int64_t head = task.first_head; head < task.end_head; head++) body(head, head * a.head_dim);
     };
-    for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
-        const int64_t at = head * a.head_dim;
-        four_scores<R>(k + j * stride + at, stride, missing, a.q + t * stride + at, a.head_dim, scores(t, head) + j);
+    for_together(task.first_token, task.end_token, [&](auto number, int64_t t) {
+        const int64_t seen = count(t + number - 1);  // more than the first ones see, who do not use it
+        for (int64_t j = 0; j < seen; j += 4)
+            for_heads([&](int64_t head, int64_t at) {
+                four_scores<number, R>(k + j * stride + at, stride, std::max<int64_t>(0, j + 4 - seen), a.q + t * stride + at,
+                                       a.head_dim, scores(t, head) + j, lds);
+            });
     });
     for (int64_t t = task.first_token; t < task.end_token; t++)
-        for (int64_t head = task.first_head; head < task.end_head; head++) {
-            float *own = scores(t, head), *sums = few.part(a, t, head, task.group);
+        for_heads([&](int64_t head, int64_t) {
+            float *own = scores(t, head), *part = sums(t, head);
             a.scale(a.keys, page, head, count(t), own);
             const float largest = largest_of(own, count(t));
-            std::fill(sums, sums + a.head_dim, 0.0f);
-            sums[a.head_dim] = largest;
-            sums[a.head_dim + 1] = exponentials(own, count(t), largest);
+            std::fill(part, part + a.head_dim, 0.0f);
+            part[a.head_dim] = largest;
+            part[a.head_dim + 1] = exponentials(own, count(t), largest);
             a.scale(a.values, page, head, count(t), own);
-        }
-    for_four([&](int64_t t, int64_t head, int64_t j, int64_t missing) {
-        const int64_t at = head * a.head_dim;
-        weigh_four<R>(v + j * stride + at, stride, missing, scores(t, head) + j, a.head_dim,
-                   few.part(a, t, head, task.group));
+        });
+    const int64_t ld = a.heads * few.groups * (a.head_dim + 2);
+    auto weigh_head = [&](auto number, int64_t t, int64_t head, int64_t at, int64_t first, int64_t end) {
+        weigh<number, R>(v + first * stride + at, stride, end - first, scores(t, head) + first, lds, a.head_dim, sums(t, head), ld);
+    };
+    for_together(task.first_token, task.end_token, [&](auto number, int64_t t) {
+        constexpr std::integral_constant<int, 1> one;
+        const int64_t shared = count(t), step = number > 1 ? kWalked : 4;
+        for (int64_t j = 0; j < shared; j += step)
+            for_heads([&](int64_t head, int64_t at) { weigh_head(number, t, head, at, j, std::min(shared, j + step)); });
+        for (int64_t later = t + 1; later < t + number; later++)
+            for_heads([&](int64_t head, int64_t at) { weigh_head(one, later, head, at, shared, count(later)); });
     });
 }
 
@@ -279,7 +331,7 @@ inline void widen_head(const Attention<R>& a, const R& cache, int64_t page, int6
 template <class R>
 inline void attend_page(const Attention<R>& a, int64_t head, int64_t first) {
     const int64_t seen = a.position(first) + kPage, stride = a.width(), offset = head * a.head_dim;
-    const int64_t lds = (seen + kLanes - 1) / kLanes * kLanes;
+    const int64_t lds = seen + kGap;
     float* tile = scratch<Widened>(std::min(seen, kTilePositions) * a.head_dim + kPage * lds);
     float* scores = tile + std::min(seen, kTilePositions) * a.head_dim;
     auto for_tiles = [&](const R& cache, auto body) {  // body(j, positions) with each tile's rows widened

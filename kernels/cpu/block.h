@@ -203,9 +203,6 @@ inline void run_block(const Block<M, R>& b) {
         to_low_rank(b.adapters, kFcOut, w.inner, tokens, b.fc_in.n, w.low[1]);
         block_output(b, w, queues);
     }
-#ifdef MOSS_ONEDNN
-    if (w.pass.whole) give_back();
-#endif
 }
 
 }  // namespace moss

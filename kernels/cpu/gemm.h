@@ -4,7 +4,6 @@
 // page: the rows of a pass are `whole` ones, of pages that are computed at once, and after them few ones (linear.h).
 #pragma once
 
-#include <malloc.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -24,6 +23,8 @@ extern "C" int dnnl_sgemm(char transa, char transb, int64_t m, int64_t n, int64_
 namespace moss {
 
 constexpr int64_t kTileRows = MOSS_TILE_ROWS, kTileInputs = MOSS_TILE_INPUTS;
+// Floats between two rows of what is multiplied: rows that begin a power of two apart share a few lines of the cache.
+constexpr int64_t kGap = MOSS_GAP;
 
 // What a thread has scratch memory for: the rows that it works on, and beside them keys, values and scores, or a tile.
 struct Results;
@@ -101,14 +102,6 @@ inline void sgemm(bool transposed_b, int64_t m, int64_t n, int64_t k, const floa
     dnnl_sgemm('N', transposed_b ? 'T' : 'N', m, n, k, 1.0f, a, lda, b, ldb, add ? 1.0f : 0.0f, c, ldc);
 }
 
-// What oneDNN has freed stays in malloc's arenas, one per thread, in parts that its next buffers do not fit into: without
-// this the arenas grow to many times what is ever used at once.
-inline void give_back() {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
-
 // Whether sgemm gives a page's rows the same bits alone and among others. It adds in an order that follows the inputs, not
 // the rows, as far as its builds are known; so this is tried on each machine, once for each number of inputs.
 inline bool rows_alike(int64_t inputs) {
@@ -153,14 +146,14 @@ inline int64_t rows_at_once(int64_t k, int64_t whole) {
 template <class M>
 inline void product_tiled(const M& m, int64_t first, int64_t end, const float* x, int64_t ldx, int64_t tokens,
                           int64_t at_once, float* y, int64_t ldy, bool add) {
-    float* tile = scratch<Widened>(kTileRows * kTileInputs);
+    float* tile = scratch<Widened>(kTileRows * (kTileInputs + kGap));
     for (int64_t n = first; n < end; n += kTileRows) {
         const int64_t rows = std::min(kTileRows, end - n);
         for (int64_t k = 0; k < m.k; k += kTileInputs) {
-            const int64_t inputs = std::min(kTileInputs, m.k - k);
-            for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * inputs);
+            const int64_t inputs = std::min(kTileInputs, m.k - k), ld = inputs + kGap;
+            for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * ld);
             for (int64_t t = 0; t < tokens; t += at_once)
-                sgemm(true, std::min(at_once, tokens - t), rows, inputs, x + t * ldx + k, ldx, tile, inputs, add || k > 0,
+                sgemm(true, std::min(at_once, tokens - t), rows, inputs, x + t * ldx + k, ldx, tile, ld, add || k > 0,
                       y + t * ldy + (n - first), ldy);
         }
     }

@@ -23,11 +23,15 @@ def onednn_folder() -> Path | None:
 
 
 @functools.cache
-def cpu_header(simd: str, include: str) -> str:
-    """Jittor watches included files, but finds them by an absolute path or in a folder given by -I only."""
-    macros = {**definitions(simd), **DEFINITIONS}
+def cpu_header(simd: str, include: str, source: str) -> str:
+    """Jittor watches included files, but finds them by an absolute path or in a folder given by -I only.
+
+    The source is a macro here: Jittor looks at each character of an operation's source, each time that it runs.
+    """
+    macros: dict[str, Any] = {**definitions(simd), **DEFINITIONS}
     if onednn_folder() is not None:
         macros["MOSS_ONEDNN"] = 1
+    macros["MOSS_SOURCE"] = source.strip().replace("\n", " \\\n")
     lines = [f"#define {name} {value}" for name, value in macros.items()]
     return "\n".join([*lines, f'#include "{FOLDER / include}"', ""])
 
@@ -59,8 +63,7 @@ def run(
 ) -> list[Var]:
     """Float32 results of ``source``, which sees in0_p, out0_p, in0_shape0 and so on, and ``data`` as doubles."""
     dtypes = ["float32"] * len(shapes)
-    results = jt.code(
-        shapes, dtypes, inputs, cpu_header=cpu_header(simd, include), cpu_src=source, data=data or {}
-    )
+    header = cpu_header(simd, include, source)
+    results = jt.code(shapes, dtypes, inputs, cpu_header=header, cpu_src="MOSS_SOURCE", data=data or {})
     results[0].compile_options = compile_options()
     return results

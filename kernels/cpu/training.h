@@ -47,11 +47,11 @@ inline void train_product(const M& m, const float* x, int64_t tokens, float* own
         for (int64_t n = 0; n < m.n; n += kTileRows) {
             const Tokens now = chunk(c, tokens, kTrainTokens);
             const int64_t rows = std::min(kTileRows, m.n - n);
-            float* tile = scratch<Widened>(kTileRows * kTileInputs);
+            float* tile = scratch<Widened>(kTileRows * (kTileInputs + kGap));
             for (int64_t k = 0; k < m.k; k += kTileInputs) {
-                const int64_t inputs = std::min(kTileInputs, m.k - k);
-                for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * inputs);
-                multiply(false, true, now.count, rows, inputs, 1.0f, x + now.first * m.k + k, m.k, tile, inputs, k > 0,
+                const int64_t inputs = std::min(kTileInputs, m.k - k), ld = inputs + kGap;
+                for (int64_t r = 0; r < rows; r++) widen(m, n + r, k, k + inputs, tile + r * ld);
+                multiply(false, true, now.count, rows, inputs, 1.0f, x + now.first * m.k + k, m.k, tile, ld, k > 0,
                          y + now.first * m.n + n, m.n);
             }
         }

@@ -232,11 +232,11 @@ def split(pages: Sequence[int], start: int, token_ids: Sequence[int], rows: Rows
 
 
 def _places(runs: Sequence[TokenRun]) -> Places:
-    slots = np.repeat(np.arange(len(runs)), [len(run.token_ids) for run in runs])
-    positions = [np.arange(run.start, run.start + len(run.token_ids)) for run in runs]
+    slots = [slot for slot, run in enumerate(runs) for _ in run.token_ids]
+    positions = [run.start + index for run in runs for index in range(len(run.token_ids))]
     whole = sum(len(run.token_ids) for run in runs if run.whole)
     pages, adapters = [run.pages for run in runs], [run.adapter for run in runs]
-    return places_of(slots, np.concatenate(positions), pages, whole, adapters)
+    return places_of(slots, positions, pages, whole, adapters)
 
 
 def _rows_of(

@@ -68,7 +68,7 @@ class HostUnits:
         self._cache_bytes = cache_bytes
         self.streams = bool(self._streamed)
         self._memories = {
-            number: map_unit(store, unit) if reader is None else page_buffer(unit.n_bytes)
+            number: UnitMemory(number, map_unit(store, unit) if reader is None else page_buffer(unit.n_bytes))
             for number, unit in (units if reader is None else self._units).items()
         }
         self._passing: np.ndarray | None = None  # a mapped unit that does not stay
@@ -98,10 +98,10 @@ class HostUnits:
             return UnitMemory(("buffer", buffer), self._ring.buffers[buffer])
         self._let_pass()
         if number in self._streamed:
-            self._passing = self._memories[number]
+            self._passing = self._memories[number].memory
         else:
             self.arrivals.wait(number)
-        return UnitMemory(number, self._memories[number])
+        return self._memories[number]
 
     def end(self) -> None:
         self._let_pass()
@@ -124,7 +124,7 @@ class HostUnits:
             self._passing = None
 
     def _read(self, number: int, unwanted: Unwanted) -> bool:
-        extent, memory = extent_of(self._store, self._units[number]), self._memories[number]
+        extent, memory = extent_of(self._store, self._units[number]), self._memories[number].memory
         if self._reader is not None:
             return self._reader.read(extent, memory, unwanted)
         return populate(memory, extent.path, unwanted)
