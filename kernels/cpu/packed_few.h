@@ -156,7 +156,7 @@ inline Simd::I digit_words(const Simd::I* fields, const X& x, int first) {
 // 16 bytes hold 16 inputs in their low nibbles and the next 16 in the high ones.
 struct NibbleFields {
     using Digits = ByteDigits;
-    static constexpr int kBits = 4, kInputVectors = 2 * kFieldVectors;
+    static constexpr int kBits = 4, kStreams = Simd::kRegisters >= 32 ? 8 : 4, kInputVectors = 2 * kFieldVectors;
     Simd::I fields[kFieldVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -187,7 +187,7 @@ struct NibbleFields {
 
 struct ByteFields {
     using Digits = ByteDigits;
-    static constexpr int kBits = 8, kInputVectors = 2 * kFieldVectors;
+    static constexpr int kBits = 8, kStreams = 8, kInputVectors = 2 * kFieldVectors;
     Simd::I fields[kFieldVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -207,7 +207,7 @@ struct ByteFields {
 // As words, the even bytes of a vector and then the odd ones: a sum of two products of bytes is no word.
 struct ByteFields {
     using Digits = WordDigits;
-    static constexpr int kBits = 8, kWordVectors = 2 * kFieldVectors, kInputVectors = kWordVectors;
+    static constexpr int kBits = 8, kStreams = 8, kWordVectors = 2 * kFieldVectors, kInputVectors = kWordVectors;
     Simd::I fields[kWordVectors];
     void step(const uint8_t* p) {
         prefetch(p);
@@ -235,7 +235,7 @@ template <class Fields>
 struct DigitRow {
     static constexpr bool kInDigits = true;
     static constexpr int kBits = Fields::kBits, kStep = kSpan;
-    static constexpr int kStreams = Simd::kRegisters >= 32 ? 2 : 4;
+    static constexpr int kStreams = Fields::kStreams;
     using Inputs = DigitInputs<typename Fields::Digits>;
     const uint8_t *p, *zeros;
     const uint16_t* scales;
