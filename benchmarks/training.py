@@ -30,7 +30,7 @@ from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import LearningSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.step_memory import TrainingNeeds
 from moss_jt.train.step_time import Speeds, step_pace
 from moss_jt.weights.disk_speed import disk_under, reader_for

@@ -11,12 +11,12 @@ from moss_jt.convert.layout import FilePlan, Target, Twin
 from moss_jt.convert.pipeline import Recipe, weight_bytes, with_header
 from moss_jt.convert.tensors import SourceTensor
 from moss_jt.errors import MossError
+from moss_jt.store.checksums import verify_file
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import read_small
 from moss_jt.store.manifest import MANIFEST, REPAIR, Manifest, read_manifest, sha256_of
 from moss_jt.store.model_folder import Store, StoreFile, open_store
 from moss_jt.store.safetensors_header import TensorSpec
-from moss_jt.store.verify import verify_file
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moss_jt.convert.layout import FilePlan, dense_files, is_quantised
 from moss_jt.convert.writer import Progress, write_file
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import block_tensors, bytes_of, embedding_tensors, head_tensors
+from moss_jt.store.checksums import verify_file, verify_store
 from moss_jt.store.config import MossConfig
 from moss_jt.store.files import link_over, read_json, read_small, write_json, write_text, writing
 from moss_jt.store.manifest import (
@@ -40,7 +41,6 @@ from moss_jt.store.model_folder import (
     open_store,
 )
 from moss_jt.store.safetensors_header import read_header
-from moss_jt.store.verify import verify_file, verify_store
 
 SCRATCH = ".scratch"  # ending of files beside the model's that making them needs, removed in the end
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from moss_jt.backend.device import Device, Offload, check_choice, decide, parse_device, while_jittor_starts
 from moss_jt.backend.gpu_requirements import require_gpu
 from moss_jt.convert.named import model_folder
+from moss_jt.engine.cache_identity import prompt_cache as open_prompt_cache
+from moss_jt.engine.cache_identity import prompt_cache_bytes
 from moss_jt.engine.causal_model import LoadedAdapter
 from moss_jt.engine.draft_copy import CopyModel, DraftCopy
 from moss_jt.engine.draft_length import LONGEST_DRAFT, DraftPace
 from moss_jt.engine.prompt_cache import PromptCache
-from moss_jt.engine.prompt_key import prompt_cache as open_prompt_cache
-from moss_jt.engine.prompt_key import prompt_cache_bytes
 from moss_jt.engine.prompt_lookup import make_drafter
 from moss_jt.errors import MossError
 from moss_jt.kernels.adapters import AdapterBank

@@ -10,7 +10,7 @@ import pytest
 
 from moss_jt import Moss
 from moss_jt.commands.cli import main
-from moss_jt.engine.prompt_key import FOLDER
+from moss_jt.engine.cache_identity import FOLDER
 from moss_jt.errors import MossError
 from moss_jt.kernels.interface import PAGE
 from moss_jt.store.config import MOSS_MOON_003

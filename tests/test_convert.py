@@ -27,11 +27,11 @@ from moss_jt.convert.pickle_machine import read_pickle
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
 from moss_jt.store import files
+from moss_jt.store.checksums import verify_store
 from moss_jt.store.locations import resolve_model, tiny_checkpoint
 from moss_jt.store.manifest import sealed
 from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.safetensors_header import read_header
-from moss_jt.store.verify import verify_store
 from tests.support.hub_server import serve_hub
 from tests.support.models import (
     convert_checkpoint,

@@ -34,9 +34,9 @@ from moss_jt.train.frozen_front import ROWS, FrontRows, key_of
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter, LoraSettings
 from moss_jt.train.loss import StepResult
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.optimizer import AdamW, Schedule, clip
 from moss_jt.train.peft_files import read_adapter
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_estimate import card_outlook
 from moss_jt.train.step_memory import CardNeeds, Keeping, TrainingNeeds
 from moss_jt.train.step_time import Speeds

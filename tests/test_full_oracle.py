@@ -13,8 +13,8 @@ from moss_jt.store.model_folder import open_store, read_tensor
 from moss_jt.store.qkv_order import head_runs
 from moss_jt.train.full_step import FullModel
 from moss_jt.train.fused_optimizers import OPTIMIZERS, OptimizerName
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.master_weights import EMBEDDING, Masters
-from moss_jt.train.samples import TokenSample
 from tests.support.models import convert_checkpoint
 from tests.support.oracles import run_oracle
 

@@ -41,7 +41,7 @@ from moss_jt.train.card import CardTrainingModel
 from moss_jt.train.kept_activations import Waiting
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter, LoraSettings
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.step_memory import Keeping, TrainingNeeds
 from moss_jt.weights import gpu_units
 from moss_jt.weights.file_reader import FileReader

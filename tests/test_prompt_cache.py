@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from moss_jt.engine import prompt_cache as prompt_cache_module
+from moss_jt.engine.cache_identity import FOLDER, key_of, prompt_cache, prompt_cache_bytes
 from moss_jt.engine.engine import Engine
 from moss_jt.engine.prompt_cache import PromptCache
-from moss_jt.engine.prompt_key import FOLDER, key_of, prompt_cache, prompt_cache_bytes
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.engine.sequence import Sequence
 from moss_jt.errors import MossError
@@ -331,7 +331,7 @@ def test_each_level_and_model_has_pages_of_its_own(
     assert len(keys) == 4
     assert prompt_cache(store, "x", 0) is None
     monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("moss_jt.engine.prompt_key.is_writable", lambda path: False)
+    monkeypatch.setattr("moss_jt.engine.cache_identity.is_writable", lambda path: False)
     elsewhere = prompt_cache(store, "x", 1 << 20)
     assert elsewhere is not None and keep(elsewhere, NAMES[0], pieces(0))
     assert [*(tmp_path / "home" / FOLDER).rglob("*.page")] and not (folder / FOLDER).exists()

@@ -20,10 +20,10 @@ from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, default_group_size, quantized_recipe
 from moss_jt.errors import MossError
 from moss_jt.store.architecture import MATRICES
+from moss_jt.store.checksums import verify_store
 from moss_jt.store.copies import check_copy, copies_of
 from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.quant import quantize_rtn
-from moss_jt.store.verify import verify_store
 from tests.support.models import convert_checkpoint, random_checkpoint, stored_matrix, tiny_model_folder
 
 RTN = QuantSettings(4, 32, "rtn")

@@ -15,10 +15,10 @@ from moss_jt.commands.cli import main
 from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.errors import MossError
+from moss_jt.store.checksums import verify_store
 from moss_jt.store.config import LARGEST, MossConfig
 from moss_jt.store.manifest import sealed
 from moss_jt.store.model_folder import MANIFEST, open_store
-from moss_jt.store.verify import verify_store
 from tests.support.models import convert_checkpoint, random_checkpoint, small_config
 
 BLOCK = "block-01.safetensors"

@@ -409,7 +409,7 @@ def test_what_is_shown_of_a_conversation_that_goes_on(kept: Conversations) -> No
 def test_plugins_of_ones_own_are_not_imported_from_a_file(
     kept: Conversations, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moss_jt.commands.resuming import kept_plugins
+    from moss_jt.commands.chat_resuming import kept_plugins
     from moss_jt.plugins.registry import PluginSettings
 
     chat = kept_chat(

@@ -17,7 +17,7 @@ from moss_jt.plugins.interface import Source
 from moss_jt.train.dataset import read_dataset
 from moss_jt.train.formats import Losses, read_sample
 from moss_jt.train.learned_turns import Conversation, Mask, PlainText
-from moss_jt.train.samples import SampleEncoder, TokenSample
+from moss_jt.train.masked_samples import SampleEncoder, TokenSample
 from tests.support.models import tiny_model_folder
 from tests.support.shared import shared
 from tests.support.tokenizers import moss_tokenizer, tiny_tokenizer

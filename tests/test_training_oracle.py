@@ -17,10 +17,10 @@ from moss_jt.store.model_folder import Store, open_store
 from moss_jt.store.qkv_order import head_runs
 from moss_jt.train.load import load_training
 from moss_jt.train.lora import Adapter
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.model import TrainingModel
 from moss_jt.train.optimizer import AdamW, clip
 from moss_jt.train.peft_files import NAMES, read_adapter, write_adapter
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_memory import Keeping, TrainingNeeds
 from tests.support.models import convert_checkpoint
 from tests.support.oracles import run_oracle

@@ -10,6 +10,7 @@ import click
 from moss_jt.chat.kept_chat import Keeping
 from moss_jt.chat.saved import Conversation, Conversations, OpenConversation
 from moss_jt.chat.turn import MAX_ANSWER_TOKENS
+from moss_jt.commands.chat_resuming import kept_plugins, open_conversation, with_settings
 from moss_jt.commands.options import (
     adapter_option,
     loaded,
@@ -22,7 +23,6 @@ from moss_jt.commands.options import (
     sampling_options,
 )
 from moss_jt.commands.plugin_options import chat_arguments, plugin_options
-from moss_jt.commands.resuming import kept_plugins, open_conversation, with_settings
 from moss_jt.engine.sampling import SamplingParams
 from moss_jt.errors import MossError
 from moss_jt.terminal.line_input import make_reader

@@ -26,7 +26,7 @@ from moss_jt.train.finetune import LearningSettings, Progress, Training
 from moss_jt.train.fused_optimizers import USUAL_RATES, FullSettings, OptimizerName
 from moss_jt.train.learned_turns import Mask
 from moss_jt.train.lora import TARGETS, LoraSettings
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 1200
 SAID_TOKENS = 40

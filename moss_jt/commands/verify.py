@@ -5,8 +5,8 @@ import click
 from moss_jt.commands.progress import byte_bar
 from moss_jt.convert.named import model_folder
 from moss_jt.plan.residency import gib
+from moss_jt.store.checksums import verify_store
 from moss_jt.store.model_folder import open_store
-from moss_jt.store.verify import verify_store
 from moss_jt.terminal.screen import Screen
 
 

@@ -15,10 +15,10 @@ from moss_jt.backend.allocator import use_few_arenas
 from moss_jt.errors import MossError
 from moss_jt.kernels.cpu.operators import let_others_run
 from moss_jt.serve.app import make_app
-from moss_jt.serve.connection_limits import bounded_protocol
 from moss_jt.serve.kept_conversations import ConversationStores
 from moss_jt.serve.service import Service
 from moss_jt.serve.settings import Settings
+from moss_jt.serve.slow_connections import bounded_protocol
 
 if TYPE_CHECKING:
     from moss_jt.moss import Moss

@@ -30,8 +30,8 @@ from moss_jt.train.frozen_front import FrontRows
 from moss_jt.train.fused_optimizers import COPIES_REMEMBERED, FullSettings
 from moss_jt.train.learned_turns import Mask
 from moss_jt.train.lora import Adapter, LoraSettings
+from moss_jt.train.masked_samples import DEFAULT_LENGTH, SampleEncoder
 from moss_jt.train.master_weights import Masters, parameters_of
-from moss_jt.train.samples import DEFAULT_LENGTH, SampleEncoder
 from moss_jt.train.state import StateFolder
 from moss_jt.train.step_memory import CardNeeds, FullNeeds, Keeping, TrainingNeeds
 from moss_jt.train.step_time import Speeds, cheapest

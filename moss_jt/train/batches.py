@@ -7,7 +7,7 @@ import numpy as np
 
 from moss_jt.kernels.training import Spans
 from moss_jt.train.block import Kept
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 
 
 @dataclass

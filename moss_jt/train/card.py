@@ -20,8 +20,8 @@ from moss_jt.train.frozen_front import FrontRows
 from moss_jt.train.kept_activations import Waiting
 from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.model import TrainingModel
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_memory import CardNeeds
 from moss_jt.weights.disk_speed import reader_for
 from moss_jt.weights.gpu_units import StreamedUnits

@@ -13,7 +13,7 @@ from moss_jt.chat.finished_turn import FIELDS
 from moss_jt.errors import MossError
 from moss_jt.store.files import open_regular, read_small, reading
 from moss_jt.train.formats import Losses, form_of, read_sample
-from moss_jt.train.samples import SampleEncoder, TokenSample
+from moss_jt.train.masked_samples import SampleEncoder, TokenSample
 
 ENDINGS = (".json", ".jsonl")
 # One conversation has at most a few hundred kilobytes; a longer line is no conversation.

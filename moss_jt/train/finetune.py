@@ -14,9 +14,9 @@ from moss_jt.train.curve import loss_curve
 from moss_jt.train.dataset import Dataset
 from moss_jt.train.lora import Adapter, Floats
 from moss_jt.train.loss import StepResult
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.optimizer import AdamW, Schedule, check_finite, clip
 from moss_jt.train.peft_files import write_adapter
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.state import StateFolder
 from moss_jt.train.tensorboard_log import EventFile
 

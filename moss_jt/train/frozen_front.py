@@ -18,7 +18,7 @@ import numpy as np
 
 from moss_jt.store.files import writing
 from moss_jt.train.lora import Floats
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 
 ROWS, INDEX = "rows", "index.jsonl"
 # Of what is free on the disk, for the adapter, its states, and whatever else comes.

@@ -10,8 +10,8 @@ from moss_jt.train.finetune import LearningSettings
 from moss_jt.train.full_step import FullModel
 from moss_jt.train.fused_optimizers import OPTIMIZERS, FullSettings
 from moss_jt.train.loss import StepResult
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.master_weights import Masters
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_memory import FullNeeds
 
 

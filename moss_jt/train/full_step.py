@@ -20,9 +20,9 @@ from moss_jt.train.full_block import FullBlock, Gradients
 from moss_jt.train.fused_optimizers import FusedOptimizer
 from moss_jt.train.lora import Floats
 from moss_jt.train.loss import Softmax, StepResult, predictions
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.master_weights import EMBEDDING, Masters, block_name
 from moss_jt.train.optimizer import check_finite, shortening, squares_of
-from moss_jt.train.samples import TokenSample
 from moss_jt.train.step_memory import LOSS_ROWS
 
 Visit = Callable[[str, Floats], object]  # a tensor's name, and its gradient, which may be overwritten

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from moss_jt.kernels.training import LogitSummary
 from moss_jt.train.lora import Floats
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 
 
 @dataclass(frozen=True)

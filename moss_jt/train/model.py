@@ -18,7 +18,7 @@ from moss_jt.train.frozen_front import FrontRows, key_of
 from moss_jt.train.kept_activations import Waiting
 from moss_jt.train.lora import Adapter, Floats, Pair
 from moss_jt.train.loss import Softmax, StepResult, predictions
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 from moss_jt.train.step_memory import LOSS_ROWS
 from moss_jt.weights.weights import HeadSlab, Weights
 

@@ -27,11 +27,11 @@ from moss_jt.convert.checkpoint import open_local
 from moss_jt.convert.pipeline import convert, recipe_for
 from moss_jt.convert.quantize import QuantSettings, quantized_recipe
 from moss_jt.errors import MossError
+from moss_jt.store.checksums import verify_store
 from moss_jt.store.files import read_json
 from moss_jt.store.model_folder import MANIFEST, open_store, read_tensor
 from moss_jt.store.quant import dequantize
 from moss_jt.store.tokenizer import Tokenizer
-from moss_jt.store.verify import verify_store
 from tests.support.golden import CONFIG, GOLDEN, golden_checkpoint, golden_gptq
 from tests.support.models import stored_matrix
 from tests.support.mutations import mutate

@@ -13,7 +13,7 @@ from moss_jt.train.course import CourseSettings
 from moss_jt.train.dataset import DataReport, Dataset
 from moss_jt.train.finetune import LearningSettings
 from moss_jt.train.lora import LoraSettings
-from moss_jt.train.samples import TokenSample
+from moss_jt.train.masked_samples import TokenSample
 from tests.support.gpu_runs import ROOT, run_python
 from tests.support.random_models import SMALL
 
