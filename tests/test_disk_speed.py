@@ -32,6 +32,16 @@ def test_probed_once_and_remembered(weights: Path, tmp_path: Path, monkeypatch: 
     assert [path.name for path in memory.parent.iterdir()] == ["disk-speed.json"]
 
 
+def test_folders_that_are_gone_are_forgotten(weights: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "disk-speed.json"
+    disk_speed(weights, memory)
+    weights.parent.rename(tmp_path / "moved")
+    disk_speed(tmp_path / "moved" / weights.name, memory)
+    assert [key.partition(" on device ")[0] for key in json.loads(memory.read_text())] == [
+        str(tmp_path / "moved")
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"x": 3}', '{"x": {"buffered": "a", "direct": 1}}', "\x00"])
 def test_a_spoiled_memory_is_replaced(weights: Path, tmp_path: Path, text: str) -> None:
     memory = tmp_path / "disk-speed.json"

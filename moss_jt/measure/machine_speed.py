@@ -1,5 +1,5 @@
 """How fast this machine reads its memory, multiplies matrices, and reads the disk under the models where there is no model yet:
-probed once, remembered.
+probed, and the best that was seen is remembered: what else runs at the moment makes a probe slower, nothing makes it faster.
 
 Neither needs Jittor: moss-jt plan answers before anything is installed for computing.
 """
@@ -27,20 +27,21 @@ PRODUCT_ROWS, PRODUCT_WIDTH = 256, 2048
 
 
 def memory_speed(home: Path) -> float:
-    """Bytes per second that all processors together read from memory; remembered in the folder ``home``."""
-    return _probed_once(home, NOTE, "bytes_per_s", _probe_memory)
+    """Bytes per second that all processors together read from memory: the best seen so far, remembered in the folder ``home``."""
+    return _best_seen(home, NOTE, "bytes_per_s", _probe_memory)
 
 
 def product_speed(home: Path) -> float:
-    """Floating-point operations per second of a float32 matrix product on all processors; remembered in the same way."""
-    return _probed_once(home, PRODUCTS_NOTE, "flop_per_s", _probe_products)
+    """Floating-point operations per second of a float32 matrix product on all processors, likewise."""
+    return _best_seen(home, PRODUCTS_NOTE, "flop_per_s", _probe_products)
 
 
-def _probed_once(home: Path, note: str, unit: str, probe: Callable[[], float]) -> float:
+def _best_seen(home: Path, note: str, unit: str, probe: Callable[[], float]) -> float:
     key = _key()
     known = _remembered(home / note, unit)
-    if key not in known:
-        known[key] = probe()
+    speed = probe()
+    if speed > known.get(key, 0.0):
+        known[key] = speed
         with contextlib.suppress(OSError, MossError):
             home.mkdir(parents=True, exist_ok=True)
             write_json(home / note, {unit: known}, f".{os.getpid()}")
@@ -109,9 +110,10 @@ def _probe_products() -> float:
 
 def _remembered(path: Path, unit: str) -> dict[str, float]:
     try:
-        return {str(key): float(value) for key, value in read_json(path)[unit].items()}
+        speeds = {str(key): float(value) for key, value in read_json(path)[unit].items()}
     except (MossError, KeyError, TypeError, ValueError, AttributeError):
         return {}
+    return {key: speed for key, speed in speeds.items() if 0 < speed < float("inf")}
 
 
 def _key() -> str:

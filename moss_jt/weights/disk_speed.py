@@ -83,7 +83,8 @@ def disk_speed(file: Path, remembered_in: Path) -> DiskSpeed:
         if key in known:
             return known[key]
         speed = _probe(file)
-    _remember(remembered_in, {**known, key: speed})
+    there = {old: known[old] for old in known if os.path.isdir(old.rpartition(" on device ")[0])}
+    _remember(remembered_in, {**there, key: speed})
     return speed
 
 
