@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moss_jt.kernels.checks import check_shape
 from moss_jt.kernels.interface import Matrix, Var, Weight
 
 Spans = NDArray[np.int32]
@@ -43,6 +44,23 @@ def check_spans(spans: Spans, tokens: int) -> None:
         or counts.sum() != tokens
     ):
         raise ValueError(f"spans {spans.tolist()} are not {tokens} rows one after another")
+
+
+def product_shape(
+    a: Var, b: Var, transpose_a: bool, transpose_b: bool, plus: Var | None
+) -> tuple[int, int, int]:
+    """Of :meth:`TrainingOperators.multiply`: rows and columns of the result, and what is summed over.
+
+    Raises:
+        ValueError: the matrices do not fit together.
+    """
+    rows, inner = reversed(a.shape) if transpose_a else a.shape
+    other, columns = reversed(b.shape) if transpose_b else b.shape
+    if inner != other:
+        raise ValueError(f"{a.shape} and {b.shape} cannot be multiplied so")
+    if plus is not None:
+        check_shape("plus", plus, (rows, columns))
+    return rows, columns, inner
 
 
 class TrainingOperators(Protocol):

@@ -12,7 +12,7 @@ from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import run
 from moss_jt.kernels.interface import DenseMatrix, Matrix, Var
 from moss_jt.kernels.rotary_table import rotary_table
-from moss_jt.kernels.training import LogitSummary, Spans, check_spans
+from moss_jt.kernels.training import LogitSummary, Spans, check_spans, product_shape
 from moss_jt.store.config import MossConfig
 
 KINDS = {16: "Dense", 8: "Int8", 4: "Int4"}
@@ -122,12 +122,7 @@ class CpuTrainingOperators:
         alpha: float = 1.0,
         plus: Var | None = None,
     ) -> Var:
-        rows, inner = reversed(a.shape) if transpose_a else a.shape
-        other, columns = reversed(b.shape) if transpose_b else b.shape
-        if inner != other:
-            raise ValueError(f"{a.shape} and {b.shape} cannot be multiplied so")
-        if plus is not None:
-            check_shape("plus", plus, (rows, columns))
+        rows, columns, inner = product_shape(a, b, transpose_a, transpose_b, plus)
         flags = {"ta": int(transpose_a), "tb": int(transpose_b), "plus": int(plus is not None)}
         data = {"k": inner, "alpha": alpha, **flags}
         return self._run(MULTIPLY, [(rows, columns)], [a, b, a if plus is None else plus], data)[0]

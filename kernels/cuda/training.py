@@ -16,7 +16,7 @@ from moss_jt.kernels.cuda.operators import array_at, operation
 from moss_jt.kernels.cuda.training_launchers import CardMatrix, TrainingLaunchers
 from moss_jt.kernels.interface import DenseMatrix, Matrix, Region, Var, Weight
 from moss_jt.kernels.rotary_table import rotary_table
-from moss_jt.kernels.training import LogitSummary, Spans, check_spans
+from moss_jt.kernels.training import LogitSummary, Spans, check_spans, product_shape
 from moss_jt.store.config import MossConfig
 
 Arrays = Sequence[Array]
@@ -77,14 +77,8 @@ class CudaTrainingOperators:
         alpha: float = 1.0,
         plus: Var | None = None,
     ) -> Var:
-        rows, inner = reversed(a.shape) if transpose_a else a.shape
-        other, columns = reversed(b.shape) if transpose_b else b.shape
-        if inner != other:
-            raise ValueError(f"{a.shape} and {b.shape} cannot be multiplied so")
-        inputs = [a, b]
-        if plus is not None:
-            check_shape("plus", plus, (rows, columns))
-            inputs.append(plus)
+        rows, columns, _ = product_shape(a, b, transpose_a, transpose_b, plus)
+        inputs = [a, b] if plus is None else [a, b, plus]
 
         def work(arrays: Arrays, out: Array) -> None:
             added = arrays[2] if plus is not None else None

@@ -58,6 +58,17 @@ class TrainingOutlook:
         )
 
 
+def _needs_of(sizes: ModelSizes, lora: LoraSettings, course: CourseSettings) -> TrainingNeeds:
+    """What an adapter's training takes where nothing is kept, of samples no longer than a step."""
+    return TrainingNeeds(
+        sizes.config,
+        step_tokens=course.step_tokens,
+        batch_tokens=min(BATCH_TOKENS, course.step_tokens),
+        parameters=adapter_parameters(sizes.config, lora),
+        trained=sizes.config.n_layer - lora.first_layer(sizes.config),
+    )
+
+
 def adapter_outlook(
     sizes: ModelSizes,
     lora: LoraSettings,
@@ -71,14 +82,7 @@ def adapter_outlook(
     Raises:
         MossError: the memory is too little; the message names the smallest that works.
     """
-    first = lora.first_layer(sizes.config)
-    needs = TrainingNeeds(
-        sizes.config,
-        step_tokens=course.step_tokens,
-        batch_tokens=min(BATCH_TOKENS, course.step_tokens),
-        parameters=adapter_parameters(sizes.config, lora),
-        trained=sizes.config.n_layer - first,
-    )
+    first, needs = lora.first_layer(sizes.config), _needs_of(sizes, lora, course)
 
     def planned(needs: TrainingNeeds) -> ResidencyPlan:
         chosen = plan(sizes, needs, 1, budget_bytes, threads=threads, footprint_bytes=FOOTPRINT_BYTES)
@@ -103,14 +107,7 @@ def card_outlook(
     Raises:
         MossError: the memory of the card or the host is too little; the message names the smallest that works.
     """
-    first = lora.first_layer(sizes.config)
-    training = TrainingNeeds(
-        sizes.config,
-        step_tokens=course.step_tokens,
-        batch_tokens=min(BATCH_TOKENS, course.step_tokens),
-        parameters=adapter_parameters(sizes.config, lora),
-        trained=sizes.config.n_layer - first,
-    )
+    first, training = lora.first_layer(sizes.config), _needs_of(sizes, lora, course)
     needs = CardNeeds(
         training, sizes.bits, max(slab.last_row - slab.first_row for slab in sizes.head_slabs())
     )
