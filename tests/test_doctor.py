@@ -81,6 +81,7 @@ def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_missing_onednn_is_a_problem_with_its_remedy(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("use_mkl", raising=False)
     monkeypatch.setattr(doctor, "has_onednn_wheels", lambda: True)
     monkeypatch.setattr(doctor, "onednn_is_linked", lambda: False)
     monkeypatch.setattr(doctor, "ONEDNN_WHEELS", {"lib": ("no-such-wheel-of-moss-jt", "libmkldnn.so")})
