@@ -1,4 +1,4 @@
-// One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h).
+// One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h). The result may lie where h does.
 #pragma once
 
 #include "adapters.h"
@@ -26,6 +26,25 @@ struct Block {
     float epsilon;
 
     int64_t width() const { return heads * head_dim; }
+
+    // The weights, as the numbers of moss_jt.kernels.cpu.block_table: addresses, and a matrix's sizes after its own.
+    void read_weights(const int64_t* row) {
+        Numbers numbers{row};
+        norm_weight = numbers.address<uint16_t>();
+        norm_bias = numbers.address<uint16_t>();
+        qkv.read(numbers);
+        out_proj.read(numbers);
+        fc_in.read(numbers);
+        fc_in_bias = numbers.address<uint16_t>();
+        fc_out.read(numbers);
+        fc_out_bias = numbers.address<uint16_t>();
+    }
+    // So many layers on, in a cache of so many positions, and in directories of adapters that have so many numbers each.
+    void skip(int64_t layers, int64_t positions, int64_t directory) {
+        keys.skip(layers * positions * width(), head_dim);
+        values.skip(layers * positions * width(), head_dim);
+        adapters.directory += layers * directory;
+    }
 };
 
 // Where the intermediate results lie in the workspace; kernels/needs.py counts the same.
