@@ -63,7 +63,12 @@ def check_block(weights: BlockWeights, config: MossConfig) -> None:
 
 
 def check_cache(
-    keys: CacheRows, values: CacheRows, config: MossConfig, layer: int, places: Places, last: int | None = None
+    keys: CacheRows,
+    values: CacheRows,
+    config: MossConfig,
+    layer: int,
+    places: Places,
+    last: int | None = None,
 ) -> None:
     """Raises ValueError unless the pages of ``places`` lie in both arrays of the cache, in layer .. last, and the model has its
     positions."""

@@ -1,5 +1,8 @@
-// One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h). The result may lie where h does.
+// CodeGen blocks in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h). A result may lie where h does.
 #pragma once
+
+#include <array>
+#include <deque>
 
 #include "adapters.h"
 #include "attention.h"
@@ -190,15 +193,24 @@ inline void block_output(const Block<M, R>& b, const Workspace<M, R>& w, Queues<
     }
 }
 
+// A block with what its threads share.
 template <class M, class R>
-inline void run_block(const Block<M, R>& b) {
-    const Workspace<M, R> w(b);
-    const Attention<R> attention{w.q,     b.keys,  b.values,         w.attended, w.partial, b.places,
-                                 b.pages, w.pass,  b.pages_per_slot, b.heads,    b.head_dim};
-    Queues<M> queues(b, w.pass);
-    const int64_t tokens = b.tokens, width = b.width();
-#pragma omp parallel
-    {
+struct SharedBlock {
+    const Block<M, R> b;
+    const Workspace<M, R> w;
+    const Attention<R> attention;
+    Queues<M> queues;
+
+    explicit SharedBlock(const Block<M, R>& block)
+        : b(block),
+          w(b),
+          attention{w.q,     b.keys, b.values,         w.attended, w.partial, b.places,
+                    b.pages, w.pass, b.pages_per_slot, b.heads,    b.head_dim},
+          queues(b, w.pass) {}
+
+    // To be called by every thread of a parallel region; they wait for each other in the end.
+    void run() {
+        const int64_t tokens = b.tokens, width = b.width();
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
             layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, w.normed + t * width);
@@ -221,7 +233,30 @@ inline void run_block(const Block<M, R>& b) {
         to_low_rank(b.adapters, kOutProj, w.attended, tokens, width, w.low[0]);
         to_low_rank(b.adapters, kFcOut, w.inner, tokens, b.fc_in.n, w.low[1]);
         block_output(b, w, queues);
+#pragma omp barrier
     }
+};
+
+// Blocks that follow one another, in one parallel region: each has a row of the table, see read_weights(). All but the first read
+// what the one before has left in the result, and all use one workspace.
+template <class M, class R>
+inline void run_blocks(Block<M, R> block, const int64_t* table, int64_t blocks, int64_t row, int64_t positions, int64_t directory) {
+    std::deque<SharedBlock<M, R>> shared;
+    for (int64_t i = 0; i < blocks; i++) {
+        block.read_weights(table + i * row);
+        shared.emplace_back(block);
+        block.h = block.result;
+        block.skip(1, positions, directory);
+    }
+#pragma omp parallel
+    for (SharedBlock<M, R>& one : shared) one.run();
+}
+
+template <class M, class R>
+inline void run_block(const Block<M, R>& block) {
+    SharedBlock<M, R> shared(block);
+#pragma omp parallel
+    shared.run();
 }
 
 }  // namespace moss

@@ -64,26 +64,16 @@ block.head_dim = in4_shape3;
 block.pairs = in1_shape2;
 block.epsilon = (float)data["epsilon"];
 const moss::Unlocked unlocked(data["others_run"] != 0);
-block.skip((int64_t)data["layer"], in4_shape1, (int64_t)data["directory"]);
-RUN
+const int64_t directory = (int64_t)data["directory"];
+block.skip((int64_t)data["layer"], in4_shape1, directory);
+moss::run_blocks(block, TABLE, in4_shape1, directory);
 """
 
 # Blocks one after another, whose weights lie where the table says.
-OF_TABLE = """
-for (int64_t i = 0; i < in11_shape0; i++) {
-    block.read_weights((const int64_t*)in11_p + i * in11_shape1);
-    moss::run_block(block);
-    block.h = block.result;
-    block.skip(1, in4_shape1, (int64_t)data["directory"]);
-}
-"""
+OF_TABLE = "(const int64_t*)in11_p, in11_shape0, in11_shape1"
 
 # One block whose weights are inputs, wherever Jittor has them by now.
-OF_INPUTS = """
-const int64_t weights[] = {WEIGHTS};
-block.read_weights(weights);
-moss::run_block(block);
-"""
+OF_INPUTS = "std::array<int64_t, {count}>{{{row}}}.data(), 1, 0"
 
 # Keys or values, by the bits of a number: the type, and what it is made of.
 CACHE_ROWS = {
@@ -96,8 +86,11 @@ FIRST_WEIGHT = 11  # the first input that is a weight, or the table
 def block_source(bits: int, cache_bits: int, of_inputs: bool) -> str:
     """Of blocks whose matrices and cache have so many bits."""
     name, rows = CACHE_ROWS[cache_bits]
-    source = BLOCKS.replace("RUN", OF_INPUTS.replace("WEIGHTS", input_row(bits)) if of_inputs else OF_TABLE)
+    row = input_row(bits)
+    table = OF_INPUTS.format(count=len(row), row=", ".join(row)) if of_inputs else OF_TABLE
+    source = BLOCKS
     for place, text in (
+        ("TABLE", table),
         ("MATRIX", "Dense" if bits == 16 else f"Int{bits}"),
         ("ROWS", name),
         ("KEYS", rows.format(numbers=4, scales=9)),
@@ -107,7 +100,7 @@ def block_source(bits: int, cache_bits: int, of_inputs: bool) -> str:
     return source
 
 
-def input_row(bits: int) -> str:
+def input_row(bits: int) -> list[str]:
     """What a row of moss_jt.kernels.cpu.block_table has, of inputs as its arrays_of() lists them."""
     row: list[str] = []
     number = FIRST_WEIGHT
@@ -121,7 +114,7 @@ def input_row(bits: int) -> str:
         if len(parts) == 4:
             row[-3] = f"{parts[3]}_shape0 == {columns} ? {row[-3]} : 0"
             row.append(f"{parts[1]}_shape1")
-    return ", ".join(row)
+    return row
 
 
 BLOCK_SOURCES = {key: block_source(*key) for key in itertools.product((16, 8, 4), CACHE_BITS, (False, True))}
