@@ -675,6 +675,8 @@ def test_blocks_of_different_kinds_and_layers_that_are_not_there_are_refused() -
     mixed = [group.blocks[0], make_block("int8", config)[0]]
     with pytest.raises(ValueError, match=r"matrices of \[8, 16\] bits"):
         operators.blocks(h, mixed, group.keys, group.values, 0, places)
+    with pytest.raises(ValueError, match="3 blocks at once; of weights that move"):
+        CpuOperators(config, weights_move=True).blocks(h, group.blocks, group.keys, group.values, 0, places)
 
 
 @pytest.mark.long

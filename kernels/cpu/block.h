@@ -252,11 +252,4 @@ inline void run_blocks(Block<M, R> block, const int64_t* table, int64_t blocks, 
     for (SharedBlock<M, R>& one : shared) one.run();
 }
 
-template <class M, class R>
-inline void run_block(const Block<M, R>& block) {
-    SharedBlock<M, R> shared(block);
-#pragma omp parallel
-    shared.run();
-}
-
 }  // namespace moss

@@ -4,7 +4,6 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 
 import numpy as np
 
@@ -129,7 +128,7 @@ class CheckedBlocks:
     inputs: list[Var]
 
     def is_of(self, blocks: Sequence[BlockWeights]) -> bool:
-        return len(blocks) == len(self.blocks) and all(map(is_, (own() for own in self.blocks), blocks))
+        return all(own() is block for own, block in zip(self.blocks, blocks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,7 @@ class CpuOperators:
         simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
             or what MOSS_JT_SIMD says.
         adapters: that tokens may have.
-        weights_move: Jittor may put a block's weights elsewhere from one pass to another, as it does where it swaps. Blocks then go
-            one by one.
+        weights_move: Jittor may put weights elsewhere from one pass to another, as it does where it swaps: one block at a time.
 
     others_run  other threads may run Python while an operation computes, as a server's must; to be set where one thread alone
                 uses Jittor
@@ -185,12 +183,12 @@ class CpuOperators:
         self.weights_move = weights_move
         self.nothing = jt.array(
             np.zeros((2, 1), np.int32)
-        )  # also for a matrix without input_order: no K is 2
+        )  # for an input that is not wanted: no input_order has 2
         self.adapters = adapters
         self.bank = self.nothing if adapters is None else jt.reuse_np_array(adapters.values)
         self.directory = self.nothing if adapters is None else jt.array(adapters.directory)
-        # By the first of the blocks.
-        self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlocks] = weakref.WeakKeyDictionary()
+        # By the first of the blocks and how many they are.
+        self._checked = weakref.WeakKeyDictionary[BlockWeights, dict[int, CheckedBlocks]]()
         self._passes: weakref.WeakKeyDictionary[Places, CheckedPass] = weakref.WeakKeyDictionary()
 
     @property
@@ -239,9 +237,10 @@ class CpuOperators:
         of_pass = self._passes.get(places)
         if of_pass is None or not of_pass.is_of(keys, values, layer, last):
             of_pass = self._passes[places] = self._check_pass(keys, values, layer, last, places)
-        checked = self._checked.get(blocks[0])
+        beginning_so = self._checked.setdefault(blocks[0], {})
+        checked = beginning_so.get(len(blocks))
         if checked is None or not checked.is_of(blocks):
-            checked = self._checked[blocks[0]] = self._check(blocks)
+            checked = beginning_so[len(blocks)] = self._check(blocks)
         shapes = of_pass.shapes.get(checked.bits)
         if shapes is None:
             shapes = of_pass.shapes[checked.bits] = self._shapes(checked.bits, of_pass, places)
@@ -277,6 +276,8 @@ class CpuOperators:
         return [(places.count, self.config.n_embd), (floats,)]
 
     def _check(self, blocks: Sequence[BlockWeights]) -> CheckedBlocks:
+        if self.weights_move and len(blocks) > 1:
+            raise ValueError(f"{len(blocks)} blocks at once; of weights that move one is computed at a time")
         for weights in blocks:
             check_block(weights, self.config)
         bits = {bits_of(weights) for weights in blocks}
