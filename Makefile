@@ -21,8 +21,11 @@ check: $(VENV)/.test-installed
 	rm -rf build && $(PIP) install --no-deps --no-build-isolation --target build/types .
 	cp pyproject.toml build/types/ && cd build/types && $(BIN)/mypy -p moss_jt
 
+# Two files at a time: compilers and child processes keep one core busy. On a card one after another, for they measure its memory.
+WORKERS ?= $(if $(TESTS)$(wildcard /dev/nvidiactl /dev/dxg),0,2)
+
 unit: $(VENV)/.test-installed
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 unit-all: $(VENV)/.test-installed
 	$(BIN)/pytest -m "long or not long" $(TESTS)

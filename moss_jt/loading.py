@@ -22,7 +22,7 @@ from moss_jt.errors import MossError
 from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import known_memory_speed
-from moss_jt.plan.copy_choice import Choice, best_copy, named_copy
+from moss_jt.plan.copy_choice import Choice, best_copy, may_pay, named_copy
 from moss_jt.plan.drafting import seconds_per_draft, token_share
 from moss_jt.plan.placement import gpu_planner, hold, plan_here
 from moss_jt.plan.report import ASSUMED_GPU_MEMORY, ASSUMED_LINK, ASSUMED_MEMORY, GB, Speed, Speeds
@@ -251,7 +251,7 @@ def _choose_copy(store: Store, settings: LoadSettings, on: _OnCpu | _OnGpu) -> C
             )
         return named_copy(store, model_folder(settings.draft_model), on.plan_with)
     plan = on.plan_with(None)
-    if "off" in (settings.draft_model, str(settings.draft)) or not plan.streams or not may_stream:
+    if "off" in (settings.draft_model, str(settings.draft)) or not may_pay(plan) or not may_stream:
         return Choice(plan)
     candidates = copies_of(store)
     return best_copy(store, candidates, plan, on.plan_with, on.speeds()) if candidates else Choice(plan)

@@ -103,8 +103,8 @@ class Moss:
             context: tokens that prompt and answer may have together; by default all that the model has.
             draft: "auto" (prompt lookup where weights stream), "lookup", "off", or the longest draft.
             draft_model: a copy of the model in fewer bits that writes ahead, for the model to verify in one pass: the name or
-                path of its folder; "off" for none; by default, where weights stream and ``draft`` is not "off", the one of
-                fewest bits beside the model or among the converted that was made from the same checkpoint and fits.
+                path of its folder; "off" for none; by default, where that makes it quicker by the plan and ``draft`` is not "off",
+                the one of fewest bits beside the model or among the converted that was made from the same checkpoint and fits.
             offload: "auto" or "stream": what does not fit streams. For comparison "swap", Jittor's own swapping, and on
                 the GPU "unified", CUDA's managed memory.
             parallel: the cache has room for so many conversations of ``context`` tokens. More run at once while they are

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from moss_jt.commands.plan import command
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
-from moss_jt.plan.copy_choice import best_copy
+from moss_jt.plan.copy_choice import best_copy, may_pay, pays
 from moss_jt.plan.drafting import CPU_COPY_SHARE, Outlook, outlook, tokens_per_pass
 from moss_jt.plan.report import Speed, Speeds, report
 from moss_jt.plan.residency import Copy, ResidencyPlan, TooLittleError
@@ -126,3 +126,22 @@ def test_the_copy_of_fewest_bits_that_fits_is_taken_where_it_pays(taken: bool) -
         assert choice.copy is not None and choice.copy.path == copies[1] and choice.plan.copy is not None
     else:
         assert choice.copy is None and choice.plan is plain and choice.notice.endswith("with --context 64.")
+
+
+def test_where_everything_is_resident_a_copy_must_clearly_pay() -> None:
+    plans = {bits: plan(sizes_of_geometry(MOSS_MOON_003, bits), 2048, 62 * GIB) for bits in (16, 8)}
+    drafted = {
+        bits: plan(sizes_of_geometry(MOSS_MOON_003, bits), 2048, 62 * GIB, copy=COPY) for bits in (16, 8)
+    }
+    assert not any(one.streams for one in (*plans.values(), *drafted.values()))
+    assert may_pay(plans[16]) and pays(plans[16], drafted[16], SPEEDS)
+    assert not pays(plans[8], drafted[8], SPEEDS)
+    # Room for the model, and not for the copy, too: the model would have to stream.
+    budget = plans[16].peak_bytes + max(MOON.block_bytes)
+    crowded = plan(MOON, 2048, budget, copy=COPY)
+    fast_disk = Speeds(Speed(1e15, "given"), Speed(20e9, "given"))
+    assert crowded.streams and fast_disk.seconds(crowded) * 1.2 < fast_disk.seconds(plans[16])
+    assert not pays(plan(MOON, 2048, budget), crowded, fast_disk)
+    # Small models, whose passes are mostly Python's and Jittor's, and cards, on which this was never measured.
+    assert not may_pay(plan(sizes_of_geometry(SMALL), 256, GIB))
+    assert not may_pay(plan_gpu(MOON, 2048, 62 * GIB, 62 * GIB))

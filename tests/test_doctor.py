@@ -48,6 +48,13 @@ def test_every_part_has_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert "moss-jt chat moss-tiny" in text
 
 
+def test_onednn_that_is_switched_off_is_said(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("use_mkl", "0")
+    assert "oneDNN         switched off by use_mkl=0" in run(capsys)[1]
+
+
 def test_a_missing_compiler_is_a_problem_with_its_remedy(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +81,7 @@ def test_what_is_missing_is_noted(home: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_missing_onednn_is_a_problem_with_its_remedy(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("use_mkl", raising=False)
     monkeypatch.setattr(doctor, "has_onednn_wheels", lambda: True)
     monkeypatch.setattr(doctor, "onednn_is_linked", lambda: False)
     monkeypatch.setattr(doctor, "ONEDNN_WHEELS", {"lib": ("no-such-wheel-of-moss-jt", "libmkldnn.so")})

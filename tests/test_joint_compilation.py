@@ -55,6 +55,15 @@ done = {
 print(json.dumps(done))
 """
 
+CUDA_PROGRAM = """
+import json, sys
+import jittor_utils
+from moss_jt.backend import joint_compilation
+jittor_utils.try_import_jit_utils_core()
+joint_compilation.install(jittor_utils)
+jittor_utils.run_cmds(json.loads(sys.argv[2]), sys.argv[1] + "/cache", sys.argv[1])
+"""
+
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
@@ -88,6 +97,32 @@ def test_units_are_what_jittor_would_have_compiled(sources: Path) -> None:
         "same": True,
         "left": ["gen", "obj_files", "tmp"],
     }
+
+
+def test_with_cuda_its_compiler_gets_kernels_alone(sources: Path) -> None:
+    """Jittor's folder for CUDA is one below that of its tool, where nothing else has made a place for scratch."""
+    build.build_folder()
+    (sources / "cache" / "tmp").rmdir()
+    (sources / "src" / "kernel.cu").write_text("int kernel() { return 8; }\n")
+    nvcc = sources / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$1" >> {sources}/asked\nexec g++ -x c++ "$1" -c -o "$5"\n')
+    nvcc.chmod(0o755)
+    names = {"first.cc": "g++", "kernel.cu": str(nvcc), "second.cc": "g++"}
+    texts = [
+        f'"{compiler}" "{sources}/src/{name}" -O2 -c -o "{sources}/cache/obj_files/{name}.o"'
+        for name, compiler in names.items()
+    ]
+    command = [sys.executable, "-P", "-c", CUDA_PROGRAM, str(sources), json.dumps(texts)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "nvcc_path": str(nvcc)})
+    assert done.returncode == 0, done.stderr
+    symbols = {
+        name: subprocess.run(
+            ["nm", sources / "cache" / "obj_files" / f"{name}.o"], capture_output=True, text=True, check=True
+        ).stdout.split()[2::3]
+        for name in names
+    }
+    assert symbols == {"first.cc": ["_Z5firstv", "_Z6secondv"], "kernel.cu": ["_Z6kernelv"], "second.cc": []}
+    assert (sources / "asked").read_text() == f"{sources}/src/kernel.cu\n"
 
 
 def test_a_switch_of_the_environment_is_obeyed(sources: Path) -> None:

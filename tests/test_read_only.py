@@ -64,11 +64,14 @@ def test_operators_run_and_compile_with_a_cache_that_cannot_be_written(tmp_path:
     assert list(temporary.iterdir()) == []
 
 
-def test_nothing_compiled_in_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("onednn", ["1", "0"])
+def test_nothing_compiled_in_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, onednn: str) -> None:
+    """Without oneDNN nothing is linked, and Jittor is the first who wants to write."""
     home = tmp_path / "home"
     (home / ".cache" / "jittor").mkdir(parents=True)
     command = [sys.executable, "-P", "-m", "moss_jt", "generate", "moss-tiny", "--prompt", "a"]
-    done = read_only(home, *command, JITTOR_HOME=str(home), MOSS_JT_HOME=str(tmp_path / "models"))
+    environment = {"JITTOR_HOME": str(home), "MOSS_JT_HOME": str(tmp_path / "models"), "use_mkl": onednn}
+    done = read_only(home, *command, **environment)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "set JITTOR_HOME" in done.stderr
 

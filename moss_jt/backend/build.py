@@ -20,7 +20,7 @@ from typing import Any
 
 from moss_jt.backend.home import cache_folder, environment, home_kept, log_path
 from moss_jt.backend.joint_compilation import files_done, start_anew
-from moss_jt.backend.read_only import is_writable, writes_led_aside
+from moss_jt.backend.read_only import REFUSALS, is_writable, writes_led_aside
 from moss_jt.errors import MossError
 
 OBJECTS = 157  # files that Jittor 1.3.11 compiles, so that progress means something
@@ -144,17 +144,26 @@ def ensure_built(hidden: Sequence[str], libraries: Sequence[Path] = ()) -> None:
     Raises:
         MossError: the compiling failed, and the message names the log; or its folder cannot be written.
     """
-    folder = build_folder()
+    try:
+        folder = build_folder()
+    except OSError as error:  # Jittor makes its folder when it is first asked for it
+        if error.errno not in REFUSALS:
+            raise
+        raise not_writable(cache_folder()) from error
     if is_built(folder):
         return
     if not is_writable(folder):
-        raise MossError(
-            f"Jittor is not compiled in {folder}, and that cannot be written. Start moss-jt once as a user who can write "
-            "there, or set JITTOR_HOME to a folder that can be written."
-        )
+        raise not_writable(folder)
     with one_at_a_time():
         if not is_built(folder):  # by now, by the start that was waited for
             compile_jittor(folder, hidden, libraries)
+
+
+def not_writable(folder: Path) -> MossError:
+    return MossError(
+        f"Jittor is not compiled in {folder}, and that cannot be written. Start moss-jt once as a user who can write "
+        "there, or set JITTOR_HOME to a folder that can be written."
+    )
 
 
 @contextlib.contextmanager

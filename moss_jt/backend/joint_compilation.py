@@ -74,13 +74,15 @@ def install(utilities: Any) -> None:
     """Make Jittor compile so. ``utilities``: jittor_utils, before jittor is imported."""
     _use_processors(utilities)
     _compile_tool_once(utilities)
-    own_way = utilities.run_cmds
 
     def run(texts: list[str], cache_path: str, jittor_path: str, message: str = "") -> None:
-        if os.environ.get("nvcc_path"):
-            own_way(texts, cache_path, jittor_path, message)
-        else:
-            compile_units(utilities, texts, Path(cache_path), Path(jittor_path))
+        nvcc = os.environ.get("nvcc_path")
+        kernels = [text for text in texts if nvcc and text.startswith(f'"{nvcc}"')]
+        compile_units(
+            utilities, [text for text in texts if text not in kernels], Path(cache_path), Path(jittor_path)
+        )
+        for text in kernels:  # Jittor has one such file, which initialises nothing
+            utilities.do_compile((text, cache_path, jittor_path))
 
     utilities.run_cmds = run
 
@@ -133,6 +135,7 @@ def note_of(utilities: Any, text: str, cache_path: Path, jittor_path: Path) -> t
     target = re.search(r' -o "([^"]+)" *$', text)
     assert compiler and target, text
     scratch = cache_path / "tmp" / f"moss-jt-{os.getpid()}.o"
+    scratch.parent.mkdir(exist_ok=True)  # with CUDA Jittor's is in a folder below
     idle = f'"true"{text[compiler.end() : target.start()]} -o "{scratch}"{text[target.end(1) + 1 :]}'
     utilities.cc.cache_compile(idle, str(cache_path), str(jittor_path))
     note = note_path(scratch).read_bytes()

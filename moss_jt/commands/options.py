@@ -106,8 +106,8 @@ draft_model_option = click.option(
     default="auto",
     show_default=True,
     metavar="auto|off|NAME",
-    help="A copy of MODEL in fewer bits that writes ahead, for MODEL to verify in one pass: auto (where weights stream, if one was "
-    "converted and fits), off, or its name or path. Changes the speed, never the text.",
+    help="A copy of MODEL in fewer bits that writes ahead, for MODEL to verify in one pass: auto (if one was converted and fits, "
+    "where weights stream, or float16 computes on the CPU), off, or its name or path. Changes the speed, never the text.",
 )
 _ADAPTER = "--adapter", "adapters"
 _ADAPTER_HELP = "A folder that moss-jt finetune or peft wrote"

@@ -15,6 +15,7 @@ from moss_jt.convert.named import model_folder
 from moss_jt.errors import MossError
 from moss_jt.kernels.needs import CpuNeeds, CudaNeeds
 from moss_jt.measure.machine_speed import home_disk_speed, memory_speed, product_speed
+from moss_jt.plan.copy_choice import may_pay, pays
 from moss_jt.plan.first_word import GFLOP, first_word
 from moss_jt.plan.machine import default_budget, parse_memory, process_memory
 from moss_jt.plan.placement import gpu_budget, less_margin
@@ -176,9 +177,9 @@ def command(
     others = {bits: other for bits, other in fewer_bits(sizes, amounts, context).items() if other is not None}
     quicker = [(bits, speeds.seconds(other)) for bits, other in others.items()]
     remark = ""
-    copy = copy_of(store, sizes, draft_bits) if draft_bits is not None or chosen.streams else None
+    copy = copy_of(store, sizes, draft_bits) if draft_bits is not None or may_pay(chosen) else None
     if copy is not None:
-        chosen, remark = with_copy(sizes, copy, amounts, context, chosen, speeds)
+        chosen, remark = with_copy(sizes, copy, draft_bits is not None, amounts, context, chosen, speeds)
     as_it_is = memory is None and (gpu_memory is None or gpu)
     screen.line(summary(speeds.seconds(chosen), as_it_is, quicker))
     screen.line(str(first_word(chosen, speeds.disk.bytes_per_s, products_of(here, on_card, compute_speed))))
@@ -347,6 +348,7 @@ def copy_of(store: Store | None, sizes: ModelSizes, draft_bits: str | None) -> M
 def with_copy(
     sizes: ModelSizes,
     copy: ModelSizes,
+    asked_for: bool,
     amounts: Amounts,
     context: int | None,
     plain: ResidencyPlan,
@@ -360,7 +362,7 @@ def with_copy(
         lower = f" It would with --context {error.context}." if error.context else ""
         return plain, f"{name} does not fit here.{lower}"
     without, seconds = speeds.seconds(plain), speeds.seconds(drafted)
-    if seconds >= without:
+    if not (seconds < without if asked_for else pays(plain, drafted, speeds)):
         return plain, f"{name} would not pay here: {number(seconds)} s per token."
     return drafted, f"{name} is counted in; without it a token takes {number(without)} s."
 

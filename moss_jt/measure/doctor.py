@@ -173,6 +173,8 @@ def onednn() -> Finding:
     if not has_onednn_wheels():
         text = "only for Linux on x86-64: long prompts are read slowly here"
         return Finding("oneDNN", "note", text)
+    if os.environ.get("use_mkl") == "0":
+        return Finding("oneDNN", "note", "switched off by use_mkl=0: long prompts are read slowly")
     if onednn_is_linked():
         return Finding("oneDNN", "ok", f"in {onednn_folder()}")
     for wheel, needed in ONEDNN_WHEELS.values():

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moss_jt.errors import MossError
-from moss_jt.plan.report import Speeds
+from moss_jt.plan.report import GB, Speeds
 from moss_jt.plan.residency import ResidencyPlan, TooLittleError
 from moss_jt.store.copies import open_copy
 from moss_jt.store.model_folder import Store
+
+# Where everything is in memory, a copy that nobody has named must make the model clearly quicker by the plan, which knows neither
+# how often this one will be right, nor what Python and Jittor take for each drafted token: a lot beside small models' passes.
+CLEARLY, LEAST_BYTES = 1.2, 2 * GB
 
 PlanWith = Callable[[Store | None], ResidencyPlan]
 
@@ -32,6 +36,17 @@ def named_copy(store: Store, path: Path, plan_with: PlanWith) -> Choice:
     return Choice(plan_with(copy), copy)
 
 
+def may_pay(plan: ResidencyPlan) -> bool:
+    """Whether a copy that nobody has named is looked for, by the plan without: weights stream, or the CPU holds a large model."""
+    return plan.streams or (plan.host_budget_bytes is None and plan.weight_bytes_per_pass >= LEAST_BYTES)
+
+
+def pays(plan: ResidencyPlan, better: ResidencyPlan, speeds: Speeds) -> bool:
+    """Whether a copy that nobody has named is taken, with which the plan becomes ``better``."""
+    quicker = speeds.seconds(plan) / speeds.seconds(better)
+    return quicker > 1 if plan.streams else quicker >= CLEARLY and not better.streams
+
+
 def best_copy(
     store: Store, candidates: Sequence[Path], plan: ResidencyPlan, plan_with: PlanWith, speeds: Speeds
 ) -> Choice:
@@ -51,7 +66,7 @@ def best_copy(
             continue
         except MossError:
             continue  # damaged, or the memory does not do for other reasons: it is no use as a copy
-        if speeds.outlook(better).seconds_per_token < speeds.outlook(plan).seconds_per_token:
+        if pays(plan, better, speeds):
             return Choice(better, copy)
     return Choice(plan, None, notice)
 

@@ -51,14 +51,23 @@ def build(real: Toolkit | None = None) -> dict[str, str]:
     for folder in (toolkit / "bin", toolkit / "include", toolkit / "lib64", toolkit.parent / "home", driver):
         folder.mkdir(parents=True, exist_ok=True)
     for name in HEADERS:
-        (toolkit / "include" / name).write_text('#include "sim_cuda.h"\n')
-    (toolkit / "include" / "cublas.h").write_text('#include "cublas_v2.h"\n')
+        keep(toolkit / "include" / name, b'#include "sim_cuda.h"\n')
+    keep(toolkit / "include" / "cublas.h", b'#include "cublas_v2.h"\n')
     for name in ("sim_cuda.h", "cublas_v2.h", "curand.h"):
-        (toolkit / "include" / name).write_bytes((HERE / name).read_bytes())
-    compiler = toolkit / "bin" / "nvcc"
-    compiler.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "{HERE}/stand_in_nvcc.py" "$@"\n')
-    compiler.chmod(0o755)
+        keep(toolkit / "include" / name, (HERE / name).read_bytes())
+    script = f'#!/bin/sh\nexec "{sys.executable}" -P "{HERE}/stand_in_nvcc.py" "$@"\n'
+    keep(toolkit / "bin" / "nvcc", script.encode(), 0o755)
     return environment_of(toolkit, driver, {})
+
+
+def keep(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that is not there as it should be: another process may be compiling with what is."""
+    if path.exists() and path.read_bytes() == data:
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_bytes(data)
+    fresh.chmod(mode)
+    fresh.replace(path)
 
 
 def build_on(real: Toolkit) -> dict[str, str]:
@@ -69,9 +78,7 @@ def build_on(real: Toolkit) -> dict[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
     if not (toolkit / "include").exists():
         (toolkit / "include").symlink_to(real.home / "include")
-    compiler = toolkit / "bin" / "nvcc"
-    compiler.write_text(f'#!/bin/sh\nexec "{real.nvcc}" "$@"\n')
-    compiler.chmod(0o755)
+    keep(toolkit / "bin" / "nvcc", f'#!/bin/sh\nexec "{real.nvcc}" "$@"\n'.encode(), 0o755)
     static = real.home / "lib64" / "libcudadevrt.a"  # nvcc links with it
     if not (toolkit / "lib64" / static.name).exists():
         (toolkit / "lib64" / static.name).symlink_to(static)
