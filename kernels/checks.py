@@ -62,8 +62,16 @@ def check_block(weights: BlockWeights, config: MossConfig) -> None:
             check_dtype(tensor.field, weight, "float16")
 
 
-def check_cache(keys: CacheRows, values: CacheRows, config: MossConfig, layer: int, places: Places) -> None:
-    """Raises ValueError unless the pages of ``places`` lie in both arrays of the cache, and the model has its positions."""
+def check_cache(
+    keys: CacheRows,
+    values: CacheRows,
+    config: MossConfig,
+    layer: int,
+    places: Places,
+    last: int | None = None,
+) -> None:
+    """Raises ValueError unless the pages of ``places`` lie in both arrays of the cache, in layer .. last, and the model has its
+    positions."""
     layers, capacity = numbers_of(keys).shape[:2]
     for name, rows in (("keys", keys), ("values", values)):
         check_shape(name, numbers_of(rows), (layers, capacity, config.n_head, config.head_dim))
@@ -71,8 +79,9 @@ def check_cache(keys: CacheRows, values: CacheRows, config: MossConfig, layer: i
         if isinstance(rows, ByteRows):
             check_shape(f"scales of {name}", rows.scales, (layers, capacity // PAGE, config.n_head, PAGE))
             check_dtype(f"scales of {name}", rows.scales, "float32")
-    if not 0 <= layer < layers:
-        raise ValueError(f"layer {layer} of a cache of {layers} layers")
+    last = layer if last is None else last
+    if not 0 <= layer <= last < layers:
+        raise ValueError(f"layer {layer if layer < 0 else last} of a cache of {layers} layers")
     pages, last = places.last_page + 1, places.last_position
     if pages * PAGE > capacity or last >= config.n_positions:
         raise ValueError(

@@ -6,6 +6,7 @@ after page; in matrices N outputs, K inputs, G groups. Activations are float32, 
 Operators are made for one model's geometry: ``PortableOperators(config)``, ``CpuOperators(config)``.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -159,6 +160,25 @@ class Places:
         return int(self.positions.max())
 
 
+class BlockByBlock:
+    """Operators for which many blocks are nothing else than one after another."""
+
+    block: Callable[..., Var]
+
+    def blocks(
+        self,
+        h: Var,
+        blocks: Sequence[BlockWeights],
+        keys: CacheRows,
+        values: CacheRows,
+        layer: int,
+        places: Places,
+    ) -> Var:
+        for number, weights in enumerate(blocks, layer):
+            h = self.block(h, weights, keys, values, number, places)
+        return h
+
+
 class Operators(Protocol):
     """The two steps of a pass. Results are lazy Vars; weights and results are never written to, the cache is.
 
@@ -186,6 +206,21 @@ class Operators(Protocol):
 
         Raises:
             ValueError: shapes disagree, a page lies beyond the cache, or there is no such adapter.
+        """
+        ...
+
+    def blocks(
+        self,
+        h: Var,
+        blocks: Sequence[BlockWeights],
+        keys: CacheRows,
+        values: CacheRows,
+        layer: int,
+        places: Places,
+    ) -> Var:
+        """Blocks that follow one another, from ``layer`` on, each as :meth:`block` computes it, with the same bits.
+
+        Keep the objects from pass to pass in the same groups: what stands for a group is made once.
         """
         ...
 

@@ -14,6 +14,7 @@ from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_shape
 from moss_jt.kernels.interface import (
     PAGE,
+    BlockByBlock,
     BlockWeights,
     ByteRows,
     CacheRows,
@@ -70,7 +71,7 @@ def index(values: np.ndarray) -> Var:
     return jt.array(values.astype(np.int32).reshape(-1, 1))
 
 
-class PortableOperators:
+class PortableOperators(BlockByBlock):
     """See :class:`moss_jt.kernels.interface.Operators`."""
 
     level = "portable"

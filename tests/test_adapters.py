@@ -164,6 +164,23 @@ def test_a_token_has_the_same_bits_in_any_company(kind: str, simd: str) -> None:
             assert np.array_equal(ours, own)
 
 
+def test_blocks_at_once_have_each_their_own_pairs() -> None:
+    bank = random_bank()
+    weights, _ = weights_of("float16")
+    operators = operators_of(chosen_simd(), bank)
+    one, other = (Texts(operators, weights, [0, 1, 2], 1) for _ in range(2))
+    rows = states(3, 0)
+    places = places_of([0, 1, 2], [0, 0, 0], one.pages.tolist(), 0, [0, 1, 2])
+    expected = jt.array(rows)
+    for layer in range(2):
+        expected = operators.block(expected, weights, one.keys, one.values, layer, places)
+    actual = operators.blocks(jt.array(rows), [weights, weights], other.keys, other.values, 0, places)
+    assert np.array_equal(actual.numpy(), expected.numpy())
+    for ours, own in zip(other.memory, one.memory, strict=True):
+        assert np.array_equal(ours, own)
+        assert ours[0].any() and ours[1].any()
+
+
 def test_an_adapter_that_is_not_there_is_refused() -> None:
     weights, _ = weights_of("float16")
     for level in ("portable", chosen_simd(), "cuda"):

@@ -7,10 +7,12 @@ largest value; tests/test_products.py has the bound of the product itself. The o
 that one is checked apart, against float16's half step of 2**-11 of each value, or in int8 against half a scale.
 """
 
+import gc
 import itertools
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -583,3 +585,108 @@ def test_others_run_python_while_an_operation_computes_where_that_is_wanted(want
         thread.join()
     assert (after > before) == wanted
     assert all(np.array_equal(block.numpy(), expected) for block in blocks)
+
+
+class Group:
+    """Three different blocks, of int4 one without act-order, and a cache of four layers, of which they are the last three."""
+
+    def __init__(self, kind: str, config: MossConfig, cache_bits: int) -> None:
+        if kind == "float16":
+            self.blocks = [dense_block(BlockArrays.random(config, seed)) for seed in range(3)]
+        else:
+            bits = 8 if kind == "int8" else 4
+            self.blocks = [
+                packed_block(config, bits, 32, seed, bits == 4 and seed > 0)[0] for seed in range(3)
+            ]
+        cache = KVCache(replace(config, n_layer=4), 2 * PAGE, bits=cache_bits)
+        self.keys, self.values = cache.keys, cache.values
+
+    def cached(self) -> list[np.ndarray]:
+        parts = [self.keys, self.values]
+        if isinstance(self.keys, ByteRows):
+            parts = [part for rows in parts for part in (rows.numbers, rows.scales)]
+        return [part.numpy() for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache_bits"), [("float16", 16), ("float16", 8), ("int8", 16), ("int4", 16)]
+)
+def test_blocks_at_once_are_the_same_bits_as_one_after_another(kind: str, cache_bits: int) -> None:
+    config = GEOMETRIES["head of 24"]
+    operators = CpuOperators(config)
+    single, group = (Group(kind, config, cache_bits) for _ in range(2))
+    start = 0
+    for tokens in (5, 1, 23):
+        states = random_states(config, tokens, start)
+        h, places = jt.array(states), one_sequence(start, tokens)
+        for layer, weights in enumerate(single.blocks, 1):
+            h = operators.block(h, weights, single.keys, single.values, layer, places)
+        first = jt.array(states)
+        actual = operators.blocks(
+            first, group.blocks, group.keys, group.values, 1, one_sequence(start, tokens)
+        )
+        assert np.array_equal(actual.numpy(), h.numpy())
+        assert np.array_equal(first.numpy(), states)  # the result lies elsewhere
+        start += tokens
+    for ours, expected in zip(group.cached(), single.cached(), strict=True):
+        assert np.array_equal(ours, expected)
+        assert not ours[0].any()
+
+
+def test_blocks_that_begin_alike_are_not_taken_for_each_other() -> None:
+    config = GEOMETRIES["head of 24"]
+    operators = CpuOperators(config)
+    group = Group("float16", config, 16)
+    states = random_states(config, 2)
+    results = []
+    for count in (3, 2, 3):
+        h = operators.blocks(
+            jt.array(states), group.blocks[:count], group.keys, group.values, 1, one_sequence(0, 2)
+        )
+        results.append(h.numpy())
+    assert np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_what_is_queued_keeps_its_weights() -> None:
+    config = GEOMETRIES["24 heads"]
+    operators = CpuOperators(config)
+    states = jt.array(random_states(config, 2))
+    run = Run(operators, make_block("float16", config)[0], config, 2)
+    expected = run.step(states.numpy(), 0)
+    weights = dense_block(BlockArrays.random(config, seed=1))
+    queued = operators.block(states, weights, run.keys, run.values, 1, one_sequence(0, 2))
+    there = weakref.ref(weights)
+    del weights
+    gc.collect()
+    assert there() is None
+    other = [dense_block(BlockArrays.random(config, seed=seed)) for seed in (2, 3)]
+    assert np.array_equal(queued.numpy(), expected)
+    del other
+
+
+def test_blocks_of_different_kinds_and_layers_that_are_not_there_are_refused() -> None:
+    config = GEOMETRIES["head of 24"]
+    operators = CpuOperators(config)
+    group = Group("float16", config, 16)
+    h, places = jt.array(random_states(config, 1)), one_sequence(0, 1)
+    with pytest.raises(ValueError, match="layer 4 of a cache of 4"):
+        operators.blocks(h, group.blocks, group.keys, group.values, 2, places)
+    mixed = [group.blocks[0], make_block("int8", config)[0]]
+    with pytest.raises(ValueError, match=r"matrices of \[8, 16\] bits"):
+        operators.blocks(h, mixed, group.keys, group.values, 0, places)
+    with pytest.raises(ValueError, match="3 blocks at once; of weights that move"):
+        CpuOperators(config, weights_move=True).blocks(h, group.blocks, group.keys, group.values, 0, places)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["float16", "int8", "int4"])
+def test_weights_that_jittor_moves_are_read_where_they_are(kind: str) -> None:
+    config = GEOMETRIES["head of 24"]
+    weights, _ = make_block(kind, config, ordered=kind == "int4")
+    states = random_states(config, 3)
+    results = [
+        Run(CpuOperators(config, weights_move=moved), weights, config, 3).step(states, 0)
+        for moved in (False, True)
+    ]
+    assert np.array_equal(*results)

@@ -23,6 +23,7 @@ struct HalfRows {
     Number* numbers;  // (P, H, D)
 
     static F load(const Number* p, int n) { return load_half_n(p, n); }
+    void skip(int64_t count, int64_t) { numbers += count; }
 };
 
 // In int8, each head's at a position with its scale.
@@ -32,6 +33,10 @@ struct ByteRows {
     Number* numbers;  // (P, H, D)
     float* scales;    // (P / kPage, H, kPage)
 
+    void skip(int64_t count, int64_t head_dim) {
+        numbers += count;
+        scales += count / head_dim;
+    }
     static F load(const Number* p, int n) {
         return n == kLanes ? Simd::load_signed(p) : Simd::load_signed_partial(p, n);
     }

@@ -1,5 +1,8 @@
-// One CodeGen block in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h).
+// CodeGen blocks in one parallel region: h + attention(a) + mlp(a) with a = layer_norm(h). A result may lie where h does.
 #pragma once
+
+#include <array>
+#include <deque>
 
 #include "adapters.h"
 #include "attention.h"
@@ -26,6 +29,25 @@ struct Block {
     float epsilon;
 
     int64_t width() const { return heads * head_dim; }
+
+    // The weights, as the numbers of moss_jt.kernels.cpu.block_table: addresses, and a matrix's sizes after its own.
+    void read_weights(const int64_t* row) {
+        Numbers numbers{row};
+        norm_weight = numbers.address<uint16_t>();
+        norm_bias = numbers.address<uint16_t>();
+        qkv.read(numbers);
+        out_proj.read(numbers);
+        fc_in.read(numbers);
+        fc_in_bias = numbers.address<uint16_t>();
+        fc_out.read(numbers);
+        fc_out_bias = numbers.address<uint16_t>();
+    }
+    // So many layers on, in a cache of so many positions, and in directories of adapters that have so many numbers each.
+    void skip(int64_t layers, int64_t positions, int64_t directory) {
+        keys.skip(layers * positions * width(), head_dim);
+        values.skip(layers * positions * width(), head_dim);
+        adapters.directory += layers * directory;
+    }
 };
 
 // Where the intermediate results lie in the workspace; kernels/needs.py counts the same.
@@ -171,15 +193,24 @@ inline void block_output(const Block<M, R>& b, const Workspace<M, R>& w, Queues<
     }
 }
 
+// A block with what its threads share.
 template <class M, class R>
-inline void run_block(const Block<M, R>& b) {
-    const Workspace<M, R> w(b);
-    const Attention<R> attention{w.q,     b.keys,  b.values,         w.attended, w.partial, b.places,
-                                 b.pages, w.pass,  b.pages_per_slot, b.heads,    b.head_dim};
-    Queues<M> queues(b, w.pass);
-    const int64_t tokens = b.tokens, width = b.width();
-#pragma omp parallel
-    {
+struct SharedBlock {
+    const Block<M, R> b;
+    const Workspace<M, R> w;
+    const Attention<R> attention;
+    Queues<M> queues;
+
+    explicit SharedBlock(const Block<M, R>& block)
+        : b(block),
+          w(b),
+          attention{w.q,     b.keys, b.values,         w.attended, w.partial, b.places,
+                    b.pages, w.pass, b.pages_per_slot, b.heads,    b.head_dim},
+          queues(b, w.pass) {}
+
+    // To be called by every thread of a parallel region; they wait for each other in the end.
+    void run() {
+        const int64_t tokens = b.tokens, width = b.width();
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) {
             layer_norm(b.h + t * width, b.norm_weight, b.norm_bias, b.epsilon, width, w.normed + t * width);
@@ -202,7 +233,23 @@ inline void run_block(const Block<M, R>& b) {
         to_low_rank(b.adapters, kOutProj, w.attended, tokens, width, w.low[0]);
         to_low_rank(b.adapters, kFcOut, w.inner, tokens, b.fc_in.n, w.low[1]);
         block_output(b, w, queues);
+#pragma omp barrier
     }
+};
+
+// Blocks that follow one another, in one parallel region: each has a row of the table, see read_weights(). All but the first read
+// what the one before has left in the result, and all use one workspace.
+template <class M, class R>
+inline void run_blocks(Block<M, R> block, const int64_t* table, int64_t blocks, int64_t row, int64_t positions, int64_t directory) {
+    std::deque<SharedBlock<M, R>> shared;
+    for (int64_t i = 0; i < blocks; i++) {
+        block.read_weights(table + i * row);
+        shared.emplace_back(block);
+        block.h = block.result;
+        block.skip(1, positions, directory);
+    }
+#pragma omp parallel
+    for (SharedBlock<M, R>& one : shared) one.run();
 }
 
 }  // namespace moss

@@ -29,9 +29,24 @@ inline void prefetch_start(const void* p, int64_t bytes) {
 
 inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetchBytes, 0, 3); }
 
+// Reads numbers one after another, some of which are addresses.
+struct Numbers {
+    const int64_t* next;
+    int64_t number() { return *next++; }
+    template <class T>
+    const T* address() {
+        return (const T*)number();
+    }
+};
+
 struct Dense {
     const uint16_t* weight;  // float16
     int64_t n, k;
+    void read(Numbers& numbers) {
+        weight = numbers.address<uint16_t>();
+        n = numbers.number();
+        k = numbers.number();
+    }
     static constexpr const int32_t* order = nullptr;
 
     int64_t group_size() const { return k; }

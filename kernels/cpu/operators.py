@@ -1,6 +1,8 @@
 """The CPU's operators: each is one jt.code operation over the headers in this folder."""
 
+import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,23 +10,21 @@ import numpy as np
 from moss_jt.backend.jittor import jt
 from moss_jt.kernels.adapters import AdapterBank
 from moss_jt.kernels.checks import check_adapters, check_block, check_cache, check_dtype, check_shape
+from moss_jt.kernels.cpu.block_table import arrays_of, bits_of, table_of
 from moss_jt.kernels.cpu.simd import available_simd, chosen_simd
 from moss_jt.kernels.cpu.source import onednn_folder, run
 from moss_jt.kernels.interface import (
     BlockWeights,
     ByteRows,
     CacheRows,
-    DenseMatrix,
-    Matrix,
     Operators,
-    PackedMatrix,
     Places,
     Var,
     numbers_of,
 )
 from moss_jt.kernels.needs import CpuNeeds
 from moss_jt.kernels.rotary_table import rotary_table
-from moss_jt.store.architecture import BLOCK as BLOCK_TENSORS
+from moss_jt.store.architecture import BLOCK
 from moss_jt.store.config import MossConfig
 from moss_jt.store.sizes import CACHE_BITS
 
@@ -44,96 +44,91 @@ const moss::Unlocked unlocked(data["others_run"] != 0);
 moss::run_head(head);
 """
 
-BLOCK = """
+BLOCKS = """
 moss::Block<moss::MATRIX, moss::ROWS> block{};
 block.h = (const float*)in0_p;
-block.norm_weight = (const uint16_t*)in1_p;
-block.norm_bias = (const uint16_t*)in2_p;
-block.fc_in_bias = (const uint16_t*)in3_p;
-block.fc_out_bias = (const uint16_t*)in4_p;
-block.rotary = (const float*)in5_p;
-block.places = (const int32_t*)in6_p;
-block.pages = (const int32_t*)in7_p;
-block.pages_per_slot = in7_shape1;
-const int64_t layer = (int64_t)data["layer"] * in8_shape1 * in8_shape2 * in8_shape3;
+block.rotary = (const float*)in1_p;
+block.places = (const int32_t*)in2_p;
+block.pages = (const int32_t*)in3_p;
+block.pages_per_slot = in3_shape1;
 block.keys = KEYS;
 block.values = VALUES;
 block.result = (float*)out0_p;
 block.workspace = (float*)out1_p;
-block.adapters = moss::Adapters{(const float*)in10_p, (const int32_t*)in11_p, (const int32_t*)in12_p, (int64_t)data["rank"]};
+block.adapters = moss::Adapters{(const float*)in6_p, (const int32_t*)in7_p, (const int32_t*)in8_p, (int64_t)data["rank"]};
 block.tokens = in0_shape0;
 block.whole = (int64_t)data["whole"];
-block.heads = in8_shape2;
-block.head_dim = in8_shape3;
-block.pairs = in5_shape2;
+block.heads = in4_shape2;
+block.head_dim = in4_shape3;
+block.pairs = in1_shape2;
 block.epsilon = (float)data["epsilon"];
-MATRICES
 const moss::Unlocked unlocked(data["others_run"] != 0);
-moss::run_block(block);
+const int64_t directory = (int64_t)data["directory"];
+block.skip((int64_t)data["layer"], in4_shape1, directory);
+moss::run_blocks(block, TABLE, in4_shape1, directory);
 """
 
-MATRIX_NAMES = (
-    "qkv",
-    "out_proj",
-    "fc_in",
-    "fc_out",
-)  # as block.h calls them: Jittor defines a macro named out
-# Keys or values of the layer, by the bits of a number: the type, and what it is made of.
+# Blocks one after another, whose weights lie where the table says.
+OF_TABLE = "(const int64_t*)in11_p, in11_shape0, in11_shape1"
+
+# One block whose weights are inputs, wherever Jittor has them by now.
+OF_INPUTS = "std::array<int64_t, {count}>{{{row}}}.data(), 1, 0"
+
+# Keys or values, by the bits of a number: the type, and what it is made of.
 CACHE_ROWS = {
-    16: ("HalfRows", "moss::HalfRows{{(uint16_t*)in{numbers}_p + layer}}"),
-    8: (
-        "ByteRows",
-        "moss::ByteRows{{(int8_t*)in{numbers}_p + layer, (float*)in{scales}_p + layer / in8_shape3}}",
-    ),
+    16: ("HalfRows", "moss::HalfRows{{(uint16_t*)in{numbers}_p}}"),
+    8: ("ByteRows", "moss::ByteRows{{(int8_t*)in{numbers}_p, (float*)in{scales}_p}}"),
 }
-FIRST_MATRIX = 15  # the first input that belongs to a matrix
+FIRST_WEIGHT = 11  # the first input that is a weight, or the table
 
 
-def dense_source() -> str:
-    lines = [
-        f"block.{name} = moss::Dense{{(const uint16_t*)in{i}_p, in{i}_shape0, in{i}_shape1}};"
-        for i, name in enumerate(MATRIX_NAMES, start=FIRST_MATRIX)
-    ]
-    return BLOCK.replace("MATRICES", "\n".join(lines)).replace("MATRIX", "Dense")
-
-
-def packed_source(bits: int) -> str:
-    kind = f"Int{bits}"
-    lines = []
-    for index, name in enumerate(MATRIX_NAMES):
-        packed, scales, zeros, order = (FIRST_MATRIX + 4 * index + i for i in range(4))
-        inputs = f"in{packed}_shape1 * {8 // bits}"
-        lines.append(
-            f"block.{name} = moss::{kind}{{(const uint8_t*)in{packed}_p, (const uint16_t*)in{scales}_p, "
-            f"(const uint8_t*)in{zeros}_p, in{order}_shape0 == {inputs} ? (const int32_t*)in{order}_p : nullptr, "
-            f"in{packed}_shape0, {inputs}, in{scales}_shape1}};"
-        )
-    return BLOCK.replace("MATRICES", "\n".join(lines)).replace("MATRIX", kind)
-
-
-def block_source(bits: int, cache_bits: int) -> str:
-    """Of a block whose matrices and cache have so many bits."""
-    source = dense_source() if bits == 16 else packed_source(bits)
+def block_source(bits: int, cache_bits: int, of_inputs: bool) -> str:
+    """Of blocks whose matrices and cache have so many bits."""
     name, rows = CACHE_ROWS[cache_bits]
+    row = input_row(bits)
+    table = OF_INPUTS.format(count=len(row), row=", ".join(row)) if of_inputs else OF_TABLE
+    source = BLOCKS
     for place, text in (
+        ("TABLE", table),
+        ("MATRIX", "Dense" if bits == 16 else f"Int{bits}"),
         ("ROWS", name),
-        ("KEYS", rows.format(numbers=8, scales=13)),
-        ("VALUES", rows.format(numbers=9, scales=14)),
+        ("KEYS", rows.format(numbers=4, scales=9)),
+        ("VALUES", rows.format(numbers=5, scales=10)),
     ):
         source = source.replace(place, text)
     return source
 
 
-BLOCK_SOURCES = {(bits, cache): block_source(bits, cache) for bits in (16, 8, 4) for cache in CACHE_BITS}
+def input_row(bits: int) -> list[str]:
+    """What a row of moss_jt.kernels.cpu.block_table has, of inputs as its arrays_of() lists them."""
+    row: list[str] = []
+    number = FIRST_WEIGHT
+    for tensor in BLOCK:
+        parts = [f"in{i}" for i in range(number, number + (4 if tensor.is_matrix and bits < 16 else 1))]
+        number += len(parts)
+        row += [f"(int64_t){part}_p" for part in parts]
+        if tensor.is_matrix:
+            columns = f"{parts[0]}_shape1" if bits == 16 else f"{parts[0]}_shape1 * {8 // bits}"
+            row += [f"{parts[0]}_shape0", columns]
+        if len(parts) == 4:
+            row[-3] = f"{parts[3]}_shape0 == {columns} ? {row[-3]} : 0"
+            row.append(f"{parts[1]}_shape1")
+    return row
+
+
+BLOCK_SOURCES = {key: block_source(*key) for key in itertools.product((16, 8, 4), CACHE_BITS, (False, True))}
 
 
 @dataclass(frozen=True)
-class CheckedBlock:
-    """A block's weights, which fit together: bits of the matrices, norm and biases, and the matrices' arrays."""
+class CheckedBlocks:
+    """Blocks whose weights fit together: bits of their matrices, and the operation's inputs that stand for them."""
 
+    blocks: list[weakref.ref[BlockWeights]]
     bits: int
-    vectors: list[Var]
-    matrices: list[Var]
+    inputs: list[Var]
+
+    def is_of(self, blocks: Sequence[BlockWeights]) -> bool:
+        return all(own() is block for own, block in zip(self.blocks, blocks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -144,12 +139,11 @@ class CheckedPass:
     values: CacheRows
     cache_bits: int
     inputs: list[Var]
-    scales: list[Var]
     data: dict[str, float]
     shapes: dict[int, list[tuple[int, ...]]]  # of the results, by bits of the block's matrices
 
-    def is_of(self, keys: CacheRows, values: CacheRows, layer: int) -> bool:
-        return keys is self.keys and values is self.values and 0 <= layer < numbers_of(keys).shape[0]
+    def is_of(self, keys: CacheRows, values: CacheRows, first: int, last: int) -> bool:
+        return keys is self.keys and values is self.values and 0 <= first <= last < numbers_of(keys).shape[0]
 
 
 class CpuOperators:
@@ -162,6 +156,7 @@ class CpuOperators:
         simd: one of kernels/cpu/simd.py's levels, from "512-vnni" (AVX-512 VNNI) to "0" (plain C++); by default the fastest,
             or what MOSS_JT_SIMD says.
         adapters: that tokens may have.
+        weights_move: Jittor may put weights elsewhere from one pass to another, as it does where it swaps: one block at a time.
 
     others_run  other threads may run Python while an operation computes, as a server's must; to be set where one thread alone
                 uses Jittor
@@ -171,7 +166,11 @@ class CpuOperators:
     """
 
     def __init__(
-        self, config: MossConfig, simd: str | None = None, adapters: AdapterBank | None = None
+        self,
+        config: MossConfig,
+        simd: str | None = None,
+        adapters: AdapterBank | None = None,
+        weights_move: bool = False,
     ) -> None:
         if config.head_dim % 2:
             raise ValueError(f"head_dim is {config.head_dim}; an even number is needed")
@@ -181,11 +180,15 @@ class CpuOperators:
         if self.simd not in available_simd():
             raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
-        self.no_order = jt.array(np.zeros((2, 1), np.int32))  # for a matrix without input_order: no K is 2
+        self.weights_move = weights_move
+        self.nothing = jt.array(
+            np.zeros((2, 1), np.int32)
+        )  # for an input that is not wanted: no input_order has 2
         self.adapters = adapters
-        self.bank = self.no_order if adapters is None else jt.reuse_np_array(adapters.values)
-        self.directories = [] if adapters is None else [jt.array(layer) for layer in adapters.directory]
-        self._checked: weakref.WeakKeyDictionary[BlockWeights, CheckedBlock] = weakref.WeakKeyDictionary()
+        self.bank = self.nothing if adapters is None else jt.reuse_np_array(adapters.values)
+        self.directory = self.nothing if adapters is None else jt.array(adapters.directory)
+        # By the first of the blocks and how many they are.
+        self._checked = weakref.WeakKeyDictionary[BlockWeights, dict[int, CheckedBlocks]]()
         self._passes: weakref.WeakKeyDictionary[Places, CheckedPass] = weakref.WeakKeyDictionary()
 
     @property
@@ -217,36 +220,51 @@ class CpuOperators:
     def block(
         self, h: Var, weights: BlockWeights, keys: CacheRows, values: CacheRows, layer: int, places: Places
     ) -> Var:
+        return self.blocks(h, [weights], keys, values, layer, places)
+
+    def blocks(
+        self,
+        h: Var,
+        blocks: Sequence[BlockWeights],
+        keys: CacheRows,
+        values: CacheRows,
+        layer: int,
+        places: Places,
+    ) -> Var:
         check_shape("h", h, (places.count, self.config.n_embd))
-        check_adapters(places, self.adapters, layer)
+        last = layer + len(blocks) - 1
+        check_adapters(places, self.adapters, last)
         of_pass = self._passes.get(places)
-        if of_pass is None or not of_pass.is_of(keys, values, layer):
-            of_pass = self._passes[places] = self._check_pass(keys, values, layer, places)
-        checked = self._checked.get(weights)
-        if checked is None:
-            checked = self._checked[weights] = self._check(weights)
+        if of_pass is None or not of_pass.is_of(keys, values, layer, last):
+            of_pass = self._passes[places] = self._check_pass(keys, values, layer, last, places)
+        beginning_so = self._checked.setdefault(blocks[0], {})
+        checked = beginning_so.get(len(blocks))
+        if checked is None or not checked.is_of(blocks):
+            checked = beginning_so[len(blocks)] = self._check(blocks)
         shapes = of_pass.shapes.get(checked.bits)
         if shapes is None:
             shapes = of_pass.shapes[checked.bits] = self._shapes(checked.bits, of_pass, places)
-        rank, adapters = 0, [self.no_order] * 3
-        if self.adapters is not None and places.adapters is not None:
-            rank, adapters = (
-                self.adapters.most_rank,
-                [self.bank, self.directories[layer], places.adapter_tokens],
-            )
-        inputs = [h, *checked.vectors, *of_pass.inputs, *adapters, *of_pass.scales, *checked.matrices]
-        data = {"layer": layer, "rank": rank, "others_run": int(self.others_run), **of_pass.data}
-        source = BLOCK_SOURCES[checked.bits, of_pass.cache_bits]
+        inputs = [h, *of_pass.inputs, *checked.inputs]
+        data = {"layer": layer, "others_run": int(self.others_run), **of_pass.data}
+        source = BLOCK_SOURCES[checked.bits, of_pass.cache_bits, self.weights_move]
         return run(self.simd, "block.h", source, shapes, inputs, data)[0]
 
-    def _check_pass(self, keys: CacheRows, values: CacheRows, layer: int, places: Places) -> CheckedPass:
-        check_cache(keys, values, self.config, layer, places)
-        cache_bits, scales = 16, [self.no_order] * 2
+    def _check_pass(
+        self, keys: CacheRows, values: CacheRows, first: int, last: int, places: Places
+    ) -> CheckedPass:
+        check_cache(keys, values, self.config, first, places, last)
+        cache_bits, scales = 16, [self.nothing] * 2
         if isinstance(keys, ByteRows):
             cache_bits, scales = 8, [keys.scales, values.scales]
-        inputs = [self.rotary, places.tokens, places.table, numbers_of(keys), numbers_of(values)]
+        rank, stride, adapters = 0, 0, [self.nothing] * 3
+        if self.adapters is not None and places.adapters is not None:
+            rank, stride = self.adapters.most_rank, int(np.prod(self.adapters.directory.shape[1:]))
+            adapters = [self.bank, self.directory, places.adapter_tokens]
+        cache = [numbers_of(keys), numbers_of(values)]
+        inputs = [self.rotary, places.tokens, places.table, *cache, *adapters, *scales]
         data = {"whole": places.whole, "epsilon": self.config.layer_norm_epsilon}
-        return CheckedPass(keys, values, cache_bits, inputs, scales, data, {})
+        data |= {"rank": rank, "directory": stride}
+        return CheckedPass(keys, values, cache_bits, inputs, data, {})
 
     def _shapes(self, bits: int, of_pass: CheckedPass, places: Places) -> list[tuple[int, ...]]:
         """Of a block's result and of its workspace."""
@@ -257,23 +275,16 @@ class CpuOperators:
         floats = needs.block_floats(places.count, positions, few=few, onednn=onednn)
         return [(places.count, self.config.n_embd), (floats,)]
 
-    def _check(self, weights: BlockWeights) -> CheckedBlock:
-        check_block(weights, self.config)
-        fields = [getattr(weights, tensor.field) for tensor in BLOCK_TENSORS]
-        matrices = [field for field in fields if isinstance(field, (DenseMatrix, PackedMatrix))]
-        packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
-        bits = {matrix.bits for matrix in packed} | ({16} if len(packed) < len(matrices) else set())
+    def _check(self, blocks: Sequence[BlockWeights]) -> CheckedBlocks:
+        if self.weights_move and len(blocks) > 1:
+            raise ValueError(f"{len(blocks)} blocks at once; of weights that move one is computed at a time")
+        for weights in blocks:
+            check_block(weights, self.config)
+        bits = {bits_of(weights) for weights in blocks}
         if len(bits) > 1:
-            raise ValueError(f"one block has matrices of {sorted(bits)} bits; all four must have the same")
-        vectors = [field for field in fields if not isinstance(field, (DenseMatrix, PackedMatrix))]
-        arrays = [array for matrix in matrices for array in self._arrays(matrix)]
-        return CheckedBlock(bits.pop(), vectors, arrays)
-
-    def _arrays(self, matrix: Matrix) -> list[Var]:
-        if isinstance(matrix, DenseMatrix):
-            return [matrix.weight]
-        order = self.no_order if matrix.input_order is None else matrix.input_order
-        return [matrix.packed, matrix.scales, matrix.zeros, order]
+            raise ValueError(f"blocks have matrices of {sorted(bits)} bits; all must have the same")
+        table = arrays_of(blocks[0], self.nothing) if self.weights_move else [table_of(blocks)]
+        return CheckedBlocks([weakref.ref(weights) for weights in blocks], bits.pop(), table)
 
 
 def let_others_run(operators: Operators) -> None:

@@ -111,6 +111,15 @@ struct Packed {
     const uint8_t* zeros;
     const int32_t* order;
     int64_t n, k, groups;
+    void read(Numbers& numbers) {
+        packed = numbers.address<uint8_t>();
+        scales = numbers.address<uint16_t>();
+        zeros = numbers.address<uint8_t>();
+        order = numbers.address<int32_t>();
+        n = numbers.number();
+        k = numbers.number();
+        groups = numbers.number();
+    }
 
     static constexpr bool kArranges = !std::is_same_v<Row, FewRow>, kInWords = MOSS_SIMD > 0;
     bool arranged() const { return kArranges && group_size() % FewRow::kStep == 0; }

@@ -20,6 +20,7 @@ from moss_jt.kernels.cuda.launchers import Array, Launchers, Product, TokenAdapt
 from moss_jt.kernels.cuda.recording import DeviceArray, Recorder, Recording, launch_address, queue
 from moss_jt.kernels.interface import (
     PAGE,
+    BlockByBlock,
     BlockWeights,
     ByteRows,
     CacheRows,
@@ -38,7 +39,7 @@ Work = Callable[[Sequence[Array], Array], None]
 At = Callable[[Region], Array]
 
 
-class CudaOperators:
+class CudaOperators(BlockByBlock):
     """See :class:`moss_jt.kernels.interface.Operators`. Weights of blocks and head are Regions.
 
     Args:

@@ -43,8 +43,8 @@ def load_model(
         MossError: the operators cannot be compiled, or a file cannot be read.
     """
     cache_bits = plan.sizes.cache_bits
-    warm_up(store.bits, cache_bits)
-    operators = CpuOperators(store.config, adapters=adapters)
+    warm_up(store.bits, cache_bits, weights_move=host is None)
+    operators = CpuOperators(store.config, adapters=adapters, weights_move=host is None)
     cache = KVCache(store.config, cache_positions(plan), bits=cache_bits)
     limits = plan.pass_tokens, logit_rows(plan.parallel), plan.context
     if host is None:

@@ -149,21 +149,30 @@ class Model:
         h = jt.array(self.weights.embedding_rows(tokens).astype(np.float32))
         places = _places([runs[index] for index in order])
         then_head = any(run.rows != "none" for run in runs)
-        at_once = max(1, RESIDENT_BYTES // self.weights.block_bytes)
-        for layer, weights in self.weights.blocks(then_head=then_head):
+        for layer, blocks in self._blocks(then_head, places.count):
             kept = [index for index in order if wanted(index)]
             if len(kept) < len(order):
                 if not kept:
                     return [self._no_logits() for _ in runs]
                 h, order = jt.array(_rows_of(h.numpy(), runs, order, kept)), kept
                 places = _places([runs[index] for index in order])
-            h = self.operators.block(h, weights, cache.keys, cache.values, layer, places)
-            if self.weights.streams or places.count > FEW_TOKENS or layer % at_once == at_once - 1:
-                h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
+            h = self.operators.blocks(h, blocks, cache.keys, cache.values, layer, places)
+            h.sync()  # streamed weights are gone after it; and who wants no more waits no longer than for this
             if self.watcher is not None and len(tokens) > 1:
-                self.watcher(len(tokens), (layer + 1) / self.config.n_layer)
-        hidden = h.numpy()
-        return self._logits(hidden, runs, order)
+                self.watcher(len(tokens), (layer + len(blocks)) / self.config.n_layer)
+        return self._logits(h.numpy(), runs, order)
+
+    def _blocks(self, then_head: bool, tokens: int) -> Iterator[tuple[int, list[BlockWeights]]]:
+        """Blocks that so many tokens go through at once, and the first one's number."""
+        most = 1
+        if not self.weights.streams and tokens <= FEW_TOKENS:
+            most = max(1, RESIDENT_BYTES // self.weights.block_bytes)
+        blocks: list[BlockWeights] = []
+        for layer, weights in self.weights.blocks(then_head=then_head):
+            blocks.append(weights)
+            if len(blocks) == most or layer == self.config.n_layer - 1:
+                yield layer + 1 - len(blocks), blocks
+                blocks = []
 
     def _no_logits(self) -> np.ndarray:
         return np.empty((0, self.config.vocab_size), np.float32)
@@ -196,7 +205,11 @@ class Model:
                     slab.bias,
                     HEAD_ROWS if first < whole else 0,
                 )
-                logits[first : first + HEAD_ROWS, slab.first_row : slab.last_row] = result.numpy()
+                part = result.numpy()
+                if part.shape == logits.shape:
+                    logits = part
+                else:
+                    logits[first : first + HEAD_ROWS, slab.first_row : slab.last_row] = part
         return logits
 
     @property

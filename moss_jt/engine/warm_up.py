@@ -35,18 +35,21 @@ PASSES = (2, PAGE)  # tokens: by our own products, and a whole page by cuBLAS
 Make = Callable[[tuple[int, ...], str], Weight]
 
 
-def warm_up(bits: int, cache_bits: int = 16) -> None:
+def warm_up(bits: int, cache_bits: int = 16, weights_move: bool = False) -> None:
     """Compile and load the CPU operators for weights and a cache of so many bits: milliseconds once that was done before.
+
+    Args:
+        weights_move: see CpuOperators.
 
     Raises:
         MossError: the compiler failed; the message names the log.
     """
-    operators = CpuOperators(TINY)
+    operators = CpuOperators(TINY, weights_move=weights_move)
 
     def run() -> None:
         _run_all(operators, bits, _zeros, PASSES[:1], cache_bits)
 
-    fingerprint = _fingerprint(f"{operators.simd} {bits} {cache_bits}", source.FOLDER)
+    fingerprint = _fingerprint(f"{operators.simd} {bits} {cache_bits} {weights_move}", source.FOLDER)
     advice = "MOSS_JT_SIMD=0 chooses plain C++ instead of vector instructions."
     _announced(run, fingerprint, "this processor", "about 20 seconds", advice)
 

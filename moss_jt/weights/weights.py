@@ -110,6 +110,7 @@ class Weights:
         self._blocks = [number for number, unit in enumerate(plan.units) if unit.kind == "block"]
         self._head = [number for number, unit in enumerate(plan.units) if unit.kind == "head"]
         self._made: dict[Hashable, BlockWeights | Weight] = {}  # by memory and layout
+        self._there: list[tuple[int, BlockWeights]] = []  # all blocks, once they are, if they stay
         try:
             self.norm_weight = _small(read_tensor(store.head, "ln_f.weight"))
             self.norm_bias = _small(read_tensor(store.head, "ln_f.bias"))
@@ -132,9 +133,16 @@ class Weights:
         Raises:
             MossError: a block cannot be read. A new pass tries again.
         """
+        if self._there and begin == 0 and self._closing.alive:
+            yield from self._there
+            return
         blocks = self._blocks[begin:]
+        passed = []
         for unit, weights in self.walk(blocks, [*blocks, *self._head] if then_head else blocks):
+            passed.append((unit.index, weights))
             yield unit.index, weights
+        if not self.streams and begin == 0:
+            self._there = passed
 
     def head_slabs(self) -> Iterator[HeadSlab]:
         """The head's rows, slab after slab, in order.
@@ -198,6 +206,7 @@ class Weights:
     def close(self) -> None:
         """Stop reading ahead and let the weights go; none that was handed out may be used after this."""
         self._made.clear()
+        self._there.clear()
         self._closing()
 
     def _weights_of(self, number: int) -> Any:

@@ -138,7 +138,9 @@ static Taken run(const Line& pass) {
     b.head_dim = pass.head_dim;
     b.pairs = pass.pairs;
     b.epsilon = 1e-5f;
-    run_block(b);
+    SharedBlock<M, R> shared(b);
+#pragma omp parallel
+    shared.run();
     int64_t taken = pass.workspace;
     while (taken > 0 && workspace[taken - 1] == kUntouched) taken--;
     free(workspace);
