@@ -25,6 +25,8 @@ check: $(VENV)/.test-installed
 WORKERS ?= $(if $(TESTS)$(wildcard /dev/nvidiactl /dev/dxg),0,2)
 
 unit: $(VENV)/.test-installed
+	@# Jittor is compiled before anything runs, and its progress is shown.
+	$(BIN)/python -P -c "import moss_jt.backend.jittor"
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 unit-all: $(VENV)/.test-installed

@@ -2,7 +2,9 @@
 
 import os
 import random
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,29 @@ def test_passes_in_order_read_every_unit_once_per_pass(buffers: int) -> None:
     assert 0 <= ahead <= buffers
     assert reader.read_units == [i % 7 for i in range(35 + ahead)]
     assert reader.closed and reader_threads() == 0
+
+
+@pytest.mark.parametrize("how", ["take", "hand_back"])
+def test_a_buffer_is_being_filled_before_the_consumer_goes_on(how: str) -> None:
+    """The consumer computes in operators that hold Python's lock: who has not begun to read by then, leaves the disk idle."""
+    reader = FakeReader()
+    reader.go = threading.Semaphore(2)
+    ring = Ring(UNITS, 2, MEMORY_PAGE, reader)
+    ring.take(0)
+    while not ring.is_ready(1):
+        time.sleep(0.001)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # the lock is let go of only by who waits
+    try:
+        if how == "take":
+            ring.take(1)
+        else:
+            ring.hand_back()
+        begun = list(reader.read_units)
+    finally:
+        sys.setswitchinterval(interval)
+    ring.close()
+    assert begun == [0, 1, 2]
 
 
 def test_any_order_of_use_gives_the_right_unit_and_leaves_it_alone() -> None:

@@ -121,6 +121,40 @@ def test_every_plan_gives_the_file_s_values(bits: int) -> None:
         assert not reader_threads()
 
 
+class WatchedReader(FileReader):
+    """Notes what the ring begins to read."""
+
+    def __init__(self) -> None:
+        super().__init__(False, 1e9)
+        self.begun: list[Extent] = []
+        self.waited_for = threading.Condition()
+
+    def read(self, extent: Extent, target: np.ndarray, stopped: Callable[[], bool] = never) -> bool:
+        if threading.current_thread().name == "moss-jt reader":
+            with self.waited_for:
+                self.begun.append(extent)
+                self.waited_for.notify_all()
+        return super().read(extent, target, stopped)
+
+
+def test_while_a_resident_unit_is_computed_with_the_buffer_before_it_is_filled() -> None:
+    store = open_store(random_folder(SMALL))
+    placed = plans(store)[1]
+    residents = [unit.resident for unit in placed.units]
+    after = next(i for i in range(1, len(residents)) if residents[i] and not residents[i - 1])
+    reader = WatchedReader()
+    host = HostUnits(store, placed, reader)
+    host.begin()
+    host.walk(range(len(residents)))
+    for number in range(after + 1):
+        host.take(number)
+    wanted = residents[:after].count(False) + placed.ring_buffers
+    with reader.waited_for:
+        there = reader.waited_for.wait_for(lambda: len(reader.begun) == wanted, 10)
+    host.close()
+    assert there
+
+
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_walk_has_an_order(bits: int) -> None:
     """Forwards, backwards, and parts of it: each unit's own values, whatever was read ahead."""

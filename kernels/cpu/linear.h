@@ -83,6 +83,8 @@ template <class Row>
 struct AtOnce {
     static constexpr bool kMany = Simd::kRegisters >= 32;
     static constexpr int kRows = Row::kInDigits && !kMany ? 2 : 4, kTokens = Row::kInDigits || kMany ? 4 : 2;
+    // Of many tokens: four at once are the quickest only while the weights come from memory.
+    static constexpr int kOfMany = Row::kInDigits && kMany ? kStayingTokens : kTokens;
 };
 
 // The next `now` of up to kTokens tokens.
@@ -96,10 +98,10 @@ inline void product_next(const M& m, const int64_t* rows, const float* x, int64_
 template <class Row, int kRows, class M>
 inline void product_tokens(const M& m, const int64_t* rows, const float* x, int64_t ldx, int64_t tokens, float* y,
                            int64_t ldy, int64_t gap, bool add) {
-    constexpr int kMost = AtOnce<Row>::kTokens;
+    constexpr int kMost = AtOnce<Row>::kTokens, kOfMany = AtOnce<Row>::kOfMany;
     while (tokens > 0) {
         // A single last token costs nearly as much as two: five go as three and two.
-        const int64_t now = tokens == kMost + 1 && kMost > 2 ? kMost - 1 : std::min<int64_t>(tokens, kMost);
+        const int64_t now = tokens <= kMost ? tokens : tokens == kMost + 1 && kMost > 2 ? kMost - 1 : kOfMany;
         product_next<Row, kRows, kMost>(m, rows, x, ldx, now, y, ldy, gap, add);
         x += now * ldx;
         y += now * ldy;

@@ -17,6 +17,9 @@ namespace moss {
 constexpr int kSpan = 128;
 constexpr float kLeastScale = 0x1p-100f;  // of a span's inputs
 
+// Tokens whose digits stay in registers: those of three, the sums of four rows with each, and the fields of one fit 32.
+constexpr int kStayingTokens = Simd::kRegisters >= 32 ? 3 : 0;
+
 // Floats of the memory that one token's inputs have: as many as inputs, and two for each span, in whole cache lines.
 inline int64_t input_floats(int64_t k) { return k + (k + 1023) / 1024 * 16; }
 
@@ -289,8 +292,7 @@ template <class Row, class M, int kRows, int kTokens>
 inline void digit_block(const M& m, const int64_t* rows, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t gap,
                         bool add) {
     using Inputs = typename Row::Inputs;
-    // Two tokens' digits and four rows' sums: more do not fit.
-    using Digits = SpanDigits<decltype(Row::fields)::kInputVectors, Simd::kRegisters >= 32 && (kTokens < 3)>;
+    using Digits = SpanDigits<decltype(Row::fields)::kInputVectors, (kTokens <= kStayingTokens)>;
     Row row[kRows];
     F sum[kRows][kTokens];
     MOSS_UNROLL

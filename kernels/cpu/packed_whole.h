@@ -21,6 +21,7 @@ constexpr int kWordRows = 2 * kLanes;  // rows of a tile: two vectors of sums fo
 constexpr int kWordTile = 4;           // tokens whose sums are in registers at once
 constexpr int kStepInputs = 32;        // groups are multiples of it
 constexpr int64_t kWordTokens = 256;   // whose inputs and sums stay in the cache while a thread goes through its rows
+constexpr int64_t kSpansAhead = 2;     // where the fields are that are fetched while a span is multiplied
 
 // Inputs of one span: a divisor of the group's.
 template <class M>
@@ -114,7 +115,7 @@ struct WordTile {
 
     template <class M>
     void read(const M& m, int64_t row, int64_t end, int64_t span, int64_t length) {
-        const int64_t group = span * length / m.group_size(), first = span * length * M::Row::kBits / 8;
+        const int64_t group = span * length / m.group_size(), bytes = length * M::Row::kBits / 8, first = span * bytes;
         uint16_t halves[kWordRows];
         for (int part = 0; part < kWordRows; part += 8) {
             const uint8_t* rows[8];
@@ -122,7 +123,7 @@ struct WordTile {
             for (int r = 0; r < 8; r++) {
                 const int64_t own = std::min(row + part + r, end - 1);
                 rows[r] = m.packed + own * m.row_bytes() + first;
-                __builtin_prefetch(rows[r] + length * M::Row::kBits / 8);
+                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[r] + kSpansAhead * bytes + at);
                 zeros[r] = (m.zeros[own * m.groups + group] + 1) * 0x10001;
                 halves[part + r] = m.scales[own * m.groups + group];
             }
@@ -144,8 +145,10 @@ inline void add_span(const WordTile& tile, const WordPage& page, int64_t span, i
         const int16_t* words = page.span(span, t) + begin;
         MOSS_UNROLL
         for (int pair = 0; pair < kStepInputs / 2; pair++) {
-            const Simd::I first = Simd::load_ints(pairs + pair * kWordRows);
-            const Simd::I second = Simd::load_ints(pairs + pair * kWordRows + kLanes);
+            Simd::I first = Simd::load_ints(pairs + pair * kWordRows);
+            Simd::I second = Simd::load_ints(pairs + pair * kWordRows + kLanes);
+            Simd::in_register(first);  // else each token's product would load them once more
+            Simd::in_register(second);
             MOSS_UNROLL
             for (int i = 0; i < kWordTile; i++) {
                 int32_t two;

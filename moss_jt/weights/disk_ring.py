@@ -79,6 +79,7 @@ class Ring:
         with self._changed:
             self._hand_back()
             self._aim(unit)
+            self._let_begin()
             while not self._ready:
                 if self._error is not None:
                     error, self._error = self._error, None
@@ -100,6 +101,7 @@ class Ring:
         """Free the buffer taken last for the units to come."""
         with self._changed:
             self._hand_back()
+            self._let_begin()
 
     def close(self) -> None:
         """Stop and join the thread (it finishes the request that it is in), and close the files."""
@@ -114,6 +116,18 @@ class Ring:
             self._free.append(self._taken)
             self._taken = None
             self._changed.notify_all()
+
+    def _let_begin(self) -> None:
+        """Wait until the thread reads, if it has a buffer: the consumer computes next, in operators that hold Python's lock, and no
+        read begins without it.
+        """
+        while (
+            self._free
+            and self._filling is None
+            and self._error is None
+            and not (self._closing or self._ended)
+        ):
+            self._changed.wait()
 
     def _aim(self, unit: int) -> None:
         """Drop what was read ahead before ``unit``, and begin again there if nothing read ahead is it."""
@@ -150,6 +164,7 @@ class Ring:
             self._filling = (self._order[self._next], self._free.pop())
             self._discard = False
             self._next = (self._next + 1) % len(self._order)
+            self._changed.notify_all()
             return True
 
     def _fill_one(self) -> None:

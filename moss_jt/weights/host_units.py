@@ -96,7 +96,7 @@ class HostUnits:
         if self._ring is not None and number in self._streamed:
             buffer = self._ring.take(number)
             return UnitMemory(("buffer", buffer), self._ring.buffers[buffer])
-        self._let_pass()
+        self.end()  # the buffer of the unit before is filled while this one is computed with
         if number in self._streamed:
             self._passing = self._memories[number].memory
         else:
