@@ -11,7 +11,7 @@ there where the machine's own is slower, or others use it, too. As root:
     python benchmarks/drafts.py /disk/moss /disk/moss-int4 --memory 16GiB --limit 17.6GiB --disk-rate 3GB ...
     umount -d /disk && umount /ram
 
-What a disk would do by itself takes time of a processor here: 0.1 s per GB, and 0.2 where the RAM disk has small pages. The
+What a disk would do by itself takes time of a processor here: 0.1 to 0.2 s per GB, less with huge pages in the RAM disk. The
 control group lets a tenth of a second's bytes through at once after a rest, so that a short probe sees more than it holds. Noise
 as in agreeing_model.py; it is for you to find out how often equal blocks agree with it.
 """
