@@ -1,7 +1,11 @@
 """Threads that share arenas of the C library's memory, in a process of its own."""
 
+import gc
 import subprocess
 import sys
+import threading
+
+from moss_jt.backend.threads import start_with_lock_held
 
 PROGRAM = """
 import ctypes, sys, threading
@@ -36,3 +40,19 @@ def arenas(how: str) -> int:
 
 def test_many_threads_share_few_arenas() -> None:
     assert arenas("few") <= 2 < arenas("as it is")
+
+
+def test_nothing_is_collected_while_a_thread_starts_under_a_lock() -> None:
+    """An answer that nobody had any more was collected in the thread that began, and waited there for the engine's lock, which
+    was held by who waited for that thread to begin."""
+    seen: list[bool] = []
+
+    class Observed(threading.Thread):
+        def start(self) -> None:
+            seen.append(gc.isenabled())
+            super().start()
+
+    thread = Observed()
+    start_with_lock_held(thread)
+    thread.join()
+    assert seen == [False] and gc.isenabled()

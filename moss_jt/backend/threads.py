@@ -1,6 +1,8 @@
 """How many threads compute here. No Jittor, and no OpenMP yet: plans count them before either is loaded."""
 
+import gc
 import os
+import threading
 
 
 def compute_threads() -> int:
@@ -15,3 +17,15 @@ def _number(name: str) -> int | None:
     """Of a list, one per level of nesting, the first; None for what OpenMP does not take."""
     text = os.environ.get(name, "").split(",")[0].strip()
     return int(text) or None if text.isascii() and text.isdigit() else None
+
+
+def start_with_lock_held(thread: threading.Thread) -> None:
+    """Start a thread while this one holds a lock. Whoever starts one waits until it runs; what is collected there meanwhile
+    may want the same lock in order to end, and then both would wait for ever."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        thread.start()
+    finally:
+        if collects:
+            gc.enable()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from moss_jt.backend.device import check_process
+from moss_jt.backend.threads import start_with_lock_held
 from moss_jt.engine.cached_text import CachedText
 from moss_jt.engine.causal_model import CausalModel, LoadedAdapter, TokenRun
 from moss_jt.engine.draft_copy import Ahead, DraftCopy
@@ -220,7 +221,7 @@ class Engine:
     def _wake(self) -> None:
         if self._thread is None and not self._closed and self._users.jobs:
             self._thread = threading.Thread(target=self._run, name="moss-jt engine", daemon=True)
-            self._thread.start()
+            start_with_lock_held(self._thread)
         self._work.notify_all()
 
     def _run(self) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moss_jt.backend.threads import start_with_lock_held
 from moss_jt.engine.cached_text import CachedText
 from moss_jt.engine.prompt_cache import PromptCache
 from moss_jt.kernels.interface import PAGE
@@ -120,7 +121,7 @@ class KeptPages:
         self._waiting.append((name, page, finished))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="moss-jt page writer", daemon=True)
-            self._thread.start()
+            start_with_lock_held(self._thread)
         self._changed.notify_all()
 
     def close(self) -> None:
