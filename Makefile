@@ -21,8 +21,8 @@ check: $(VENV)/.test-installed
 	rm -rf build && $(PIP) install --no-deps --no-build-isolation --target build/types .
 	cp pyproject.toml build/types/ && cd build/types && $(BIN)/mypy -p moss_jt
 
-# Two files at a time: compilers and child processes keep one core busy. On a card one after another, for they measure its memory.
-WORKERS ?= $(if $(TESTS)$(wildcard /dev/nvidiactl /dev/dxg),0,2)
+# WORKERS=2 runs two files at a time, in processes of their own; never on a card, whose memory tests measure.
+WORKERS ?= 0
 
 unit: $(VENV)/.test-installed
 	@# Jittor is compiled before anything runs, and its progress is shown.

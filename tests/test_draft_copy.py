@@ -91,6 +91,7 @@ def load(
         budget -= int((1 - share) * sum(sizes.block_bytes)) + (sizes.head_bytes if copy is None else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+        patch.setattr(placement, "_held", [])  # nor what models of other tests in this process may come to hold
         moss = Moss.load(
             folder,
             memory=budget,
@@ -297,6 +298,7 @@ def test_a_copy_is_found_where_weights_stream_and_pays(
     def loaded(**options: Any) -> str | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(placement, "resident_memory_bytes", lambda: 0)
+            patch.setattr(placement, "_held", [])
             with Moss.load(models / "tiny", context=CONTEXT, **options) as moss:
                 return None if moss.copy is None else moss.copy.model.weights.store.path.name  # type: ignore[attr-defined]
 

@@ -483,6 +483,7 @@ def on_card_of(n_bytes: int) -> Card:
 def test_a_plan_for_a_card_holds_both_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What streams is on the host; blocks' inputs go to the disk before weights have no room; and too little is said in a line."""
     monkeypatch.setattr(placement, "resident_memory_bytes", lambda: 0)
+    monkeypatch.setattr(placement, "_held", [])
     store, course = open_store(random_folder(SMALL)), CourseSettings(steps=6, step_tokens=20_000)
     data = Dataset(samples(12, 1000), samples(3, 1000, seed=1), DataReport())
     card = on_card_of(1 << 33)

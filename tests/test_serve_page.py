@@ -305,6 +305,8 @@ def test_everything_can_be_done_with_the_keyboard(page: Any, tmp_path: Path) -> 
     with served(shared_moss(), tmp_path) as server:  # whose list of conversations is short
         open_page(page, server)
         ask(page, "Hello")
+        for name in ("Another answer", "Edit and ask again"):
+            page.get_by_role("button", name=name).first.wait_for()
         check_keyboard(page)
 
 
