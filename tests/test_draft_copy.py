@@ -91,7 +91,7 @@ def load(
         budget -= int((1 - share) * sum(sizes.block_bytes)) + (sizes.head_bytes if copy is None else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "resident_memory_bytes", lambda: 0)
-        patch.setattr(placement, "_held", [])  # nor what models of other tests in this process may come to hold
+        patch.setattr(placement, "_held", [])  # nor do models of other tests here
         moss = Moss.load(
             folder,
             memory=budget,

@@ -99,7 +99,7 @@ def test_two_models_under_a_limit_that_neither_fits_into(
     sizes = [sizes_of_store(open_store(model)) for model in models]
     here = 200 * MIB
     monkeypatch.setattr(placement, "resident_memory_bytes", lambda: here)
-    monkeypatch.setattr(placement, "_held", [])  # nor what models of other tests in this process may come to hold
+    monkeypatch.setattr(placement, "_held", [])  # nor do models of other tests here
     plans: list[ResidencyPlan] = []
     monkeypatch.setattr(loading, "hold", lambda plan: (plans.append(plan), placement.hold(plan)))
 
