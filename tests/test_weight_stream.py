@@ -329,6 +329,21 @@ def test_a_closed_stream_says_so_and_closing_twice_is_fine() -> None:
             next(iter(stream.blocks()))
 
 
+def test_a_stream_that_is_closed_within_a_pass_says_so() -> None:
+    """Within a first pass, and within a later one, which what stays in memory is not taken for once more."""
+    store = open_store(random_folder(SMALL))
+    for placed in plans(store):
+        for passes in (0, 1):
+            stream = weights_of(store, placed)
+            for _ in range(passes):
+                assert len(list(stream.blocks())) == SMALL.n_layer
+            walk = stream.blocks()
+            next(walk)
+            stream.close()
+            with pytest.raises(MossError, match="closed"):
+                next(walk)
+
+
 def test_a_forgotten_stream_takes_its_thread_with_it() -> None:
     store = open_store(random_folder(SMALL))
     stream = weights_of(store, plans(store)[2])

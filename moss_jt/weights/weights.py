@@ -133,8 +133,10 @@ class Weights:
         Raises:
             MossError: a block cannot be read. A new pass tries again.
         """
-        if self._there and begin == 0 and self._closing.alive:
-            yield from self._there
+        if self._there and begin == 0:
+            for there in self._there:
+                self._check_open()
+                yield there
             return
         blocks = self._blocks[begin:]
         passed = []
@@ -185,8 +187,7 @@ class Weights:
         if order:
             self._units.walk(order)
         for number in numbers:
-            if not self._closing.alive:
-                raise MossError("the model is closed.")
+            self._check_open()
             yield self.plan.units[number], self._weights_of(number)
         self._units.end()
 
@@ -206,8 +207,12 @@ class Weights:
     def close(self) -> None:
         """Stop reading ahead and let the weights go; none that was handed out may be used after this."""
         self._made.clear()
-        self._there.clear()
+        self._there = []  # who walks over the old one is told
         self._closing()
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise MossError("the model is closed.")
 
     def _weights_of(self, number: int) -> Any:
         begin = time.monotonic()
