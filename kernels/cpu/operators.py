@@ -181,9 +181,8 @@ class CpuOperators:
             raise ValueError(f"simd {simd!r} is not among {available_simd()}")
         self.rotary = jt.array(rotary_table(config.n_positions, config.rotary_dim))
         self.weights_move = weights_move
-        self.nothing = jt.array(
-            np.zeros((2, 1), np.int32)
-        )  # for an input that is not wanted: no input_order has 2
+        # For an input that is not wanted; also for input_order, which never has two numbers.
+        self.nothing = jt.array(np.zeros((2, 1), np.int32))
         self.adapters = adapters
         self.bank = self.nothing if adapters is None else jt.reuse_np_array(adapters.values)
         self.directory = self.nothing if adapters is None else jt.array(adapters.directory)
