@@ -19,15 +19,16 @@
 
 namespace moss {
 
-constexpr int kPrefetchBytes = 1024;
+// How far ahead, and into the second cache: a core waits for fewer lines at once in its first one than the memory can bring.
+constexpr int kPrefetchBytes = 2048;
 
 // Of `bytes` that are read from p on, those that prefetch() comes too late for.
 inline void prefetch_start(const void* p, int64_t bytes) {
     for (int64_t at = 0; at < std::min<int64_t>(bytes, kPrefetchBytes); at += 64)
-        __builtin_prefetch((const char*)p + at, 0, 3);
+        __builtin_prefetch((const char*)p + at, 0, 2);
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetchBytes, 0, 3); }
+inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + kPrefetchBytes, 0, 2); }
 
 // Reads numbers one after another, some of which are addresses.
 struct Numbers {
