@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--context", type=int)
     parser.add_argument("--prompts", type=int, default=1, help="answers with drafts")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer with drafts")
-    parser.add_argument("--single", type=int, default=5, help="of the answer without")
+    parser.add_argument("--single", type=int, default=5, help="of the answer without, two at least")
     parser.add_argument(
         "--learning",
         type=int,
@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--memory-speed", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.single < 2:
+        parser.error("--single must be 2 or more: the first token of an answer comes with its prompt")
     if arguments.way:
         print(
             json.dumps({"speed": disk_speed(arguments.model)} if arguments.way == "disk" else work(arguments))

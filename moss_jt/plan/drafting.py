@@ -16,7 +16,7 @@ LONGEST = 22
 # weights on two cores with AVX-512; int8 is taken for int4, and on cards it is a guess.
 CPU_TOKEN_SHARES, GPU_TOKEN_SHARE = {16: 0.16, 8: 0.48, 4: 0.48}, 0.02
 # Of the memory's speed, what the CPU's products reach with the packed weights of a copy. Measured in the same way.
-CPU_COPY_SHARE = 0.75
+CPU_COPY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
