@@ -4,6 +4,7 @@ XFS lets files share their bytes, so that MOSS's 33.4 GB and its copy's 9 take 1
 all the same: past the page cache where they ask for that, and no faster than a control group lets them. So a disk of 3 GB/s is
 there where the machine's own is slower, or others use it, too. As root:
 
+    echo 3 > /proc/sys/vm/drop_caches; echo 1 > /proc/sys/vm/compact_memory
     mkdir /ram /disk && mount -t tmpfs -o huge=always,size=8G ram /ram
     truncate -s 8G /ram/disk && mkfs.xfs -q -m reflink=1 /ram/disk
     mount -o discard $(losetup --show --direct-io=on -f /ram/disk) /disk
@@ -11,9 +12,10 @@ there where the machine's own is slower, or others use it, too. As root:
     python benchmarks/drafts.py /disk/moss /disk/moss-int4 --memory 16GiB --limit 17.6GiB --disk-rate 3GB ...
     umount -d /disk && umount /ram
 
-What a disk would do by itself takes time of a processor here: 0.1 to 0.2 s per GB, less with huge pages in the RAM disk. The
-control group lets a tenth of a second's bytes through at once after a rest, so that a short probe sees more than it holds. Noise
-as in agreeing_model.py; it is for you to find out how often equal blocks agree with it.
+What a disk would do by itself takes time of a processor here: 0.1 to 0.2 s per GB, more where the RAM disk got no huge pages
+(ShmemHugePages in /proc/meminfo says so), and then it gives less while blocks are computed than a probe sees. The control group
+lets a tenth of a second's bytes through at once after a rest, so that a short probe sees more than it holds. Noise as in
+agreeing_model.py; it is for you to find out how often equal blocks agree with it.
 """
 
 import argparse
