@@ -6,12 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from moss_jt.chat.chat import Chat
 from moss_jt.plugins.registry import PluginSettings, make_plugins
 from moss_jt.serve.server import Server
 from moss_jt.serve.settings import Limits
@@ -104,6 +106,30 @@ def test_retry_and_edit_replace_what_was_said(http: httpx.Client) -> None:
     assert http.put(f"/api/conversations/{name}/turns/7", json={"message": "x"}).status_code == 404
     empty = begin(http)
     assert http.post(f"/api/conversations/{empty}/retry").status_code == 400
+
+
+def test_a_question_waits_for_a_change_that_came_before_it(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where somebody saves settings and asks at once: the answer is the changed conversation's, and neither fails."""
+    name = begin(http)
+    inside, begin_with = threading.Event(), Chat.begin_with
+
+    def slowly(*arguments: Any) -> int:
+        inside.set()
+        time.sleep(0.3)
+        return begin_with(*arguments)
+
+    monkeypatch.setattr(Chat, "begin_with", slowly)
+    change = {"system": "Be brief.", "sampling": {"max_new_tokens": 1}}
+    with ThreadPoolExecutor() as pool:
+        changed = pool.submit(http.patch, f"/api/conversations/{name}", json=change)
+        assert inside.wait(10)
+        events = say(http, name, "Hello")
+    assert changed.result().status_code == 200
+    assert [event["tokens"] for event in events if event["type"] == "notice" and event["code"] == "cut"] == [
+        1
+    ]
 
 
 def test_settings_change_and_are_kept(http: httpx.Client) -> None:

@@ -1,5 +1,6 @@
 """A conversation that the server keeps: on the disk after every turn, and in the cache while it is used."""
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class ServedConversation:
     turns      those that are finished, with what a page shows of them under ``extra``
     answering  its answer: the one that is being written, or the last one
     asked      the first event of that
+    changing   whoever changes it, or asks it, holds this while doing so, and thus waits for what came before
     damaged    lines of its file that could not be read
     adapter    with which it is read and answered: the one that its file has as its model, where the model has it; otherwise None
     """
@@ -85,6 +87,7 @@ class ServedConversation:
         self.about: About = held.about
         self.turns: list[FinishedTurn] = [*held.turns]
         self.answering: Answering | None = None
+        self.changing = asyncio.Lock()
         self.asked: dict[str, Any] = {}
         self.damaged = held.damaged
         self.updated = opened.path.stat().st_mtime

@@ -116,18 +116,19 @@ class ConversationStore:
 
     @contextlib.asynccontextmanager
     async def changing(self, name: str) -> AsyncIterator[ServedConversation]:
-        """A conversation of which no answer is being written.
+        """A conversation of which no answer is being written, and which nobody else changes or asks meanwhile.
 
         Raises:
             ApiError: one is.
         """
         conversation = await self.find(name)
-        if conversation.busy:
-            raise ApiError(409, "An answer of this conversation is being written.", code="conflict")
-        try:
-            yield conversation
-        except MossError as error:
-            raise bad_value(error) from error
+        async with conversation.changing:
+            if conversation.busy:
+                raise ApiError(409, "An answer of this conversation is being written.", code="conflict")
+            try:
+                yield conversation
+            except MossError as error:
+                raise bad_value(error) from error
 
     async def keep(self, conversation: ServedConversation, title: str | None = None) -> None:
         await self._told(partial(conversation.keep, title))

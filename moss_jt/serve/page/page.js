@@ -7,7 +7,7 @@ import { label, switchLanguage, translate, words } from "./words.js";
 const $ = (id) => document.getElementById(id);
 const SAMPLING = ["temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed"];
 
-const state = { about: null, open: null, view: null, answering: null, editing: null };
+const state = { about: null, open: null, view: null, answering: null, editing: null, changing: null };
 
 // The server, and what it knows.
 
@@ -57,6 +57,13 @@ const guarded = (run) => async (...given) => {
   } catch (error) {
     tell(error);
   }
+};
+
+// What a question must wait for. Whoever makes the change is told where it fails.
+const beforeQuestions = (change) => (...given) => {
+  const changing = change(...given);
+  state.changing = changing.catch(() => {});
+  return changing;
 };
 
 // The list.
@@ -158,6 +165,7 @@ async function answerAgain(turn) {
 }
 
 async function send(message) {
+  await state.changing;
   if (!state.open) state.open = await server.json("POST", "api/conversations", { plugins: state.plugins });
   const id = state.open.id;
   history.replaceState(null, "", `#${id}`);
@@ -249,7 +257,7 @@ function showPlugins() {
   $("plugins").replaceChildren(
     ...(state.about?.plugins ?? []).map(({ name, label: text }) => {
       const on = state.plugins.includes(name);
-      const made = button(label(text), guarded(() => switchPlugin(name)));
+      const made = button(label(text), guarded(beforeQuestions(() => switchPlugin(name))));
       made.setAttribute("aria-pressed", String(on));
       return made;
     }),
@@ -344,7 +352,7 @@ function listen() {
   });
   $("close-side").addEventListener("click", () => document.body.classList.remove("listed"));
   $("open-settings").addEventListener("click", guarded(openSettings));
-  $("settings").addEventListener("close", guarded(saveSettings));
+  $("settings").addEventListener("close", guarded(beforeQuestions(saveSettings)));
   $("key").addEventListener("click", askKey);
   $("theme").addEventListener("click", () => {
     const chosen = theme() === "dark" ? "light" : "dark";
