@@ -1,6 +1,7 @@
 """The page in a real Chromium, over moss-tiny: what people do with it, and that no text becomes script or leads away unasked."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from moss_jt.demos.drawing_server import drawing_server
 from moss_jt.plugins.interface import Item, Outcome, Source
 from moss_jt.plugins.registry import PluginSettings, make_plugins
+from moss_jt.serve.answering import Answering
 from moss_jt.serve.server import Server
 from tests.support.serving import client, served, shared_moss, shared_server, slowed, url, wait_until
 
@@ -289,6 +291,17 @@ def test_both_languages_and_themes(page: Any) -> None:
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     ask(page, "你好")
     page.get_by_text("重新回答").wait_for()
+
+
+def test_an_answer_can_be_asked_for_again_however_long_it_takes_to_end(
+    page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last event comes a moment before the server takes the next question."""
+    end = Answering.end
+    monkeypatch.setattr(Answering, "end", lambda answering: (time.sleep(0.5), end(answering)))
+    open_page(page, shared_server())
+    ask(page, "Hello")
+    page.get_by_role("button", name="Another answer").wait_for()
 
 
 def test_settings_are_the_conversation_s(page: Any) -> None:

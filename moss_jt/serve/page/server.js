@@ -55,6 +55,7 @@ const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 // All events of an answer; a connection that is lost is taken up again where it was. `lost` is told, and asked whether to go on.
 export async function* answer(id, method, path, body, lost) {
   let next = 0;
+  let over = false; // the server closes the stream once the conversation may be asked again, which is a little after the last event
   let open = () => request(method, path, body);
   for (let tries = 0; ; ) {
     try {
@@ -64,14 +65,15 @@ export async function* answer(id, method, path, body, lost) {
           next = event.n + 1;
         }
         tries = 0;
+        over ||= event.type === "end" || event.type === "error";
         yield event;
-        if (event.type === "end" || event.type === "error") return;
       }
     } catch (error) {
+      if (over) return;
       if (error instanceof ServerError && error.status < 500) throw error;
       if (next === 0 && tries === 0 && !(error instanceof TypeError)) throw error;
     }
-    if (!lost(++tries)) return;
+    if (over || !lost(++tries)) return;
     await wait(Math.min(500 * 2 ** tries, 8000));
     open = () => request("GET", `api/conversations/${id}/answer?from=${next}`);
   }
