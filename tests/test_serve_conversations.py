@@ -1,5 +1,6 @@
 """Conversations that the server keeps, as the page asks for them."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -108,11 +109,9 @@ def test_retry_and_edit_replace_what_was_said(http: httpx.Client) -> None:
     assert http.post(f"/api/conversations/{empty}/retry").status_code == 400
 
 
-def test_a_question_waits_for_a_change_that_came_before_it(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where somebody saves settings and asks at once: the answer is the changed conversation's, and neither fails."""
-    name = begin(http)
+@contextlib.contextmanager
+def slow_change(http: httpx.Client, monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    """Another client is changing that conversation, which takes it a while, and it succeeds."""
     inside, begin_with = threading.Event(), Chat.begin_with
 
     def slowly(*arguments: Any) -> int:
@@ -125,11 +124,32 @@ def test_a_question_waits_for_a_change_that_came_before_it(
     with ThreadPoolExecutor() as pool:
         changed = pool.submit(http.patch, f"/api/conversations/{name}", json=change)
         assert inside.wait(10)
-        events = say(http, name, "Hello")
+        yield
     assert changed.result().status_code == 200
-    assert [event["tokens"] for event in events if event["type"] == "notice" and event["code"] == "cut"] == [
-        1
-    ]
+
+
+def test_a_question_waits_for_a_change_that_came_before_it(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where somebody saves settings and asks at once: the answer is the changed conversation's, and neither fails."""
+    name = begin(http)
+    with slow_change(http, monkeypatch, name):
+        events = say(http, name, "Hello")
+    cuts = [event for event in events if event["type"] == "notice" and event["code"] == "cut"]
+    assert [cut["tokens"] for cut in cuts] == [1]
+
+
+def test_a_conversation_that_is_being_changed_is_neither_closed_nor_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with served(shared_moss(), tmp_path, limits=Limits(live=1)) as server, client(server) as http:
+        name = begin(http)
+        with slow_change(http, monkeypatch, name):
+            begin(http)  # for which it would have to go
+        assert http.get(f"/api/conversations/{name}").json()["system"] == "Be brief."
+        with slow_change(http, monkeypatch, name):
+            assert http.delete(f"/api/conversations/{name}").status_code == 204
+        assert http.get(f"/api/conversations/{name}").status_code == 404
 
 
 def test_settings_change_and_are_kept(http: httpx.Client) -> None:

@@ -125,6 +125,11 @@ class ServedConversation:
         return self.answering is not None and not self.answering.ended
 
     @property
+    def in_use(self) -> bool:
+        """An answer of it is being written, or somebody changes it."""
+        return self.busy or self.changing.locked()
+
+    @property
     def title(self) -> str:
         return self.about.title or (title_of(self.turns[0]) if self.turns else "")
 

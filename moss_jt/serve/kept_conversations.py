@@ -97,7 +97,7 @@ class ConversationStore:
         for name, other in [*self._live.items()]:
             if len(self._live) <= self._service.settings.limits.live:
                 break
-            if not other.busy and other is not conversation:
+            if not other.in_use and other is not conversation:
                 del self._live[name]
                 other.close()
         return conversation
@@ -119,16 +119,25 @@ class ConversationStore:
         """A conversation of which no answer is being written, and which nobody else changes or asks meanwhile.
 
         Raises:
-            ApiError: one is.
+            ApiError: one is being written.
         """
-        conversation = await self.find(name)
-        async with conversation.changing:
+        async with self._held(name) as conversation:
             if conversation.busy:
                 raise ApiError(409, "An answer of this conversation is being written.", code="conflict")
             try:
                 yield conversation
             except MossError as error:
                 raise bad_value(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _held(self, name: str) -> AsyncIterator[ServedConversation]:
+        """A conversation that nobody else holds: whoever waited for it may find that it was removed or closed meanwhile."""
+        while True:
+            conversation = await self.find(name)
+            async with conversation.changing:
+                if self._live.get(name) is conversation:
+                    yield conversation
+                    return
 
     async def keep(self, conversation: ServedConversation, title: str | None = None) -> None:
         await self._told(partial(conversation.keep, title))
@@ -166,9 +175,9 @@ class ConversationStore:
             with contextlib.suppress(ApiError):
                 async for _ in answering.follow(0.5):
                     pass
-        async with self._lock:
-            self._live.pop(name, None)
-            await self._service.aside(conversation.remove)
+        async with self._held(name) as held, self._lock:
+            del self._live[name]
+            await self._service.aside(held.remove)
 
     def close(self) -> None:
         """Let go of all files."""

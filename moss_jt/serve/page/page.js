@@ -59,9 +59,9 @@ const guarded = (run) => async (...given) => {
   }
 };
 
-// What a question must wait for. Whoever makes the change is told where it fails.
-const beforeQuestions = (change) => (...given) => {
-  const changing = change(...given);
+// A change of the conversation: it waits for those before it, and questions wait for it. Whoever makes it is told where it fails.
+const inTurn = (change) => (...given) => {
+  const changing = Promise.resolve(state.changing).then(() => change(...given));
   state.changing = changing.catch(() => {});
   return changing;
 };
@@ -159,6 +159,7 @@ function actionsOf(turn, last) {
 }
 
 async function answerAgain(turn) {
+  await state.changing;
   const id = state.open.id;
   $("turns").children[turn]?.remove();
   await follow(id, "POST", `api/conversations/${id}/retry`);
@@ -257,7 +258,7 @@ function showPlugins() {
   $("plugins").replaceChildren(
     ...(state.about?.plugins ?? []).map(({ name, label: text }) => {
       const on = state.plugins.includes(name);
-      const made = button(label(text), guarded(beforeQuestions(() => switchPlugin(name))));
+      const made = button(label(text), guarded(inTurn(() => switchPlugin(name))));
       made.setAttribute("aria-pressed", String(on));
       return made;
     }),
@@ -272,6 +273,7 @@ async function switchPlugin(name) {
 }
 
 async function openSettings() {
+  await state.changing;
   if (!state.open) {
     state.open = await server.json("POST", "api/conversations", { plugins: state.plugins });
     history.replaceState(null, "", `#${state.open.id}`);
@@ -352,7 +354,7 @@ function listen() {
   });
   $("close-side").addEventListener("click", () => document.body.classList.remove("listed"));
   $("open-settings").addEventListener("click", guarded(openSettings));
-  $("settings").addEventListener("close", guarded(beforeQuestions(saveSettings)));
+  $("settings").addEventListener("close", guarded(inTurn(saveSettings)));
   $("key").addEventListener("click", askKey);
   $("theme").addEventListener("click", () => {
     const chosen = theme() === "dark" ? "light" : "dark";
